@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# two processes of the test suite share the machine: more threads each only get in each other's way
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test style quality bench docs assets clean
+
+demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
+	@mkdir -p outputs
+	$(BIN)/moshi-flax generate --output outputs/demo.wav --max-new-frames 50
+
+test: $(VENV)/.test  ## every test, the equivalence with PyTorch included
+	$(BIN)/python -m pytest -n 2
+
+style: $(VENV)/.quality  ## format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.quality  ## check without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test  ## frames/s next to PyTorch; wants an idle machine
+	$(BIN)/python utils/benchmark/generate.py
+
+docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
+	$(BIN)/mkdocs build --strict --quiet
+
+assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak-ng
+	$(BIN)/python utils/build_assets.py
+
+clean:
+	rm -rf $(VENV) outputs site
+
+# Stamps: a target's environment is installed once, and again when the requirements change. The core has no torch.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: setup.py pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.quality: | $(VENV)/bin/python
+	$(PIP) "ruff>=0.9"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) -e ".[docs]"
+	@touch $@

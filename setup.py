@@ -1,0 +1,53 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+PACKAGE = "transformers_moshi_flax"
+
+# read, not imported: an import would need the dependencies
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / PACKAGE / "__init__.py").read_text("utf-8"), re.M)[1]
+
+# The versions that the tests run with stand in README.md.
+CORE = [
+    "flax>=0.12,<0.13",
+    "huggingface_hub>=1.0,<3",
+    "jax>=0.10,<0.12",
+    "jaxtyping>=0.3",
+    "numpy>=2.0",
+    "rich>=13.0",
+    "safetensors>=0.5",
+    "soundfile>=0.12",
+    "soxr>=0.5",
+    "transformers>=5.20,<6",
+    "typer>=0.15",
+]
+# The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
+TORCH = ["torch>=2.6,<2.14"]
+QUALITY = ["ruff>=0.9"]
+DOCS = ["mkdocs>=1.6,<2"]
+TEST = [*TORCH, "beartype>=0.19", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+
+setup(
+    name="transformers-moshi-flax",
+    version=VERSION,
+    description="Moshi in Flax: full-duplex speech-text generation for JAX, with the API of transformers",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={PACKAGE: ["assets/*", "assets/*/*"]},
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require={
+        "torch": TORCH,
+        "test": TEST,
+        "quality": QUALITY,
+        "docs": DOCS,
+        "all": [*TEST, *QUALITY, *DOCS],
+    },
+    entry_points={"console_scripts": ["moshi-flax = transformers_moshi_flax.cli:main"]},
+)

@@ -1,0 +1,38 @@
+"""Moshi in Flax: full-duplex speech-text generation for JAX, with the API of Hugging Face ``transformers``.
+
+Names are imported on first use, so ``import transformers_moshi_flax`` is quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "modeling_flax_utils": ["FlaxPreTrainedModel"],
+    "generation": ["FlaxGenerationMixin"],
+    "models.mimi": [
+        "FlaxMimiDecoderModel",
+        "FlaxMimiEncoderModel",
+        "FlaxMimiModel",
+        "FlaxMimiPreTrainedModel",
+    ],
+    "models.moshi": [
+        "FlaxMoshiDepthDecoder",
+        "FlaxMoshiForCausalLM",
+        "FlaxMoshiForConditionalGeneration",
+        "FlaxMoshiModel",
+        "FlaxMoshiPreTrainedModel",
+    ],
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,68 @@
+"""Reading the configuration that belongs to a model class from a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .files import CheckpointNotFoundError, Source
+
+
+def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrainedConfig:
+    """The configuration of ``config_class`` in a checkpoint.
+
+    If the checkpoint is of a larger model that contains this part (Moshi contains Mimi and the depth decoder), the
+    part's configuration is taken out of the whole's.
+
+    Raises:
+        CheckpointNotFoundError: no ``config.json``.
+        ValueError: it is damaged, has bad values or is of a model that has no such part.
+    """
+    values = source.read_json("config.json")
+    if values is None:
+        raise CheckpointNotFoundError(f"{source.name!r} has no config.json; add it or pass config=")
+    model_type = values.get("model_type", config_class.model_type)
+    if model_type == config_class.model_type:
+        return build_config(config_class, values)
+    if model_type in CONFIG_MAPPING:
+        found = _find_part(build_config(CONFIG_MAPPING[model_type], values), config_class)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"config.json of {source.name!r} has model_type={model_type!r}, which neither is nor contains "
+        f"{config_class.model_type!r}; load the class that belongs to it or pass config="
+    )
+
+
+def build_config(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
+    """``config_class.from_dict`` whose complaints are ValueErrors that name the class."""
+    try:
+        return config_class.from_dict(dict(values))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"the values do not make a {config_class.__name__}: {error}") from error
+
+
+def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy of ``config`` with some attributes changed; derived ones are computed anew."""
+    return build_config(type(config), {**config.to_dict(), **overrides}) if overrides else config
+
+
+def _find_part(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
+    """The configuration itself or the first of its parts, at any depth, that is a ``config_class``."""
+    if isinstance(config, config_class):
+        return config
+    # Properties too: Mimi derives the configurations of its halves.
+    names = [name for name in dir(config) if name.endswith("_config")]
+    parts = [part for part in (getattr(config, name) for name in names) if isinstance(part, PreTrainedConfig)]
+    return next(filter(None, (_find_part(part, config_class) for part in parts)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of the known names, empty if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,50 @@
+"""The ``moshi-flax`` command: one file a subcommand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from transformers_moshi_flax.cli import convert, generate
+from transformers_moshi_flax.cli.errors import UserMistake, one_line
+
+app = typer.Typer(
+    name="moshi-flax",
+    help="Moshi in Flax: generate speech and text, convert checkpoints.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2.
+
+    Args:
+        args: the arguments without the program's name; None reads ``sys.argv``.
+
+    Raises:
+        SystemExit: always; code 0, 2 (a mistake in what was given) or 130 (interrupted).
+    """
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=args, prog_name="moshi-flax", standalone_mode=False)
+    except UserMistake as mistake:
+        _fail(str(mistake))
+    except typer.Abort:
+        print("moshi-flax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # typer's usage errors; they have a common base only in a private module
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"moshi-flax: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)

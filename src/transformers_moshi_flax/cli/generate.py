@@ -1,0 +1,313 @@
+"""``moshi-flax generate``: speech and text in, Moshi's speech and text out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from transformers_moshi_flax.cli.audio import check_output, read_audio, write_audio
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype, read_config
+from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
+
+# Moshi's text stream: 3 fills the frames without a new word piece, 0 announces the next word
+END_OF_PAD, PAD = 0, 3
+RANDOM = "random weights: what it says is noise"
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
+
+
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, random weights.")
+    ] = None,
+    user_audio: Annotated[
+        Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: the embedded clip.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
+    text_prompt: Annotated[str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end.")] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask turn by turn for a text prompt or an audio file.")
+    ] = False,
+    max_new_frames: Annotated[int, typer.Option(min=1, help="Frames to generate, 12.5 a second.")] = 125,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of the text; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Of the text.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the text; above 0.")] = None,
+    depth_temperature: Annotated[float | None, typer.Option(min=0, help="Of the audio; 0 is greedy.")] = None,
+    depth_top_k: Annotated[int | None, typer.Option(min=1, help="Of the audio.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the checkpoint's.")] = None,
+) -> None:
+    """Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text."""
+    sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
+    check_output(output)
+    user_audio = user_audio or EMBEDDED_CLIP
+    if user_audio.resolve() == output.resolve():
+        raise UserMistake(f"--output: {str(output)!r} is the file of --user-audio; give another name")
+    source = model or str(EMBEDDED_MODEL)
+    rate = check_moshi(source)
+    samples = read_audio(user_audio, rate)
+
+    notes = Console(stderr=True, highlight=False)
+    with progress_bar(notes) as bar:
+        stage = bar.add_task(f"loading {name_of(source)}", total=None)
+        speaker = Speaker.load(source, dtype)
+        bar.remove_task(stage)
+    if not interactive:
+        _turn(speaker, samples, text_prompt, max_new_frames, sampling, seed, output, notes)
+        return
+
+    notes.print("Type words for Moshi to begin with, or the path of an audio file; quit ends.")
+    for turn, line in enumerate(_lines(notes), start=1):
+        try:
+            if Path(line).suffix.lower() in AUDIO_SUFFIXES:
+                samples, prompt = read_audio(Path(line), rate), text_prompt
+            else:
+                prompt = line
+            numbered = output.with_stem(f"{output.stem}-{turn}")
+            _turn(speaker, samples, prompt, max_new_frames, sampling, seed + turn - 1, numbered, notes)
+        except UserMistake as mistake:
+            notes.print(f"[red]{mistake}[/red]")
+
+
+def _lines(notes: Console):
+    while True:
+        notes.print("> ", end="")
+        try:
+            line = input().strip()
+        except EOFError:
+            return
+        if line in ("quit", "exit"):
+            return
+        if line:
+            yield line
+
+
+def sampling_options(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    depth_temperature: float | None,
+    depth_top_k: int | None,
+) -> dict[str, Any]:
+    """The sampling options as arguments of ``generate``; what was not given is left to the generation config.
+
+    Raises:
+        UserMistake: a value is not finite or out of range, or has no effect because its stream is greedy.
+    """
+    for option, value in (("temperature", temperature), ("depth-temperature", depth_temperature)):
+        if value is not None and not math.isfinite(value):
+            raise UserMistake(f"--{option}: {value} is no temperature; give a finite number, 0 for greedy")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserMistake(f"--top-p: {top_p} is not in (0, 1]; give a probability above 0")
+    options: dict[str, Any] = {}
+    streams = (
+        ("", {"temperature": temperature, "top_k": top_k, "top_p": top_p}),
+        ("depth_decoder_", {"temperature": depth_temperature, "top_k": depth_top_k}),
+    )
+    for prefix, values in streams:
+        given = {name: value for name, value in values.items() if value is not None}
+        flag = "--depth-" if prefix else "--"
+        if given.get("temperature") == 0:
+            if len(given) > 1:
+                others = ", ".join(flag + name.replace("_", "-") for name in given if name != "temperature")
+                raise UserMistake(f"{others}: no effect with {flag}temperature 0 (greedy); leave one out")
+            options[f"{prefix}do_sample"] = False
+        elif given:
+            options[f"{prefix}do_sample"] = True
+            options |= {f"{prefix}{name}": value for name, value in given.items()}
+    return options
+
+
+def check_moshi(source: str) -> int:
+    """The sampling rate of the Moshi checkpoint ``source``.
+
+    Raises:
+        UserMistake: there is no such checkpoint, or it is another model.
+    """
+    config = read_config("--model", source)
+    if config.get("model_type") != "moshi":
+        raise UserMistake(f"--model: {source!r} is a {config.get('model_type')!r} checkpoint; give a Moshi one")
+    return int((config.get("audio_encoder_config") or {}).get("sampling_rate", 24_000))
+
+
+def name_of(source: str) -> str:
+    """How messages call a checkpoint."""
+    return f"{Path(source).name} ({RANDOM})" if is_random(source) else source
+
+
+def is_random(source: str) -> bool:
+    """Whether ``source`` is the embedded checkpoint."""
+    return Path(source).resolve() == EMBEDDED_MODEL.resolve()
+
+
+def progress_bar(notes: Console) -> Progress:
+    """A bar that leaves nothing behind; on a stream that is no terminal it prints nothing."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was generated in answer to one prompt.
+
+    Attributes:
+        text: the words, without padding.
+        text_ids: ``(frames,)``, one id a frame.
+        audio_codes: ``(num_codebooks, frames - 1)``: the last frame's codes would need one more step of the backbone.
+        audio: ``(samples,)`` float32.
+        seconds: wall time of the generation.
+    """
+
+    text: str
+    text_ids: Int[np.ndarray, "frames"]
+    audio_codes: Int[np.ndarray, "num_codebooks codes"]
+    audio: Float[np.ndarray, "samples"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded ``FlaxMoshiForConditionalGeneration`` with its tokenizer."""
+
+    source: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, source: str, dtype: Dtype | None) -> Speaker:
+        """Load the checkpoint ``source``; PyTorch layout is converted in passing.
+
+        Raises:
+            UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
+        """
+        from transformers import AutoTokenizer
+
+        from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+
+        with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
+            model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype and dtype.to_jax())
+        with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        return cls(source, model, tokenizer)
+
+    @property
+    def sampling_rate(self) -> int:
+        return self.model.config.audio_encoder_config.sampling_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples a frame."""
+        codec = self.model.config.audio_encoder_config
+        return round(codec.sampling_rate / codec.frame_rate)
+
+    def prompt_ids(self, frames: int, text: str | None) -> Int[np.ndarray, "1 frames"]:
+        """Moshi's text stream during the prompt: padding, and ``text`` in the last frames, one piece a frame.
+
+        Raises:
+            UserMistake: ``text`` has more pieces than there are frames, or characters unknown to the tokenizer.
+        """
+        ids = np.full((1, frames), PAD, np.int32)
+        pieces = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if END_OF_PAD in pieces:
+            raise UserMistake(
+                f"--text-prompt: {text!r} has characters that the tokenizer does not know; leave them out"
+            )
+        if len(pieces) > frames:
+            raise UserMistake(
+                f"--text-prompt: {len(pieces)} pieces do not fit the {frames} frames of --user-audio; "
+                "shorten the text or give longer audio"
+            )
+        if pieces:
+            ids[0, -len(pieces) :] = pieces
+        return ids
+
+    def reply(
+        self,
+        samples: Float[np.ndarray, "samples"],
+        text_prompt: str | None,
+        max_new_frames: int,
+        sampling: dict[str, Any],
+        seed: int,
+    ) -> Reply:
+        """Answer the user's ``samples``. Moshi's own stream is silent, but for ``text_prompt``, while the user speaks.
+
+        Raises:
+            UserMistake: the prompt or an option does not fit the model.
+        """
+        import jax
+
+        prompt_frames = math.ceil(len(samples) / self.frame_size)
+        user = samples[None, None]
+        ids = self.prompt_ids(prompt_frames, text_prompt)
+        start = time.perf_counter()
+        with as_mistake("cannot generate", ValueError):
+            output = self.model.generate(
+                input_ids=ids,
+                user_input_values=user,
+                moshi_input_values=np.zeros_like(user),
+                max_new_tokens=max_new_frames,
+                return_audio_codes=True,
+                prng_key=jax.random.PRNGKey(seed),
+                **sampling,
+            )
+            jax.block_until_ready(output.audio_sequences)
+        seconds = time.perf_counter() - start
+        # the start token and the prompt come first, in the text as in the codes (which have no start token)
+        text_ids = np.asarray(output.sequences)[0, 1 + prompt_frames :]
+        words = [int(token) for token in text_ids if token not in (END_OF_PAD, PAD)]
+        return Reply(
+            text=self.tokenizer.decode(words, skip_special_tokens=True).strip(),
+            text_ids=text_ids,
+            audio_codes=np.asarray(output.audio_codes)[0, :, prompt_frames:],
+            audio=np.asarray(output.audio_sequences, np.float32)[0, 0, prompt_frames * self.frame_size :],
+            seconds=seconds,
+        )
+
+
+def _turn(
+    speaker: Speaker,
+    samples: Float[np.ndarray, "samples"],
+    text_prompt: str | None,
+    max_new_frames: int,
+    sampling: dict[str, Any],
+    seed: int,
+    output: Path,
+    notes: Console,
+) -> None:
+    """Generate one reply, print its text and write its files."""
+    with progress_bar(notes) as bar:
+        stage = bar.add_task(f"generating {max_new_frames} frames (the first time also compiles)", total=None)
+        reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed)
+        bar.remove_task(stage)
+    typer.echo(reply.text)
+    frames = len(reply.text_ids)
+    record = {
+        "model": speaker.source if not is_random(speaker.source) else EMBEDDED_MODEL.name,
+        "random": is_random(speaker.source),
+        "text": reply.text,
+        "text_ids": reply.text_ids.tolist(),
+        "audio_codes": reply.audio_codes.tolist(),
+        "seconds": len(reply.audio) / speaker.sampling_rate,
+        "generation_seconds": reply.seconds,
+        "frames_per_second": frames / reply.seconds,
+        "seed": seed,
+        "text_prompt": text_prompt,
+    }
+    transcript = output.with_suffix(".json")
+    with as_mistake(f"--output: cannot write {str(output)!r}", OSError):
+        write_audio(output, reply.audio, speaker.sampling_rate)
+        transcript.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    warning = f" ({RANDOM})" if record["random"] else ""
+    notes.print(
+        f"{output} and {transcript.name}: {record['seconds']:.2f} s of audio, {frames} frames, "
+        f"{record['frames_per_second']:.1f} frames/s with compilation if any{warning}"
+    )

@@ -1,0 +1,9 @@
+"""Generation that the models share: options, sampling and the mixin with ``generate``."""
+
+from .utils import (
+    FlaxGenerationMixin,
+    FlaxGreedySearchOutput,
+    FlaxSampleOutput,
+)
+
+__all__ = ["FlaxGenerationMixin", "FlaxGreedySearchOutput", "FlaxSampleOutput"]

@@ -1,0 +1,54 @@
+"""Checks of what users pass: eager values raise ``ValueError``; traced ones are covered by ``checkify``.
+
+Inside ``jax.jit`` values are not known. There :func:`check_ids` adds ``checkify.debug_check``, which costs nothing
+until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`` then reports ids out of range.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+
+def is_traced(*arrays) -> bool:
+    """Whether any of the arrays is a tracer, so that its values cannot be looked at."""
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def check_rank(name: str, array, axes: tuple[str, ...]) -> None:
+    """Raises ``ValueError`` unless ``array`` has one dimension per name in ``axes``."""
+    if np.ndim(array) != len(axes):
+        raise ValueError(f"`{name}` must have the shape ({', '.join(axes)}), but has the shape {np.shape(array)}.")
+
+
+def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: str = "") -> None:
+    """Raises ``ValueError`` for ids outside ``[0, size)`` that are not among ``allowed``.
+
+    JAX would clamp them silently. Traced ids are checked under ``checkify`` only.
+    """
+    dtype = ids.dtype if hasattr(ids, "dtype") else np.asarray(ids).dtype
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"`{name}` must hold integer ids, but has the dtype {dtype}. {remedy}".rstrip())
+    if is_traced(ids):
+        good = (ids >= 0) & (ids < size)
+        for value in allowed:
+            good |= ids == value
+        checkify.debug_check(jnp.all(good), f"`{name}` has ids outside [0, {size})")
+        return
+    ids = np.asarray(ids)
+    wrong = ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, allowed)]
+    if wrong.size:
+        extra = f" (or one of {allowed})" if allowed else ""
+        raise ValueError(
+            f"`{name}` has the id {wrong.flat[0]}, outside the vocabulary: ids must be in [0, {size}){extra}. {remedy}".rstrip()
+        )
+
+
+def check_mask(name: str, mask, batch_size: int, lengths: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless ``mask`` is ``(batch_size, one of lengths)`` of zeros and ones."""
+    check_rank(name, mask, ("batch", "frames"))
+    if np.shape(mask)[0] != batch_size or np.shape(mask)[1] not in lengths:
+        expected = " or ".join(f"({batch_size}, {length})" for length in lengths)
+        raise ValueError(f"`{name}` must have the shape {expected}, but has the shape {np.shape(mask)}.")
+    if not is_traced(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
+        raise ValueError(f"`{name}` must hold only 0 (ignored) and 1 (attended).")

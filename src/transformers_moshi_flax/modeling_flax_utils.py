@@ -1,0 +1,523 @@
+"""``FlaxPreTrainedModel``: what every model class shares, with the public API that it had in ``transformers`` 4.57.
+
+A model object holds a configuration, a linen module and, unless told otherwise, the parameters. The parameters are a
+plain nested dict with the names of the upstream checkpoint; the mathematics never reads them from the object, so they
+can be passed in (``params=``) and transformed freely.
+
+What departs from the old class: a table of rules instead of guessed names for PyTorch files; errors that list every
+bad weight instead of warnings; atomic saving; ``dtype=None`` of ``from_pretrained`` follows the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import PushToHubMixin, logging
+from transformers.utils.hub import convert_file_size_to_int
+
+from .checkpoints import rules as tables
+from .checkpoints.configs import did_you_mean, load_config, override_config
+from .checkpoints.files import FLAX_WEIGHTS, PT_WEIGHTS, Source
+from .checkpoints.writing import write_safetensors, write_text
+
+logger = logging.get_logger(__name__)
+
+Params = dict[str, Any] | FrozenDict
+
+
+class FlaxPreTrainedModel(PushToHubMixin):
+    """Base of the model classes.
+
+    Class attributes that a model sets:
+        config_class: the configuration class of ``transformers``.
+        base_model_prefix: name of the base model in the parameter tree of a class with a head; what lies outside it is
+            the head, which may be missing from a checkpoint.
+        main_input_name: name of the first input.
+        module_class: the linen module, with fields ``config``, ``dtype`` and ``gradient_checkpointing``.
+        checkpoint_rules: the table of the PyTorch layout.
+        checkpoint_prefixes: under which prefixes the model may lie in a checkpoint of a larger one.
+        default_input_shape: shape of the dummy input for initialisation.
+
+    Args:
+        config: an instance of ``config_class``.
+        input_shape: shape for initialisation, ``default_input_shape`` if None. No parameter depends on it.
+        seed: of the random parameters.
+        dtype: of the computation. The parameters of a new model are float32 whatever it is.
+        _do_init: False makes no parameters; they are kept outside and passed in.
+        **kwargs: further fields of the module, such as ``gradient_checkpointing=True``.
+
+    Raises:
+        ValueError: a configuration of another class, a dtype that is not floating, an unknown keyword.
+    """
+
+    config_class: ClassVar[type[PreTrainedConfig]]
+    base_model_prefix: ClassVar[str] = ""
+    main_input_name: ClassVar[str] = "input_ids"
+    module_class: ClassVar[type[nn.Module]]
+    checkpoint_rules: ClassVar[tuple[tables.Rule, ...]] = ()
+    checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
+    _generates: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        input_shape: tuple[int, ...] | None = None,
+        seed: int = 0,
+        dtype: DTypeLike = jnp.float32,
+        _do_init: bool = True,
+        **kwargs: Any,
+    ):
+        if not isinstance(config, self.config_class):
+            raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        for name in kwargs:
+            if name not in self._module_fields():
+                hint = did_you_mean(name, self._module_fields())
+                raise ValueError(f"{type(self).__name__} has no keyword argument {name!r}{hint}")
+        _check_float_dtype("dtype", dtype)
+        self._config = config
+        self._module_kwargs = kwargs
+        self.dtype = dtype
+        self.input_shape = tuple(self.default_input_shape if input_shape is None else input_shape)
+        self.key = jax.random.key(seed)
+        self._module = self._build_module()
+        self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
+        self._is_initialized = _do_init
+        self._params_shape_tree = jax.eval_shape(self._random_params, self.key)
+        self._required_params = set(flatten_dict(self._params_shape_tree))
+        self._missing_keys: set[tuple[str, ...]] = set()
+        if _do_init:
+            self.params = self.init_weights(self.key, self.input_shape)
+
+    # What a model class defines
+
+    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Keyword arguments for ``module.init`` that reach every parameter."""
+        raise NotImplementedError(f"{type(self).__name__} must define dummy_inputs")
+
+    # State
+
+    @classmethod
+    def _module_fields(cls) -> set[str]:
+        fields = {field.name for field in dataclasses.fields(cls.module_class)}
+        return fields - {"config", "dtype", "parent", "name"}
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> FlaxPreTrainedModel:
+        return cls(config, **kwargs)
+
+    def _build_module(self) -> nn.Module:
+        return self.module_class(config=self.config, dtype=self.dtype, **self._module_kwargs)
+
+    @property
+    def framework(self) -> str:
+        """Always ``"flax"``."""
+        return "flax"
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self._config
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters; ValueError if the model was made with ``_do_init=False``."""
+        if not self._is_initialized:
+            raise ValueError(
+                "a model made with _do_init=False keeps no params: make them with init_weights or from_pretrained, "
+                "keep them outside and pass them as params="
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        if not self._is_initialized:
+            raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
+        params = unfreeze(params)
+        missing = self.required_params - set(flatten_dict(params))
+        if missing:
+            raise ValueError(f"params lack {_joined(missing)}; give all of required_params")
+        self._params = params
+
+    @property
+    def params_shape_tree(self) -> dict[str, Any]:
+        """The tree with a ``jax.ShapeDtypeStruct`` for each parameter."""
+        return self._params_shape_tree
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        """Paths of all parameters, as tuples of names."""
+        return self._required_params
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has ``generate``."""
+        return cls._generates
+
+    def num_parameters(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params_shape_tree))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them; outputs stay the same."""
+        self._set_gradient_checkpointing(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations for the backward pass."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        self._module_kwargs = {**self._module_kwargs, "gradient_checkpointing": value}
+        self._module = self._build_module()
+
+    # Parameters
+
+    def _random_params(self, rng: jax.Array, input_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+        params_rng, dropout_rng = jax.random.split(rng)
+        inputs = self.dummy_inputs(self.input_shape if input_shape is None else tuple(input_shape))
+        return self.module.init({"params": params_rng, "dropout": dropout_rng}, **inputs)["params"]
+
+    def init_weights(
+        self, rng: jax.Array, input_shape: tuple[int, ...] | None = None, params: Params | None = None
+    ) -> dict[str, Any]:
+        """Random float32 parameters.
+
+        Args:
+            rng: a PRNG key.
+            input_shape: of the dummy input, the model's own if None.
+            params: leaves to keep; only those that are missing are drawn.
+
+        Returns:
+            The parameter tree.
+        """
+        # Compiled, so that the forward pass on the dummy inputs is dropped as dead code.
+        drawn = jax.jit(lambda rng: self._random_params(rng, input_shape))(rng)
+        if params is None:
+            return drawn
+        kept = flatten_dict(unfreeze(params))
+        return unflatten_dict({**{p: leaf for p, leaf in flatten_dict(drawn).items() if p not in kept}, **kept})
+
+    def to_bf16(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
+        """A copy of ``params`` with floating leaves in bfloat16.
+
+        Args:
+            params: a parameter tree.
+            mask: a tree of booleans of the same structure; False leaves a leaf as it is.
+
+        Raises:
+            ValueError: ``mask`` has another structure.
+        """
+        return _cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
+        """As :meth:`to_bf16`, in float16."""
+        return _cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
+        """As :meth:`to_bf16`, in float32."""
+        return _cast(params, jnp.float32, mask)
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        dtype: DTypeLike | None = None,
+        *,
+        from_pt: bool | None = None,
+        param_dtype: DTypeLike | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        revision: str = "main",
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        _do_init: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Make a model from a checkpoint.
+
+        Args:
+            name_or_path: a directory, a weight file (its directory has the configuration), or a Hub id.
+            dtype: of the computation and of the stored parameters. None follows the checkpoint: parameters stay as
+                stored, and the dtype that most of them have is that of the computation.
+            from_pt: True insists on the PyTorch layout, False on the Flax layout, None takes what is there (the Flax
+                layout first).
+            param_dtype: of the stored parameters, if it is to differ from ``dtype``.
+            config: instead of the checkpoint's: a configuration, or where to load one.
+            revision, subfolder, token, cache_dir, local_files_only, force_download: of the Hub, as in
+                ``transformers``; ``subfolder`` also of a directory.
+            ignore_mismatched_sizes: load what fits: weights of another shape are drawn at random, and weights that the
+                configuration has no place for are left out.
+            output_loading_info: also return what :class:`dict` of ``missing_keys``, ``unexpected_keys``,
+                ``mismatched_keys`` and ``error_msgs`` was found.
+            _do_init: False returns ``(model, params)``, and the model keeps no parameters. A missing head is then
+                missing from ``params``: ``model.init_weights(rng, params=params)`` completes it.
+            **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change.
+
+        Returns:
+            The model; ``(model, params)`` with ``_do_init=False``; with ``output_loading_info`` these and the dict.
+
+        Raises:
+            CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) a file is missing.
+            ValueError: damaged files, another model's checkpoint, weights that are missing, mismatched, or too many,
+                all of them listed; unknown keywords.
+        """
+        hub = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if value is not None:
+                _check_float_dtype(name, value)
+        source = Source.locate(name_or_path, subfolder, **hub)
+        if config is None:
+            config = load_config(cls.config_class, source)
+        elif not isinstance(config, PreTrainedConfig):
+            config = load_config(cls.config_class, Source.locate(config, **hub))
+        model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
+        config = override_config(config, config_kwargs)
+
+        layout, tensors = source.weights(from_pt)
+        # float32 stands in until the weights are read: the shapes do not depend on it.
+        model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
+        stored = param_dtype if param_dtype is not None else dtype
+        loaded = _load(model, layout, tensors, stored, source.name, ignore_mismatched_sizes)
+        if dtype is None:
+            model.dtype = _main_dtype(loaded.params)
+            model._module = model._build_module()
+        model._missing_keys = {tuple(path.split("/")) for path in loaded.missing}
+        params = unflatten_dict(loaded.params, sep="/")
+        if model.can_generate() and (values := source.read_json("generation_config.json")) is not None:
+            model.generation_config = GenerationConfig.from_dict(values)
+
+        result: tuple[Any, ...] = (model, params)
+        if _do_init:
+            if len(loaded.params) < len(model.required_params):
+                drawn = _cast(model.init_weights(model.key), model.dtype if stored is None else stored, None)
+                params = unflatten_dict({**flatten_dict(drawn), **flatten_dict(params)})
+            model._is_initialized = True
+            model.params = params
+            result = (model,)
+        if output_loading_info:
+            result += (
+                {
+                    "missing_keys": loaded.missing,
+                    "unexpected_keys": loaded.unexpected,
+                    "mismatched_keys": loaded.mismatched,
+                    "error_msgs": [],
+                },
+            )
+        return result if len(result) > 1 else result[0]
+
+    @classmethod
+    def _split_kwargs(cls, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> tuple[dict, dict]:
+        of_model = {"seed", "input_shape"} | cls._module_fields()
+        of_config = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
+        of_call = set(inspect.signature(cls.from_pretrained).parameters) - {"name_or_path", "kwargs"}
+        for name in kwargs:
+            if name not in of_model | of_config:
+                hint = did_you_mean(name, of_model | of_config | of_call)
+                raise ValueError(f"{cls.__name__}.from_pretrained has no keyword argument {name!r}{hint}")
+        model_kwargs = {name: value for name, value in kwargs.items() if name in of_model}
+        return model_kwargs, {name: value for name, value in kwargs.items() if name not in of_model}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        params: Params | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        token: str | bool | None = None,
+        safe_serialization: bool = True,
+        to_pt: bool = False,
+        repo_id: str | None = None,
+    ) -> None:
+        """Write weights and configurations to a directory, each file atomically and ``config.json`` last.
+
+        Args:
+            save_directory: made if it is not there.
+            params: the parameters to write, the model's own if None.
+            push_to_hub: also upload the files that were written.
+            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``. A larger
+                model is refused: only single files are written so far.
+            token: for the upload.
+            safe_serialization: must be True: only safetensors is written.
+            to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
+                ``transformers`` load.
+            repo_id: where to upload to, the name of the directory if None.
+
+        Raises:
+            ValueError: incomplete ``params``, a file in place of the directory, a model above ``max_shard_size``,
+                ``safe_serialization=False``.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only safetensors is written; leave it out")
+        if repo_id is not None and not push_to_hub:
+            raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
+        params = self.params if params is None else unfreeze(params)
+        missing = self.required_params - set(flatten_dict(params))
+        if missing:
+            raise ValueError(f"params lack {_joined(missing)}; give all of required_params")
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        if size > convert_file_size_to_int(max_shard_size):
+            raise ValueError(
+                f"max_shard_size={max_shard_size!r}, but the weights are {size} bytes and only single files are "
+                f"written: pass max_shard_size={size}"
+            )
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        if to_pt:
+            write_safetensors(folder / PT_WEIGHTS, tables.to_pt_state(params, self.checkpoint_rules), "pt")
+            if (folder / FLAX_WEIGHTS).exists():
+                logger.warning(
+                    f"{folder} also holds {FLAX_WEIGHTS}, which from_pretrained prefers: remove it or load with "
+                    "from_pt=True"
+                )
+        else:
+            write_safetensors(folder / FLAX_WEIGHTS, tables.to_flax_state(params), "flax")
+        written = [PT_WEIGHTS if to_pt else FLAX_WEIGHTS]
+        if self.generation_config is not None:
+            written.append("generation_config.json")
+            write_text(folder / written[-1], self.generation_config.to_json_string(use_diff=True))
+        written.append("config.json")
+        write_text(folder / written[-1], self._config_json(params))
+        if push_to_hub:
+            from huggingface_hub import HfApi  # only here: it imports the HTTP client
+
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id or folder.resolve().name, exist_ok=True).repo_id
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                allow_patterns=written,
+                commit_message=f"Upload {type(self).__name__}",
+            )
+
+    def _config_json(self, params: Params) -> str:
+        """The configuration as upstream writes it: architecture under its PyTorch name, dtype of the weights."""
+        values = json.loads(self.config.to_json_string(use_diff=True))
+        values["architectures"] = [type(self).__name__.removeprefix("Flax")]
+        values["dtype"] = _main_dtype(flatten_dict(params)).name
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _load(
+    model: FlaxPreTrainedModel,
+    layout: str,
+    tensors: Mapping[str, np.ndarray],
+    dtype: DTypeLike | None,
+    name: str,
+    ignore_mismatched_sizes: bool,
+) -> tables.ReadResult:
+    """Read the leaves of a model, and raise if the checkpoint does not fit it."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(model.params_shape_tree, sep="/").items()}
+    slots = tables.pt_slots(shapes, model.checkpoint_rules) if layout == "pt" else tables.flax_slots(shapes)
+    base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
+    prefix, rename = tables.choose_renaming(slots, tensors, model.checkpoint_prefixes, base)
+    loaded = tables.read_slots(slots, shapes, tensors, rename, lambda leaf: _to_device(leaf, dtype))
+
+    head = {path for path in shapes if base and not path.startswith(f"{base}/")}
+    new_head = bool(head) and head <= set(loaded.missing)
+    missing = sorted(set(loaded.missing) - head) if new_head else loaded.missing
+    # Weights of a part that this class lacks (a head) are no concern; further weights of a part that it has are.
+    parts = {slot.key.split(".")[0] for slot in slots}
+    surplus = [
+        key
+        for key in loaded.unexpected
+        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
+    ]
+    problems = [f"no weights for {missing}"] if missing else []
+    if not ignore_mismatched_sizes:
+        problems += [f"{key} is {ours} by the config, {theirs} in the file" for key, theirs, ours in loaded.mismatched]
+        problems += [f"the config has no place for {surplus}"] if surplus else []
+    if problems:
+        raise ValueError(
+            f"{name!r} does not fit {type(model).__name__}: {'; '.join(problems)}. Use the config that belongs to the "
+            "weights (ignore_mismatched_sizes=True loads what fits, missing weights excepted)"
+        )
+    class_name = type(model).__name__
+    if new_head:
+        logger.warning(f"{name!r} has no weights for {sorted(head)} of {class_name}: they are random, train them")
+    if loaded.mismatched:
+        logger.warning(f"weights of other shapes in {name!r} are left out and drawn at random: {loaded.mismatched}")
+    if surplus:
+        logger.warning(f"weights of {name!r} that {class_name} has no place for are left out: {surplus}")
+    return loaded
+
+
+def _to_device(leaf: np.ndarray, dtype: DTypeLike | None) -> jax.Array:
+    """One leaf as a JAX array, cast if it is floating; ValueError rather than a silent cut of float64."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if dtype is not None and floating:
+        leaf = leaf.astype(dtype)
+    elif leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("the checkpoint is in float64: enable jax_enable_x64 or pass dtype=jnp.float32")
+    # A copy, so that the array neither pins the tensor it was sliced from nor depends on its memory.
+    return jnp.array(leaf)
+
+
+def _main_dtype(params: Mapping[Any, Any]) -> jnp.dtype:
+    """The floating dtype that most of the numbers have."""
+    sizes: Counter = Counter()
+    for leaf in params.values():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            sizes[jnp.dtype(leaf.dtype)] += leaf.size
+    return sizes.most_common(1)[0][0] if sizes else jnp.dtype(jnp.float32)
+
+
+def _check_float_dtype(name: str, dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype!r}")
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(f"{name} is float64, which JAX has only with jax_enable_x64: enable it or use jnp.float32")
+
+
+def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, Any]:
+    params = unfreeze(params)
+
+    def cast(leaf: Any, chosen: bool) -> Any:
+        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    if mask is None:
+        return jax.tree.map(lambda leaf: cast(leaf, True), params)
+    mask = unfreeze(mask)
+    if jax.tree.structure(mask) != jax.tree.structure(params):
+        raise ValueError("mask must be a tree of booleans with the structure of params")
+    return jax.tree.map(cast, params, mask)
+
+
+def _joined(paths: set[tuple[str, ...]]) -> list[str]:
+    return sorted("/".join(path) for path in paths)

@@ -1,0 +1,1204 @@
+"""Mimi in Flax linen, from the smallest module to the whole codec.
+
+Mimi (Défossez et al., 2024) is a SEANet encoder, a transformer and a downsampling convolution, a split residual vector
+quantizer, and the mirror image of the first three. Names, argument order and parameter paths follow
+``transformers.models.mimi.modeling_mimi``, the paths as in its files. What departs from it:
+
+- Inside, arrays are channels last; the models take and return upstream's channels-first arrays.
+- ``padding_mask`` counts: a row that is padded on the right is coded and decoded as if it were alone.
+- What upstream forces to float32 is computed in *at least* float32.
+- The codebook buffers are leaves of the parameter tree, without gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+from transformers import MimiConfig
+from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
+
+from ...modeling_flax_outputs import FlaxModelOutput
+from ...modeling_flax_utils import FlaxPreTrainedModel
+from ..activations import ACT2FN
+from ..input_checks import check_ids, check_rank, is_traced
+from .checkpoint_flax_mimi import MIMI_RULES
+from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
+
+Params = Any
+Lengths = Int[Array, "batch"] | None
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- outputs
+
+
+@flax.struct.dataclass
+class FlaxMimiTransformerOutput(FlaxModelOutput):
+    """Output of the transformer, all ``(batch, frames, hidden_size)`` but ``attentions``; see
+    :class:`FlaxMimiEncoderModelOutput`."""
+
+    last_hidden_state: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class FlaxMimiEncoderModelOutput(FlaxModelOutput):
+    """Output of the encoder half.
+
+    Attributes:
+        latents: ``(batch, hidden_size, frames)``.
+        hidden_states: input and output of every transformer layer, each ``(batch, steps, hidden_size)``, where steps
+            come before the downsampling (two a frame in the released Mimi).
+        attentions: weights of every transformer layer, each ``(batch, heads, steps, steps)``.
+    """
+
+    latents: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class FlaxMimiEncoderOutput(FlaxModelOutput):
+    """Output of ``encode``: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32, the rest as in
+    :class:`FlaxMimiEncoderModelOutput`."""
+
+    audio_codes: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class FlaxMimiDecoderOutput(FlaxModelOutput):
+    """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the rest as in
+    :class:`FlaxMimiEncoderModelOutput`."""
+
+    audio_values: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class FlaxMimiOutput(FlaxModelOutput):
+    """Output of the whole codec: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32 and ``audio_values``
+    ``(batch, audio_channels, samples)``."""
+
+    audio_codes: jax.Array | None = None
+    audio_values: jax.Array | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ convolutions
+
+
+class FlaxMimiKernel(nn.Module):
+    """Kernel and bias of a convolution, drawn as upstream does: Kaiming normal, and uniform by the number of inputs.
+
+    Attributes:
+        shape: of the kernel; ``shape[0] * shape[1]`` is torch's fan-in, of transposed convolutions too.
+        bias_shape: None for no bias.
+        fan_in: inputs of an output, for the bias.
+    """
+
+    shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None = None
+    fan_in: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", _kaiming, self.shape, jnp.float32).astype(self.dtype)
+        if self.bias_shape is None:
+            return kernel, None
+        limit = math.sqrt(1 / self.fan_in)
+        bias = self.param(
+            "bias", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit), self.bias_shape
+        )
+        return kernel, bias.astype(self.dtype)
+
+
+class FlaxMimiConv1d(nn.Module):
+    """Convolution that pads itself, on the left only if ``config.use_causal_conv``; upstream ``MimiConv1d``.
+
+    Raises:
+        ValueError: an unknown ``pad_mode``, or a stride wider than the kernel.
+    """
+
+    config: MimiConfig
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    pad_mode: str | None = None
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch frames in_channels"], lengths: Lengths = None
+    ) -> Float[Array, "batch frames_out out_channels"]:
+        mode = self.config.pad_mode if self.pad_mode is None else self.pad_mode
+        if mode not in PAD_MODES:
+            raise ValueError(f"`pad_mode` is {mode!r}, but must be one of {', '.join(PAD_MODES)}.")
+        total = (self.kernel_size - 1) * self.dilation + 1 - self.stride
+        if total < 0:
+            raise ValueError(
+                f"`stride` is {self.stride}, wider than `kernel_size` {self.kernel_size}: choose a smaller."
+            )
+        in_per_group = self.in_channels // self.groups
+        kernel, bias = FlaxMimiKernel(
+            (self.kernel_size, in_per_group, self.out_channels),
+            (self.out_channels,) if self.use_bias else None,
+            in_per_group * self.kernel_size,
+            self.dtype,
+            name="conv",
+        )()
+        right = 0 if self.config.use_causal_conv else total // 2
+        x = pad_frames(x.astype(self.dtype), total - right, right, self.stride, mode, lengths)
+        x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
+        return x if bias is None else x + bias
+
+
+class FlaxMimiConvTranspose1d(nn.Module):
+    """Transposed convolution, trimmed to ``stride`` outputs an input; upstream ``MimiConvTranspose1d``.
+
+    Raises:
+        ValueError: ``config.trim_right_ratio`` other than 1 without ``config.use_causal_conv``.
+    """
+
+    config: MimiConfig
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch frames in_channels"], lengths: Lengths = None
+    ) -> Float[Array, "batch frames*{self.stride} out_channels"]:
+        causal, ratio = self.config.use_causal_conv, self.config.trim_right_ratio
+        if not causal and ratio != 1.0:
+            raise ValueError(
+                f"`trim_right_ratio` is {ratio}, which has no meaning with `use_causal_conv=False`: leave it at 1.0."
+            )
+        out_per_group = self.out_channels // self.groups
+        kernel, bias = FlaxMimiKernel(
+            (self.kernel_size, out_per_group, self.in_channels),
+            (self.out_channels,) if self.use_bias else None,
+            self.in_channels // self.groups * self.kernel_size,
+            self.dtype,
+            name="conv",
+        )()
+        total = self.kernel_size - self.stride
+        right = math.ceil(total * ratio) if causal else total // 2
+        left = total - right
+        frames = x.shape[1]
+        x = x.astype(self.dtype)
+        if lengths is not None:
+            # a padding frame must not reach back into the row
+            x = jnp.where(jnp.arange(frames)[:, None] < lengths[:, None, None], x, 0)
+        x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
+        return x if bias is None else x + bias
+
+
+# ------------------------------------------------------------------------------------------------------------ SEANet
+
+
+class FlaxMimiResnetBranch(nn.Module):
+    """The two convolutions of a residual block, numbered as in the files (0 and 2 are activations)."""
+
+    config: MimiConfig
+    dim: int
+    dilations: tuple[int, int]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None
+    ) -> Float[Array, "batch frames dim"]:
+        hidden = self.dim // self.config.compress
+        width = self.config.residual_kernel_size
+        first, second = self.dilations
+        x = FlaxMimiConv1d(self.config, self.dim, hidden, width, dilation=first, dtype=self.dtype, name="1")(
+            nn.elu(x), lengths
+        )
+        return FlaxMimiConv1d(self.config, hidden, self.dim, 1, dilation=second, dtype=self.dtype, name="3")(
+            nn.elu(x), lengths
+        )
+
+
+class FlaxMimiResnetBlock(nn.Module):
+    """Residual block of SEANet; upstream ``MimiResnetBlock``."""
+
+    config: MimiConfig
+    dim: int
+    dilations: tuple[int, int]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None
+    ) -> Float[Array, "batch frames dim"]:
+        residual = x
+        if self.config.use_conv_shortcut:
+            residual = FlaxMimiConv1d(self.config, self.dim, self.dim, 1, dtype=self.dtype, name="shortcut")(
+                x, lengths
+            )
+        return residual + FlaxMimiResnetBranch(self.config, self.dim, self.dilations, self.dtype, name="block")(
+            x, lengths
+        )
+
+
+class FlaxMimiEncoderLayers(nn.Module):
+    """The numbered layers of :class:`FlaxMimiEncoder`."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch samples channels"], lengths: Lengths = None
+    ) -> Float[Array, "batch steps hidden_size"]:
+        config, dtype = self.config, self.dtype
+        dim, index = config.num_filters, 1
+        x = FlaxMimiConv1d(config, config.audio_channels, dim, config.kernel_size, dtype=dtype, name="0")(x, lengths)
+        for ratio in reversed(config.upsampling_ratios):
+            for block in range(config.num_residual_layers):
+                dilations = (config.dilation_growth_rate**block, 1)
+                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths)
+                index += 1
+            conv = FlaxMimiConv1d(config, dim, 2 * dim, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
+            x = conv(nn.elu(x), lengths)
+            lengths = None if lengths is None else frames_out(lengths, ratio)
+            dim, index = 2 * dim, index + 2
+        last = FlaxMimiConv1d(
+            config, dim, config.hidden_size, config.last_kernel_size, dtype=dtype, name=str(index + 1)
+        )
+        return last(nn.elu(x), lengths)
+
+
+class FlaxMimiEncoder(nn.Module):
+    """SEANet encoder, channels last; upstream ``MimiEncoder``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch samples channels"], lengths: Lengths = None
+    ) -> Float[Array, "batch steps hidden_size"]:
+        return FlaxMimiEncoderLayers(self.config, self.dtype, name="layers")(x, lengths)
+
+
+class FlaxMimiDecoderLayers(nn.Module):
+    """The numbered layers of :class:`FlaxMimiDecoder`."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch steps hidden_size"], lengths: Lengths = None
+    ) -> Float[Array, "batch samples channels"]:
+        config, dtype = self.config, self.dtype
+        dim, index = 2 ** len(config.upsampling_ratios) * config.num_filters, 1
+        x = FlaxMimiConv1d(config, config.hidden_size, dim, config.kernel_size, dtype=dtype, name="0")(x, lengths)
+        for ratio in config.upsampling_ratios:
+            conv = FlaxMimiConvTranspose1d(config, dim, dim // 2, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
+            x = conv(nn.elu(x), lengths)
+            lengths = None if lengths is None else lengths * ratio
+            dim, index = dim // 2, index + 2
+            for block in range(config.num_residual_layers):
+                dilations = (config.dilation_growth_rate**block, 1)
+                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths)
+                index += 1
+        last = FlaxMimiConv1d(
+            config, dim, config.audio_channels, config.last_kernel_size, dtype=dtype, name=str(index + 1)
+        )
+        return last(nn.elu(x), lengths)
+
+
+class FlaxMimiDecoder(nn.Module):
+    """SEANet decoder, channels last; upstream ``MimiDecoder``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch steps hidden_size"], lengths: Lengths = None
+    ) -> Float[Array, "batch samples channels"]:
+        return FlaxMimiDecoderLayers(self.config, self.dtype, name="layers")(x, lengths)
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+class FlaxMimiLayerScale(nn.Module):
+    """Learnt scale of a residual branch, small at first (Touvron et al., 2021); upstream ``MimiLayerScale``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        initial = nn.initializers.constant(self.config.layer_scale_initial_scale)
+        scale = self.param("scale", initial, (self.config.hidden_size,), jnp.float32)
+        return scale.astype(self.dtype) * x
+
+
+def rotary_angles(
+    config: MimiConfig, positions: Int[Array, "steps"], dtype: DTypeLike
+) -> tuple[Float[Array, "steps head_dim"], Float[Array, "steps head_dim"]]:
+    """Cosines and sines of the rotary embedding, computed in at least float32; upstream ``MimiRotaryEmbedding``.
+
+    Raises:
+        ValueError: ``config.rope_parameters`` asks for scaled frequencies.
+    """
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type != "default":
+        raise ValueError(f"`rope_parameters` has rope_type={rope_type!r}, but only 'default' is supported.")
+    wide = at_least_float32(dtype)
+    exponents = np.arange(0, config.head_dim, 2, dtype=wide) / config.head_dim
+    frequencies = (1.0 / config.rope_parameters["rope_theta"] ** exponents).astype(wide)
+    angles = positions[:, None].astype(wide) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def apply_rotary(
+    x: Float[Array, "batch steps heads head_dim"],
+    cos: Float[Array, "steps head_dim"],
+    sin: Float[Array, "steps head_dim"],
+) -> Float[Array, "batch steps heads head_dim"]:
+    """Turn the pairs (i, i + head_dim / 2) of every head."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos[:, None] + jnp.concatenate([-second, first], axis=-1) * sin[:, None]
+
+
+def sliding_window_mask(steps: int, window: int) -> Bool[Array, "steps steps"]:
+    """True where a query (row) sees a key (column): itself and the ``window - 1`` before it."""
+    behind = jnp.arange(steps)[:, None] - jnp.arange(steps)
+    return (behind >= 0) & (behind < window)
+
+
+class FlaxMimiMLP(nn.Module):
+    """Two layers without bias; upstream ``MimiMLP``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        normal = nn.initializers.normal(self.config.initializer_range)
+        x = nn.Dense(self.config.intermediate_size, False, self.dtype, kernel_init=normal, name="fc1")(x)
+        x = ACT2FN[self.config.hidden_act](x)
+        return nn.Dense(self.config.hidden_size, False, self.dtype, kernel_init=normal, name="fc2")(x)
+
+
+class FlaxMimiAttention(nn.Module):
+    """Causal attention in a sliding window, heads in groups that share keys and values; upstream ``MimiAttention``.
+
+    Raises:
+        ValueError: ``hidden_size`` no multiple of the heads, or the heads no multiple of the key-value heads.
+    """
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        cos: Float[Array, "steps head_dim"],
+        sin: Float[Array, "steps head_dim"],
+        mask: Bool[Array, "steps steps"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
+        config = self.config
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if config.hidden_size % heads:
+            raise ValueError(
+                f"`hidden_size` {config.hidden_size} must be a multiple of `num_attention_heads` {heads}."
+            )
+        if heads % kv_heads:
+            raise ValueError(f"`num_attention_heads` {heads} must be a multiple of `num_key_value_heads` {kv_heads}.")
+
+        def project(name: str, features: int):
+            normal = nn.initializers.normal(config.initializer_range)
+            return nn.Dense(features, config.attention_bias, self.dtype, kernel_init=normal, name=name)
+
+        batch, steps, _ = x.shape
+        query = project("q_proj", heads * head_dim)(x).reshape(batch, steps, heads, head_dim)
+        key = project("k_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
+        value = project("v_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+
+        # [batch, kv_heads, heads of the group, queries, keys]
+        query = query.reshape(batch, steps, kv_heads, heads // kv_heads, head_dim)
+        scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key) * (1 / math.sqrt(head_dim))
+        scores = jnp.where(mask, scores.astype(at_least_float32(self.dtype)), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.Dropout(float(config.attention_dropout))(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, steps, heads * head_dim)
+        return project("o_proj", config.hidden_size)(mixed), weights.reshape(batch, heads, steps, steps)
+
+
+class FlaxMimiTransformerLayer(nn.Module):
+    """Attention and MLP with pre-norm and layer scale; upstream ``MimiTransformerLayer``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        cos: Float[Array, "steps head_dim"],
+        sin: Float[Array, "steps head_dim"],
+        mask: Bool[Array, "steps steps"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
+        config, dtype = self.config, self.dtype
+
+        def norm(name: str):
+            # the fast variance E[x²] - E[x]² cancels
+            return nn.LayerNorm(config.norm_eps, dtype, use_fast_variance=False, name=name)
+
+        mixed, weights = FlaxMimiAttention(config, dtype, name="self_attn")(
+            norm("input_layernorm")(x), cos, sin, mask, deterministic
+        )
+        x = x + FlaxMimiLayerScale(config, dtype, name="self_attn_layer_scale")(mixed)
+        hidden = FlaxMimiMLP(config, dtype, name="mlp")(norm("post_attention_layernorm")(x))
+        return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights
+
+
+class FlaxMimiTransformerLayers(nn.Module):
+    """The numbered layers of :class:`FlaxMimiTransformerModel`; returns all states and all weights."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @nn.compact
+    def __call__(self, x, cos, sin, mask, deterministic: bool = True):
+        layer_class = FlaxMimiTransformerLayer
+        if self.gradient_checkpointing:
+            layer_class = nn.remat(layer_class, static_argnums=(5,))
+        states, attentions = [x], []
+        for index in range(self.config.num_hidden_layers):
+            x, weights = layer_class(self.config, self.dtype, name=str(index))(x, cos, sin, mask, deterministic)
+            states.append(x)
+            attentions.append(weights)
+        return tuple(states), tuple(attentions)
+
+
+class FlaxMimiTransformerModel(nn.Module):
+    """Transformer without final norm; upstream ``MimiTransformerModel``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> FlaxMimiTransformerOutput:
+        steps = x.shape[1]
+        cos, sin = rotary_angles(self.config, jnp.arange(steps), self.dtype)
+        mask = sliding_window_mask(steps, self.config.sliding_window)
+        layers = FlaxMimiTransformerLayers(self.config, self.dtype, self.gradient_checkpointing, name="layers")
+        states, attentions = layers(x.astype(self.dtype), cos, sin, mask, deterministic)
+        return FlaxMimiTransformerOutput(
+            last_hidden_state=states[-1],
+            hidden_states=states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- quantizer
+
+
+def nearest(x: Float[Array, "*shape dim"], table: Float[Array, "entries dim"]) -> Int[Array, "*shape"]:
+    """Index of the nearest entry of the table (Euclidean), the first of equally near ones; int32."""
+    # |x - e|² without |x|², which is the same for all entries
+    products = jnp.matmul(x, table.T, precision=lax.Precision.HIGHEST)
+    return jnp.argmin(jnp.sum(jnp.square(table), axis=-1) - 2 * products, axis=-1).astype(jnp.int32)
+
+
+class FlaxMimiEuclideanCodebook(nn.Module):
+    """Entries of a codebook from running sums; upstream ``MimiEuclideanCodebook``.
+
+    The three leaves are upstream's buffers, so no gradient flows into them. They start as upstream's do, with all
+    entries zero.
+    """
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "entries dim"]:
+        """The entries in at least float32."""
+        size, dim = self.config.codebook_size, self.config.codebook_dim
+        self.param("initialized", nn.initializers.ones, (1,), jnp.float32)
+        usage = self.param("cluster_usage", nn.initializers.ones, (size,), jnp.float32)
+        total = self.param("embed_sum", nn.initializers.zeros, (size, dim), jnp.float32)
+        usage, total = (leaf.astype(at_least_float32(self.dtype)) for leaf in (usage, total))
+        return lax.stop_gradient(total / jnp.maximum(usage, self.epsilon)[:, None])
+
+
+class FlaxMimiVectorQuantization(nn.Module):
+    """One stage of the residual quantizer; upstream ``MimiVectorQuantization``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.codebook = FlaxMimiEuclideanCodebook(self.config, self.dtype)
+
+    def encode(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
+        return nearest(x, self.codebook())
+
+    def decode(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
+        return self.codebook()[codes]
+
+
+class FlaxMimiQuantizerLayers(nn.Module):
+    """The numbered stages of :class:`FlaxMimiResidualVectorQuantizer`; returns all tables."""
+
+    config: MimiConfig
+    num_quantizers: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "entries dim"], ...]:
+        stages = [
+            FlaxMimiVectorQuantization(self.config, self.dtype, name=str(index))
+            for index in range(self.num_quantizers)
+        ]
+        return tuple(stage.codebook() for stage in stages)
+
+
+class FlaxMimiResidualVectorQuantizer(nn.Module):
+    """Each stage quantizes what the stages before it left over; upstream ``MimiResidualVectorQuantizer``.
+
+    Channels last, in at least float32.
+    """
+
+    config: MimiConfig
+    num_quantizers: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        config, inner = self.config, self.config.vector_quantization_hidden_dimension
+        wide = at_least_float32(self.dtype)
+        self.layers = FlaxMimiQuantizerLayers(config, self.num_quantizers, self.dtype)
+        self.input_proj = self.output_proj = None
+        if inner != config.hidden_size:
+            self.input_proj = FlaxMimiKernel((1, config.hidden_size, inner), dtype=wide)
+            self.output_proj = FlaxMimiKernel((1, inner, config.hidden_size), dtype=wide)
+
+    def _weights(self):
+        """Both projections and all tables, so that every call, of either direction, reaches every parameter."""
+        if self.input_proj is None:
+            return None, None, self.layers()
+        return self.input_proj()[0][0], self.output_proj()[0][0], self.layers()
+
+    def encode(
+        self, latents: Float[Array, "batch frames hidden_size"], num_quantizers: int | None = None
+    ) -> Int[Array, "batch num_quantizers frames"]:
+        """The codes of the first ``num_quantizers`` stages, of all if None."""
+        projection, _, tables = self._weights()
+        residual = latents.astype(at_least_float32(self.dtype))
+        if projection is not None:
+            residual = jnp.matmul(residual, projection, precision=lax.Precision.HIGHEST)
+        codes = [jnp.zeros((latents.shape[0], 0, latents.shape[1]), jnp.int32)]
+        for table in tables[:num_quantizers]:
+            chosen = nearest(residual, table)
+            residual = residual - table[chosen]
+            codes.append(chosen[:, None])
+        return jnp.concatenate(codes, axis=1)
+
+    def decode(self, codes: Int[Array, "batch num_quantizers frames"]) -> Float[Array, "batch frames hidden_size"]:
+        """The sum of the entries, projected back."""
+        _, projection, tables = self._weights()
+        shape = (codes.shape[0], codes.shape[2], tables[0].shape[-1])
+        total = jnp.zeros(shape, at_least_float32(self.dtype))
+        for index in range(codes.shape[1]):
+            total = total + tables[index][codes[:, index]]
+        return total if projection is None else total @ projection
+
+
+class FlaxMimiSplitResidualVectorQuantizer(nn.Module):
+    """Semantic and acoustic codebooks, both quantizing the latents; upstream ``MimiSplitResidualVectorQuantizer``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        config = self.config
+        semantic = config.num_semantic_quantizers
+        self.semantic_residual_vector_quantizer = FlaxMimiResidualVectorQuantizer(config, semantic, self.dtype)
+        self.acoustic_residual_vector_quantizer = FlaxMimiResidualVectorQuantizer(
+            config, config.num_quantizers - semantic, self.dtype
+        )
+
+    def encode(
+        self, latents: Float[Array, "batch frames hidden_size"], num_quantizers: int | None = None
+    ) -> Int[Array, "batch num_quantizers frames"]:
+        """Codes of all or the first ``num_quantizers`` codebooks, int32.
+
+        Raises:
+            ValueError: more than there are, or fewer than the semantic ones.
+        """
+        most, least = self.config.num_quantizers, self.config.num_semantic_quantizers
+        number = most if num_quantizers is None else num_quantizers
+        if not least <= number <= most:
+            raise ValueError(
+                f"`num_quantizers` is {number}, but this Mimi has {most} codebooks, of which the {least} semantic are "
+                f"always used: choose from {least} to {most}."
+            )
+        semantic = self.semantic_residual_vector_quantizer.encode(latents)
+        acoustic = self.acoustic_residual_vector_quantizer.encode(latents, number - least)
+        return jnp.concatenate([semantic, acoustic], axis=1)
+
+    def decode(self, codes: Int[Array, "batch num_quantizers frames"]) -> Float[Array, "batch frames hidden_size"]:
+        """Latents of the codes. Codes outside the codebook are clamped: the models check what is not traced."""
+        semantic = self.config.num_semantic_quantizers
+        latents = self.semantic_residual_vector_quantizer.decode(codes[:, :semantic])
+        return latents + self.acoustic_residual_vector_quantizer.decode(codes[:, semantic:])
+
+
+# ------------------------------------------------------------------------------------------------------------ halves
+
+
+def _resamples(config: MimiConfig) -> bool:
+    """Whether the frames of the codes come at another rate than SEANet's."""
+    return config.frame_rate != config.encodec_frame_rate
+
+
+def encoded_length(config: MimiConfig, samples):
+    """Frames that ``samples`` samples become (int or integer array): every layer rounds up."""
+    hop = math.prod(config.upsampling_ratios) * (config.latent_stride if _resamples(config) else 1)
+    return frames_out(samples, hop)
+
+
+def _row_lengths(padding_mask: Bool[Array, "batch ..."] | None) -> Lengths:
+    """Samples that count in each row of a mask ``(batch, samples)`` or ``(batch, channels, samples)``."""
+    if padding_mask is None:
+        return None
+    mask = padding_mask if padding_mask.ndim == 2 else padding_mask.any(axis=1)
+    return mask.sum(axis=-1, dtype=jnp.int32)
+
+
+class _EncoderHalf:
+    """SEANet encoder, transformer and downsampling, for the two modules that hold them under the same names."""
+
+    def _setup_encoder(self):
+        config, dtype = self.config, self.dtype
+        self.encoder = FlaxMimiEncoder(config, dtype)
+        self.encoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
+        if _resamples(config):
+            stride, dim = config.latent_stride, config.hidden_size
+            self.downsample = FlaxMimiConv1d(
+                config, dim, dim, 2 * stride, stride, pad_mode="replicate", use_bias=False, dtype=dtype
+            )
+
+    def _encode_latents(self, input_values, padding_mask, output_attentions, output_hidden_states, deterministic):
+        """Latents channels last, and the transformer's output."""
+        lengths = _row_lengths(padding_mask)
+        x = self.encoder(input_values.swapaxes(1, 2), lengths)
+        outputs = self.encoder_transformer(x, output_attentions, output_hidden_states, deterministic)
+        x = outputs.last_hidden_state
+        if _resamples(self.config):
+            if lengths is not None:
+                lengths = frames_out(lengths, math.prod(self.config.upsampling_ratios))
+            x = self.downsample(x, lengths)
+        return x, outputs
+
+
+class _DecoderHalf:
+    """Upsampling, transformer and SEANet decoder, for the two modules that hold them under the same names."""
+
+    def _setup_decoder(self):
+        config, dtype = self.config, self.dtype
+        if _resamples(config):
+            stride, dim = config.latent_stride, config.hidden_size
+            self.upsample = FlaxMimiConvTranspose1d(
+                config, dim, dim, 2 * stride, stride, config.upsample_groups, use_bias=False, dtype=dtype
+            )
+        self.decoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
+        self.decoder = FlaxMimiDecoder(config, dtype)
+
+    def _decode_latents(self, x, padding_mask, output_attentions, output_hidden_states, deterministic):
+        """Audio from latents that are channels last."""
+        lengths = _row_lengths(padding_mask)
+        if lengths is not None:
+            # A row without padding keeps frames beyond the mask, which says only where to cut the audio.
+            padded = lengths < padding_mask.shape[-1]
+            lengths = jnp.where(padded, jnp.minimum(encoded_length(self.config, lengths), x.shape[1]), x.shape[1])
+        if _resamples(self.config):
+            x = self.upsample(x, lengths)
+            lengths = None if lengths is None else lengths * self.config.latent_stride
+        outputs = self.decoder_transformer(x, output_attentions, output_hidden_states, deterministic)
+        audio = self.decoder(outputs.last_hidden_state, lengths).swapaxes(1, 2)
+        if padding_mask is not None:
+            audio = audio[..., : padding_mask.shape[-1]]
+        return FlaxMimiDecoderOutput(
+            audio_values=audio, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class FlaxMimiEncoderModule(_EncoderHalf, nn.Module):
+    """From audio to latents; upstream ``MimiEncoderModel``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        self._setup_encoder()
+
+    def __call__(
+        self,
+        input_values: Float[Array, "batch channels samples"],
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> FlaxMimiEncoderModelOutput:
+        latents, outputs = self._encode_latents(
+            input_values, padding_mask, output_attentions, output_hidden_states, deterministic
+        )
+        return FlaxMimiEncoderModelOutput(
+            latents=latents.swapaxes(1, 2), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class FlaxMimiDecoderModule(_DecoderHalf, nn.Module):
+    """From latents to audio; upstream ``MimiDecoderModel``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        self._setup_decoder()
+
+    def __call__(
+        self,
+        latents: Float[Array, "batch hidden_size frames"],
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> FlaxMimiDecoderOutput:
+        latents = latents.swapaxes(1, 2)
+        return self._decode_latents(latents, padding_mask, output_attentions, output_hidden_states, deterministic)
+
+
+class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
+    """The codec, without a half that the configuration drops; upstream ``MimiModel``."""
+
+    config: MimiConfig
+    dtype: DTypeLike = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        if self.config.encoder_config is not None:
+            self._setup_encoder()
+        if self.config.decoder_config is not None:
+            self._setup_decoder()
+        self.quantizer = FlaxMimiSplitResidualVectorQuantizer(self.config, self.dtype)
+
+    def encode(
+        self,
+        input_values: Float[Array, "batch channels samples"],
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+        num_quantizers: int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> FlaxMimiEncoderOutput:
+        """Codes of audio; ValueError if the configuration drops the encoder."""
+        if self.config.encoder_config is None:
+            raise ValueError("this Mimi has no encoder (`encoder_config=None`): load one that has it to encode audio.")
+        latents, outputs = self._encode_latents(
+            input_values, padding_mask, output_attentions, output_hidden_states, deterministic
+        )
+        return FlaxMimiEncoderOutput(
+            audio_codes=self.quantizer.encode(latents, num_quantizers),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def decode(
+        self,
+        audio_codes: Int[Array, "batch num_quantizers frames"],
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        deterministic: bool = True,
+    ) -> FlaxMimiDecoderOutput:
+        """Audio of codes; ValueError if the configuration drops the decoder."""
+        if self.config.decoder_config is None:
+            raise ValueError("this Mimi has no decoder (`decoder_config=None`): load one that has it to decode codes.")
+        latents = self.quantizer.decode(audio_codes).astype(self.dtype)
+        return self._decode_latents(latents, padding_mask, output_attentions, output_hidden_states, deterministic)
+
+    def __call__(
+        self,
+        input_values: Float[Array, "batch channels samples"] | None = None,
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+        num_quantizers: int | None = None,
+        audio_codes: Int[Array, "batch num_quantizers frames"] | None = None,
+        deterministic: bool = True,
+    ) -> FlaxMimiOutput:
+        """Codes of the audio, unless they are given, and the audio of the codes, cut to the length of the input.
+
+        ``init`` takes no input and returns no output: it calls the halves that there are.
+        """
+        if self.is_initializing():
+            self._reach_all_parameters()
+            return FlaxMimiOutput()
+        if audio_codes is None:
+            audio_codes = self.encode(
+                input_values, padding_mask, num_quantizers, deterministic=deterministic
+            ).audio_codes
+        audio_values = self.decode(audio_codes, padding_mask, deterministic=deterministic).audio_values
+        if input_values is not None and padding_mask is None:
+            audio_values = audio_values[..., : input_values.shape[-1]]
+        return FlaxMimiOutput(audio_codes=audio_codes, audio_values=audio_values)
+
+    def _reach_all_parameters(self) -> None:
+        config = self.config
+        if config.encoder_config is not None:
+            self.encode(jnp.zeros((1, config.audio_channels, 1), self.dtype))
+        if config.decoder_config is not None:
+            self.decode(jnp.zeros((1, config.num_quantizers, 1), jnp.int32))
+
+
+# ------------------------------------------------------------------------------------------------- the public models
+
+
+def _checked_audio(config: MimiConfig, input_values: ArrayLike) -> jax.Array:
+    check_rank("input_values", input_values, ("batch", "channels", "samples"))
+    _, channels, samples = np.shape(input_values)
+    if channels != config.audio_channels:
+        raise ValueError(
+            f"`input_values` has {channels} channels, but this Mimi codes {config.audio_channels}: the shape must be "
+            f"(batch, {config.audio_channels}, samples)."
+        )
+    if not samples or not np.shape(input_values)[0]:
+        raise ValueError(f"`input_values` is empty, its shape is {np.shape(input_values)}: give at least one sample.")
+    audio = jnp.asarray(input_values)
+    if not jnp.issubdtype(audio.dtype, jnp.floating):
+        raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
+    if not is_traced(audio) and not np.isfinite(np.asarray(audio, dtype=np.float64)).all():
+        raise ValueError("`input_values` has NaN or infinite samples: remove them, every later frame would be NaN.")
+    return audio
+
+
+def _checked_codes(config: MimiConfig, audio_codes: ArrayLike) -> jax.Array:
+    check_rank("audio_codes", audio_codes, ("batch", "num_quantizers", "frames"))
+    batch, number, frames = np.shape(audio_codes)
+    least, most = config.num_semantic_quantizers, config.num_quantizers
+    if not least <= number <= most:
+        raise ValueError(
+            f"`audio_codes` has {number} codebooks, but this Mimi decodes {least} to {most}: its shape must be "
+            f"(batch, num_quantizers, frames), and is {(batch, number, frames)}."
+        )
+    if not batch or not frames:
+        raise ValueError(f"`audio_codes` is empty, its shape is {(batch, number, frames)}: give at least one frame.")
+    check_ids("audio_codes", audio_codes, config.codebook_size)
+    return jnp.asarray(audio_codes, jnp.int32)
+
+
+def _checked_mask(padding_mask: ArrayLike | None, batch: int, samples: int | None = None) -> jax.Array | None:
+    """The mask as booleans; ``samples`` is None where its length need not be that of anything else."""
+    if padding_mask is None:
+        return None
+    mask = jnp.asarray(padding_mask)
+    if mask.ndim not in (2, 3) or mask.shape[0] != batch or samples not in (None, mask.shape[-1]):
+        length = "samples" if samples is None else samples
+        raise ValueError(
+            f"`padding_mask` must have the shape ({batch}, {length}) or ({batch}, channels, {length}), but has the "
+            f"shape {mask.shape}."
+        )
+    if not is_traced(mask):
+        values = np.asarray(mask)
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError("`padding_mask` must hold only 0 (padding) and 1 (audio).")
+        if (np.diff(values.astype(np.int8), axis=-1) > 0).any():
+            raise ValueError("`padding_mask` has padding before audio: pad on the right (`padding_side='right'`).")
+        if values.all():
+            # nothing to mask, only a length: keep the quick path
+            return None if samples is not None else mask.astype(bool)
+    return mask.astype(bool)
+
+
+class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
+    """What the Mimi classes share.
+
+    ``base_model_prefix`` is ``"mimi"`` for the halves too: upstream's ``"encoder"`` would name SEANet in the files.
+    """
+
+    config_class = MimiConfig
+    base_model_prefix = "mimi"
+    main_input_name = "input_values"
+    checkpoint_rules = MIMI_RULES
+    checkpoint_prefixes = ("", "audio_encoder.")
+    default_input_shape = (1, 1, 1)
+
+    def _run(self, method: str, inputs: tuple, params: Params | None, return_dict: bool | None, train, rng, **options):
+        if train and self.config.attention_dropout and rng is None:
+            raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
+        outputs = self.module.apply(
+            {"params": self.params if params is None else params},
+            *inputs,
+            **options,
+            deterministic=not train,
+            rngs=None if rng is None else {"dropout": rng},
+            method=method,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _flags(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
+        config = self.config
+        return {
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": (
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+        }
+
+    def get_encoded_length(self, input_length):
+        """Frames of the codes of ``input_length`` samples (an int or an integer array, of any shape)."""
+        return encoded_length(self.config, input_length)
+
+    def get_audio_codes_mask(
+        self, padding_mask: ArrayLike, padding_side: str = "right"
+    ) -> Bool[Array, "batch frames"]:
+        """Which frames of the codes count, from the mask of the samples. Not traceable: the shape depends on values.
+
+        Args:
+            padding_mask: ``(batch, samples)``, 1 for audio.
+            padding_side: ``"right"``, or ``"left"`` if the frames are to be aligned at the end.
+
+        Returns:
+            As many frames as the longest row has.
+
+        Raises:
+            ValueError: another rank or side.
+        """
+        check_rank("padding_mask", padding_mask, ("batch", "samples"))
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"`padding_side` is {padding_side!r}, but must be 'left' or 'right'.")
+        lengths = encoded_length(self.config, np.asarray(padding_mask).astype(np.int64).sum(axis=-1))
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        return jnp.asarray(mask if padding_side == "right" else mask[:, ::-1])
+
+
+class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
+    """The encoder half: SEANet encoder, transformer, downsampling; upstream ``MimiEncoderModel``."""
+
+    config_class = MimiEncoderConfig
+    module_class = FlaxMimiEncoderModule
+
+    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"input_values": jnp.zeros((input_shape[0], self.config.audio_channels, input_shape[-1]))}
+
+    def __call__(
+        self,
+        input_values: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FlaxMimiEncoderModelOutput | tuple:
+        """Latents of audio.
+
+        Args:
+            input_values: ``(batch, channels, samples)``, floating, in [-1, 1].
+            padding_mask: ``(batch, samples)`` or ``(batch, channels, samples)``, 1 for audio and 0 for padding, which
+                must be on the right. The latents of a row's own frames are those of the row alone; frames after its
+                end are returned too and mean nothing (:meth:`get_audio_codes_mask` tells which count).
+
+        Raises:
+            ValueError: wrong rank or channels; empty, integer or non-finite audio; a mask of another shape or with
+                padding on the left. Values are not checked where they are traced.
+        """
+        audio = _checked_audio(self.config, input_values)
+        mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
+        flags = self._flags(output_attentions, output_hidden_states)
+        return self._run("__call__", (audio, mask), params, return_dict, train, dropout_rng, **flags)
+
+
+class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
+    """The decoder half: upsampling, transformer, SEANet decoder; upstream ``MimiDecoderModel``."""
+
+    config_class = MimiDecoderConfig
+    main_input_name = "latents"
+    module_class = FlaxMimiDecoderModule
+
+    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"latents": jnp.zeros((input_shape[0], self.config.hidden_size, input_shape[-1]))}
+
+    def __call__(
+        self,
+        latents: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FlaxMimiDecoderOutput | tuple:
+        """Audio of latents.
+
+        Args:
+            latents: ``(batch, hidden_size, frames)``.
+            padding_mask: as in :meth:`FlaxMimiModel.decode`.
+
+        Raises:
+            ValueError: wrong rank or size; no frames; a mask of another batch size or with padding on the left.
+        """
+        check_rank("latents", latents, ("batch", "hidden_size", "frames"))
+        latents = jnp.asarray(latents)
+        if latents.shape[1] != self.config.hidden_size or 0 in latents.shape:
+            raise ValueError(
+                f"`latents` must have the shape (batch, {self.config.hidden_size}, frames) with at least one frame, "
+                f"but has the shape {latents.shape}."
+            )
+        inputs = (latents, _checked_mask(padding_mask, latents.shape[0]))
+        flags = self._flags(output_attentions, output_hidden_states)
+        return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
+
+
+class FlaxMimiModel(FlaxMimiPreTrainedModel):
+    """The codec; upstream ``MimiModel``. ``encoder_config=None`` or ``decoder_config=None`` drops a half."""
+
+    module_class = FlaxMimiModule
+
+    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {}
+
+    def encode(
+        self,
+        input_values: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        num_quantizers: int | None = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FlaxMimiEncoderOutput | tuple:
+        """Codes of audio, ``(batch, num_quantizers, frames)`` int32; arguments and errors as in
+        :class:`FlaxMimiEncoderModel`.
+
+        Args:
+            num_quantizers: how many codebooks, the semantic ones first; all if None.
+
+        Raises:
+            ValueError: also ``num_quantizers`` that do not exist, or no encoder.
+        """
+        audio = _checked_audio(self.config, input_values)
+        inputs = (audio, _checked_mask(padding_mask, audio.shape[0], audio.shape[-1]), num_quantizers)
+        flags = self._flags(output_attentions, output_hidden_states)
+        return self._run("encode", inputs, params, return_dict, train, dropout_rng, **flags)
+
+    def decode(
+        self,
+        audio_codes: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FlaxMimiDecoderOutput | tuple:
+        """Audio of codes, ``(batch, channels, samples)``.
+
+        Args:
+            audio_codes: ``(batch, num_quantizers, frames)`` in ``[0, codebook_size)``; fewer codebooks than there are
+                give a coarser sound.
+            padding_mask: of the samples, as for :meth:`encode`. The audio is cut to its length, and the samples of a
+                padded row are those of the row alone.
+
+        Raises:
+            ValueError: wrong rank or number of codebooks, no frames, codes outside the codebook (traced ones are
+                clamped, and ``checkify`` reports them), a bad mask, or no decoder.
+        """
+        codes = _checked_codes(self.config, audio_codes)
+        inputs = (codes, _checked_mask(padding_mask, codes.shape[0]))
+        flags = self._flags(output_attentions, output_hidden_states)
+        return self._run("decode", inputs, params, return_dict, train, dropout_rng, **flags)
+
+    def __call__(
+        self,
+        input_values: ArrayLike | None = None,
+        padding_mask: ArrayLike | None = None,
+        num_quantizers: int | None = None,
+        audio_codes: ArrayLike | None = None,
+        *,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        return_dict: bool | None = None,
+    ) -> FlaxMimiOutput | tuple:
+        """Audio to codes to audio, cut to the length of the input.
+
+        Args:
+            input_values, padding_mask, num_quantizers: as for :meth:`encode`. With ``audio_codes``, the input is not
+                encoded and may be left out.
+            audio_codes: codes to decode, as for :meth:`decode`.
+
+        Raises:
+            ValueError: as for :meth:`encode` and :meth:`decode`; neither audio nor codes; ``num_quantizers`` together
+                with ``audio_codes``, where it has no effect.
+        """
+        if input_values is None and audio_codes is None:
+            raise ValueError("`input_values` and `audio_codes` are both None: give one of them.")
+        if num_quantizers is not None and audio_codes is not None:
+            raise ValueError(f"`num_quantizers` is {num_quantizers}, but `audio_codes` are given: leave one out.")
+        codes = None if audio_codes is None else _checked_codes(self.config, audio_codes)
+        audio = None if input_values is None else _checked_audio(self.config, input_values)
+        batch = codes.shape[0] if audio is None else audio.shape[0]
+        mask = _checked_mask(padding_mask, batch, None if audio is None else audio.shape[-1])
+        inputs = (audio, mask, num_quantizers, codes)
+        return self._run("__call__", inputs, params, return_dict, train, dropout_rng)

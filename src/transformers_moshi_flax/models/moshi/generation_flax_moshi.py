@@ -1,0 +1,240 @@
+"""Nested generation: text and audio, frame by frame, in one XLA program.
+
+One frame (see the diagram in ``docs/architecture.md``)::
+
+    text, Moshi's codes, user's codes of frame t --> backbone --> hidden state --> text token t+1
+                                                                       |                |
+                                                                       +--> depth decoder: codes 0, 1, … of t+1
+
+:func:`frame_step` is that frame. Prefill is the same function over all frames of the prompt, and the time loop and
+streaming call it with one frame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from ...generation.sampling import Sampling, select_token
+from ...generation.utils import fold_step, is_in
+from ...modeling_flax_outputs import FlaxModelOutput
+from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask, undelay
+
+
+@flax.struct.dataclass
+class FlaxMoshiGenerateOutput(FlaxModelOutput):
+    """Output of nested ``generate``; upstream ``MoshiConditionalGenerationGenerateOutput``.
+
+    Attributes:
+        audio_sequences: waveform, ``(batch, 1, samples)`` float32 at 24 kHz, silent after a row's end.
+        sequences: text ids of prompt and generated frames, ``(batch, length)`` int32.
+        audio_codes: undelayed codes, ``(batch, num_codebooks, frames)`` int32, ``audio_vocab_size`` after a row's end.
+        sequence_lengths: text ids of each row up to and with its end, ``(batch,)``.
+        audio_lengths: audio frames of each row, ``(batch,)``.
+    """
+
+    audio_sequences: jax.Array | None = None
+    sequences: jax.Array | None = None
+    audio_codes: jax.Array | None = None
+    sequence_lengths: jax.Array | None = None
+    audio_lengths: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class FrameOutput:
+    """What one frame step chose.
+
+    Attributes:
+        text: the text token of the next frame, ``(batch,)``.
+        codes: the codes of the next frame, undelayed by construction of the depth decoder, ``(batch, codebooks)``.
+        hidden_state: of the backbone, ``(batch, hidden_size)``.
+        text_logits: ``(batch, vocab_size)``.
+    """
+
+    text: jax.Array
+    codes: jax.Array
+    hidden_state: jax.Array
+    text_logits: jax.Array
+
+
+def depth_step(
+    module,
+    params,
+    make_depth_cache,
+    hidden_state: Float[Array, "batch hidden"],
+    text: Int[Array, "batch"],
+    keys: Key[Array, "batch"],
+    sampling: Sampling,
+) -> Int[Array, "batch codebooks"]:
+    """Chooses the codes of one frame, one codebook after another.
+
+    The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
+    """
+    cache = make_depth_cache(hidden_state.shape[0])
+    codes = []
+    token = text
+    for codebook in range(module.config.num_codebooks):
+        outputs = module.apply(
+            {"params": params}, token[:, None], hidden_state[:, None], cache, method=module.decode_codebook
+        )
+        token = select_token(outputs.logits[:, -1], keys, 1 + codebook, sampling)
+        cache = outputs.past_key_values
+        codes.append(token)
+    return jnp.stack(codes, axis=1)
+
+
+def frame_step(
+    module,
+    params,
+    cache,
+    make_depth_cache,
+    inputs_embeds: Float[Array, "batch frames hidden"],
+    attention_mask,
+    keys: Key[Array, "batch"],
+    text_sampling: Sampling,
+    depth_sampling: Sampling,
+) -> tuple[Any, FrameOutput]:
+    """Feeds one frame (or a prompt) to the backbone and chooses text and codes of the next frame.
+
+    Args:
+        module: a ``FlaxMoshiForConditionalGenerationModule``.
+        params: its parameters.
+        cache: a ``FlaxMoshiCache`` with room for the frames.
+        make_depth_cache: makes the empty cache of the depth decoder for a batch size.
+        inputs_embeds: ``module.embed`` of the delayed streams.
+        attention_mask: ``(batch, frames)`` or None.
+        keys: a key per row, of this step.
+        text_sampling, depth_sampling: how text tokens and codes are chosen.
+
+    Returns:
+        The updated cache and the chosen tokens.
+    """
+    outputs = module.apply({"params": params}, inputs_embeds, attention_mask, cache, method=module.decode_frame)
+    hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
+    text = select_token(logits, keys, 0, text_sampling)
+    codes = depth_step(module, params, make_depth_cache, hidden_state, text, keys, depth_sampling)
+    return outputs.past_key_values, FrameOutput(text, codes, hidden_state, logits)
+
+
+def generate_frames(
+    module,
+    params,
+    input_ids: Int[Array, "batch prompt"] | None,
+    user_codes: Int[Array, "batch codebooks heard"],
+    moshi_codes: Int[Array, "batch codebooks prompt"],
+    blank_codes: Int[Array, "1 codebooks 1"],
+    inputs_embeds: Float[Array, "batch prompt hidden"] | None,
+    attention_mask,
+    keys: Key[Array, "batch"],
+    text_sampling: Sampling,
+    depth_sampling: Sampling,
+    *,
+    make_cache,
+    make_depth_cache,
+    max_length: int,
+    eos_token_ids: tuple[int, ...],
+    pad_token_id: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The program of nested ``generate``.
+
+    Args:
+        module, params: as in :func:`frame_step`.
+        input_ids: text of the prompt, start frame included; None if only ``inputs_embeds`` stand for it.
+        user_codes: the user's undelayed codes, at least as many frames as the prompt; what is heard after them is
+            silence.
+        moshi_codes: Moshi's undelayed codes of the prompt.
+        blank_codes: the codes of one frame of silence.
+        inputs_embeds: instead of the embeddings of the prompt.
+        attention_mask: of the prompt.
+        keys: a key per row.
+        text_sampling, depth_sampling: how text tokens and codes are chosen.
+        make_cache, make_depth_cache: make the empty caches.
+        max_length: frames in all.
+        eos_token_ids, pad_token_id: what ends a row, and what follows.
+
+    Returns:
+        Text ids ``(batch, max_length)``, their lengths, undelayed codes ``(batch, codebooks, max_length - 1)``
+        beginning with the first frame that is no start frame, and their lengths.
+    """
+    start = module.config.audio_vocab_size
+    batch_size, _, prompt_length = moshi_codes.shape
+    prompt, moshi_mask = build_delay_pattern_mask(moshi_codes, start, start, max_length)
+    heard, user_mask = build_delay_pattern_mask(user_codes[:, :, : max_length - 1], start, start, max_length)
+    user_stream = apply_delay_pattern_mask(jnp.broadcast_to(blank_codes, user_mask.shape), user_mask)
+
+    def advance(cache, inputs, mask, step):
+        return frame_step(
+            module, params, cache, make_depth_cache, inputs, mask, fold_step(keys, step), text_sampling, depth_sampling
+        )
+
+    def record(carry, frame: FrameOutput, position):
+        text_ids, codes, lengths, finished = carry
+        text = jnp.where(finished, pad_token_id, frame.text)
+        text_ids = lax.dynamic_update_slice_in_dim(text_ids, text[:, None], position, axis=1)
+        forced = lax.dynamic_slice_in_dim(moshi_mask, position, 1, axis=2)
+        chosen = apply_delay_pattern_mask(frame.codes[:, :, None], forced)
+        codes = lax.dynamic_update_slice_in_dim(codes, chosen, position, axis=2)
+        lengths = jnp.where(finished, lengths, position + 1)
+        return text_ids, codes, lengths, finished | is_in(text, eos_token_ids)
+
+    text_ids = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
+    if input_ids is not None:
+        text_ids = lax.dynamic_update_slice_in_dim(text_ids, input_ids, 0, axis=1)
+    if inputs_embeds is None:
+        inputs_embeds = module.apply(
+            {"params": params}, input_ids, heard[:, :, :prompt_length], prompt, method=module.embed
+        )
+    codes = jnp.full(moshi_mask.shape, start, dtype=jnp.int32)
+    codes = lax.dynamic_update_slice_in_dim(codes, prompt, 0, axis=2)
+    carry = (text_ids, codes, jnp.zeros((batch_size,), dtype=jnp.int32), jnp.zeros((batch_size,), dtype=bool))
+
+    # the last frame is never fed
+    cache, frame = advance(make_cache(batch_size, max_length - 1), inputs_embeds, attention_mask, jnp.int32(0))
+    carry = record(carry, frame, jnp.int32(prompt_length))
+
+    def unfinished(state):
+        position, _, (_, _, _, finished) = state
+        return (position < max_length) & ~jnp.all(finished)
+
+    def step(state):
+        position, cache, carry = state
+        text_ids, codes, _, _ = carry
+        last = [
+            lax.dynamic_slice_in_dim(stream, position - 1, 1, axis=-1) for stream in (text_ids, user_stream, codes)
+        ]
+        inputs = module.apply({"params": params}, *last, method=module.embed)
+        cache, frame = advance(cache, inputs, None, position - prompt_length)
+        return position + 1, cache, record(carry, frame, position)
+
+    _, _, carry = lax.while_loop(unfinished, step, (jnp.int32(prompt_length + 1), cache, carry))
+    text_ids, codes, lengths, _ = carry
+
+    # the audio of a row begins after its start frames and ends one frame before its text
+    starts = jnp.sum(moshi_codes[:, 0] == start, axis=-1, dtype=jnp.int32)
+    audio_lengths = jnp.maximum(lengths - 1 - starts, 0)
+    frames = jnp.arange(max_length - 1, dtype=jnp.int32)
+    indices = jnp.minimum(frames[None] + starts[:, None], max_length - 2)
+    audio = jnp.take_along_axis(undelay(codes), indices[:, None], axis=-1)
+    audio = jnp.where((frames[None] < audio_lengths[:, None])[:, None], audio, start)
+    return text_ids, lengths, audio, audio_lengths
+
+
+def decode_audio(module, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
+    """The waveform of undelayed codes, silent after each row's end (Mimi is causal, so what follows changes nothing)."""
+    frames = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)
+    inside = frames[None] < audio_lengths[:, None]
+    audio_codes = jnp.where(inside[:, None], audio_codes, 0)
+    audio = module.apply({"params": params}, audio_codes, method=module.decode_audio)
+    samples_per_frame = audio.shape[-1] // audio_codes.shape[-1]
+    inside = jnp.repeat(inside, samples_per_frame, axis=-1)[:, None]
+    return jnp.where(inside, audio, jnp.zeros((), audio.dtype)).astype(jnp.float32)
+
+
+def encode_audio(module, params, input_values) -> Int[Array, "batch codebooks frames"]:
+    """The codes of a waveform."""
+    return module.apply({"params": params}, input_values, method=module.encode_audio)

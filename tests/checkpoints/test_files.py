@@ -1,0 +1,185 @@
+"""Finding, opening and refusing checkpoint files."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from transformers_moshi_flax.checkpoints import files, writing
+from transformers_moshi_flax.checkpoints.files import (
+    FLAX_WEIGHTS,
+    PT_INDEX,
+    PT_WEIGHTS,
+    CheckpointNotFoundError,
+    Source,
+)
+
+TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
+
+
+def _write(path, layout="pt", tensors=TENSORS):
+    save_file(tensors, path, metadata=None if layout is None else {"format": layout})
+
+
+def test_directory_file_and_hub_id_are_told_apart(tmp_path):
+    _write(tmp_path / "weights.safetensors")
+    assert Source.locate(tmp_path).folder == tmp_path
+    assert Source.locate(tmp_path / "weights.safetensors").file == tmp_path / "weights.safetensors"
+    hub = Source.locate("someone/a-model", revision="main")
+    assert hub.folder is None and hub.hub == {"subfolder": "", "revision": "main"}
+    for name in (tmp_path / "nothing", "./nothing", "a/b/c", "~/nothing-there", ""):
+        with pytest.raises(CheckpointNotFoundError, match="neither a directory nor a file"):
+            Source.locate(name)
+    (tmp_path / "sub").mkdir()
+    assert Source.locate(tmp_path, "sub").folder == tmp_path / "sub"
+    with pytest.raises(ValueError, match="subfolder='other'"):
+        Source.locate(tmp_path, "other")
+    with pytest.raises(ValueError, match="subfolder='sub'"):
+        Source.locate(tmp_path / "weights.safetensors", "sub")
+
+
+def test_not_found_is_an_os_error_as_in_transformers(tmp_path):
+    with pytest.raises(OSError, match="has no weights"):
+        Source.locate(tmp_path).weights()
+
+
+@pytest.mark.parametrize("layout, expected", [("pt", "pt"), (None, "pt"), ("flax", "flax")])
+def test_layout_comes_from_the_metadata(tmp_path, layout, expected):
+    _write(tmp_path / PT_WEIGHTS, layout)
+    found, tensors = Source.locate(tmp_path).weights()
+    assert found == expected
+    assert dict(tensors.items()).keys() == TENSORS.keys()
+    for key, tensor in TENSORS.items():
+        assert tensors[key].dtype == tensor.dtype and tensors[key].tobytes() == tensor.tobytes()
+    with pytest.raises(ValueError, match="from_pt="):
+        Source.locate(tmp_path).weights(from_pt=expected == "flax")
+    with pytest.raises(ValueError, match="from_pt="):
+        Source.locate(tmp_path / PT_WEIGHTS).weights(from_pt=expected == "flax")
+
+
+def test_of_two_layouts_flax_is_first_unless_told(tmp_path):
+    _write(tmp_path / PT_WEIGHTS)
+    _write(tmp_path / FLAX_WEIGHTS, "flax")
+    source = Source.locate(tmp_path)
+    assert [source.weights(from_pt)[0] for from_pt in (None, False, True)] == ["flax", "flax", "pt"]
+
+
+def test_other_frameworks_and_pickles_are_refused(tmp_path):
+    _write(tmp_path / PT_WEIGHTS, "mlx")
+    with pytest.raises(ValueError, match="'mlx'"):
+        Source.locate(tmp_path).weights()
+    (tmp_path / PT_WEIGHTS).unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*convert to safetensors"):
+        Source.locate(tmp_path).weights()
+    with pytest.raises(ValueError, match="convert it to safetensors"):
+        Source.locate(tmp_path / "pytorch_model.bin").weights()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_truncated_file(tmp_path, keep):
+    _write(tmp_path / PT_WEIGHTS)
+    content = (tmp_path / PT_WEIGHTS).read_bytes()
+    (tmp_path / PT_WEIGHTS).write_bytes(content[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        Source.locate(tmp_path).weights()
+
+
+def test_shards(tmp_path):
+    _write(tmp_path / "one.safetensors", tensors={"a": TENSORS["a"]})
+    _write(tmp_path / "two.safetensors", tensors={"b": TENSORS["b"]})
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / PT_INDEX).write_text(json.dumps(index))
+    layout, tensors = Source.locate(tmp_path).weights()
+    assert layout == "pt" and set(tensors) == {"a", "b"} and tensors["b"].tobytes() == TENSORS["b"].tobytes()
+
+
+@pytest.mark.parametrize("name", ["../one.safetensors", "/etc/passwd", "x/one.safetensors", "..", "", "a\\b"])
+def test_index_cannot_lead_out_of_the_directory(tmp_path, name):
+    _write(tmp_path / "one.safetensors")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / PT_INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="not a plain file name"):
+        Source.locate(tmp_path / "inner").weights()
+
+
+def test_bad_index(tmp_path):
+    _write(tmp_path / "one.safetensors")
+    for content, message in [
+        ("{", "no valid JSON"),
+        ("[]", "JSON object"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {"a": 1}}', "weight_map"),
+        ('{"weight_map": {"a": "two.safetensors"}}', "not there"),
+        ('{"weight_map": {"z": "one.safetensors"}}', r"\['z'\]"),
+    ]:
+        (tmp_path / PT_INDEX).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Source.locate(tmp_path).weights()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    writing.write_safetensors(path, TENSORS, "pt")
+    before = path.read_bytes()
+
+    def failing(tensors, name, metadata):
+        name.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(writing, "save_file", failing)
+    with pytest.raises(OSError, match="disk full"):
+        writing.write_safetensors(path, {}, "pt")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_file_is_complete_and_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    events = []
+    sync = writing._sync
+    replace = writing.os.replace
+    monkeypatch.setattr(writing, "_sync", lambda target: (events.append(("sync", target.suffix)), sync(target)))
+
+    def recording(source, target):
+        assert path.read_text() == "old" and source.read_text() == "new"
+        events.append(("replace", target.suffix))
+        replace(source, target)
+
+    monkeypatch.setattr(writing.os, "replace", recording)
+    writing.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert events == [("sync", ".tmp"), ("replace", ".txt"), ("sync", tmp_path.suffix)]
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    writing.write_safetensors(tmp_path / "w", TENSORS, "flax")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert files.SafetensorsFile(tmp_path / "w").metadata == {"format": "flax"}
+
+
+def test_memory_order_does_not_matter(tmp_path):
+    array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+    tensors = {"t": array.transpose(2, 0, 1), "slice": array[:, :, 1:3], "fortran": np.asfortranarray(array)}
+    writing.write_safetensors(tmp_path / "w", tensors, "pt")
+    read = files.SafetensorsFile(tmp_path / "w")
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(read[key], tensor)
+
+
+def test_hub_files_come_through_cached_file(tmp_path, monkeypatch):
+    _write(tmp_path / PT_WEIGHTS)
+    asked = []
+
+    def cached_file(name, filename, **kwargs):
+        asked.append((name, filename, kwargs["revision"], kwargs["subfolder"]))
+        return str(tmp_path / filename) if filename == PT_WEIGHTS else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    layout, tensors = Source.locate("someone/a-model", "inner", revision="v1").weights()
+    assert layout == "pt" and set(tensors) == {"a", "b"}
+    assert asked == [("someone/a-model", name, "v1", "inner") for name in (FLAX_WEIGHTS, PT_WEIGHTS)]

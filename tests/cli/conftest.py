@@ -1,0 +1,44 @@
+"""What the tests of the command line share: running it, and files to give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from transformers_moshi_flax.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moshi_flax(capsys: pytest.CaptureFixture) -> Callable[..., Result]:
+    """Run the command in this process."""
+
+    def run(*args: object) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Result(stop.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    """A second and a bit of stereo noise at 8 kHz, as a WAV file."""
+    path = tmp_path / "speech.wav"
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (8_500, 2))
+    soundfile.write(path, noise, 8_000)
+    return path

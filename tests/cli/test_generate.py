@@ -1,0 +1,203 @@
+"""``moshi-flax generate`` with the embedded checkpoint: what it writes, and what its options do."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from transformers_moshi_flax.cli.audio import read_audio
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL
+from transformers_moshi_flax.cli.generate import sampling_options
+
+FRAME = 1920
+CODEBOOKS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_model() -> None:
+    """Load the embedded model once: its compiled programs then serve every test of this file."""
+    import transformers_moshi_flax
+
+    real = transformers_moshi_flax.FlaxMoshiForConditionalGeneration
+    loaded = {}
+
+    class Loaded:
+        @classmethod
+        def from_pretrained(cls, source: str, dtype=None):
+            key = (source, dtype)
+            if key not in loaded:
+                loaded[key] = real.from_pretrained(source, dtype=dtype)
+            return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_moshi_flax, "FlaxMoshiForConditionalGeneration", Loaded, raising=False)
+        yield
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_writes_speech_and_transcript(moshi_flax, speech: Path, tmp_path: Path):
+    output = tmp_path / "made" / "reply.wav"
+    result = moshi_flax("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6)
+    assert result.code == 0, result.err
+    assert "random weights" in result.err
+    record = read_json(output.with_suffix(".json"))
+    assert record["random"] is True
+    assert result.out.strip() == record["text"]
+    assert len(record["text_ids"]) == 6
+    codes = np.array(record["audio_codes"])
+    assert codes.shape == (CODEBOOKS, 5)
+    assert codes.min() >= 0 and codes.max() < 128
+    audio, rate = soundfile.read(output)
+    assert rate == 24_000 and len(audio) == 5 * FRAME
+    assert record["seconds"] == pytest.approx(5 * 0.08)
+    assert record["frames_per_second"] > 0
+    assert 1e-3 < np.sqrt(np.mean(audio**2)) < 0.5
+
+
+def test_seed_decides(moshi_flax, speech: Path, tmp_path: Path):
+    records = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        output = tmp_path / f"{name}.wav"
+        args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--seed", seed)
+        assert moshi_flax(*args).code == 0
+        records.append(read_json(output.with_suffix(".json")))
+    assert records[0]["text_ids"] == records[1]["text_ids"]
+    assert records[0]["audio_codes"] == records[1]["audio_codes"]
+    assert records[0]["audio_codes"] != records[2]["audio_codes"]
+
+
+def test_greedy_ignores_the_seed(moshi_flax, speech: Path, tmp_path: Path):
+    records = []
+    for seed in (1, 2):
+        output = tmp_path / f"{seed}.wav"
+        args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--seed", seed)
+        assert moshi_flax(*args, "--temperature", 0, "--depth-temperature", 0).code == 0
+        records.append(read_json(output.with_suffix(".json")))
+    assert records[0]["text_ids"] == records[1]["text_ids"]
+    assert records[0]["audio_codes"] == records[1]["audio_codes"]
+
+
+def test_text_prompt_too_long(moshi_flax, speech: Path, tmp_path: Path):
+    args = (
+        "generate",
+        "--user-audio",
+        speech,
+        "--output",
+        tmp_path / "reply.wav",
+        "--text-prompt",
+        "far too long " * 9,
+    )
+    result = moshi_flax(*args)
+    assert result.code == 2
+    assert result.err.count("\n") == 1 and "--text-prompt" in result.err and "14 frames" in result.err
+    assert not (tmp_path / "reply.wav").exists()
+
+
+def test_text_prompt_of_unknown_characters(moshi_flax, speech: Path, tmp_path: Path):
+    args = ("generate", "--user-audio", speech, "--output", tmp_path / "reply.wav", "--text-prompt", "モシ")
+    result = moshi_flax(*args)
+    assert result.code == 2 and "--text-prompt" in result.err
+
+
+def test_text_prompt_ends_the_prompt():
+    from transformers import AutoTokenizer
+
+    from transformers_moshi_flax.cli.generate import Speaker
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    ids = Speaker("", None, tokenizer).prompt_ids(20, "Hello, I am")
+    pieces = [token for token in ids[0] if token != 3]
+    assert ids.shape == (1, 20)
+    assert tokenizer.decode(pieces).strip() == "Hello, I am"
+    assert ids[0, : 20 - len(pieces)].tolist() == [3] * (20 - len(pieces))
+
+
+def test_prompt_beyond_the_cache(moshi_flax, tmp_path: Path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.full(24_000 * 60, 0.01), 24_000)
+    result = moshi_flax("generate", "--user-audio", path, "--output", tmp_path / "reply.wav")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+
+
+def test_interactive(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = iter(["", str(speech), "missing.wav", "Hello", "quit", "not reached"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    output = tmp_path / "reply.wav"
+    args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--interactive")
+    result = moshi_flax(*args)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in tmp_path.glob("reply*.wav")) == ["reply-1.wav", "reply-3.wav"]
+    assert read_json(tmp_path / "reply-3.json")["text_prompt"] == "Hello"
+    assert "missing.wav" in result.err
+
+
+def test_end_of_input_ends_interactive(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    result = moshi_flax("generate", "--output", tmp_path / "reply.wav", "--interactive")
+    assert result.code == 0, result.err
+    assert list(tmp_path.glob("reply*")) == []
+
+
+def test_as_a_program(tmp_path: Path):
+    command = [sys.executable, "-c", "from transformers_moshi_flax.cli import main; main()", "generate"]
+    command += ["--output", "reply.flac", "--max-new-frames", "4", "--dtype", "bfloat16"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(tmp_path / "reply.flac").frames == 3 * FRAME
+    assert read_json(tmp_path / "reply.json")["model"] == EMBEDDED_MODEL.name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None,) * 5, {}),
+        ((0.5, None, None, None, None), {"do_sample": True, "temperature": 0.5}),
+        ((0.0, None, None, None, None), {"do_sample": False}),
+        ((None, 4, 0.9, None, None), {"do_sample": True, "top_k": 4, "top_p": 0.9}),
+        ((None, None, None, 0.0, None), {"depth_decoder_do_sample": False}),
+        (
+            (None, None, None, 0.7, 3),
+            {"depth_decoder_do_sample": True, "depth_decoder_temperature": 0.7, "depth_decoder_top_k": 3},
+        ),
+    ],
+)
+def test_sampling_options(given: tuple, expected: dict):
+    assert sampling_options(*given) == expected
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 24_000, 44_100, 48_000])
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_read_audio_resamples_to_mono(tmp_path: Path, rate: int, suffix: str):
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    path = tmp_path / f"tone{suffix}"
+    soundfile.write(path, np.stack([0.5 * tone, 0.1 * tone], axis=1), rate)
+    samples = read_audio(path, 24_000)
+    assert samples.dtype == np.float32 and abs(len(samples) - 24_000) <= 1
+    expected = 0.3 * np.sin(2 * np.pi * 440 * np.arange(len(samples)) / 24_000)
+    assert np.abs(samples - expected)[500:-500].max() < 1e-3
+
+
+def test_embedded_clip_is_speech_of_a_few_seconds():
+    samples = read_audio(EMBEDDED_CLIP, 24_000)
+    assert 2 < len(samples) / 24_000 < 10
+    assert 0.01 < math.sqrt(np.mean(samples**2)) < 0.5
+
+
+def test_embedded_checkpoint_is_small_and_pytorch():
+    from safetensors import safe_open
+
+    assert sum(path.stat().st_size for path in EMBEDDED_MODEL.iterdir()) <= 3_000_000
+    with safe_open(EMBEDDED_MODEL / "model.safetensors", framework="numpy") as file:
+        assert file.metadata()["format"] == "pt"

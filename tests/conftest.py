@@ -1,0 +1,56 @@
+"""Strict settings for all tests: warnings are errors, and the shapes and types in annotations are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jaxtyping
+
+# Before anything imports the package, so that every annotated function checks its arguments and results.
+_hook = jaxtyping.install_import_hook("transformers_moshi_flax", "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+# On accelerators float32 products are rounded to TF32 or bfloat16 unless asked otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    for line in (
+        # SWIG types of sentencepiece and others, seen by importlib itself
+        r"ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+        # torch's own jit helpers, imported by transformers on Python 3.12 and later
+        r"ignore:.*torch\.jit.*:DeprecationWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 arrays in JAX while the test runs."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def count_compilations() -> Iterator[Callable[[], int]]:
+    """A function that tells how many programs XLA has compiled since it was last asked."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def count() -> int:
+        number = len(compiled)
+        compiled.clear()
+        return number
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)

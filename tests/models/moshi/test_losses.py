@@ -1,0 +1,211 @@
+"""Losses and their gradients against an independent construction from upstream's modules, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import MoshiForConditionalGeneration
+
+from tests.configs import tiny_moshi_config
+from tests.torch_oracle import Pair, assert_close, block_params, double_oracle, make_pair, numpy
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+
+BATCH, FRAMES, CODEBOOKS, AUDIO_VOCAB, TEXT_VOCAB = 2, 6, 4, 32, 60
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with jax.enable_x64(True):
+        yield make_pair(
+            MoshiForConditionalGeneration,
+            FlaxMoshiForConditionalGeneration,
+            tiny_moshi_config(),
+            tmp_path_factory.mktemp("losses"),
+            dtype="float64",
+            seed=2,
+        )
+
+
+def draw(ignored: bool = False, masked: bool = False) -> dict[str, np.ndarray]:
+    """Inputs with labels; ``ignored`` puts -100 among the labels, ``masked`` pads one row left and one right."""
+    rng = np.random.default_rng(3)
+    codes = (BATCH, CODEBOOKS, FRAMES)
+    inputs = {
+        "input_ids": rng.integers(0, TEXT_VOCAB, (BATCH, FRAMES)).astype(np.int32),
+        "user_audio_codes": rng.integers(0, AUDIO_VOCAB, codes).astype(np.int32),
+        "moshi_audio_codes": rng.integers(0, AUDIO_VOCAB, codes).astype(np.int32),
+        "text_labels": rng.integers(0, TEXT_VOCAB, (BATCH, FRAMES)).astype(np.int32),
+        "audio_labels": rng.integers(0, AUDIO_VOCAB, codes).astype(np.int32),
+    }
+    # A code that is padding is an input like any other, but no label.
+    inputs["audio_labels"][1, 2, 3] = AUDIO_VOCAB
+    if ignored:
+        inputs["text_labels"][0, 2] = inputs["text_labels"][1, 4] = -100
+        inputs["audio_labels"][0, 0, 3] = inputs["audio_labels"][0, 2, 1] = inputs["audio_labels"][1, :, 4] = -100
+    if masked:
+        inputs["attention_mask"] = np.ones((BATCH, FRAMES), np.int32)
+        inputs["attention_mask"][0, :2] = 0
+        inputs["attention_mask"][1, -1:] = 0
+    return inputs
+
+
+def depth_pairs(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Inputs and labels of the depth decoder at every frame that counts, and which hidden states go with them.
+
+    The hidden state of frame t sees text and codes of frame t + 1, where codebooks 1, 2, … hold the code of frame t.
+    """
+    mask = inputs.get("attention_mask", np.ones((BATCH, FRAMES), np.int32))
+    ids, labels, where = [], [], []
+    for row in range(BATCH):
+        for t in range(FRAMES - 1):
+            if mask[row, t] and mask[row, t + 1]:
+                codes = [inputs["audio_labels"][row, 0, t + 1], *inputs["audio_labels"][row, 1:, t]]
+                ids.append([inputs["text_labels"][row, t + 1], *codes[:-1]])
+                labels.append([-100 if code == AUDIO_VOCAB else code for code in codes])
+                where.append((row, t))
+    return np.array(ids), np.array(labels), where
+
+
+def upstream_losses(model: Any, inputs: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text loss, depth loss and audio logits ``(pairs, codebooks, vocabulary)``, with gradients."""
+    forward = {name: torch.from_numpy(value).long() for name, value in inputs.items() if "labels" not in name}
+    outputs = model(**forward)
+    ids, labels, where = depth_pairs(inputs)
+
+    text_labels = torch.from_numpy(np.array([inputs["text_labels"][row, t + 1] for row, t in where])).long()
+    logits = torch.stack([outputs.logits[row, t] for row, t in where])
+    text_loss = functional.cross_entropy(logits, text_labels, ignore_index=-100)
+
+    depth, tokens = model.depth_decoder, torch.from_numpy(ids).long()
+    tables = [depth.text_embed_tokens, *depth.embed_tokens]
+    embeds = torch.stack(
+        [
+            table(column.clamp(min=0)) * (column != -100)[:, None]
+            for table, column in zip(tables, tokens.unbind(1), strict=True)
+        ],
+        dim=1,
+    )
+    hidden = torch.stack([outputs.last_hidden_state[row, t] for row, t in where])[:, None]
+    depth_outputs = depth(
+        input_ids=tokens,
+        inputs_embeds=embeds,
+        last_hidden_state=hidden,
+        attention_mask=torch.ones_like(tokens),
+        labels=torch.from_numpy(labels).long(),
+    )
+    return text_loss, depth_outputs.loss, depth_outputs.logits
+
+
+VARIANTS = {
+    "plain": {},
+    "ignored": {"ignored": True},
+    "masked": {"masked": True},
+    "both": {"ignored": True, "masked": True},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def inputs(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    return draw(**VARIANTS[request.param])
+
+
+def test_losses_and_logits(pair: Pair, inputs: dict[str, np.ndarray]) -> None:
+    with torch.no_grad(), double_oracle():
+        text_loss, depth_loss, audio_logits = upstream_losses(pair.theirs, inputs)
+    actual = pair.ours(**inputs)
+    assert_close(actual.text_loss, text_loss, 1e-10, "text_loss")
+    assert_close(actual.depth_loss, depth_loss, 1e-10, "depth_loss")
+    assert_close(actual.loss, text_loss + depth_loss, 1e-10, "loss")
+    assert actual.audio_logits.shape == (BATCH, FRAMES - 1, CODEBOOKS, AUDIO_VOCAB)
+    _, _, where = depth_pairs(inputs)
+    rows, frames = np.array(where).T
+    assert_close(actual.audio_logits[rows, frames], audio_logits, 1e-10, "audio_logits")
+
+
+def test_text_loss_is_upstreams(pair: Pair) -> None:
+    """The one loss that upstream computes right, with its own code."""
+    inputs = draw(ignored=True)
+    labels = inputs.pop("text_labels")
+    del inputs["audio_labels"]
+    expected = pair.upstream(
+        **{name: torch.from_numpy(value).long() for name, value in inputs.items()},
+        text_labels=torch.from_numpy(labels).long(),
+    )
+    actual = pair.ours(**inputs, text_labels=labels)
+    assert_close(actual.loss, expected.loss, 1e-10)
+    assert_close(actual.text_loss, expected.loss, 1e-10)
+    assert actual.depth_loss is None and actual.audio_logits is None
+
+
+def test_depth_decoder_on_ids_gives_the_same(pair: Pair) -> None:
+    """The oracle above embeds by hand, for -100; without it, it must equal upstream's call with plain ids."""
+    inputs = draw()
+    ids, labels, where = depth_pairs(inputs)
+    forward = {name: torch.from_numpy(value).long() for name, value in inputs.items() if "labels" not in name}
+    with torch.no_grad(), double_oracle():
+        hidden = pair.theirs(**forward).last_hidden_state
+        tokens = torch.from_numpy(ids).long()
+        direct = pair.theirs.depth_decoder(
+            input_ids=tokens,
+            last_hidden_state=torch.stack([hidden[row, t] for row, t in where])[:, None],
+            attention_mask=torch.ones_like(tokens),
+            labels=torch.from_numpy(labels).long(),
+        )
+    assert_close(pair.ours(**inputs).depth_loss, direct.loss, 1e-10)
+
+
+def check_gradients(ours: dict[str, Any], model: Any, parts: tuple[str, ...]) -> None:
+    """Every leaf of the named parts within 1e-8 of its own scale; what autograd never reached must be zero."""
+    theirs = block_params(model, lambda weight: torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    for part in parts:
+        our_leaves = dict(jax.tree_util.tree_leaves_with_path(ours[part]))
+        their_leaves = dict(jax.tree_util.tree_leaves_with_path(theirs[part]))
+        assert our_leaves.keys() == their_leaves.keys()
+        for path, gradient in their_leaves.items():
+            where = part + jax.tree_util.keystr(path)
+            if not np.any(numpy(gradient)):
+                assert not np.any(numpy(our_leaves[path])), where
+            else:
+                assert_close(our_leaves[path], gradient, 1e-8, where)
+
+
+@pytest.mark.parametrize("loss", ["text_loss", "depth_loss", "loss"])
+def test_gradients(pair: Pair, inputs: dict[str, np.ndarray], loss: str) -> None:
+    parts = ("embed_tokens", "decoder", "depth_decoder")
+    trainable = {part: pair.ours.params[part] for part in parts}
+
+    @jax.jit
+    def gradients(trainable: dict[str, Any]) -> dict[str, Any]:
+        def value(trainable: dict[str, Any]) -> jax.Array:
+            return pair.ours(**inputs, params={**pair.ours.params, **trainable}, train=True)[loss]
+
+        return jax.grad(value)(trainable)
+
+    pair.theirs.zero_grad()
+    with double_oracle():
+        text_loss, depth_loss, _ = upstream_losses(pair.theirs, inputs)
+        {"text_loss": text_loss, "depth_loss": depth_loss, "loss": text_loss + depth_loss}[loss].backward()
+    check_gradients(gradients(trainable), pair.theirs, parts)
+    touched = [bool(jnp.any(leaf)) for leaf in jax.tree.leaves(gradients(trainable)["depth_decoder"])]
+    assert any(touched) == (loss != "text_loss")
+
+
+def test_gradient_checkpointing_changes_nothing(pair: Pair) -> None:
+    inputs = draw(ignored=True, masked=True)
+
+    def gradients() -> dict[str, Any]:
+        decoder = pair.ours.params["decoder"]
+        return jax.jit(
+            jax.grad(lambda decoder: pair.ours(**inputs, params={**pair.ours.params, "decoder": decoder}).loss)
+        )(decoder)
+
+    plain = gradients()
+    pair.ours.enable_gradient_checkpointing()
+    jax.tree.map(lambda a, b: assert_close(a, numpy(b), 1e-10), gradients(), plain)

@@ -1,0 +1,430 @@
+"""FlaxPreTrainedModel on a toy model: loading, saving, refusing. What real models must do is in the common tests."""
+
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from transformers import GenerationConfig, MimiConfig, MoshiConfig
+
+from transformers_moshi_flax import FlaxPreTrainedModel
+from transformers_moshi_flax.checkpoints import Rule
+
+from .configs import tiny_mimi_config, tiny_moshi_config
+
+RULES = (
+    Rule(r"(.*)/heads/(?P<codebook>\d+)/kernel", r"\1/heads/weight", "transpose"),
+    Rule(r"(.*)/kernel", r"\1/weight", "transpose"),
+    Rule(r"(.*)/embedding|(embed)/embedding", r"\1\2/weight"),
+)
+
+
+class Heads(nn.Module):
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return sum(nn.Dense(3, use_bias=False, dtype=self.dtype, name=str(index))(x) for index in range(2))
+
+
+class ToyModule(nn.Module):
+    config: Any
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @nn.compact
+    def __call__(self, input_ids):
+        x = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype, name="embed")(input_ids)
+        for index in range(self.config.num_hidden_layers):
+            x = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, name=f"layer{index}")(x)
+        return Top(self.config, self.dtype, name="top")(x)
+
+
+class Top(nn.Module):
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return Heads(self.config, self.dtype, name="heads")(x)
+
+
+class ToyWithHeadModule(nn.Module):
+    config: Any
+    dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @nn.compact
+    def __call__(self, input_ids):
+        x = ToyModule(self.config, self.dtype, name="model")(input_ids)
+        return nn.Dense(5, use_bias=False, dtype=self.dtype, name="lm_head")(x)
+
+
+class FlaxToy(FlaxPreTrainedModel):
+    config_class = MoshiConfig
+    base_model_prefix = "model"
+    module_class = ToyModule
+    checkpoint_rules = RULES
+    checkpoint_prefixes = ("", "model.", "decoder.model.")
+
+    def dummy_inputs(self, input_shape):
+        return {"input_ids": jnp.zeros(input_shape, jnp.int32)}
+
+    def __call__(self, input_ids, params=None):
+        return self.module.apply({"params": self.params if params is None else params}, input_ids)
+
+
+class FlaxToyWithHead(FlaxToy):
+    module_class = ToyWithHeadModule
+    checkpoint_rules = (*RULES, Rule("lm_head/kernel", "lm_head/weight", "transpose"))
+    checkpoint_prefixes = ("", "decoder.")
+    _generates = True
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny_moshi_config()
+
+
+@pytest.fixture(scope="module")
+def toy(config):
+    return FlaxToy(config)
+
+
+@pytest.fixture(scope="module")
+def with_head(config):
+    return FlaxToyWithHead(config, seed=1)
+
+
+@pytest.fixture
+def pt_folder(tmp_path, with_head):
+    with_head.save_pretrained(tmp_path, to_pt=True)
+    return tmp_path
+
+
+def change(folder, edit):
+    """Rewrite the PyTorch weights of a folder after ``edit(tensors)``."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same(left, right):
+    left, right = flatten_dict(left, sep="/"), flatten_dict(right, sep="/")
+    return left.keys() == right.keys() and all(
+        left[path].dtype == right[path].dtype and np.asarray(left[path]).tobytes() == np.asarray(right[path]).tobytes()
+        for path in left
+    )
+
+
+# Making a model
+
+
+def test_new_model(config, toy):
+    assert toy.framework == "flax" and toy.dtype == jnp.float32 and toy.config is config
+    assert toy.input_shape == (1, 1) and FlaxToy(config, (2, 3), _do_init=False).input_shape == (2, 3)
+    assert toy.required_params == set(flatten_dict(toy.params_shape_tree)) == set(flatten_dict(toy.params))
+    assert toy.num_parameters() == sum(leaf.size for leaf in jax.tree.leaves(toy.params))
+    assert same(toy.params, FlaxToy(config, (3, 2), seed=0).params)
+    assert not same(toy.params, FlaxToy(config, seed=1).params)
+    assert toy.generation_config is None and not toy.can_generate() and FlaxToyWithHead.can_generate()
+
+
+def test_bad_arguments(config):
+    with pytest.raises(ValueError, match="MoshiConfig, got MimiConfig"):
+        FlaxToy(tiny_mimi_config())
+    with pytest.raises(ValueError, match="'gradient_checkpoint'; did you mean 'gradient_checkpointing'"):
+        FlaxToy(config, gradient_checkpoint=True)
+    for dtype in (jnp.int32, "float23"):
+        with pytest.raises(ValueError, match="dtype must be a floating dtype"):
+            FlaxToy(config, dtype=dtype)
+    with pytest.raises(ValueError, match="jax_enable_x64"):
+        FlaxToy(config, dtype=jnp.float64)
+
+
+def test_casts(toy):
+    params = {**toy.params, "counter": jnp.zeros(2, jnp.int32)}
+    for cast, dtype in ((toy.to_bf16, jnp.bfloat16), (toy.to_fp16, jnp.float16)):
+        lower = cast(params)
+        assert lower["embed"]["embedding"].dtype == dtype and lower["counter"].dtype == jnp.int32
+        assert toy.params["embed"]["embedding"].dtype == jnp.float32
+        assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(toy.to_fp32(lower)))
+    mask = jax.tree.map(lambda _: False, params)
+    mask["layer1"]["kernel"] = True
+    cast = toy.to_bf16(params, mask)
+    wide = {path for path, leaf in flatten_dict(cast, sep="/").items() if leaf.dtype != jnp.bfloat16}
+    assert set(flatten_dict(params, sep="/")) - wide == {"layer1/kernel"}
+    with pytest.raises(ValueError, match="mask"):
+        toy.to_bf16(params, {"layer1": True})
+
+
+def test_init_weights_keeps_what_is_given(toy):
+    given = {"layer0": {"kernel": jnp.full((64, 64), 7.0)}}
+    params = toy.init_weights(jax.random.key(3), params=given)
+    assert params["layer0"]["kernel"] is given["layer0"]["kernel"]
+    assert set(flatten_dict(params)) == toy.required_params
+
+
+# Loading
+
+
+def test_loads_either_layout_from_directory_or_file(with_head, pt_folder):
+    flax_folder = pt_folder / "flax"
+    with_head.save_pretrained(flax_folder)
+    for source in (pt_folder, str(pt_folder), pt_folder / "model.safetensors", flax_folder):
+        model, info = FlaxToyWithHead.from_pretrained(source, output_loading_info=True)
+        assert same(model.params, with_head.params)
+        assert info == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+    assert same(FlaxToyWithHead.from_pretrained(pt_folder, from_pt=True).params, with_head.params)
+    with pytest.raises(OSError, match="from_pt=False"):
+        FlaxToyWithHead.from_pretrained(pt_folder, from_pt=False)
+
+
+def test_dtype_none_follows_the_checkpoint(with_head, tmp_path):
+    mask = jax.tree.map(lambda _: True, with_head.params)
+    mask["lm_head"]["kernel"] = False
+    mixed = with_head.to_bf16(with_head.params, mask)
+    with_head.save_pretrained(tmp_path, params=mixed)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    model = FlaxToyWithHead.from_pretrained(tmp_path)
+    assert model.dtype == jnp.bfloat16 == model.module.dtype and same(model.params, mixed)
+    model = FlaxToyWithHead.from_pretrained(tmp_path, jnp.float16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float16"} and model.dtype == jnp.float16
+    model = FlaxToyWithHead.from_pretrained(tmp_path, dtype="bfloat16", param_dtype=jnp.float32)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32"} and model.dtype == "bfloat16"
+    for name in ("dtype", "param_dtype"):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            FlaxToyWithHead.from_pretrained(tmp_path, **{name: jnp.int8})
+
+
+def test_float64_is_never_cut_silently(pt_folder):
+    change(pt_folder, lambda tensors: tensors.update({k: v.astype(np.float64) for k, v in tensors.items()}))
+    with pytest.raises(ValueError, match=r"float64.*jax_enable_x64"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+    assert FlaxToyWithHead.from_pretrained(pt_folder, jnp.float32).params["lm_head"]["kernel"].dtype == jnp.float32
+    with jax.enable_x64(True):
+        model = FlaxToyWithHead.from_pretrained(pt_folder)
+        assert model.params["lm_head"]["kernel"].dtype == jnp.float64 == model.dtype
+
+
+def test_without_init_the_params_stay_outside(with_head, pt_folder):
+    model, params = FlaxToyWithHead.from_pretrained(pt_folder, _do_init=False)
+    assert same(params, with_head.params)
+    with pytest.raises(ValueError, match="_do_init=False"):
+        model.params  # noqa: B018
+    with pytest.raises(ValueError, match="_do_init=False"):
+        model.params = params
+    with pytest.raises(ValueError, match="_do_init=False"):
+        model.save_pretrained(pt_folder)
+    model.save_pretrained(pt_folder / "new", params=params)
+    assert same(FlaxToyWithHead.from_pretrained(pt_folder / "new").params, params)
+
+
+def test_head_from_base_and_base_from_head(toy, with_head, tmp_path):
+    for to_pt in (True, False):
+        toy.save_pretrained(tmp_path / f"base{to_pt}", to_pt=to_pt)
+        with_head.save_pretrained(tmp_path / f"head{to_pt}", to_pt=to_pt)
+        model, info = FlaxToyWithHead.from_pretrained(tmp_path / f"base{to_pt}", output_loading_info=True)
+        assert same(model.params["model"], toy.params)
+        assert info["missing_keys"] == ["lm_head/kernel"] and info["unexpected_keys"] == []
+        assert set(flatten_dict(model.params)) == model.required_params
+        model, params = FlaxToyWithHead.from_pretrained(tmp_path / f"base{to_pt}", _do_init=False)
+        assert "lm_head" not in params
+        assert set(flatten_dict(model.init_weights(model.key, params=params))) == model.required_params
+        base, info = FlaxToy.from_pretrained(tmp_path / f"head{to_pt}", output_loading_info=True)
+        assert same(base.params, with_head.params["model"])
+        assert len(info["unexpected_keys"]) == 1 and "lm_head" in info["unexpected_keys"][0]
+
+
+def test_random_head_has_the_dtype_of_the_rest(toy, tmp_path):
+    toy.save_pretrained(tmp_path, params=toy.to_bf16(toy.params))
+    model = FlaxToyWithHead.from_pretrained(tmp_path)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+
+
+def test_part_of_a_larger_checkpoint(with_head, pt_folder):
+    def nest(tensors):
+        for key in list(tensors):
+            tensors[f"decoder.{key}"] = tensors.pop(key)
+        tensors["embed_tokens.0.weight"] = np.zeros((2, 2), np.float32)
+
+    change(pt_folder, nest)
+    assert same(FlaxToyWithHead.from_pretrained(pt_folder).params, with_head.params)
+    assert same(FlaxToy.from_pretrained(pt_folder).params, with_head.params["model"])
+
+
+def test_missing_weights_are_all_told(pt_folder):
+    def drop(tensors):
+        del tensors["model.layer0.weight"], tensors["model.top.heads.weight"]
+
+    change(pt_folder, drop)
+    for options in ({}, {"ignore_mismatched_sizes": True}, {"_do_init": False}):
+        with pytest.raises(ValueError, match="no weights for") as error:
+            FlaxToyWithHead.from_pretrained(pt_folder, **options)
+        for path in ("model/layer0/kernel", "model/top/heads/0/kernel", "model/top/heads/1/kernel"):
+            assert path in str(error.value)
+        assert "lm_head" not in str(error.value)
+
+
+def test_mismatched_weights_are_all_told(pt_folder):
+    def reshape(tensors):
+        tensors["model.layer0.weight"] = tensors["model.layer0.weight"][:3]
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :2].copy()
+
+    change(pt_folder, reshape)
+    with pytest.raises(ValueError) as error:
+        FlaxToyWithHead.from_pretrained(pt_folder)
+    assert "model.layer0.weight is (64, 64) by the config, (3, 64) in the file" in str(error.value)
+    assert "lm_head.weight is (5, 3) by the config, (5, 2) in the file" in str(error.value)
+    model, info = FlaxToyWithHead.from_pretrained(pt_folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert len(info["mismatched_keys"]) == 2
+    assert model.params["model"]["layer0"]["kernel"].shape == (64, 64)
+
+
+def test_weights_the_config_has_no_place_for(pt_folder):
+    with pytest.raises(ValueError, match=r"no weights for \['model/layer2/kernel'\]"):
+        FlaxToyWithHead.from_pretrained(pt_folder, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"no place for \['model\.layer1\.weight'\]"):
+        FlaxToyWithHead.from_pretrained(pt_folder, num_hidden_layers=1)
+    model = FlaxToyWithHead.from_pretrained(pt_folder, num_hidden_layers=1, ignore_mismatched_sizes=True)
+    assert "layer1" not in model.params["model"] and model.config.num_hidden_layers == 1
+
+
+def test_weights_of_something_else(pt_folder):
+    save_file({"x": np.zeros(1)}, pt_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="none of the file's 1 tensors"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+
+
+def test_keywords(pt_folder):
+    assert FlaxToyWithHead.from_pretrained(pt_folder, sliding_window=9).config.sliding_window == 9
+    assert FlaxToyWithHead.from_pretrained(pt_folder, gradient_checkpointing=True).module.gradient_checkpointing
+    assert FlaxToyWithHead.from_pretrained(pt_folder, input_shape=(3, 4)).input_shape == (3, 4)
+    for name, meant in (
+        ("slidingwindow", "sliding_window"),
+        ("torch_dtypes", ""),
+        ("from_torch", ""),
+        ("revison", "revision"),
+    ):
+        with pytest.raises(ValueError, match=f"{name!r}.*{meant}"):
+            FlaxToyWithHead.from_pretrained(pt_folder, **{name: 1})
+
+
+def test_config(pt_folder, config):
+    with pytest.raises(ValueError, match="MoshiConfig"):
+        FlaxToyWithHead.from_pretrained(pt_folder, num_hidden_layers="many")
+    (pt_folder / "config.json").unlink()
+    with pytest.raises(OSError, match=r"no config\.json"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+    assert FlaxToyWithHead.from_pretrained(pt_folder, config=config).config is config
+    config.save_pretrained(pt_folder / "elsewhere")
+    model = FlaxToyWithHead.from_pretrained(pt_folder, config=pt_folder / "elsewhere")
+    assert model.config.to_dict() == MoshiConfig.from_pretrained(pt_folder / "elsewhere").to_dict()
+    (pt_folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no valid JSON"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+    tiny_mimi_config().save_pretrained(pt_folder)
+    with pytest.raises(ValueError, match=r"model_type='mimi'.*'moshi'"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+
+
+def test_part_takes_its_config_out_of_the_whole(pt_folder):
+    class FlaxMimiToy(FlaxToy):
+        config_class = MimiConfig
+        module_class = PartModule
+
+    # The module checks its configuration; the file has no weights for it.
+    with pytest.raises(ValueError, match="none of the file's"):
+        FlaxMimiToy.from_pretrained(pt_folder)
+
+
+class PartModule(nn.Module):
+    config: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids):
+        assert isinstance(self.config, MimiConfig) and self.config.num_filters == 4
+        return nn.Embed(3, 3, name="elsewhere")(input_ids)
+
+
+# Saving
+
+
+def test_saved_files(with_head, tmp_path):
+    with_head.save_pretrained(tmp_path / "pt", to_pt=True)
+    with_head.save_pretrained(tmp_path / "flax")
+    names = {"config.json", "generation_config.json"}
+    assert {file.name for file in (tmp_path / "pt").iterdir()} == {*names, "model.safetensors"}
+    assert {file.name for file in (tmp_path / "flax").iterdir()} == {*names, "flax_model.safetensors"}
+    with safe_open(tmp_path / "pt" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_slice("model.top.heads.weight").get_shape() == [2, 3, 64]
+    with safe_open(tmp_path / "flax" / "flax_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "flax"}
+        assert file.get_slice("model.top.heads.1.kernel").get_shape() == [64, 3]
+    values = json.loads((tmp_path / "pt" / "config.json").read_text())
+    assert (
+        values["architectures"] == ["ToyWithHead"] and values["model_type"] == "moshi" and values["dtype"] == "float32"
+    )
+
+
+def test_generation_config_goes_to_the_file_and_back(with_head, config, tmp_path):
+    model = FlaxToyWithHead(config)
+    model.generation_config = GenerationConfig.from_dict({"top_k": 7, "depth_decoder_config": {"top_k": 9}})
+    model.save_pretrained(tmp_path)
+    again = FlaxToyWithHead.from_pretrained(tmp_path).generation_config
+    assert again.top_k == 7 and again.depth_decoder_config == {"top_k": 9}
+
+
+def test_saving_is_refused(with_head, tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization"):
+        with_head.save_pretrained(tmp_path, safe_serialization=False)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(with_head.params))
+    with pytest.raises(ValueError, match=f"max_shard_size='1KB'.*{size}"):
+        with_head.save_pretrained(tmp_path, max_shard_size="1KB")
+    with pytest.raises(ValueError, match="model/embed/embedding"):
+        with_head.save_pretrained(tmp_path, params={"lm_head": with_head.params["lm_head"]})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        with_head.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="repo_id"):
+        with_head.save_pretrained(tmp_path, repo_id="x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_config_is_written_last(with_head, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers_moshi_flax.modeling_flax_utils.write_safetensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        with_head.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_uploads_what_was_written(with_head, tmp_path, monkeypatch):
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, **kwargs):
+            calls.update(kwargs)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    (tmp_path / "private.txt").touch()
+    with_head.save_pretrained(tmp_path, push_to_hub=True, token="t", repo_id="toy")
+    assert calls["repo_id"] == "me/toy" and calls["token"] == "t"
+    assert set(calls["allow_patterns"]) == {"flax_model.safetensors", "generation_config.json", "config.json"}

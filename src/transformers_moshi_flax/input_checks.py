@@ -40,7 +40,8 @@ def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: 
     if wrong.size:
         extra = f" (or one of {allowed})" if allowed else ""
         raise ValueError(
-            f"`{name}` has the id {wrong.flat[0]}, outside the vocabulary: ids must be in [0, {size}){extra}. {remedy}".rstrip()
+            f"`{name}` has the id {wrong.flat[0]}, outside the vocabulary: ids must be in [0, {size}){extra}. "
+            f"{remedy}".rstrip()
         )
 
 

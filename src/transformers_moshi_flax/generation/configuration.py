@@ -1,7 +1,8 @@
 """What ``generate`` is asked for: ``GenerationConfig`` and keyword arguments, checked and resolved.
 
-A field either has its effect or raises, naming itself. Fields that only choose the PyTorch runtime (the cache's class,
-``torch.compile``) have nothing to choose here and are accepted, since the published generation configurations set them.
+A field either has its effect or raises, naming itself. Fields that only choose the PyTorch runtime (the cache's
+class, ``torch.compile``) have nothing to choose here and are accepted, since the published generation configurations
+set them.
 """
 
 from __future__ import annotations

@@ -156,43 +156,39 @@ def generate_text(
     """The program of ``generate``: the sequences ``(batch, max_length)`` and where each row ends, ``(batch,)``."""
     batch_size, prompt_length = input_ids.shape
 
-    def advance(cache, ids, mask, sequences, position):
-        """Feeds ids and chooses the token at ``position``."""
-        outputs = module.apply(
+    sequences = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
+    sequences = lax.dynamic_update_slice_in_dim(sequences, input_ids, 0, axis=1)
+    attended = jnp.ones((batch_size, max_length), dtype=bool)
+    attended = lax.dynamic_update_slice_in_dim(attended, attention_mask, 0, axis=1)
+
+    def feed(cache, ids, mask):
+        return module.apply(
             {"params": params}, input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
         )
+
+    # all tokens of the prompt but the last, which begins the loop; the last token of all is never fed
+    cache = make_cache(batch_size, max_length - 1)
+    if prompt_length > 1:
+        cache = feed(cache, input_ids[:, :-1], attention_mask[:, :-1]).past_key_values
+
+    def unfinished(state):
+        position, _, _, _, finished = state
+        return (position < max_length) & ~jnp.all(finished)
+
+    def step(state):
+        position, cache, sequences, ends, finished = state
+        last, mask = (lax.dynamic_slice_in_dim(array, position - 1, 1, axis=1) for array in (sequences, attended))
+        outputs = feed(cache, last, mask)
         logits = outputs.logits[:, -1]
         if logits_processor is not None:
             logits = logits_processor(sequences, logits, position)
         token = select_token(logits, fold_step(keys, position - prompt_length), 0, sampling)
-        return outputs.past_key_values, token
-
-    def record(sequences, ends, finished, token, position):
         token = jnp.where(finished, pad_token_id, token)
         sequences = lax.dynamic_update_slice_in_dim(sequences, token[:, None], position, axis=1)
         ends = jnp.where(finished, ends, position + 1)
-        return sequences, ends, finished | is_in(token, eos_token_ids)
+        return position + 1, outputs.past_key_values, sequences, ends, finished | is_in(token, eos_token_ids)
 
-    sequences = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
-    sequences = lax.dynamic_update_slice_in_dim(sequences, input_ids, 0, axis=1)
-    # the last token is never fed
-    cache = make_cache(batch_size, max(max_length - 1, prompt_length))
-    cache, token = advance(cache, input_ids, attention_mask, sequences, jnp.int32(prompt_length))
-    ends = jnp.zeros((batch_size,), dtype=jnp.int32)
-    finished = jnp.zeros((batch_size,), dtype=bool)
-    sequences, ends, finished = record(sequences, ends, finished, token, jnp.int32(prompt_length))
-
-    def unfinished(carry):
-        position, _, _, _, finished = carry
-        return (position < max_length) & ~jnp.all(finished)
-
-    def step(carry):
-        position, cache, sequences, ends, finished = carry
-        last = lax.dynamic_slice_in_dim(sequences, position - 1, 1, axis=1)
-        cache, token = advance(cache, last, None, sequences, position)
-        sequences, ends, finished = record(sequences, ends, finished, token, position)
-        return position + 1, cache, sequences, ends, finished
-
-    carry = (jnp.int32(prompt_length + 1), cache, sequences, ends, finished)
-    _, _, sequences, ends, _ = lax.while_loop(unfinished, step, carry)
+    ends, nobody = jnp.zeros((batch_size,), dtype=jnp.int32), jnp.zeros((batch_size,), dtype=bool)
+    state = (jnp.int32(prompt_length), cache, sequences, ends, nobody)
+    _, _, sequences, ends, _ = lax.while_loop(unfinished, step, state)
     return sequences, ends

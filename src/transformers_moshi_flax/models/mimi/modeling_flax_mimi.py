@@ -30,7 +30,6 @@ from ...input_checks import check_ids, check_rank, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ..activations import ACT2FN
-from ...input_checks import check_ids, check_rank, is_traced
 from .checkpoint_flax_mimi import MIMI_RULES
 from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
 

@@ -6,8 +6,8 @@ One frame (see the diagram in ``docs/architecture.md``)::
                                                                        |                |
                                                                        +--> depth decoder: codes 0, 1, … of t+1
 
-:func:`frame_step` is that frame. Prefill is the same function over all frames of the prompt, and the time loop and
-streaming call it with one frame.
+:func:`frame_step` is that frame; the time loop runs it, and so can streaming. Prefill fills the cache with all frames
+of the prompt but the last.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FrameOutput:
 
     Attributes:
         text: the text token of the next frame, ``(batch,)``.
-        codes: the codes of the next frame, undelayed by construction of the depth decoder, ``(batch, codebooks)``.
+        codes: the codes of the next frame, ``(batch, codebooks)``; as inputs, they are delayed already.
         hidden_state: of the backbone, ``(batch, hidden_size)``.
         text_logits: ``(batch, vocab_size)``.
     """
@@ -93,21 +93,21 @@ def frame_step(
     params,
     cache,
     make_depth_cache,
-    inputs_embeds: Float[Array, "batch frames hidden"],
+    inputs_embeds: Float[Array, "batch 1 hidden"],
     attention_mask,
     keys: Key[Array, "batch"],
     text_sampling: Sampling,
     depth_sampling: Sampling,
 ) -> tuple[Any, FrameOutput]:
-    """Feeds one frame (or a prompt) to the backbone and chooses text and codes of the next frame.
+    """Feeds one frame to the backbone and chooses text and codes of the next frame.
 
     Args:
         module: a ``FlaxMoshiForConditionalGenerationModule``.
         params: its parameters.
-        cache: a ``FlaxMoshiCache`` with room for the frames.
+        cache: a ``FlaxMoshiCache`` with room for the frame.
         make_depth_cache: makes the empty cache of the depth decoder for a batch size.
-        inputs_embeds: ``module.embed`` of the delayed streams.
-        attention_mask: ``(batch, frames)`` or None.
+        inputs_embeds: ``module.embed`` of the frame's delayed streams.
+        attention_mask: ``(batch, 1)`` or None.
         keys: a key per row, of this step.
         text_sampling, depth_sampling: how text tokens and codes are chosen.
 
@@ -167,52 +167,70 @@ def generate_frames(
     heard, user_mask = build_delay_pattern_mask(user_codes[:, :, : max_length - 1], start, start, max_length)
     user_stream = apply_delay_pattern_mask(jnp.broadcast_to(blank_codes, user_mask.shape), user_mask)
 
-    def advance(cache, inputs, mask, step):
-        return frame_step(
-            module, params, cache, make_depth_cache, inputs, mask, fold_step(keys, step), text_sampling, depth_sampling
-        )
-
-    def record(carry, frame: FrameOutput, position):
-        text_ids, codes, lengths, finished = carry
-        text = jnp.where(finished, pad_token_id, frame.text)
-        text_ids = lax.dynamic_update_slice_in_dim(text_ids, text[:, None], position, axis=1)
-        forced = lax.dynamic_slice_in_dim(moshi_mask, position, 1, axis=2)
-        chosen = apply_delay_pattern_mask(frame.codes[:, :, None], forced)
-        codes = lax.dynamic_update_slice_in_dim(codes, chosen, position, axis=2)
-        lengths = jnp.where(finished, lengths, position + 1)
-        return text_ids, codes, lengths, finished | is_in(text, eos_token_ids)
-
     text_ids = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
     if input_ids is not None:
         text_ids = lax.dynamic_update_slice_in_dim(text_ids, input_ids, 0, axis=1)
-    if inputs_embeds is None:
-        inputs_embeds = module.apply(
-            {"params": params}, input_ids, heard[:, :, :prompt_length], prompt, method=module.embed
-        )
     codes = jnp.full(moshi_mask.shape, start, dtype=jnp.int32)
     codes = lax.dynamic_update_slice_in_dim(codes, prompt, 0, axis=2)
-    carry = (text_ids, codes, jnp.zeros((batch_size,), dtype=jnp.int32), jnp.zeros((batch_size,), dtype=bool))
+    attended = jnp.ones((batch_size, max_length), dtype=bool)
+    if attention_mask is not None:
+        attended = lax.dynamic_update_slice_in_dim(attended, attention_mask, 0, axis=1)
 
-    # the last frame is never fed
-    cache, frame = advance(make_cache(batch_size, max_length - 1), inputs_embeds, attention_mask, jnp.int32(0))
-    carry = record(carry, frame, jnp.int32(prompt_length))
+    # all frames of the prompt but the last, which begins the loop; the last frame of all is never fed
+    cache = make_cache(batch_size, max_length - 1)
+    prompt_embeds = inputs_embeds
+    if prompt_embeds is None:
+        prompt_embeds = module.apply(
+            {"params": params}, input_ids, heard[:, :, :prompt_length], prompt, method=module.embed
+        )
+    if prompt_length > 1:
+        before = slice(0, prompt_length - 1)
+        prefill = module.apply(
+            {"params": params}, prompt_embeds[:, before], attended[:, before], cache, method=module.decode_frame
+        )
+        cache = prefill.past_key_values
 
     def unfinished(state):
-        position, _, (_, _, _, finished) = state
+        position, _, _, _, _, finished = state
         return (position < max_length) & ~jnp.all(finished)
 
     def step(state):
-        position, cache, carry = state
-        text_ids, codes, _, _ = carry
-        last = [
-            lax.dynamic_slice_in_dim(stream, position - 1, 1, axis=-1) for stream in (text_ids, user_stream, codes)
-        ]
-        inputs = module.apply({"params": params}, *last, method=module.embed)
-        cache, frame = advance(cache, inputs, None, position - prompt_length)
-        return position + 1, cache, record(carry, frame, position)
+        position, cache, text_ids, codes, lengths, finished = state
 
-    _, _, carry = lax.while_loop(unfinished, step, (jnp.int32(prompt_length + 1), cache, carry))
-    text_ids, codes, lengths, _ = carry
+        def at(stream, position):
+            return lax.dynamic_slice_in_dim(stream, position, 1, axis=-1)
+
+        previous = position - 1
+        inputs = module.apply(
+            {"params": params},
+            at(text_ids, previous),
+            at(user_stream, previous),
+            at(codes, previous),
+            method=module.embed,
+        )
+        if inputs_embeds is not None:
+            inputs = jnp.where(previous < prompt_length, inputs_embeds[:, -1:].astype(inputs.dtype), inputs)
+        cache, frame = frame_step(
+            module,
+            params,
+            cache,
+            make_depth_cache,
+            inputs,
+            at(attended, previous),
+            fold_step(keys, position - prompt_length),
+            text_sampling,
+            depth_sampling,
+        )
+        text = jnp.where(finished, pad_token_id, frame.text)
+        text_ids = lax.dynamic_update_slice_in_dim(text_ids, text[:, None], position, axis=1)
+        chosen = apply_delay_pattern_mask(frame.codes[:, :, None], at(moshi_mask, position))
+        codes = lax.dynamic_update_slice_in_dim(codes, chosen, position, axis=2)
+        lengths = jnp.where(finished, lengths, position + 1)
+        return position + 1, cache, text_ids, codes, lengths, finished | is_in(text, eos_token_ids)
+
+    nobody = jnp.zeros((batch_size,), dtype=bool)
+    state = (jnp.int32(prompt_length), cache, text_ids, codes, jnp.zeros((batch_size,), dtype=jnp.int32), nobody)
+    _, _, text_ids, codes, lengths, _ = lax.while_loop(unfinished, step, state)
 
     # the audio of a row begins after its start frames and ends one frame before its text
     starts = jnp.sum(moshi_codes[:, 0] == start, axis=-1, dtype=jnp.int32)
@@ -225,7 +243,7 @@ def generate_frames(
 
 
 def decode_audio(module, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
-    """The waveform of undelayed codes, silent after each row's end (Mimi is causal, so what follows changes nothing)."""
+    """The waveform of undelayed codes, silent after each row's end (Mimi is causal: what follows changes nothing)."""
     frames = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)
     inside = frames[None] < audio_lengths[:, None]
     audio_codes = jnp.where(inside[:, None], audio_codes, 0)

@@ -1,26 +1,17 @@
-"""Moshi in Flax linen, from the smallest module to the whole model.
+"""The public Moshi models: arguments, checks and outputs as in ``transformers``, around the linen modules.
 
-Moshi (Défossez et al., 2024) is a decoder over frames of 80 ms ("Helium", the backbone) with a second, small decoder
-over the codebooks of one frame (the depth decoder). The names, the argument order and the parameter paths follow
-``transformers.models.moshi.modeling_moshi``. Three things depart from it, see ``docs/differences.md``: state is
-explicit (caches are passed in and returned), what upstream forces to float32 is computed in *at least* float32, and
-the per-codebook linears keep one kernel per codebook, because XLA copies slices of stacked weights in every frame.
+``layers_flax_moshi.py`` has the parts, ``modules_flax_moshi.py`` the modules, ``generation_flax_moshi.py`` the frame
+step and the generation program.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
 from transformers import GenerationConfig, MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 from transformers.utils import logging
@@ -38,860 +29,22 @@ from ...generation.configuration import (
 )
 from ...generation.sampling import Sampling, row_keys
 from ...input_checks import check_ids, check_mask, check_rank, is_traced
-from ...modeling_flax_outputs import (
-    FlaxBaseModelOutputWithPast,
-    FlaxCausalLMOutputWithPast,
-    FlaxModelOutput,
-)
+from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
-from ..activations import ACT2FN
-from ..mimi.modeling_flax_mimi import FlaxMimiModule
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .generation_flax_moshi import FlaxMoshiGenerateOutput, decode_audio, encode_audio, generate_frames
+from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
+from .modules_flax_moshi import (
+    FlaxMoshiConditionalGenerationOutputWithPast,
+    FlaxMoshiDepthDecoderModule,
+    FlaxMoshiForCausalLMModule,
+    FlaxMoshiForConditionalGenerationModule,
+    FlaxMoshiModule,
+    FlaxMoshiUnconditionalInput,
+)
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
-
-LayerCache = tuple[Float[Array, "batch kv_heads slots head_dim"], Float[Array, "batch kv_heads slots head_dim"]]
-
-
-def at_least_float32(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-# ------------------------------------------------------------------------------------------------------- caches
-
-
-@flax.struct.dataclass
-class FlaxMoshiCache:
-    """Static key-value cache of the backbone, made by ``init_cache`` and returned updated by every call.
-
-    Attributes:
-        keys, values: one array per layer, ``(batch, kv_heads, max_length, head_dim)``.
-        mask: ``(batch, max_length)``, which of the frames written so far may be attended.
-        length: frames written so far, a scalar.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
-    length: jax.Array
-
-    @property
-    def max_length(self) -> int:
-        return self.mask.shape[-1]
-
-    @classmethod
-    def create(cls, config, batch_size: int, max_length: int, dtype=jnp.float32) -> FlaxMoshiCache:
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)),
-            values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)),
-            mask=jnp.zeros((batch_size, max_length), dtype=bool),
-            length=jnp.zeros((), dtype=jnp.int32),
-        )
-
-
-@flax.struct.dataclass
-class FlaxMoshiDepthCache:
-    """Key-value cache of the depth decoder. ``length`` is static, since it selects each codebook's own weights.
-
-    Attributes:
-        keys, values: one array per layer, ``(batch, kv_heads, num_codebooks, head_dim)``.
-        mask: ``(batch, num_codebooks)``, which of the codebooks written so far may be attended.
-        length: codebooks written so far, a Python integer.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
-    length: int = flax.struct.field(pytree_node=False, default=0)
-
-    @property
-    def max_length(self) -> int:
-        return self.mask.shape[-1]
-
-    @classmethod
-    def create(cls, config, batch_size: int, max_length: int, dtype=jnp.float32) -> FlaxMoshiDepthCache:
-        cache = FlaxMoshiCache.create(config, batch_size, max_length, dtype)
-        return cls(keys=cache.keys, values=cache.values, mask=cache.mask, length=0)
-
-
-# ------------------------------------------------------------------------------------------------ building blocks
-
-
-class FlaxMoshiRMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich, 2019) in at least float32; upstream ``MoshiRMSNorm``."""
-
-    eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden_states: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
-        scale = self.param("scale", nn.initializers.ones, (hidden_states.shape[-1],), jnp.float32)
-        wide = at_least_float32(self.dtype)
-        x = hidden_states.astype(wide)
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(wide)).astype(self.dtype)
-
-
-class FlaxMoshiFlexibleLinear(nn.Module):
-    """One linear layer per codebook; upstream ``MoshiFlexibleLinear``.
-
-    Each codebook is an ordinary ``nn.Dense`` named by its number, so that tools for dense layers reach it.
-    """
-
-    input_size: int
-    output_size: int
-    num_layers: int
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        self.codebooks = [
-            nn.Dense(
-                self.output_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(1.0),
-                name=str(index),
-            )
-            for index in range(self.num_layers)
-        ]
-
-    def __call__(
-        self, x: Float[Array, "batch seq input_size"], layer_idx: int | tuple[int, ...] | Any | None = None
-    ) -> Float[Array, "batch seq output_size"]:
-        """Applies to each position of the sequence its codebook's layer.
-
-        Args:
-            x: inputs.
-            layer_idx: None (position i uses layer i, and the sequence has ``num_layers`` positions), one integer
-                for the whole sequence, or one index per position: a tuple or 1-D array. Indices known at trace
-                time select weights for free; a traced array gathers them, which copies weights.
-
-        Raises:
-            ValueError: if an index is out of range or their number differs from the sequence's length. Traced
-                indices are clamped by JAX.
-        """
-        length = x.shape[1]
-        if self.is_initializing():
-            for codebook in self.codebooks:
-                codebook(x[:, :1])
-        if layer_idx is None:
-            layer_idx = tuple(range(self.num_layers))
-        elif is_traced(layer_idx):
-            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in self.codebooks])
-            chosen = kernels[jnp.broadcast_to(layer_idx, (length,))]
-            return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
-        layer_idx = np.asarray(layer_idx)
-        if layer_idx.ndim == 0:
-            layer_idx = np.full((1 if length == 0 else length,), layer_idx)
-        if layer_idx.shape != (length,):
-            raise ValueError(
-                f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
-            )
-        if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
-            raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
-        if (layer_idx == layer_idx[0]).all():
-            return self.codebooks[layer_idx[0]](x)
-        return jnp.concatenate([self.codebooks[layer](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
-
-
-class FlaxMoshiLinear(nn.Module):
-    """A bias-free linear layer, shared or one per codebook; upstream ``MoshiLinear``."""
-
-    input_dim: int
-    output_dim: int
-    num_codebooks: int
-    use_flexible_linear: bool = False
-    dtype: jnp.dtype = jnp.float32
-    initializer_range: float = 0.02
-
-    def setup(self):
-        if self.use_flexible_linear:
-            self.linear = FlaxMoshiFlexibleLinear(self.input_dim, self.output_dim, self.num_codebooks, self.dtype)
-        else:
-            self.linear = dense(self.output_dim, self.initializer_range, self.dtype)
-
-    def __call__(self, x: Float[Array, "batch seq input_dim"], layer_idx=None) -> Float[Array, "batch seq output_dim"]:
-        return self.linear(x, layer_idx) if self.use_flexible_linear else self.linear(x)
-
-
-def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(initializer_range))
-
-
-class FlaxMoshiGatingMLP(nn.Module):
-    """Gated feed-forward layer, ``fc2(act(a) * b)`` with ``a, b`` the halves of ``fc1``; upstream ``MoshiGatingMLP``."""
-
-    config: MoshiConfig | MoshiDepthConfig
-    use_flexible_linear: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        config = self.config
-        if self.use_flexible_linear:
-            self.fc1 = FlaxMoshiFlexibleLinear(config.hidden_size, config.ffn_dim, config.num_codebooks, self.dtype)
-            self.fc2 = FlaxMoshiFlexibleLinear(
-                config.ffn_dim // 2, config.hidden_size, config.num_codebooks, self.dtype
-            )
-        else:
-            self.fc1 = dense(config.ffn_dim, config.initializer_range, self.dtype)
-            self.fc2 = dense(config.hidden_size, config.initializer_range, self.dtype)
-        self.activation_fn = ACT2FN[config.hidden_act]
-
-    def __call__(
-        self, hidden_states: Float[Array, "batch seq hidden"], layer_idx=None
-    ) -> Float[Array, "batch seq hidden"]:
-        arguments = (layer_idx,) if self.use_flexible_linear else ()
-        gate, up = jnp.split(self.fc1(hidden_states, *arguments), 2, axis=-1)
-        return self.fc2(self.activation_fn(gate) * up, *arguments)
-
-
-def rotary_embedding(
-    position_ids: Int[Array, "batch seq"], head_dim: int, theta: float, dtype
-) -> tuple[Float[Array, "batch seq head_dim"], Float[Array, "batch seq head_dim"]]:
-    """Cosines and sines of the rotary embedding (Su et al., 2021), angles in at least float32; upstream
-    ``MoshiRotaryEmbedding`` with the default rope type."""
-    wide = at_least_float32(dtype)
-    inverse_frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim))
-    angles = position_ids[..., None].astype(wide) * inverse_frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def apply_rotary_pos_emb(
-    x: Float[Array, "batch heads seq head_dim"],
-    cos: Float[Array, "batch seq head_dim"],
-    sin: Float[Array, "batch seq head_dim"],
-) -> Float[Array, "batch heads seq head_dim"]:
-    """Rotates each pair (i, i + head_dim / 2) of the heads by the angle of its position."""
-    first, second = jnp.split(x, 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, None] + rotated * sin[:, None]
-
-
-def attention_mask_of(
-    query_slots: Int[Array, "seq"], key_mask: Bool[Array, "batch slots"], sliding_window: int
-) -> Bool[Array, "batch seq slots"]:
-    """Which keys each query may attend: unmasked, not later, and fewer than ``sliding_window`` slots back."""
-    key_slots = jnp.arange(key_mask.shape[-1], dtype=jnp.int32)[None, :]
-    distance = query_slots[:, None] - key_slots
-    return ((distance >= 0) & (distance < sliding_window))[None] & key_mask[:, None, :]
-
-
-class FlaxMoshiAttention(nn.Module):
-    """Causal self-attention with grouped key-value heads and a sliding window; upstream ``MoshiAttention``."""
-
-    config: MoshiConfig | MoshiDepthConfig
-    use_flexible_linear: bool = False
-    use_rope: bool = True
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        config = self.config
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` must be divisible by `num_attention_heads`, but they are {config.hidden_size} and "
-                f"{config.num_attention_heads}."
-            )
-
-        def linear(input_dim: int, output_dim: int) -> FlaxMoshiLinear:
-            return FlaxMoshiLinear(
-                input_dim,
-                output_dim,
-                config.num_codebooks,
-                self.use_flexible_linear,
-                self.dtype,
-                config.initializer_range,
-            )
-
-        inner = config.num_attention_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, inner)
-        self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = linear(inner, config.hidden_size)
-        self.dropout = nn.Dropout(rate=config.attention_dropout)
-
-    def __call__(
-        self,
-        hidden_states: Float[Array, "batch seq hidden"],
-        attention_mask: Bool[Array, "batch seq slots"],
-        position_ids: Int[Array, "batch seq"] | None = None,
-        layer_cache: LayerCache | None = None,
-        cache_index: Any = 0,
-        codebook_idx: Any = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch heads seq slots"], LayerCache | None]:
-        """Attends over this call's keys, or over the cache's slots after writing this call's into them.
-
-        Args:
-            hidden_states: inputs.
-            attention_mask: True where a query may attend a key slot.
-            position_ids: positions for the rotary embedding (unused without it).
-            layer_cache: keys and values of this layer.
-            cache_index: the slot of the first new key.
-            codebook_idx: the ``layer_idx`` of the per-codebook linears.
-            deterministic: no dropout.
-
-        Returns:
-            The output, the attention weights and the updated cache of this layer.
-        """
-        config = self.config
-        batch_size, length, _ = hidden_states.shape
-        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-
-        def heads(projection: FlaxMoshiLinear) -> Array:
-            projected = projection(hidden_states, codebook_idx)
-            return projected.reshape(batch_size, length, -1, head_dim).transpose(0, 2, 1, 3)
-
-        query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        if self.use_rope:
-            cos, sin = rotary_embedding(position_ids, head_dim, config.rope_parameters["rope_theta"], self.dtype)
-            query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
-
-        if layer_cache is not None:
-            key = lax.dynamic_update_slice_in_dim(
-                layer_cache[0], key.astype(layer_cache[0].dtype), cache_index, axis=2
-            )
-            value = lax.dynamic_update_slice_in_dim(
-                layer_cache[1], value.astype(layer_cache[1].dtype), cache_index, axis=2
-            )
-            layer_cache = (key, value)
-        slots = attention_mask.shape[-1]
-        key, value = key[:, :, :slots].astype(self.dtype), value[:, :, :slots].astype(self.dtype)
-
-        # the queries of one group stand beside each other: [batch, kv_heads, group * seq, head_dim]
-        groups = config.num_attention_heads // kv_heads
-        query = query.reshape(batch_size, kv_heads, groups * length, head_dim)
-        wide = at_least_float32(self.dtype)
-        scores = jnp.einsum("bkqd,bksd->bkqs", query, key, preferred_element_type=wide) * (1 / math.sqrt(head_dim))
-        scores = scores.reshape(batch_size, kv_heads, groups, length, slots)
-        scores = jnp.where(attention_mask[:, None, None], scores, jnp.finfo(wide).min)
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-        dropped = self.dropout(weights, deterministic=deterministic)
-        output = jnp.einsum("bkqs,bksd->bkqd", dropped.reshape(batch_size, kv_heads, groups * length, slots), value)
-        output = output.reshape(batch_size, kv_heads * groups, length, head_dim).transpose(0, 2, 1, 3)
-        output = self.o_proj(output.reshape(batch_size, length, -1), codebook_idx)
-        return output, weights.reshape(batch_size, kv_heads * groups, length, slots), layer_cache
-
-
-class FlaxMoshiDecoderLayer(nn.Module):
-    """Pre-norm transformer layer; upstream ``MoshiDecoderLayer``. The norms are shared by all codebooks."""
-
-    config: MoshiConfig | MoshiDepthConfig
-    use_flexible_linear: bool = False
-    use_rope: bool = True
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        config = self.config
-        self.self_attn = FlaxMoshiAttention(config, self.use_flexible_linear, self.use_rope, self.dtype)
-        self.mlp = FlaxMoshiGatingMLP(config, self.use_flexible_linear, self.dtype)
-        self.input_layernorm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
-        self.post_attention_layernorm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
-
-    def __call__(
-        self,
-        hidden_states: Float[Array, "batch seq hidden"],
-        attention_mask: Bool[Array, "batch seq slots"],
-        position_ids: Int[Array, "batch seq"] | None = None,
-        layer_cache: LayerCache | None = None,
-        cache_index: Any = 0,
-        codebook_idx: Any = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch heads seq slots"], LayerCache | None]:
-        """Arguments and returns as :class:`FlaxMoshiAttention`."""
-        attended, weights, layer_cache = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask,
-            position_ids,
-            layer_cache,
-            cache_index,
-            codebook_idx,
-            deterministic,
-        )
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), codebook_idx)
-        return hidden_states, weights, layer_cache
-
-
-class FlaxMoshiLayers(nn.Module):
-    """The stack of decoder layers of either decoder, children named by number."""
-
-    config: MoshiConfig | MoshiDepthConfig
-    use_flexible_linear: bool = False
-    use_rope: bool = True
-    dtype: jnp.dtype = jnp.float32
-    gradient_checkpointing: bool = False
-
-    def setup(self):
-        # codebook_idx and deterministic are Python values
-        layer_class = (
-            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(5, 6))
-            if self.gradient_checkpointing
-            else FlaxMoshiDecoderLayer
-        )
-        self.blocks = [
-            layer_class(self.config, self.use_flexible_linear, self.use_rope, self.dtype, name=str(index))
-            for index in range(self.config.num_hidden_layers)
-        ]
-
-    def __call__(
-        self, hidden_states, attention_mask, position_ids, cache, codebook_idx, deterministic
-    ) -> tuple[Array, FlaxMoshiCache | FlaxMoshiDepthCache | None, tuple[Array, ...], tuple[Array, ...]]:
-        """Returns the last hidden state, the updated cache, the input of every layer and all attention weights."""
-        inputs, attentions, layer_caches = [], [], []
-        for index, block in enumerate(self.blocks):
-            inputs.append(hidden_states)
-            layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
-            hidden_states, weights, layer_cache = block(
-                hidden_states,
-                attention_mask,
-                position_ids,
-                layer_cache,
-                0 if cache is None else cache.length,
-                codebook_idx,
-                deterministic,
-            )
-            attentions.append(weights)
-            layer_caches.append(layer_cache)
-        if cache is not None:
-            keys, values = zip(*layer_caches)
-            cache = cache.replace(keys=tuple(keys), values=tuple(values))
-        return hidden_states, cache, tuple(inputs), tuple(attentions)
-
-
-class FlaxMoshiEmbeddings(nn.Module):
-    """A numbered list of embedding tables of one size (upstream's ``nn.ModuleList`` of embeddings)."""
-
-    num_tables: int
-    num_embeddings: int
-    features: int
-    initializer_range: float = 0.02
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        self.tables = [
-            embedding_table(self.num_embeddings, self.features, self.initializer_range, self.dtype, name=str(index))
-            for index in range(self.num_tables)
-        ]
-
-    def __call__(self, index: int, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-        return embed(self.tables[index], ids)
-
-
-def embedding_table(num_embeddings: int, features: int, initializer_range: float, dtype, name=None) -> nn.Embed:
-    initializer = nn.initializers.normal(initializer_range)
-    return nn.Embed(num_embeddings, features, dtype=dtype, embedding_init=initializer, name=name)
-
-
-def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-    """Looks ids up; ``IGNORE_INDEX`` gives a zero embedding, as the original's token id -1."""
-    embedded = table(jnp.maximum(ids, 0))
-    return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), embedded.dtype), embedded)
-
-
-def cross_entropy(
-    logits: Float[Array, "*shape vocab"], labels: Int[Array, "*shape"], ignored: Bool[Array, "*shape"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy in at least float32 over the labels that are not ignored (NaN if all are, as in PyTorch)."""
-    logits = logits.astype(at_least_float32(logits.dtype))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(ignored, 0, labels))
-    kept = ~ignored
-    return jnp.sum(jnp.where(kept, losses, 0)) / jnp.sum(kept).astype(losses.dtype)
-
-
-def call_length(cache: FlaxMoshiCache | FlaxMoshiDepthCache | None) -> Any:
-    return 0 if cache is None else cache.length
-
-
-def masked_keys(attention_mask, cache, batch_size: int, length: int) -> tuple[Array, Any]:
-    """The mask over all key slots, this call's included, and the cache that remembers it.
-
-    ``attention_mask`` covers this call's frames, or all slots of the cache.
-    """
-    if attention_mask is None:
-        attention_mask = jnp.ones((batch_size, length), dtype=bool)
-    attention_mask = jnp.asarray(attention_mask).astype(bool)
-    if cache is None:
-        return attention_mask, None
-    if attention_mask.shape[-1] == cache.max_length and length != cache.max_length:
-        mask = attention_mask
-    else:
-        mask = lax.dynamic_update_slice_in_dim(cache.mask, attention_mask, cache.length, axis=1)
-    return mask, cache.replace(mask=mask)
-
-
-# ------------------------------------------------------------------------------------------------- the backbone
-
-
-class FlaxMoshiModule(nn.Module):
-    """The backbone: text embedding, decoder layers, final norm; upstream ``MoshiModel``."""
-
-    config: MoshiConfig
-    dtype: jnp.dtype = jnp.float32
-    gradient_checkpointing: bool = False
-
-    def setup(self):
-        config = self.config
-        self.embed_tokens = embedding_table(
-            config.vocab_size + 1, config.hidden_size, config.initializer_range, self.dtype
-        )
-        self.layers = FlaxMoshiLayers(config, dtype=self.dtype, gradient_checkpointing=self.gradient_checkpointing)
-        self.norm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
-
-    def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
-        return embed(self.embed_tokens, input_ids)
-
-    def __call__(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values: FlaxMoshiCache | None = None,
-        inputs_embeds=None,
-        deterministic: bool = True,
-    ) -> FlaxBaseModelOutputWithPast:
-        hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        batch_size, length, _ = hidden_states.shape
-        slots = call_length(past_key_values) + jnp.arange(length, dtype=jnp.int32)
-        if position_ids is None:
-            position_ids = slots[None]
-        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
-        mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
-        hidden_states, past_key_values, inputs, attentions = self.layers(
-            hidden_states, mask, position_ids, past_key_values, None, deterministic
-        )
-        hidden_states = self.norm(hidden_states)
-        if past_key_values is not None:
-            past_key_values = past_key_values.replace(length=past_key_values.length + length)
-        return FlaxBaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=(*inputs, hidden_states),
-            attentions=attentions,
-        )
-
-
-class FlaxMoshiForCausalLMModule(nn.Module):
-    """The backbone with the text head; upstream ``MoshiForCausalLM``."""
-
-    config: MoshiConfig
-    dtype: jnp.dtype = jnp.float32
-    gradient_checkpointing: bool = False
-
-    def setup(self):
-        self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing)
-        self.lm_head = dense(self.config.vocab_size, self.config.initializer_range, self.dtype)
-
-    def __call__(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values: FlaxMoshiCache | None = None,
-        inputs_embeds=None,
-        labels=None,
-        logits_to_keep: int = 0,
-        deterministic: bool = True,
-    ) -> FlaxCausalLMOutputWithPast:
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, deterministic)
-        hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits[:, :-1], labels[:, 1:], labels[:, 1:] == IGNORE_INDEX)
-        return FlaxCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=hidden_states,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-# --------------------------------------------------------------------------------------------- the depth decoder
-
-
-class FlaxMoshiDepthDecoderModule(nn.Module):
-    """The decoder over the codebooks of one frame; upstream ``MoshiDepthDecoder``. Always causal."""
-
-    config: MoshiDepthConfig
-    dtype: jnp.dtype = jnp.float32
-    gradient_checkpointing: bool = False
-
-    def setup(self):
-        config = self.config
-        self.text_embed_tokens = embedding_table(
-            config.vocab_size + 1, config.hidden_size, config.initializer_range, self.dtype
-        )
-        # the last codebook is never an input
-        self.embed_tokens = FlaxMoshiEmbeddings(
-            config.num_codebooks - 1,
-            config.audio_vocab_size + 1,
-            config.hidden_size,
-            config.initializer_range,
-            self.dtype,
-        )
-        self.input_projections = FlaxMoshiFlexibleLinear(
-            config.input_size, config.hidden_size, config.num_codebooks, self.dtype
-        )
-        self.layers = FlaxMoshiLayers(
-            config,
-            use_flexible_linear=True,
-            use_rope=False,
-            dtype=self.dtype,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
-        self.lm_heads = FlaxMoshiFlexibleLinear(
-            config.hidden_size, config.audio_vocab_size, config.num_codebooks, self.dtype
-        )
-
-    def embed(
-        self, input_ids: Int[Array, "batch seq"], codebook_idx: tuple[int, ...]
-    ) -> Float[Array, "batch seq hidden"]:
-        """Position 0 is the text token, position i > 0 the code of codebook i - 1."""
-        embedded = [
-            embed(self.text_embed_tokens, input_ids[:, i])
-            if index == 0
-            else self.embed_tokens(index - 1, input_ids[:, i])
-            for i, index in enumerate(codebook_idx)
-        ]
-        return jnp.stack(embedded, axis=1)
-
-    def __call__(
-        self,
-        input_ids=None,
-        last_hidden_state=None,
-        attention_mask=None,
-        past_key_values: FlaxMoshiDepthCache | None = None,
-        inputs_embeds=None,
-        position_ids: tuple[int, ...] | None = None,
-        labels=None,
-        deterministic: bool = True,
-    ) -> FlaxCausalLMOutputWithPast:
-        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        past_length = call_length(past_key_values)
-        slots = tuple(range(past_length, past_length + length))
-        codebook_idx = slots if position_ids is None else position_ids
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, codebook_idx)
-        # the hidden state of the frame conditions every codebook
-        last_hidden_state = jnp.broadcast_to(last_hidden_state, (batch_size, length, last_hidden_state.shape[-1]))
-        hidden_states = inputs_embeds.astype(self.dtype) + self.input_projections(last_hidden_state, codebook_idx)
-
-        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
-        mask = attention_mask_of(
-            jnp.asarray(slots, dtype=jnp.int32), key_mask[:, : past_length + length], self.config.sliding_window
-        )
-        hidden_states, past_key_values, inputs, attentions = self.layers(
-            hidden_states, mask, None, past_key_values, codebook_idx, deterministic
-        )
-        if past_key_values is not None:
-            past_key_values = past_key_values.replace(length=past_length + length)
-        logits = self.lm_heads(hidden_states, codebook_idx)
-        loss = None
-        if labels is not None:
-            ignored = (labels == IGNORE_INDEX) | (labels == self.config.audio_vocab_size)
-            loss = cross_entropy(logits, labels, ignored)
-        return FlaxCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=(*inputs, hidden_states),
-            attentions=attentions,
-        )
-
-
-# ---------------------------------------------------------------------------------------------- the whole of Moshi
-
-
-@flax.struct.dataclass
-class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
-    """Output of :class:`FlaxMoshiForConditionalGeneration`.
-
-    Attributes:
-        loss: the sum of ``text_loss`` and ``depth_loss``, as far as their labels were passed.
-        logits: text logits, ``(batch, frames, vocab_size)``.
-        last_hidden_state: of the backbone, ``(batch, frames, hidden_size)``.
-        past_key_values: the backbone's updated cache, if one was passed.
-        hidden_states, attentions: of the backbone.
-        text_loss: mean cross-entropy of the text tokens of frames 1, 2, ….
-        depth_loss: mean cross-entropy of their audio codes.
-        audio_logits: ``(batch, frames - 1, num_codebooks, audio_vocab_size)``; entry t predicts frame t + 1.
-        depth_hidden_states, depth_attentions: of the depth decoder, over ``batch * (frames - 1)`` sequences.
-    """
-
-    loss: jax.Array | None = None
-    logits: jax.Array | None = None
-    last_hidden_state: jax.Array | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-    text_loss: jax.Array | None = None
-    depth_loss: jax.Array | None = None
-    audio_logits: jax.Array | None = None
-    depth_hidden_states: tuple[jax.Array, ...] | None = None
-    depth_attentions: tuple[jax.Array, ...] | None = None
-
-
-@flax.struct.dataclass
-class FlaxMoshiUnconditionalInput(FlaxModelOutput):
-    """Inputs of one start frame, for generation from nothing; upstream ``MoshiUnconditionalInput``.
-
-    Attributes:
-        input_ids: ``(batch, 1)``, the text start token ``vocab_size``.
-        user_audio_codes, moshi_audio_codes: ``(batch, num_codebooks, 1)``, the audio start code ``audio_vocab_size``.
-        attention_mask: ``(batch, 1)`` of ones.
-    """
-
-    input_ids: jax.Array | None = None
-    user_audio_codes: jax.Array | None = None
-    moshi_audio_codes: jax.Array | None = None
-    attention_mask: jax.Array | None = None
-
-
-class FlaxMoshiForConditionalGenerationModule(nn.Module):
-    """Audio embeddings, backbone, depth decoder and Mimi; upstream ``MoshiForConditionalGeneration``."""
-
-    config: MoshiConfig
-    dtype: jnp.dtype = jnp.float32
-    gradient_checkpointing: bool = False
-
-    def setup(self):
-        config = self.config
-        # Moshi's own codebooks first, then the user's
-        self.embed_tokens = FlaxMoshiEmbeddings(
-            2 * config.num_codebooks,
-            config.audio_vocab_size + 1,
-            config.hidden_size,
-            config.initializer_range,
-            self.dtype,
-        )
-        self.audio_encoder = FlaxMimiModule(config.audio_encoder_config, self.dtype, self.gradient_checkpointing)
-        self.decoder = FlaxMoshiForCausalLMModule(config, self.dtype, self.gradient_checkpointing)
-        self.depth_decoder = FlaxMoshiDepthDecoderModule(
-            config.depth_decoder_config, self.dtype, self.gradient_checkpointing
-        )
-
-    def encode_audio(self, input_values: Float[Array, "batch 1 samples"]) -> Int[Array, "batch codebooks frames"]:
-        """The codes of a waveform, as many codebooks as Moshi hears."""
-        return self.audio_encoder.encode(input_values, num_quantizers=self.config.num_codebooks).audio_codes
-
-    def decode_audio(self, audio_codes: Int[Array, "batch codebooks frames"]) -> Float[Array, "batch 1 samples"]:
-        return self.audio_encoder.decode(audio_codes).audio_values
-
-    def embed(
-        self, input_ids=None, user_audio_codes=None, moshi_audio_codes=None
-    ) -> Float[Array, "batch frames hidden"]:
-        """The sum of the embeddings of the streams that are given (text, Moshi's codes, the user's codes)."""
-        embedded = [] if input_ids is None else [self.decoder.model.embed(input_ids)]
-        for first, codes in ((0, moshi_audio_codes), (self.config.num_codebooks, user_audio_codes)):
-            if codes is not None:
-                embedded += [self.embed_tokens(first + k, codes[:, k]) for k in range(codes.shape[1])]
-        return sum(embedded[1:], start=embedded[0])
-
-    def decode_frame(self, inputs_embeds, attention_mask, past_key_values) -> FlaxCausalLMOutputWithPast:
-        """The backbone with its cache, logits of the last frame only."""
-        return self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            logits_to_keep=1,
-        )
-
-    def decode_codebook(self, input_ids, last_hidden_state, past_key_values) -> FlaxCausalLMOutputWithPast:
-        """The depth decoder on the next codebook of a frame."""
-        return self.depth_decoder(input_ids, last_hidden_state, past_key_values=past_key_values)
-
-    def depth_inputs(self, text_labels, audio_labels, hidden_states, attention_mask):
-        """Pairs the hidden state of frame t with text and (delayed) codes of frame t + 1, as generation does."""
-        pad = self.config.audio_vocab_size
-        codes, _ = build_delay_pattern_mask(audio_labels, pad, pad, audio_labels.shape[-1] + 1)
-        codes = codes[:, :, 1:].transpose(0, 2, 1)
-        inputs = jnp.concatenate([text_labels[:, 1:, None], codes[:, :, :-1]], axis=-1)
-        labels = jnp.where((codes == pad) | ~attended_pairs(attention_mask)[..., None], IGNORE_INDEX, codes)
-        num_codebooks = labels.shape[-1]
-        return (
-            inputs.reshape(-1, num_codebooks),
-            hidden_states[:, :-1].reshape(-1, 1, hidden_states.shape[-1]),
-            labels.reshape(-1, num_codebooks),
-        )
-
-    def __call__(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        user_input_values=None,
-        user_audio_codes=None,
-        moshi_input_values=None,
-        moshi_audio_codes=None,
-        past_key_values: FlaxMoshiCache | None = None,
-        inputs_embeds=None,
-        text_labels=None,
-        audio_labels=None,
-        deterministic: bool = True,
-    ) -> FlaxMoshiConditionalGenerationOutputWithPast:
-        if self.is_initializing():
-            self._reach_all_of_mimi()
-        if inputs_embeds is None:
-            if user_audio_codes is None and user_input_values is not None:
-                user_audio_codes = self.encode_audio(user_input_values)
-            if moshi_audio_codes is None and moshi_input_values is not None:
-                moshi_audio_codes = self.encode_audio(moshi_input_values)
-            inputs_embeds = self.embed(input_ids, user_audio_codes, moshi_audio_codes)
-
-        mask = jnp.ones(inputs_embeds.shape[:2], dtype=bool) if attention_mask is None else attention_mask.astype(bool)
-        outputs = self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            deterministic=deterministic,
-        )
-        text_loss = depth_loss = depth = None
-        if text_labels is not None:
-            masked = ~attended_pairs(mask) | (text_labels[:, 1:] == IGNORE_INDEX)
-            text_loss = cross_entropy(outputs.logits[:, :-1], text_labels[:, 1:], masked)
-        if audio_labels is not None:
-            ids, hidden_states, labels = self.depth_inputs(text_labels, audio_labels, outputs.last_hidden_state, mask)
-            depth = self.depth_decoder(ids, hidden_states, labels=labels, deterministic=deterministic)
-            depth_loss = depth.loss
-        batch_size, length = mask.shape
-        return FlaxMoshiConditionalGenerationOutputWithPast(
-            loss=text_loss if depth_loss is None else text_loss + depth_loss,
-            logits=outputs.logits,
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            text_loss=text_loss,
-            depth_loss=depth_loss,
-            audio_logits=None
-            if depth is None
-            else depth.logits.reshape(batch_size, length - 1, *depth.logits.shape[1:]),
-            depth_hidden_states=None if depth is None else depth.hidden_states,
-            depth_attentions=None if depth is None else depth.attentions,
-        )
-
-    def _reach_all_of_mimi(self) -> None:
-        config = self.config.audio_encoder_config
-        if config.encoder_config is not None:
-            self.encode_audio(jnp.zeros((1, config.audio_channels, config.frame_size)))
-        if config.decoder_config is not None:
-            self.decode_audio(jnp.zeros((1, config.num_quantizers, 1), dtype=jnp.int32))
-
-
-def attended_pairs(mask: Bool[Array, "batch frames"]) -> Bool[Array, "batch frames-1"]:
-    """Where a frame and the next one, which it predicts, both count."""
-    return mask[:, :-1] & mask[:, 1:]
-
-
-# ---------------------------------------------------------------------------------------------- the public models
 
 
 class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
@@ -988,7 +141,8 @@ def check_embeds(inputs_embeds, config) -> tuple[int, int]:
     check_rank("inputs_embeds", inputs_embeds, ("batch", "frames", "hidden_size"))
     if inputs_embeds.shape[-1] != config.hidden_size:
         raise ValueError(
-            f"`inputs_embeds` must have {config.hidden_size} features (`hidden_size`), but has {inputs_embeds.shape[-1]}."
+            f"`inputs_embeds` must have {config.hidden_size} features (`hidden_size`), but has "
+            f"{inputs_embeds.shape[-1]}."
         )
     return inputs_embeds.shape[:2]
 
@@ -1035,7 +189,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             input_ids: text ids in ``[0, vocab_size]``; ``vocab_size`` is the start token.
             attention_mask: 1 for frames to attend, 0 for padding; ``(batch, frames)`` for this call's frames, or
                 ``(batch, max_length)`` for all slots of the cache.
-            position_ids: positions of the rotary embedding; by default the frames are counted, from the cache's length.
+            position_ids: positions of the rotary embedding; by default the frames are counted from the cache's length.
             past_key_values: a cache of :meth:`init_cache`; it is returned updated, never changed in place.
             inputs_embeds: instead of ``input_ids``.
             use_cache: True without ``past_key_values`` starts a cache of ``max_position_embeddings`` frames; False
@@ -1249,12 +403,14 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
     def __init__(self, config: MoshiConfig, *args, **kwargs):
         if config.audio_encoder_config is None or config.depth_decoder_config is None:
             raise ValueError(
-                "`config` lacks `audio_encoder_config` or `depth_decoder_config`: give both, or use FlaxMoshiForCausalLM."
+                "`config` lacks `audio_encoder_config` or `depth_decoder_config`: give both, or use "
+                "FlaxMoshiForCausalLM."
             )
         available = config.audio_encoder_config.num_quantizers
         if config.num_codebooks > available:
             raise ValueError(
-                f"`num_codebooks` is {config.num_codebooks}, but the audio encoder has only {available} (`num_quantizers`)."
+                f"`num_codebooks` is {config.num_codebooks}, but the audio encoder has only {available} "
+                "(`num_quantizers`): lower it."
             )
         super().__init__(config, *args, **kwargs)
 
@@ -1331,8 +487,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             check_rank(f"{name}_audio_codes", codes, ("batch", "num_codebooks", "frames"))
             if np.shape(codes)[1] != config.num_codebooks or np.shape(codes)[2] == 0:
                 raise ValueError(
-                    f"`{name}_audio_codes` must have {config.num_codebooks} codebooks (`num_codebooks`) and at least one "
-                    f"frame, but has the shape {np.shape(codes)}."
+                    f"`{name}_audio_codes` must have {config.num_codebooks} codebooks (`num_codebooks`) and at least "
+                    f"one frame, but has the shape {np.shape(codes)}."
                 )
             check_ids(f"{name}_audio_codes", codes, config.audio_vocab_size + 1)
         elif input_values is not None:
@@ -1353,14 +509,14 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
     ) -> None:
         if moshi_frames is not None and moshi_frames != text_length:
             raise ValueError(
-                f"`{text_name}` has {text_length} frames, but Moshi's stream (`moshi_audio_codes` or `moshi_input_values`) "
-                f"has {moshi_frames}: make them equally long, one text id per frame of "
+                f"`{text_name}` has {text_length} frames, but Moshi's stream (`moshi_audio_codes` or "
+                f"`moshi_input_values`) has {moshi_frames}: make them equally long, one text id per frame of "
                 f"{self.config.audio_encoder_config.frame_size} samples."
             )
         if user_frames is not None and user_frames < text_length:
             raise ValueError(
-                f"The user's stream (`user_audio_codes` or `user_input_values`) has {user_frames} frames, fewer than the "
-                f"{text_length} of `{text_name}`: pad it with silence."
+                f"The user's stream (`user_audio_codes` or `user_input_values`) has {user_frames} frames, fewer than "
+                f"the {text_length} of `{text_name}`: pad it with silence."
             )
 
     def __call__(
@@ -1389,11 +545,11 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
 
         Args:
             input_ids: text ids in ``[0, vocab_size]``, ``(batch, frames)``.
-            attention_mask: 1 for frames to attend, 0 for padding, ``(batch, frames)``; masked frames are left out of the
-                losses.
+            attention_mask: 1 for frames to attend, 0 for padding, ``(batch, frames)``; masked frames are left out of
+                the losses.
             user_input_values, moshi_input_values: waveforms, ``(batch, 1, samples)`` at 24 kHz in [-1, 1].
-            user_audio_codes, moshi_audio_codes: codes in ``[0, audio_vocab_size]``, ``(batch, num_codebooks, frames)``;
-                they have priority over the waveforms.
+            user_audio_codes, moshi_audio_codes: codes in ``[0, audio_vocab_size]``, ``(batch, num_codebooks,
+                frames)``; they have priority over the waveforms.
             past_key_values: a cache of ``init_cache``.
             inputs_embeds: instead of all streams, ``(batch, frames, hidden_size)``.
             text_labels: ids in ``[0, vocab_size)`` or -100, ``(batch, frames)``; shifted inside.
@@ -1403,8 +559,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
                 :meth:`FlaxMoshiModel.__call__`.
 
         Raises:
-            ValueError: no input, streams of different length, ids outside a vocabulary, audio that is empty, not finite
-                or of the wrong rank, more frames than the cache has room for.
+            ValueError: no input, streams of different length, ids outside a vocabulary, audio that is empty, not
+                finite or of the wrong rank, more frames than the cache has room for.
         """
         config = self.config
         streams = (input_ids, user_input_values, user_audio_codes, moshi_input_values, moshi_audio_codes)
@@ -1491,11 +647,12 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         Args:
             input_ids: text ids of the prompt, ``(batch, frames)``. Without any input the start frame is the prompt.
             user_input_values, moshi_input_values: waveforms of the prompt, ``(batch, 1, samples)`` at 24 kHz.
-            user_audio_codes, moshi_audio_codes: or their codes, ``(batch, num_codebooks, frames)``, undelayed. The user's
-                stream may be longer than the prompt and is then heard while Moshi speaks; after its end there is silence.
+            user_audio_codes, moshi_audio_codes: or their codes, ``(batch, num_codebooks, frames)``, undelayed. The
+                user's stream may be longer than the prompt and is then heard while Moshi speaks; after its end there is
+                silence.
             inputs_embeds: the prompt's embeddings, ``(batch, frames, hidden_size)``, instead of those of the streams;
-                the streams are still needed for the codes. Sequences then begin with ``input_ids`` if they are given, and
-                with the generated tokens otherwise.
+                the streams are still needed for the codes. Sequences then begin with ``input_ids`` if they are given,
+                and with the generated tokens otherwise.
             return_audio_waveforms: decode the audio.
             return_audio_codes: return the codes.
             concat_unconditional_inputs: put the start frame before the prompt.
@@ -1563,7 +720,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         ):
             if stream is not None and np.shape(stream)[0] != batch_size:
                 raise ValueError(
-                    f"`{name}` has a batch of {np.shape(stream)[0]}, but `{text_name}` has {batch_size}: make them equal."
+                    f"`{name}` has a batch of {np.shape(stream)[0]}, but `{text_name}` has {batch_size}: make them "
+                    "equal."
                 )
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
@@ -1644,8 +802,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             batch_size, length = check_embeds(inputs_embeds, self.config)
             if input_ids is not None and np.shape(input_ids) != (batch_size, length):
                 raise ValueError(
-                    f"`input_ids` must have one id per frame of `inputs_embeds`, ({batch_size}, {length}), but has the "
-                    f"shape {np.shape(input_ids)}."
+                    f"`input_ids` must have one id per frame of `inputs_embeds`, ({batch_size}, {length}), but has "
+                    f"the shape {np.shape(input_ids)}."
                 )
         if length == 0:
             raise ValueError("The prompt is empty: pass at least one frame, or no input at all.")

@@ -1,0 +1,407 @@
+"""The linen modules of Moshi: backbone, text head, depth decoder, and the whole of them with Mimi.
+
+Moshi (Défossez et al., 2024) is a decoder over frames of 80 ms ("Helium", the backbone) with a second, small decoder
+over the codebooks of one frame (the depth decoder). The public classes around the modules are in
+``modeling_flax_moshi.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from transformers import MoshiConfig
+from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
+
+from ...modeling_flax_outputs import (
+    FlaxBaseModelOutputWithPast,
+    FlaxCausalLMOutputWithPast,
+    FlaxModelOutput,
+)
+from ..mimi.modeling_flax_mimi import FlaxMimiModule
+from .delay_pattern import build_delay_pattern_mask
+from .layers_flax_moshi import (
+    IGNORE_INDEX,
+    FlaxMoshiCache,
+    FlaxMoshiDepthCache,
+    FlaxMoshiEmbeddings,
+    FlaxMoshiFlexibleLinear,
+    FlaxMoshiLayers,
+    FlaxMoshiRMSNorm,
+    attention_mask_of,
+    call_length,
+    cross_entropy,
+    dense,
+    embed,
+    embedding_table,
+    masked_keys,
+)
+
+# ------------------------------------------------------------------------------------------------- the backbone
+
+
+class FlaxMoshiModule(nn.Module):
+    """The backbone: text embedding, decoder layers, final norm; upstream ``MoshiModel``."""
+
+    config: MoshiConfig
+    dtype: jnp.dtype = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = embedding_table(
+            config.vocab_size + 1, config.hidden_size, config.initializer_range, self.dtype
+        )
+        self.layers = FlaxMoshiLayers(config, dtype=self.dtype, gradient_checkpointing=self.gradient_checkpointing)
+        self.norm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
+
+    def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
+        return embed(self.embed_tokens, input_ids)
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: FlaxMoshiCache | None = None,
+        inputs_embeds=None,
+        deterministic: bool = True,
+    ) -> FlaxBaseModelOutputWithPast:
+        hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        batch_size, length, _ = hidden_states.shape
+        slots = call_length(past_key_values) + jnp.arange(length, dtype=jnp.int32)
+        if position_ids is None:
+            position_ids = slots[None]
+        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
+        mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
+        hidden_states, past_key_values, inputs, attentions = self.layers(
+            hidden_states, mask, position_ids, past_key_values, None, deterministic
+        )
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None:
+            past_key_values = past_key_values.replace(length=past_key_values.length + length)
+        return FlaxBaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*inputs, hidden_states),
+            attentions=attentions,
+        )
+
+
+class FlaxMoshiForCausalLMModule(nn.Module):
+    """The backbone with the text head; upstream ``MoshiForCausalLM``."""
+
+    config: MoshiConfig
+    dtype: jnp.dtype = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing)
+        self.lm_head = dense(self.config.vocab_size, self.config.initializer_range, self.dtype)
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: FlaxMoshiCache | None = None,
+        inputs_embeds=None,
+        labels=None,
+        logits_to_keep: int = 0,
+        deterministic: bool = True,
+    ) -> FlaxCausalLMOutputWithPast:
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, deterministic)
+        hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:], labels[:, 1:] == IGNORE_INDEX)
+        return FlaxCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=hidden_states,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# --------------------------------------------------------------------------------------------- the depth decoder
+
+
+class FlaxMoshiDepthDecoderModule(nn.Module):
+    """The decoder over the codebooks of one frame; upstream ``MoshiDepthDecoder``. Always causal."""
+
+    config: MoshiDepthConfig
+    dtype: jnp.dtype = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        config = self.config
+        self.text_embed_tokens = embedding_table(
+            config.vocab_size + 1, config.hidden_size, config.initializer_range, self.dtype
+        )
+        # the last codebook is never an input
+        self.embed_tokens = FlaxMoshiEmbeddings(
+            config.num_codebooks - 1,
+            config.audio_vocab_size + 1,
+            config.hidden_size,
+            config.initializer_range,
+            self.dtype,
+        )
+        self.input_projections = FlaxMoshiFlexibleLinear(
+            config.input_size, config.hidden_size, config.num_codebooks, self.dtype
+        )
+        self.layers = FlaxMoshiLayers(
+            config,
+            use_flexible_linear=True,
+            use_rope=False,
+            dtype=self.dtype,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        self.lm_heads = FlaxMoshiFlexibleLinear(
+            config.hidden_size, config.audio_vocab_size, config.num_codebooks, self.dtype
+        )
+
+    def embed(
+        self, input_ids: Int[Array, "batch seq"], codebook_idx: tuple[int, ...]
+    ) -> Float[Array, "batch seq hidden"]:
+        """Position 0 is the text token, position i > 0 the code of codebook i - 1."""
+        embedded = [
+            embed(self.text_embed_tokens, input_ids[:, i])
+            if index == 0
+            else self.embed_tokens(index - 1, input_ids[:, i])
+            for i, index in enumerate(codebook_idx)
+        ]
+        return jnp.stack(embedded, axis=1)
+
+    def __call__(
+        self,
+        input_ids=None,
+        last_hidden_state=None,
+        attention_mask=None,
+        past_key_values: FlaxMoshiDepthCache | None = None,
+        inputs_embeds=None,
+        position_ids: tuple[int, ...] | None = None,
+        labels=None,
+        deterministic: bool = True,
+    ) -> FlaxCausalLMOutputWithPast:
+        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        past_length = call_length(past_key_values)
+        slots = tuple(range(past_length, past_length + length))
+        codebook_idx = slots if position_ids is None else position_ids
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, codebook_idx)
+        # the hidden state of the frame conditions every codebook
+        last_hidden_state = jnp.broadcast_to(last_hidden_state, (batch_size, length, last_hidden_state.shape[-1]))
+        hidden_states = inputs_embeds.astype(self.dtype) + self.input_projections(last_hidden_state, codebook_idx)
+
+        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
+        mask = attention_mask_of(
+            jnp.asarray(slots, dtype=jnp.int32), key_mask[:, : past_length + length], self.config.sliding_window
+        )
+        hidden_states, past_key_values, inputs, attentions = self.layers(
+            hidden_states, mask, None, past_key_values, codebook_idx, deterministic
+        )
+        if past_key_values is not None:
+            past_key_values = past_key_values.replace(length=past_length + length)
+        logits = self.lm_heads(hidden_states, codebook_idx)
+        loss = None
+        if labels is not None:
+            ignored = (labels == IGNORE_INDEX) | (labels == self.config.audio_vocab_size)
+            loss = cross_entropy(logits, labels, ignored)
+        return FlaxCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*inputs, hidden_states),
+            attentions=attentions,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the whole of Moshi
+
+
+@flax.struct.dataclass
+class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
+    """Output of :class:`FlaxMoshiForConditionalGeneration`.
+
+    Attributes:
+        loss: the sum of ``text_loss`` and ``depth_loss``, as far as their labels were passed.
+        logits: text logits, ``(batch, frames, vocab_size)``.
+        last_hidden_state: of the backbone, ``(batch, frames, hidden_size)``.
+        past_key_values: the backbone's updated cache, if one was passed.
+        hidden_states, attentions: of the backbone.
+        text_loss: mean cross-entropy of the text tokens of frames 1, 2, ….
+        depth_loss: mean cross-entropy of their audio codes.
+        audio_logits: ``(batch, frames - 1, num_codebooks, audio_vocab_size)``; entry t predicts frame t + 1.
+        depth_hidden_states, depth_attentions: of the depth decoder, over ``batch * (frames - 1)`` sequences.
+    """
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    last_hidden_state: jax.Array | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    text_loss: jax.Array | None = None
+    depth_loss: jax.Array | None = None
+    audio_logits: jax.Array | None = None
+    depth_hidden_states: tuple[jax.Array, ...] | None = None
+    depth_attentions: tuple[jax.Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class FlaxMoshiUnconditionalInput(FlaxModelOutput):
+    """Inputs of one start frame, for generation from nothing; upstream ``MoshiUnconditionalInput``.
+
+    Attributes:
+        input_ids: ``(batch, 1)``, the text start token ``vocab_size``.
+        user_audio_codes, moshi_audio_codes: ``(batch, num_codebooks, 1)``, the audio start code ``audio_vocab_size``.
+        attention_mask: ``(batch, 1)`` of ones.
+    """
+
+    input_ids: jax.Array | None = None
+    user_audio_codes: jax.Array | None = None
+    moshi_audio_codes: jax.Array | None = None
+    attention_mask: jax.Array | None = None
+
+
+class FlaxMoshiForConditionalGenerationModule(nn.Module):
+    """Audio embeddings, backbone, depth decoder and Mimi; upstream ``MoshiForConditionalGeneration``."""
+
+    config: MoshiConfig
+    dtype: jnp.dtype = jnp.float32
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        config = self.config
+        # Moshi's own codebooks first, then the user's
+        self.embed_tokens = FlaxMoshiEmbeddings(
+            2 * config.num_codebooks,
+            config.audio_vocab_size + 1,
+            config.hidden_size,
+            config.initializer_range,
+            self.dtype,
+        )
+        self.audio_encoder = FlaxMimiModule(config.audio_encoder_config, self.dtype, self.gradient_checkpointing)
+        self.decoder = FlaxMoshiForCausalLMModule(config, self.dtype, self.gradient_checkpointing)
+        self.depth_decoder = FlaxMoshiDepthDecoderModule(
+            config.depth_decoder_config, self.dtype, self.gradient_checkpointing
+        )
+
+    def encode_audio(self, input_values: Float[Array, "batch 1 samples"]) -> Int[Array, "batch codebooks frames"]:
+        """The codes of a waveform, as many codebooks as Moshi hears."""
+        return self.audio_encoder.encode(input_values, num_quantizers=self.config.num_codebooks).audio_codes
+
+    def decode_audio(self, audio_codes: Int[Array, "batch codebooks frames"]) -> Float[Array, "batch 1 samples"]:
+        return self.audio_encoder.decode(audio_codes).audio_values
+
+    def embed(
+        self, input_ids=None, user_audio_codes=None, moshi_audio_codes=None
+    ) -> Float[Array, "batch frames hidden"]:
+        """The sum of the embeddings of the streams that are given (text, Moshi's codes, the user's codes)."""
+        embedded = [] if input_ids is None else [self.decoder.model.embed(input_ids)]
+        for first, codes in ((0, moshi_audio_codes), (self.config.num_codebooks, user_audio_codes)):
+            if codes is not None:
+                embedded += [self.embed_tokens(first + k, codes[:, k]) for k in range(codes.shape[1])]
+        return sum(embedded[1:], start=embedded[0])
+
+    def decode_frame(self, inputs_embeds, attention_mask, past_key_values) -> FlaxCausalLMOutputWithPast:
+        """The backbone with its cache, logits of the last frame only."""
+        return self.decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            logits_to_keep=1,
+        )
+
+    def decode_codebook(self, input_ids, last_hidden_state, past_key_values) -> FlaxCausalLMOutputWithPast:
+        """The depth decoder on the next codebook of a frame."""
+        return self.depth_decoder(input_ids, last_hidden_state, past_key_values=past_key_values)
+
+    def depth_inputs(self, text_labels, audio_labels, hidden_states, attention_mask):
+        """Pairs the hidden state of frame t with text and (delayed) codes of frame t + 1, as generation does."""
+        pad = self.config.audio_vocab_size
+        codes, _ = build_delay_pattern_mask(audio_labels, pad, pad, audio_labels.shape[-1] + 1)
+        codes = codes[:, :, 1:].transpose(0, 2, 1)
+        inputs = jnp.concatenate([text_labels[:, 1:, None], codes[:, :, :-1]], axis=-1)
+        labels = jnp.where((codes == pad) | ~attended_pairs(attention_mask)[..., None], IGNORE_INDEX, codes)
+        num_codebooks = labels.shape[-1]
+        return (
+            inputs.reshape(-1, num_codebooks),
+            hidden_states[:, :-1].reshape(-1, 1, hidden_states.shape[-1]),
+            labels.reshape(-1, num_codebooks),
+        )
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        user_input_values=None,
+        user_audio_codes=None,
+        moshi_input_values=None,
+        moshi_audio_codes=None,
+        past_key_values: FlaxMoshiCache | None = None,
+        inputs_embeds=None,
+        text_labels=None,
+        audio_labels=None,
+        deterministic: bool = True,
+    ) -> FlaxMoshiConditionalGenerationOutputWithPast:
+        if self.is_initializing():
+            self._reach_all_of_mimi()
+        if inputs_embeds is None:
+            if user_audio_codes is None and user_input_values is not None:
+                user_audio_codes = self.encode_audio(user_input_values)
+            if moshi_audio_codes is None and moshi_input_values is not None:
+                moshi_audio_codes = self.encode_audio(moshi_input_values)
+            inputs_embeds = self.embed(input_ids, user_audio_codes, moshi_audio_codes)
+
+        mask = jnp.ones(inputs_embeds.shape[:2], dtype=bool) if attention_mask is None else attention_mask.astype(bool)
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            deterministic=deterministic,
+        )
+        text_loss = depth_loss = depth = None
+        if text_labels is not None:
+            masked = ~attended_pairs(mask) | (text_labels[:, 1:] == IGNORE_INDEX)
+            text_loss = cross_entropy(outputs.logits[:, :-1], text_labels[:, 1:], masked)
+        if audio_labels is not None:
+            ids, hidden_states, labels = self.depth_inputs(text_labels, audio_labels, outputs.last_hidden_state, mask)
+            depth = self.depth_decoder(ids, hidden_states, labels=labels, deterministic=deterministic)
+            depth_loss = depth.loss
+        batch_size, length = mask.shape
+        return FlaxMoshiConditionalGenerationOutputWithPast(
+            loss=text_loss if depth_loss is None else text_loss + depth_loss,
+            logits=outputs.logits,
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            text_loss=text_loss,
+            depth_loss=depth_loss,
+            audio_logits=None
+            if depth is None
+            else depth.logits.reshape(batch_size, length - 1, *depth.logits.shape[1:]),
+            depth_hidden_states=None if depth is None else depth.hidden_states,
+            depth_attentions=None if depth is None else depth.attentions,
+        )
+
+    def _reach_all_of_mimi(self) -> None:
+        config = self.config.audio_encoder_config
+        if config.encoder_config is not None:
+            self.encode_audio(jnp.zeros((1, config.audio_channels, config.frame_size)))
+        if config.decoder_config is not None:
+            self.decode_audio(jnp.zeros((1, config.num_quantizers, 1), dtype=jnp.int32))
+
+
+def attended_pairs(mask: Bool[Array, "batch frames"]) -> Bool[Array, "batch frames-1"]:
+    """Where a frame and the next one, which it predicts, both count."""
+    return mask[:, :-1] & mask[:, 1:]

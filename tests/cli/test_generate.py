@@ -150,13 +150,23 @@ def test_end_of_input_ends_interactive(moshi_flax, speech: Path, tmp_path: Path,
     assert list(tmp_path.glob("reply*")) == []
 
 
-def test_as_a_program(tmp_path: Path):
-    command = [sys.executable, "-c", "from transformers_moshi_flax.cli import main; main()", "generate"]
-    command += ["--output", "reply.flac", "--max-new-frames", "4", "--dtype", "bfloat16"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert soundfile.info(tmp_path / "reply.flac").frames == 3 * FRAME
-    assert read_json(tmp_path / "reply.json")["model"] == EMBEDDED_MODEL.name
+@pytest.mark.parametrize(("args", "code"), [(["generate", "--help"], 0), (["generate", "--top-p", "2"], 2)])
+def test_as_a_program(tmp_path: Path, args: list[str], code: int):
+    # a whole run in a process of its own is in tests/test_package.py
+    program = "from transformers_moshi_flax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, *args], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("--user-audio" in done.stdout) == (code == 0)
+
+
+def test_half_precision_and_flac(moshi_flax, speech: Path, tmp_path: Path):
+    output = tmp_path / "reply.flac"
+    args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 2, "--dtype", "bfloat16")
+    result = moshi_flax(*args)
+    assert result.code == 0, result.err
+    assert soundfile.info(output).frames == FRAME
+    assert read_json(output.with_suffix(".json"))["model"] == EMBEDDED_MODEL.name
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,13 @@ def test_first_call_compiles_and_second_does_not():
 
 @pytest.mark.parametrize(
     ("spans", "expected"),
-    [([], 0.0), ([(0, 1), (2, 4)], 3.0), ([(0, 4), (1, 2)], 4.0), ([(1, 3), (0, 2)], 3.0), ([(0, 1), (1, 2)], 2.0)],
+    [
+        ([], 0.0),
+        ([(0.0, 1.0), (2.0, 4.0)], 3.0),
+        ([(0.0, 4.0), (1.0, 2.0)], 4.0),
+        ([(1.0, 3.0), (0.0, 2.0)], 3.0),
+        ([(0.0, 1.0), (1.0, 2.0)], 2.0),
+    ],
 )
 def test_nested_spans_count_once(spans: list, expected: float):
     assert covered(spans) == expected

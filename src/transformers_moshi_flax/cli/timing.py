@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def compilation_time() -> Iterator[CompilationTime]:
 def covered(spans: Iterable[tuple[float, float]]) -> float:
     """The time covered by ``spans`` of (begin, end), which may lie in one another: the tracing of a function reports
     that of the functions it calls again."""
-    total, reached = 0.0, float("-inf")
+    total, reached = 0.0, -math.inf
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
         reached = max(reached, end)

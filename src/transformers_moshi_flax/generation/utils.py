@@ -33,6 +33,11 @@ class FlaxSampleOutput(FlaxModelOutput):
     sequences: jax.Array | None = None
 
 
+def cut(array: jax.Array, length: int) -> jax.Array:
+    """The first ``length`` entries of the last axis, cut on the host: XLA would compile a program for each length."""
+    return array if array.shape[-1] == length else jnp.asarray(np.asarray(array)[..., :length])
+
+
 def is_in(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     """Which tokens are among ``ids``."""
     found = jnp.zeros(tokens.shape, dtype=bool)
@@ -134,7 +139,7 @@ class FlaxGenerationMixin:
         with jax.disable_jit(not trace):
             sequences, ends = program(params, input_ids, attention_mask, keys, plan.sampling)
         if not is_traced(sequences) and plan.eos_token_ids:
-            sequences = sequences[:, : int(ends.max())]
+            sequences = cut(sequences, int(ends.max()))
         output_class = FlaxSampleOutput if plan.sampling.do_sample else FlaxGreedySearchOutput
         return output_class(sequences=sequences)
 

@@ -28,6 +28,7 @@ from ...generation.configuration import (
     resolve_sampling,
 )
 from ...generation.sampling import Sampling, row_keys
+from ...generation.utils import cut
 from ...input_checks import check_ids, check_mask, check_rank, is_traced
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
@@ -72,7 +73,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
             return self.init_cache(batch_size, max_length)
         return past_key_values
 
-    def _finish(self, outputs, params, use_cache, output_attentions, output_hidden_states, return_dict):
+    def _finish(self, outputs, use_cache, output_attentions, output_hidden_states, return_dict):
         """Leaves out what was not asked for."""
         config = self.config
         asked = {
@@ -90,7 +91,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _apply(self, params, dropout_rng, train: bool, method=None, **inputs):
+    def _apply(self, params, dropout_rng, train: bool, **inputs):
         """Runs the module with ``params`` (default: the model's own)."""
         if train and dropout_rng is None and self.config.attention_dropout > 0:
             raise ValueError(
@@ -218,7 +219,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             past_key_values=cache,
             inputs_embeds=as_array(inputs_embeds),
         )
-        return self._finish(outputs, params, use_cache, output_attentions, output_hidden_states, return_dict)
+        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
 class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
@@ -276,7 +277,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             labels=as_int32(labels),
             logits_to_keep=logits_to_keep,
         )
-        return self._finish(outputs, params, use_cache, output_attentions, output_hidden_states, return_dict)
+        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
 def check_labels(name: str, labels, shape: tuple[int, ...], size: int) -> None:
@@ -391,7 +392,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             position_ids=codebooks,
             labels=as_int32(labels),
         )
-        return self._finish(outputs, params, use_cache, output_attentions, output_hidden_states, return_dict)
+        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
 class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
@@ -618,7 +619,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             text_labels=as_int32(text_labels),
             audio_labels=as_int32(audio_labels),
         )
-        return self._finish(outputs, params, use_cache, output_attentions, output_hidden_states, return_dict)
+        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
     # -------------------------------------------------------------------------------------------- generation
 
@@ -648,8 +649,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             input_ids: text ids of the prompt, ``(batch, frames)``. Without any input the start frame is the prompt.
             user_input_values, moshi_input_values: waveforms of the prompt, ``(batch, 1, samples)`` at 24 kHz.
             user_audio_codes, moshi_audio_codes: or their codes, ``(batch, num_codebooks, frames)``, undelayed. The
-                user's stream may be longer than the prompt and is then heard while Moshi speaks; after its end there is
-                silence.
+                user's stream may be longer than the prompt and is then heard while Moshi speaks; after its end there
+                is silence.
             inputs_embeds: the prompt's embeddings, ``(batch, frames, hidden_size)``, instead of those of the streams;
                 the streams are still needed for the codes. Sequences then begin with ``input_ids`` if they are given,
                 and with the generated tokens otherwise.
@@ -775,14 +776,18 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             plan.sampling,
             depth_sampling,
         )
-        if not is_traced(sequences):
-            sequences = sequences[:, : int(lengths.max())]
-            codes = codes[:, :, : int(audio_lengths.max())]
-        if input_ids is None:
-            sequences, lengths = sequences[:, length:], lengths - length
         audio = None
         if return_audio_waveforms:
-            audio = self._decode_frames(params, codes, audio_lengths)
+            # all frames, so that the program does not depend on where the rows ended
+            audio = self.compiled(decode_audio)(params, codes, audio_lengths)
+        if not is_traced(sequences):
+            sequences = cut(sequences, int(lengths.max()))
+            frames = int(audio_lengths.max())
+            if audio is not None:
+                audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
+            codes = cut(codes, frames)
+        if input_ids is None:
+            sequences, lengths = sequences[:, length:], lengths - length
         return FlaxMoshiGenerateOutput(
             audio_sequences=audio,
             sequences=sequences,
@@ -812,12 +817,6 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
     def _make_depth_cache(self, batch_size: int) -> FlaxMoshiDepthCache:
         config = self.config.depth_decoder_config
         return FlaxMoshiDepthCache.create(config, batch_size, config.num_codebooks, self.dtype)
-
-    def _decode_frames(self, params, codes, audio_lengths) -> jax.Array:
-        """The waveform; nothing where no frame was generated."""
-        if codes.shape[-1] == 0:
-            return jnp.zeros((codes.shape[0], self.config.audio_encoder_config.audio_channels, 0), dtype=jnp.float32)
-        return self.compiled(decode_audio)(params, codes, audio_lengths)
 
 
 def check_waveform(name: str, audio, channels: int) -> None:

@@ -16,6 +16,7 @@ CORE = [
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
     "numpy>=2.0",
+    "optax>=0.2.4",
     "rich>=13.0",
     "safetensors>=0.5",
     "soundfile>=0.12",

@@ -47,7 +47,12 @@ def run(theirs: torch.nn.Module, module: Any, *inputs: Any, method: str = "__cal
     params, missing, unexpected, mismatched = read_params({WHERE[0]: {WHERE[1]: template}}, mimi_rules(), state)
     assert not missing and not unexpected and not mismatched, (missing, unexpected, mismatched)
     params = jax.tree.map(jnp.asarray, params[WHERE[0]][WHERE[1]])
-    return module.apply({"params": params}, *inputs, method=method)
+    arrays = [value for value in inputs if isinstance(value, jax.Array)]
+    # one program: operation by operation, each would be compiled for itself
+    compiled = jax.jit(
+        lambda *arrays: module.apply({"params": params}, *arrays, *inputs[len(arrays) :], method=method)
+    )
+    return compiled(*arrays)
 
 
 NOT_SAVED = ("stride", "kernel_size", "padding_total")  # buffers of upstream that its files lack
@@ -69,13 +74,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 # ------------------------------------------------------------------------------------------------------------ modules
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5, 31])
+@pytest.mark.parametrize("samples", [2, 31])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mode", ["constant", "replicate", "reflect"])
 def test_conv1d(mode: str, causal: bool, samples: int, x64: None):
     config = tiny_mimi_config(pad_mode=mode, use_causal_conv=causal)
     x = audio(2, samples, channels=6)
-    for width, stride, dilation, groups in ((7, 1, 1, 1), (3, 1, 4, 1), (8, 4, 1, 1), (5, 3, 1, 2), (1, 1, 1, 1)):
+    for width, stride, dilation, groups in ((3, 1, 4, 1), (8, 4, 1, 1), (5, 3, 1, 2)):
         theirs = double(modeling_mimi.MimiConv1d(config, 6, 10, width, stride, dilation, groups))
         module = flax_mimi.FlaxMimiConv1d(config, 6, 10, width, stride, dilation, groups, dtype=jnp.float64)
         result = run(theirs, module, jnp.asarray(last_to_first(x)))
@@ -87,7 +92,7 @@ def test_conv1d(mode: str, causal: bool, samples: int, x64: None):
 def test_conv_transpose1d(groups: int, causal: bool, ratio: float, x64: None):
     config = tiny_mimi_config(use_causal_conv=causal, trim_right_ratio=ratio)
     out = 6 if groups == 6 else 9
-    for width, stride, frames in ((8, 4, 7), (5, 2, 4), (6, 3, 1), (3, 3, 2)):
+    for width, stride, frames in ((8, 4, 7), (5, 2, 1)):
         x = audio(2, frames, channels=6)
         theirs = double(modeling_mimi.MimiConvTranspose1d(config, 6, out, width, stride, groups))
         module = flax_mimi.FlaxMimiConvTranspose1d(config, 6, out, width, stride, groups, dtype=jnp.float64)
@@ -196,8 +201,9 @@ def drawn(seed: int) -> tuple[dict, int, int]:
     return overrides, draw.choice([1, 2, 3]), draw.choice([1, 17, 64, 203, 301])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", range(26))
+@pytest.mark.parametrize(
+    "seed, dtype", [(seed, "float64") for seed in range(26)] + [(seed, "float32") for seed in range(26, 34)]
+)
 def test_drawn_configuration(seed: int, dtype: str, tmp_path: Path):
     overrides, batch, samples = drawn(seed)
     with jax.enable_x64(dtype == "float64"):
@@ -261,13 +267,12 @@ def test_equal_frame_rates_need_no_resampling():
 # ------------------------------------------------------------------------------------------------------ halves, files
 
 
-def test_names_and_shapes_of_the_released_size_are_upstreams(tmp_path: Path):
-    """Of the default configuration, with a sixteenth of the layers' sizes left as they are in one layer each."""
+def test_names_are_upstreams_with_all_layers_of_the_released_model(tmp_path: Path):
     config = tiny_mimi_config(
         num_filters=4, upsampling_ratios=[8, 6, 5, 4], num_hidden_layers=8, num_quantizers=32, upsample_groups=32
     )
     MimiModel(config).save_pretrained(tmp_path)
-    model, params = FlaxMimiModel.from_pretrained(tmp_path, _do_init=False)
+    _, params = FlaxMimiModel.from_pretrained(tmp_path, _do_init=False)
     assert len(flatten_dict(params)) == len(load_file(tmp_path / "model.safetensors"))
 
 
@@ -350,7 +355,7 @@ def test_no_gradient_into_codebooks(pair: Pair):
     assert np.any(projection)
 
 
-# ---------------------------------------------------------------------------------------- padding, causality, compiling
+# --------------------------------------------------------------------------------------- padding, causality, compiling
 
 
 @pytest.mark.parametrize(
@@ -371,8 +376,12 @@ def test_padded_row_is_as_if_alone(overrides: dict, tmp_path: Path, x64: None):
     x[1, :, 97:] = 50.0  # what lies under the padding must not matter
     mask = np.arange(150) < np.array(lengths)[:, None]
     encoder = FlaxMimiEncoderModel.from_pretrained(tmp_path, dtype=jnp.float64)
-    latents, codes = encoder(x, mask).latents, model.encode(x, mask).audio_codes
-    whole = model(x, mask[:, None])
+
+    @jax.jit
+    def forward(x, mask):
+        return encoder(x, mask).latents, model.encode(x, mask).audio_codes, model(x, mask[:, None])
+
+    latents, codes, whole = forward(x, mask)
     np.testing.assert_array_equal(whole.audio_codes, codes)
     counts = model.get_audio_codes_mask(mask)
     assert counts.shape == codes.shape[::2]

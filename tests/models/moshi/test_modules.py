@@ -36,7 +36,7 @@ from transformers_moshi_flax import (
     FlaxMoshiForConditionalGeneration,
     FlaxMoshiModel,
 )
-from transformers_moshi_flax.models.moshi import modeling_flax_moshi
+from transformers_moshi_flax.models.moshi import layers_flax_moshi
 
 DTYPES = ["float32", "float64"]
 
@@ -76,14 +76,14 @@ class TestBlocks:
     @pytest.mark.parametrize("eps", [1e-8, 1e-2])
     def test_rms_norm(self, dtype: str, eps: float) -> None:
         theirs = draw_block(modeling_moshi.MoshiRMSNorm(10, eps=eps), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiRMSNorm(eps=eps, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiRMSNorm(eps=eps, dtype=jnp.dtype(dtype))
         check_block(dtype, ours, theirs, 0.1 * draw_array(dtype, 2, 3, 10))
 
     def test_rms_norm_of_bfloat16_is_computed_in_float32(self) -> None:
         theirs = draw_block(modeling_moshi.MoshiRMSNorm(64, eps=1e-8), "float32").bfloat16()
         x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         params = {"scale": jnp.asarray(numpy(theirs.weight.float()), jnp.bfloat16)}
-        ours = modeling_flax_moshi.FlaxMoshiRMSNorm(eps=1e-8, dtype=jnp.bfloat16)
+        ours = layers_flax_moshi.FlaxMoshiRMSNorm(eps=1e-8, dtype=jnp.bfloat16)
         out = ours.apply({"params": params}, jnp.asarray(x.float().numpy(), jnp.bfloat16))
         assert out.dtype == jnp.bfloat16
         # One rounding to bfloat16 at the end, the same on both sides; two float32 sums may straddle it once.
@@ -93,13 +93,13 @@ class TestBlocks:
     @pytest.mark.parametrize("index", [None, [2], [3, 0, 2], [1, 1]], ids=str)
     def test_flexible_linear(self, dtype: str, index: list[int] | None) -> None:
         theirs = draw_block(modeling_moshi.MoshiFlexibleLinear(6, 5, 4), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiFlexibleLinear(6, 5, 4, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiFlexibleLinear(6, 5, 4, dtype=jnp.dtype(dtype))
         x = draw_array(dtype, 2, 4 if index is None else len(index), 6)
         check_block(dtype, ours, theirs, x, None if index is None else np.array(index))
 
     def test_flexible_linear_with_one_index_for_all_positions(self, dtype: str) -> None:
         theirs = draw_block(modeling_moshi.MoshiFlexibleLinear(6, 5, 4), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiFlexibleLinear(6, 5, 4, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiFlexibleLinear(6, 5, 4, dtype=jnp.dtype(dtype))
         x = draw_array(dtype, 2, 3, 6)
         with oracle_precision(dtype):
             expected = theirs(torch.from_numpy(x), torch.tensor([2, 2, 2]))
@@ -109,7 +109,7 @@ class TestBlocks:
     @pytest.mark.parametrize("flexible", [False, True])
     def test_linear(self, dtype: str, flexible: bool) -> None:
         theirs = draw_block(modeling_moshi.MoshiLinear(6, 5, 4, use_flexible_linear=flexible), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiLinear(6, 5, 4, use_flexible_linear=flexible, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiLinear(6, 5, 4, use_flexible_linear=flexible, dtype=jnp.dtype(dtype))
         check_block(dtype, ours, theirs, draw_array(dtype, 2, 3, 6), np.array([0, 3, 1]))
 
     @pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "gelu_pytorch_tanh"])
@@ -117,7 +117,7 @@ class TestBlocks:
     def test_gating_mlp(self, dtype: str, flexible: bool, activation: str) -> None:
         config = tiny_moshi_config(hidden_act=activation)
         theirs = draw_block(modeling_moshi.MoshiGatingMLP(config, flexible), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiGatingMLP(config, flexible, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiGatingMLP(config, flexible, dtype=jnp.dtype(dtype))
         index = (np.array([2, 0, 3]),) if flexible else ()
         check_block(dtype, ours, theirs, draw_array(dtype, 2, 3, config.hidden_size), *index)
 
@@ -133,11 +133,11 @@ class TestBlocks:
         with oracle_precision(dtype):
             cos, sin = theirs(torch.from_numpy(query), torch.from_numpy(positions).long())
             rotated = modeling_moshi.apply_rotary_pos_emb(torch.from_numpy(query), torch.from_numpy(key), cos, sin)
-        our_cos, our_sin = modeling_flax_moshi.rotary_embedding(
+        our_cos, our_sin = layers_flax_moshi.rotary_embedding(
             jnp.asarray(positions), head_dim, theta, jnp.dtype(dtype)
         )
         assert_close((our_cos, our_sin), (cos, sin), TOLERANCE[dtype], "angles")
-        ours = [modeling_flax_moshi.apply_rotary_pos_emb(jnp.asarray(x), our_cos, our_sin) for x in (query, key)]
+        ours = [layers_flax_moshi.apply_rotary_pos_emb(jnp.asarray(x), our_cos, our_sin) for x in (query, key)]
         assert_close(ours, rotated, TOLERANCE[dtype], "rotated")
 
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -146,7 +146,7 @@ class TestBlocks:
         config = tiny_moshi_config(num_key_value_heads=kv_heads, head_dim=10)
         config._attn_implementation = "eager"
         theirs = draw_block(modeling_moshi.MoshiAttention(config, 0, flexible, use_rope=not flexible), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiAttention(config, flexible, not flexible, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiAttention(config, flexible, not flexible, dtype=jnp.dtype(dtype))
         self.check_attending(dtype, ours, theirs, config, flexible, lambda outputs: outputs[:2])
 
     @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -155,7 +155,7 @@ class TestBlocks:
         config = tiny_moshi_config(num_key_value_heads=kv_heads)
         config._attn_implementation = "eager"
         theirs = draw_block(modeling_moshi.MoshiDecoderLayer(config, 0, flexible, use_rope=not flexible), dtype)
-        ours = modeling_flax_moshi.FlaxMoshiDecoderLayer(config, flexible, not flexible, dtype=jnp.dtype(dtype))
+        ours = layers_flax_moshi.FlaxMoshiDecoderLayer(config, flexible, not flexible, dtype=jnp.dtype(dtype))
         self.check_attending(dtype, ours, theirs, config, flexible, lambda outputs: outputs[0])
 
     def check_attending(

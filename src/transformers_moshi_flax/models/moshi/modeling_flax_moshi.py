@@ -539,6 +539,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        audio_encoder_padding_mask: ArrayLike | None = None,
     ) -> FlaxMoshiConditionalGenerationOutputWithPast | tuple[Any, ...]:
         """Runs the backbone over frames of three streams and, with labels, the losses of text and audio.
 
@@ -558,6 +559,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
                 shifted inside. They need ``text_labels``, which start each frame's codes.
             use_cache, params, dropout_rng, train, output_attentions, output_hidden_states, return_dict: as
                 :meth:`FlaxMoshiModel.__call__`.
+            audio_encoder_padding_mask: 1 for samples, 0 for padding on the right, ``(batch, samples)``, for the
+                encoding of the waveforms.
 
         Raises:
             ValueError: no input, streams of different length, ids outside a vocabulary, audio that is empty, not
@@ -603,6 +606,15 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             check_labels("audio_labels", audio_labels, shape, config.audio_vocab_size + 1)
         if text_labels is not None and length < 2:
             raise ValueError("`text_labels` need at least 2 frames: each frame predicts the next.")
+        if audio_encoder_padding_mask is not None:
+            waveforms = [x for x in (user_input_values, moshi_input_values) if x is not None]
+            if inputs_embeds is not None or not waveforms:
+                raise ValueError(
+                    "`audio_encoder_padding_mask` has no effect without waveforms to encode: leave it out."
+                )
+            for waveform in waveforms:
+                check_mask("audio_encoder_padding_mask", audio_encoder_padding_mask, batch_size, waveform.shape[-1:])
+            audio_encoder_padding_mask = jnp.asarray(audio_encoder_padding_mask).astype(bool)
         cache = self._cache_for(past_key_values, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
@@ -618,6 +630,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
             inputs_embeds=as_array(inputs_embeds),
             text_labels=as_int32(text_labels),
             audio_labels=as_int32(audio_labels),
+            audio_encoder_padding_mask=audio_encoder_padding_mask,
         )
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 

@@ -295,11 +295,17 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             config.depth_decoder_config, self.dtype, self.gradient_checkpointing
         )
 
-    def encode_audio(self, input_values: Float[Array, "batch 1 samples"]) -> Int[Array, "batch codebooks frames"]:
+    def encode_audio(
+        self,
+        input_values: Float[Array, "batch channels samples"],
+        padding_mask: Bool[Array, "batch ..."] | None = None,
+    ) -> Int[Array, "batch codebooks frames"]:
         """The codes of a waveform, as many codebooks as Moshi hears."""
-        return self.audio_encoder.encode(input_values, num_quantizers=self.config.num_codebooks).audio_codes
+        return self.audio_encoder.encode(input_values, padding_mask, self.config.num_codebooks).audio_codes
 
-    def decode_audio(self, audio_codes: Int[Array, "batch codebooks frames"]) -> Float[Array, "batch 1 samples"]:
+    def decode_audio(
+        self, audio_codes: Int[Array, "batch codebooks frames"]
+    ) -> Float[Array, "batch channels samples"]:
         return self.audio_encoder.decode(audio_codes).audio_values
 
     def embed(
@@ -351,15 +357,16 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         inputs_embeds=None,
         text_labels=None,
         audio_labels=None,
+        audio_encoder_padding_mask=None,
         deterministic: bool = True,
     ) -> FlaxMoshiConditionalGenerationOutputWithPast:
         if self.is_initializing():
             self._reach_all_of_mimi()
         if inputs_embeds is None:
             if user_audio_codes is None and user_input_values is not None:
-                user_audio_codes = self.encode_audio(user_input_values)
+                user_audio_codes = self.encode_audio(user_input_values, audio_encoder_padding_mask)
             if moshi_audio_codes is None and moshi_input_values is not None:
-                moshi_audio_codes = self.encode_audio(moshi_input_values)
+                moshi_audio_codes = self.encode_audio(moshi_input_values, audio_encoder_padding_mask)
             inputs_embeds = self.embed(input_ids, user_audio_codes, moshi_audio_codes)
 
         mask = jnp.ones(inputs_embeds.shape[:2], dtype=bool) if attention_mask is None else attention_mask.astype(bool)

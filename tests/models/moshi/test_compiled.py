@@ -1,0 +1,120 @@
+"""What the compiler made of it, counted: no weight is copied in the loop, and everything lowers for TPUs."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+from tests.configs import tiny_moshi_config
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.models.moshi import generation_flax_moshi
+
+
+@pytest.fixture(scope="module")
+def model() -> FlaxMoshiForConditionalGeneration:
+    return FlaxMoshiForConditionalGeneration(tiny_moshi_config(hidden_size=128, ffn_dim=304))
+
+
+def loop_computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation of an HLO module that a while loop runs, by name."""
+    computations: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line.strip()):
+            name = header.group(1)
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    reached, waiting = set(), re.findall(r"body=%?([\w.\-]+)", text)
+    while waiting:
+        current = waiting.pop()
+        if current in reached or current not in computations:
+            continue
+        reached.add(current)
+        called = r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)"
+        waiting += re.findall(called, "\n".join(computations[current]))
+    return {name: computations[name] for name in reached}
+
+
+def weight_sized_moves(text: str, sizes: set[int]) -> list[str]:
+    """Copies and transposes inside the loops whose result has as many elements as a weight."""
+    found = []
+    for lines in loop_computations(text).values():
+        for line in lines:
+            if move := re.search(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose|concatenate|slice)\(", line):
+                if math.prod(int(size) for size in move.group(1).split(",") if size) in sizes:
+                    found.append(line.strip())
+    return found
+
+
+def large_weights(params: Any) -> set[int]:
+    return {leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= 4096}
+
+
+def test_loop_copies_no_weight(model: FlaxMoshiForConditionalGeneration, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    compiled = type(model).compiled
+
+    def spying(self: Any, function: Any, **static: Any) -> Any:
+        program = compiled(self, function, **static)
+
+        def call(*args: Any) -> Any:
+            if function is generation_flax_moshi.generate_frames:
+                texts.append(program.lower(*args).compile().as_text())
+            return program(*args)
+
+        return call
+
+    monkeypatch.setattr(type(model), "compiled", spying)
+    model.generate(max_new_tokens=4, do_sample=False, return_audio_waveforms=False)
+    (text,) = texts
+    sizes = large_weights(model.params)
+    assert loop_computations(text), "the program has no loop"
+    assert weight_sized_moves(text, sizes) == []
+
+
+def test_the_count_can_count() -> None:
+    """A loop that indexes stacked weights does copy them, and the search above sees it."""
+    weights = jnp.ones((4, 64, 64))
+
+    @jax.jit
+    def loop(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(jnp.cumsum(weights[i].T, axis=0) @ x), x)
+
+    text = loop.lower(weights, jnp.ones((64, 1))).compile().as_text()
+    assert loop_computations(text)
+    moved = [
+        line
+        for lines in loop_computations(text).values()
+        for line in lines
+        if re.search(r"= f32\[(?:1,)?64,64\]\S* (?:copy|transpose|dynamic-slice|fusion)\(", line)
+    ]
+    assert moved
+
+
+def tpu_module(function: Any, *args: Any) -> str:
+    return jax.export.export(jax.jit(function), platforms=["tpu"])(*args).mlir_module()
+
+
+def test_forward_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> None:
+    codes = jnp.zeros((1, 4, 3), jnp.int32)
+
+    def forward(params: Any, ids: jax.Array, codes: jax.Array) -> jax.Array:
+        return model(ids, user_audio_codes=codes, moshi_audio_codes=codes, params=params).logits
+
+    assert "stablehlo" in tpu_module(forward, model.params, jnp.zeros((1, 3), jnp.int32), codes)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_generate_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration, do_sample: bool) -> None:
+    def generate(params: Any) -> tuple[jax.Array, jax.Array]:
+        out = model.generate(max_new_tokens=4, do_sample=do_sample, params=params)
+        return out.sequences, out.audio_sequences
+
+    assert "stablehlo.while" in tpu_module(generate, model.params)

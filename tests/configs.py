@@ -1,4 +1,4 @@
-"""Tiny configurations shared by the tests: small enough to run in milliseconds, with no two sizes equal by accident."""
+"""Tiny configurations shared by the tests: quick to run, with no two sizes equal by accident."""
 
 from __future__ import annotations
 
@@ -66,6 +66,4 @@ def tiny_moshi_config(**overrides: Any) -> MoshiConfig:
     codebooks = fields["num_codebooks"]
     depth = {**_TINY_DEPTH, "max_position_embeddings": codebooks + 1, "sliding_window": codebooks + 1}
     depth.update(fields.pop("depth_decoder_config", {}))
-    return MoshiConfig(
-        **fields, audio_encoder_config={"model_type": "mimi", **mimi}, depth_decoder_config=depth
-    )
+    return MoshiConfig(**fields, audio_encoder_config={"model_type": "mimi", **mimi}, depth_decoder_config=depth)

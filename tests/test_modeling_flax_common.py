@@ -62,12 +62,8 @@ class Loaded:
     directory: Path
 
     def outputs(self, model: FlaxPreTrainedModel | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Everything that a jitted call returns, by path."""
-        model = self.model if model is None else model
-        params = kwargs.pop("params", None)
-        params = model.params if params is None else params
-        call = jax.jit(lambda params: model(**self.inputs, params=params, **kwargs))
-        return leaves(call(params))
+        """Everything that an eager call returns, by path."""
+        return leaves((self.model if model is None else model)(**self.inputs, **kwargs))
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -203,10 +199,11 @@ class FlaxModelTesterMixin:
     # Calling
 
     def test_eager_jit_and_tuple_agree(self, loaded: Loaded):
-        jitted = loaded.outputs(return_dict=True)
-        eager = loaded.model(**loaded.inputs)
-        assert_same_outputs(leaves(eager), jitted, tol=1e-5)
-        as_tuple = loaded.model(**loaded.inputs, return_dict=False)
+        model = loaded.model
+        eager = model(**loaded.inputs, return_dict=True)
+        jitted = jax.jit(lambda params: model(**loaded.inputs, params=params))(model.params)
+        assert_same_outputs(leaves(eager), leaves(jitted), tol=1e-5)
+        as_tuple = model(**loaded.inputs, return_dict=False)
         assert isinstance(as_tuple, tuple) and len(as_tuple) == len(eager.to_tuple())
         for ours, theirs in zip(leaves(as_tuple).values(), leaves(eager.to_tuple()).values(), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
@@ -226,27 +223,21 @@ class FlaxModelTesterMixin:
             else:
                 assert_same_outputs({path: leaf[index] for path, leaf in mapped.items()}, single, tol=1e-5)
 
-    def test_hidden_states(self, case: Case, loaded: Loaded):
-        expected = case.layers(loaded.model.config)
-        if not expected:
-            pytest.skip("returns no hidden states")
-        outputs = jax.jit(lambda: loaded.model(**loaded.inputs, output_hidden_states=True))()
-        plain = jax.jit(lambda: loaded.model(**loaded.inputs))()
-        for name, (layers, width) in expected.items():
-            assert name not in plain
-            assert len(outputs[name]) == layers + 1
-            assert {state.shape[-1] for state in outputs[name]} == {width}
-
-    def test_attentions(self, case: Case, loaded: Loaded):
-        expected = case.heads(loaded.model.config)
-        if not expected:
-            pytest.skip("returns no attentions")
-        outputs = jax.jit(lambda: loaded.model(**loaded.inputs, output_attentions=True))()
-        plain = jax.jit(lambda: loaded.model(**loaded.inputs))()
-        for name, (layers, heads) in expected.items():
-            assert name not in plain
-            assert [weights.shape[1] for weights in outputs[name]] == [heads] * layers
-            for weights in outputs[name]:
+    def test_hidden_states_and_attentions(self, case: Case, loaded: Loaded):
+        config = loaded.model.config
+        states, attentions = case.layers(config), case.heads(config)
+        if not states | attentions:
+            pytest.skip("returns neither")
+        plain = loaded.model(**loaded.inputs)
+        with_states = loaded.model(**loaded.inputs, output_hidden_states=True)
+        with_attentions = loaded.model(**loaded.inputs, output_attentions=True)
+        assert set(with_states) - set(plain) == set(states)
+        assert set(with_attentions) - set(plain) == set(attentions)
+        for name, (layers, width) in states.items():
+            assert [state.shape[-1] for state in with_states[name]] == [width] * (layers + 1)
+        for name, (layers, heads) in attentions.items():
+            assert [weights.shape[1] for weights in with_attentions[name]] == [heads] * layers
+            for weights in with_attentions[name]:
                 np.testing.assert_allclose(np.asarray(weights).sum(-1), 1, rtol=1e-5)
 
     def test_gradient_checkpointing(self, case: Case, loaded: Loaded):
@@ -298,7 +289,7 @@ class FlaxModelTesterMixin:
         assert_same_params(wide.params, model.to_fp32(lower))
         assert wide.dtype == jnp.float32
         outputs = loaded.outputs(again)
-        assert name in {leaf.dtype.name for leaf in outputs.values()} | {again.dtype.name}
+        assert name in {leaf.dtype.name for leaf in outputs.values()}
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in outputs.values())
 
     # Files

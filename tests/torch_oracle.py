@@ -200,4 +200,6 @@ def assert_close(ours: Any, theirs: Any, tol: float, where: str = "") -> None:
         assert ours.dtype == np.float64 == theirs.dtype, f"{where}: {ours.dtype} against {theirs.dtype}"
     scale = max(float(np.abs(theirs).max()), 1e-30)
     error = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
-    assert error <= tol * scale, f"{where}: differs by {error:.3e} at scale {scale:.3e}: {error / scale:.1e} > {tol:.0e}"
+    assert error <= tol * scale, (
+        f"{where}: differs by {error:.3e} at scale {scale:.3e}: {error / scale:.1e} > {tol:.0e}"
+    )

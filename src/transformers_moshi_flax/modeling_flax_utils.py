@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import PushToHubMixin, logging
@@ -208,8 +209,7 @@ class FlaxPreTrainedModel(PushToHubMixin):
         Returns:
             The parameter tree.
         """
-        # Compiled, so that the forward pass on the dummy inputs is dropped as dead code.
-        drawn = jax.jit(lambda rng: self._random_params(rng, input_shape))(rng)
+        drawn = _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
         if params is None:
             return drawn
         kept = flatten_dict(unfreeze(params))
@@ -428,6 +428,24 @@ class FlaxPreTrainedModel(PushToHubMixin):
         values["architectures"] = [type(self).__name__.removeprefix("Flax")]
         values["dtype"] = _main_dtype(flatten_dict(params)).name
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:
+    """Evaluate a function, operation by operation, skipping what its result does not depend on.
+
+    Initialisation runs the forward pass on dummy inputs, which the parameters do not need. Compiling everything as one
+    program would drop it as well, but takes much longer (random bits compile slowly) and is lost with the model, while
+    single operations are compiled once per shape for all models of the process.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(rng)
+    needed = {variable for variable in closed.jaxpr.outvars if isinstance(variable, Var)}
+    kept = []
+    for equation in reversed(closed.jaxpr.eqns):
+        if any(variable in needed for variable in equation.outvars):
+            kept.append(equation)
+            needed.update(variable for variable in equation.invars if isinstance(variable, Var))
+    lean = ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(lean)(rng))
 
 
 def _load(

@@ -9,16 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from transformers import AutoTokenizer
 
-from transformers_moshi_flax.cli.audio import read_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL
-from transformers_moshi_flax.cli.generate import sampling_options
+from transformers_moshi_flax.cli.audio import read_audio, write_audio
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype
+from transformers_moshi_flax.cli.generate import Speaker, sampling_options
 
 FRAME = 1920
 CODEBOOKS = 8
+# two sets of options, so that two programs are compiled for all tests of this file
+GREEDY = ("--max-new-frames", 6, "--temperature", 0, "--depth-temperature", 0)
+SAMPLING = ("--max-new-frames", 6, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95)
+SAMPLING += ("--depth-temperature", 1.1, "--depth-top-k", 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +55,7 @@ def read_json(path: Path) -> dict:
 
 def test_writes_speech_and_transcript(moshi_flax, speech: Path, tmp_path: Path):
     output = tmp_path / "made" / "reply.wav"
-    result = moshi_flax("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6)
+    result = moshi_flax("generate", "--user-audio", speech, "--output", output, *GREEDY)
     assert result.code == 0, result.err
     assert "random weights" in result.err
     record = read_json(output.with_suffix(".json"))
@@ -65,27 +72,17 @@ def test_writes_speech_and_transcript(moshi_flax, speech: Path, tmp_path: Path):
     assert 1e-3 < np.sqrt(np.mean(audio**2)) < 0.5
 
 
-def test_seed_decides(moshi_flax, speech: Path, tmp_path: Path):
+@pytest.mark.parametrize("options", [SAMPLING, GREEDY], ids=["sampling", "greedy"])
+def test_seed_decides_unless_greedy(moshi_flax, speech: Path, tmp_path: Path, options: tuple):
     records = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         output = tmp_path / f"{name}.wav"
-        args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--seed", seed)
-        assert moshi_flax(*args).code == 0
+        result = moshi_flax("generate", "--user-audio", speech, "--output", output, "--seed", seed, *options)
+        assert result.code == 0, result.err
         records.append(read_json(output.with_suffix(".json")))
     assert records[0]["text_ids"] == records[1]["text_ids"]
     assert records[0]["audio_codes"] == records[1]["audio_codes"]
-    assert records[0]["audio_codes"] != records[2]["audio_codes"]
-
-
-def test_greedy_ignores_the_seed(moshi_flax, speech: Path, tmp_path: Path):
-    records = []
-    for seed in (1, 2):
-        output = tmp_path / f"{seed}.wav"
-        args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--seed", seed)
-        assert moshi_flax(*args, "--temperature", 0, "--depth-temperature", 0).code == 0
-        records.append(read_json(output.with_suffix(".json")))
-    assert records[0]["text_ids"] == records[1]["text_ids"]
-    assert records[0]["audio_codes"] == records[1]["audio_codes"]
+    assert (records[0]["audio_codes"] == records[2]["audio_codes"]) == (options is GREEDY)
 
 
 def test_text_prompt_too_long(moshi_flax, speech: Path, tmp_path: Path):
@@ -111,10 +108,6 @@ def test_text_prompt_of_unknown_characters(moshi_flax, speech: Path, tmp_path: P
 
 
 def test_text_prompt_ends_the_prompt():
-    from transformers import AutoTokenizer
-
-    from transformers_moshi_flax.cli.generate import Speaker
-
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     ids = Speaker("", None, tokenizer).prompt_ids(20, "Hello, I am")
     pieces = [token for token in ids[0] if token != 3]
@@ -123,20 +116,21 @@ def test_text_prompt_ends_the_prompt():
     assert ids[0, : 20 - len(pieces)].tolist() == [3] * (20 - len(pieces))
 
 
-def test_prompt_beyond_the_cache(moshi_flax, tmp_path: Path):
-    path = tmp_path / "long.wav"
-    soundfile.write(path, np.full(24_000 * 60, 0.01), 24_000)
-    result = moshi_flax("generate", "--user-audio", path, "--output", tmp_path / "reply.wav")
+def test_refusal_of_the_model_is_one_line(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("input_ids has 9 frames,\n  give 8")
+
+    monkeypatch.setattr(Speaker.load(str(EMBEDDED_MODEL), None).model, "generate", refuse)
+    result = moshi_flax("generate", "--user-audio", speech, "--output", tmp_path / "reply.wav")
     assert result.code == 2
-    assert result.err.count("\n") == 1
+    assert result.err == "moshi-flax: error: cannot generate: input_ids has 9 frames, give 8\n"
 
 
 def test_interactive(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = iter(["", str(speech), "missing.wav", "Hello", "quit", "not reached"])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     output = tmp_path / "reply.wav"
-    args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 6, "--interactive")
-    result = moshi_flax(*args)
+    result = moshi_flax("generate", "--user-audio", speech, "--output", output, "--interactive", *SAMPLING)
     assert result.code == 0, result.err
     assert sorted(path.name for path in tmp_path.glob("reply*.wav")) == ["reply-1.wav", "reply-3.wav"]
     assert read_json(tmp_path / "reply-3.json")["text_prompt"] == "Hello"
@@ -160,13 +154,20 @@ def test_as_a_program(tmp_path: Path, args: list[str], code: int):
     assert ("--user-audio" in done.stdout) == (code == 0)
 
 
-def test_half_precision_and_flac(moshi_flax, speech: Path, tmp_path: Path):
-    output = tmp_path / "reply.flac"
-    args = ("generate", "--user-audio", speech, "--output", output, "--max-new-frames", 2, "--dtype", "bfloat16")
-    result = moshi_flax(*args)
-    assert result.code == 0, result.err
-    assert soundfile.info(output).frames == FRAME
-    assert read_json(output.with_suffix(".json"))["model"] == EMBEDDED_MODEL.name
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_dtype(dtype: Dtype):
+    model = Speaker.load(str(EMBEDDED_MODEL), dtype).model
+    assert jnp.dtype(model.dtype).name == dtype.value
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {dtype.value}
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_audio_written_is_audio_read(tmp_path: Path, suffix: str):
+    samples = np.random.default_rng(0).uniform(-1.2, 1.2, 1000).astype(np.float32)
+    path = tmp_path / f"audio{suffix}"
+    write_audio(path, samples, 24_000)
+    # 16 bits, clipped rather than wrapped
+    assert np.abs(read_audio(path, 24_000) - np.clip(samples, -1, 1)).max() <= 2**-15
 
 
 @pytest.mark.parametrize(

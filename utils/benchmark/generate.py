@@ -2,8 +2,8 @@
 
 What is measured, for every size of ``--sizes``:
 
-* One random checkpoint (``--seed``), written by upstream's ``save_pretrained``; both sides run these weights in float32
-  on the CPU with ``--threads`` threads: torch by ``set_num_threads``, XLA by the affinity of the process.
+* One random checkpoint (``--seed``), written by upstream's ``save_pretrained``; both sides run these weights in
+  float32 on the CPU with ``--threads`` threads: torch by ``set_num_threads``, XLA by the affinity of the process.
 * One call of ``MoshiForConditionalGeneration.generate`` (``torch.inference_mode``, upstream's defaults) against one of
   ``FlaxMoshiForConditionalGeneration.generate``: greedy, from nothing (the start frame is the prompt), without
   waveforms. Mimi only encodes one silent frame of 1920 samples a call, on both sides; that is part of the time.
@@ -191,9 +191,9 @@ def read_bandwidth(threads: int, gigabytes: float = 1.0, repeats: int = 5) -> tu
     with ThreadPoolExecutor(threads) as pool:
         readers: dict[str, Callable[[], Any]] = {
             "torch sum": in_torch.sum,
-            "torch matrix × vector": lambda: torch.mv(in_torch, torch_vector),
+            "torch matrix-vector product": lambda: torch.mv(in_torch, torch_vector),
             "XLA sum": lambda: total(in_jax).block_until_ready(),
-            "XLA matrix × vector": lambda: matvec(in_jax, jax_vector).block_until_ready(),
+            "XLA matrix-vector product": lambda: matvec(in_jax, jax_vector).block_until_ready(),
             "NumPy maximum": lambda: list(pool.map(np.max, chunks)),
         }
         best = {name: matrix.nbytes / min(seconds_of(read) for _ in range(repeats)) for name, read in readers.items()}
@@ -238,20 +238,25 @@ def count_parameters(model) -> tuple[int, int, int]:
     return without_mimi, total + codebooks, read
 
 
+def start_frames(model, batch: int) -> dict[str, Any]:
+    """Arguments of ``generate``, of either side: none for one row, for more the start frame of each."""
+    if batch == 1:
+        return {}
+    start = model.get_unconditional_inputs(num_samples=batch)
+    return {
+        "input_ids": start.input_ids,
+        "user_audio_codes": start.user_audio_codes,
+        "moshi_audio_codes": start.moshi_audio_codes,
+        "attention_mask": start.attention_mask,
+        "concat_unconditional_inputs": False,
+    }
+
+
 def upstream_call(model, batch: int, frames: int) -> Callable[[], np.ndarray]:
     """A call that generates with upstream and returns the new text tokens, ``(batch, frames)``."""
     import torch
 
-    inputs: dict[str, Any] = {}
-    if batch > 1:
-        start = model.get_unconditional_inputs(num_samples=batch)
-        inputs = dict(
-            input_ids=start.input_ids,
-            user_audio_codes=start.user_audio_codes,
-            moshi_audio_codes=start.moshi_audio_codes,
-            attention_mask=start.attention_mask,
-            concat_unconditional_inputs=False,
-        )
+    inputs = start_frames(model, batch)
 
     def call() -> np.ndarray:
         with torch.inference_mode():
@@ -270,16 +275,7 @@ def upstream_call(model, batch: int, frames: int) -> Callable[[], np.ndarray]:
 
 def our_call(model, batch: int, frames: int) -> Callable[[], np.ndarray]:
     """The same with this library."""
-    inputs: dict[str, Any] = {}
-    if batch > 1:
-        start = model.get_unconditional_inputs(num_samples=batch)
-        inputs = dict(
-            input_ids=start.input_ids,
-            user_audio_codes=start.user_audio_codes,
-            moshi_audio_codes=start.moshi_audio_codes,
-            attention_mask=start.attention_mask,
-            concat_unconditional_inputs=False,
-        )
+    inputs = start_frames(model, batch)
 
     def call() -> np.ndarray:
         outputs = model.generate(
@@ -335,9 +331,7 @@ def measure(name: str, options: argparse.Namespace) -> Result:
     common = min(frames, upstream_frames)
     equal = (tokens["ours"][:, :common] == tokens["upstream"][:, :common]).all(axis=0)
     agreeing = common if equal.all() else int(equal.argmin())
-    return Result(
-        name, parameters, with_mimi, read, timings["ours"], timings["upstream"], agreeing, size.memory_bound
-    )
+    return Result(name, parameters, with_mimi, read, timings["ours"], timings["upstream"], agreeing, size.memory_bound)
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -363,8 +357,8 @@ def report(
     speed, way = bandwidth
     lines = [
         f"float32, greedy, no input, no waveforms, batch {options.batch}, {options.threads} thread(s) on both sides, "
-        f"{options.repeats} counted call(s) each in turns; {processor()}; memory reads {speed / 1e9:.1f} GB/s ({way}); "
-        f"load average {load[0]:.2f} before, {load[1]:.2f} after; jax {jax.__version__}, flax {flax.__version__}, "
+        f"{options.repeats} counted call(s) each in turns; {processor()}; "
+        f"memory reads {speed / 1e9:.1f} GB/s ({way}); load average {load[0]:.2f} before, {load[1]:.2f} after; jax {jax.__version__}, flax {flax.__version__}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "| model | side | frames a call | first call, s | frames/s, median | frames/s, best | of the memory limit |",
@@ -373,7 +367,7 @@ def report(
     for result in results:
         limit = options.batch * speed / result.bytes_per_frame
         for side, timing in (("upstream", result.upstream), ("this library", result.ours)):
-            share = f"{timing.best / limit:.0%} (best)" if result.memory_bound else "–"
+            share = f"{timing.best / limit:.0%} (best)" if result.memory_bound else "-"
             lines.append(
                 f"| {result.name} | {side} | {timing.frames} | {timing.first:.1f} | {timing.median:,.1f} "
                 f"| {timing.best:,.1f} | {share} |"
@@ -385,8 +379,8 @@ def report(
         limit = options.batch * speed / result.bytes_per_frame
         common = min(result.ours.frames, result.upstream.frames)
         lines.append(
-            f"- {result.name}: {result.parameters / 1e6:,.2f} M parameters, {result.with_mimi / 1e6:,.2f} M with Mimi; "
-            f"a frame reads {result.bytes_per_frame / 1e6:,.2f} MB of weights"
+            f"- {result.name}: {result.parameters / 1e6:,.2f} M parameters, {result.with_mimi / 1e6:,.2f} M with "
+            f"Mimi; a frame reads {result.bytes_per_frame / 1e6:,.2f} MB of weights"
             + (f", so memory allows {limit:,.1f} frames/s" if result.memory_bound else ", which fit in the cache")
             + f"; the text agrees over {result.agreeing} of {common} common frames."
         )

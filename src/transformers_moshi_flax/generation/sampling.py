@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from ..precision import at_least_float32
+
 
 @flax.struct.dataclass
 class Sampling:
@@ -68,7 +70,7 @@ def select_token(
     """
     if not sampling.do_sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     logits = logits / sampling.temperature.astype(logits.dtype)
     ids = None
     vocab_size = logits.shape[-1]

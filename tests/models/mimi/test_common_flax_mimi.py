@@ -26,6 +26,11 @@ STREAMING = frozenset(
 )
 
 
+def _config() -> Any:
+    """One layer and one stage: these tests are about the frame around the model."""
+    return tiny_mimi_config(num_hidden_layers=1, upsampling_ratios=[2], num_quantizers=3)
+
+
 def _normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
@@ -49,7 +54,7 @@ def _heads(config: Any) -> dict[str, tuple[int, int]]:
 ENCODER = Case(
     FlaxMimiEncoderModel,
     modeling_mimi.MimiEncoderModel,
-    lambda: tiny_mimi_config().encoder_config,
+    lambda: _config().encoder_config,
     _audio,
     "latents",
     _layers,
@@ -59,14 +64,14 @@ ENCODER = Case(
 DECODER = Case(
     FlaxMimiDecoderModel,
     modeling_mimi.MimiDecoderModel,
-    lambda: tiny_mimi_config().decoder_config,
+    lambda: _config().decoder_config,
     _latents,
     "audio_values",
     _layers,
     _heads,
     STREAMING,
 )
-CODEC = Case(FlaxMimiModel, modeling_mimi.MimiModel, tiny_mimi_config, _audio, "audio_values", not_ours=STREAMING)
+CODEC = Case(FlaxMimiModel, modeling_mimi.MimiModel, _config, _audio, "audio_values", not_ours=STREAMING)
 
 
 class TestFlaxMimiCommon(FlaxModelTesterMixin):

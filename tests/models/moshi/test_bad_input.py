@@ -192,7 +192,7 @@ def test_text(text_model: FlaxMoshiForCausalLM, our_class: type, name: str) -> N
 
 def test_second_chunk_beyond_the_cache(text_model: FlaxMoshiForCausalLM) -> None:
     cache = text_model(ids(1, 3), past_key_values=text_model.init_cache(1, 4)).past_key_values
-    with pytest.raises(ValueError, match="`past_key_values`.*3 of them used"):
+    with pytest.raises(ValueError, match=r"`past_key_values`.*3 of them used"):
         text_model(ids(1, 2), past_key_values=cache)
 
 

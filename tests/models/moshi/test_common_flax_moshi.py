@@ -23,6 +23,11 @@ from transformers_moshi_flax import (
 BATCH, FRAMES = 2, 5
 
 
+def _config() -> Any:
+    mimi = {"num_hidden_layers": 1, "upsampling_ratios": [2], "num_quantizers": 3}
+    return tiny_moshi_config(num_codebooks=3, audio_encoder_config=mimi)
+
+
 def _ids(size: int, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, size, shape, dtype=np.int32)
 
@@ -71,11 +76,11 @@ def _both(function: Any) -> Any:
     return of_both
 
 
-MODEL = Case(FlaxMoshiModel, modeling_moshi.MoshiModel, tiny_moshi_config, _text, "last_hidden_state", _layers, _heads)
+MODEL = Case(FlaxMoshiModel, modeling_moshi.MoshiModel, _config, _text, "last_hidden_state", _layers, _heads)
 CAUSAL_LM = Case(
     FlaxMoshiForCausalLM,
     modeling_moshi.MoshiForCausalLM,
-    tiny_moshi_config,
+    _config,
     _text_with_labels,
     "logits",
     _layers,
@@ -84,7 +89,7 @@ CAUSAL_LM = Case(
 DEPTH_DECODER = Case(
     FlaxMoshiDepthDecoder,
     modeling_moshi.MoshiDepthDecoder,
-    lambda: tiny_moshi_config().depth_decoder_config,
+    lambda: _config().depth_decoder_config,
     _frame,
     "logits",
     _layers,
@@ -93,7 +98,7 @@ DEPTH_DECODER = Case(
 WHOLE = Case(
     FlaxMoshiForConditionalGeneration,
     modeling_moshi.MoshiForConditionalGeneration,
-    tiny_moshi_config,
+    _config,
     _dialogue,
     "audio_logits",
     _both(_layers),

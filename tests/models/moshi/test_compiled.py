@@ -13,6 +13,7 @@ import pytest
 
 from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.generation.sampling import Sampling
 from transformers_moshi_flax.models.moshi import generation_flax_moshi
 
 
@@ -118,3 +119,23 @@ def test_generate_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration, do_sa
         return out.sequences, out.audio_sequences
 
     assert "stablehlo.while" in tpu_module(generate, model.params)
+
+
+def test_frame_step_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> None:
+    """The step that streaming shares with ``generate``: one frame with the cache in and out."""
+    batch = 2
+
+    def step(params: Any, cache: Any, embeds: jax.Array, keys: jax.Array) -> Any:
+        return generation_flax_moshi.frame_step(
+            model.module, params, cache, model._make_depth_cache, embeds, None, keys, Sampling(), Sampling()
+        )
+
+    embeds = jnp.zeros((batch, 1, model.config.hidden_size))
+    keys = jax.random.split(jax.random.key(0), batch)
+    _, frame = jax.eval_shape(step, model.params, model.init_cache(batch, 8), embeds, keys)
+    assert frame.codes.shape == (batch, 4)
+
+    def flat(params: Any, embeds: jax.Array) -> jax.Array:
+        return step(params, model.init_cache(batch, 8), embeds, keys)[1].codes
+
+    assert "stablehlo" in tpu_module(flat, model.params, embeds)

@@ -393,7 +393,9 @@ class TestText:
         eos = int(eager.sequences[0, 6])
         short = model.generate(ids[:1], max_length=20, do_sample=False, eos_token_id=eos, pad_token_id=59)
         padded = jax.jit(
-            lambda ids: model.generate(ids, max_length=20, do_sample=False, eos_token_id=eos, pad_token_id=59).sequences
+            lambda ids: (
+                model.generate(ids, max_length=20, do_sample=False, eos_token_id=eos, pad_token_id=59).sequences
+            )
         )(ids[:1])
         assert padded.shape == (1, 20)
         length = short.sequences.shape[1]
@@ -478,6 +480,8 @@ class TestEndOfSequenceWithAudio:
             frames = 3 + end - 1
             assert lengths[row] == frames
             np.testing.assert_array_equal(ended.audio_codes[row, :, :frames], free.audio_codes[row, :, :frames])
-            alone = pair.theirs.audio_encoder.decode(torch.from_numpy(np.array(free.audio_codes[row : row + 1, :, :frames])).long())
+            alone = pair.theirs.audio_encoder.decode(
+                torch.from_numpy(np.array(free.audio_codes[row : row + 1, :, :frames])).long()
+            )
             assert_close(ended.audio_sequences[row, :, : frames * frame], alone.audio_values[0], 1e-4)
             assert (np.asarray(ended.audio_sequences)[row, :, frames * frame :] == 0).all()

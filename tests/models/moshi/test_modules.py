@@ -123,9 +123,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("theta, head_dim", [(10000.0, 8), (100.0, 6)])
     def test_rotary_embedding(self, dtype: str, theta: float, head_dim: int) -> None:
-        config = tiny_moshi_config(
-            head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta}
-        )
+        config = tiny_moshi_config(head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
         theirs = modeling_moshi.MoshiRotaryEmbedding(config)
         theirs = to_double(theirs) if dtype == "float64" else theirs
         positions = np.array([[0, 1, 2, 3], [0, 7, 100, 2999]], np.int32)
@@ -402,7 +400,9 @@ def test_causal_lm_logits_to_keep(pair: Pair, keep: int) -> None:
     assert_close(model(input_ids=ids, logits_to_keep=keep).logits, expected.logits, pair.tol)
 
 
-@pytest.mark.parametrize("upstream_class, our_class", [(MoshiModel, FlaxMoshiModel), (MoshiForCausalLM, FlaxMoshiForCausalLM)])
+@pytest.mark.parametrize(
+    "upstream_class, our_class", [(MoshiModel, FlaxMoshiModel), (MoshiForCausalLM, FlaxMoshiForCausalLM)]
+)
 def test_part_saved_by_itself(tmp_path: Any, upstream_class: type, our_class: type) -> None:
     single = make_pair(upstream_class, our_class, tiny_moshi_config(), tmp_path)
     ids = backbone_inputs("float32")["input_ids"]

@@ -29,6 +29,7 @@ from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiE
 from ...input_checks import check_ids, check_rank, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ...precision import at_least_float32
 from ..activations import ACT2FN
 from .checkpoint_flax_mimi import MIMI_RULES
 from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
@@ -37,10 +38,6 @@ Params = Any
 Lengths = Int[Array, "batch"] | None
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -973,17 +970,35 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     checkpoint_prefixes = ("", "audio_encoder.")
     default_input_shape = (1, 1, 1)
 
-    def _run(self, method: str, inputs: tuple, params: Params | None, return_dict: bool | None, train, rng, **options):
-        if train and self.config.attention_dropout and rng is None:
+    def _run(
+        self,
+        method: str,
+        inputs: dict[str, jax.Array | None],
+        params: Params | None,
+        return_dict: bool | None,
+        train: bool,
+        dropout_rng: jax.Array | None,
+        **options: Any,
+    ):
+        """Call a method of the module, compiled once per shapes and options: hundreds of operations, each compiled
+        for itself, would take many times as long."""
+        if train and self.config.attention_dropout and dropout_rng is None:
             raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
-        outputs = self.module.apply(
-            {"params": self.params if params is None else params},
-            *inputs,
-            **options,
-            deterministic=not train,
-            rngs=None if rng is None else {"dropout": rng},
-            method=method,
-        )
+        # the module is rebuilt when gradient checkpointing is switched
+        if getattr(self, "_programs_of", None) is not self.module:
+            self._programs_of, self._programs = self.module, {}
+        key = (method, train, *sorted(options.items()))
+        if key not in self._programs:
+            module = self.module
+
+            def program(params, rngs, inputs):
+                return module.apply(
+                    {"params": params}, **inputs, **options, deterministic=not train, rngs=rngs, method=method
+                )
+
+            self._programs[key] = jax.jit(program)
+        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        outputs = self._programs[key](self.params if params is None else params, rngs, inputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -1059,7 +1074,8 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
         audio = _checked_audio(self.config, input_values)
         mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
         flags = self._flags(output_attentions, output_hidden_states)
-        return self._run("__call__", (audio, mask), params, return_dict, train, dropout_rng, **flags)
+        inputs = {"input_values": audio, "padding_mask": mask}
+        return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
 
 
 class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
@@ -1100,7 +1116,7 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
                 f"`latents` must have the shape (batch, {self.config.hidden_size}, frames) with at least one frame, "
                 f"but has the shape {latents.shape}."
             )
-        inputs = (latents, _checked_mask(padding_mask, latents.shape[0]))
+        inputs = {"latents": latents, "padding_mask": _checked_mask(padding_mask, latents.shape[0])}
         flags = self._flags(output_attentions, output_hidden_states)
         return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
 
@@ -1136,9 +1152,12 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             ValueError: also ``num_quantizers`` that do not exist, or no encoder.
         """
         audio = _checked_audio(self.config, input_values)
-        inputs = (audio, _checked_mask(padding_mask, audio.shape[0], audio.shape[-1]), num_quantizers)
+        mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
+        inputs = {"input_values": audio, "padding_mask": mask}
         flags = self._flags(output_attentions, output_hidden_states)
-        return self._run("encode", inputs, params, return_dict, train, dropout_rng, **flags)
+        return self._run(
+            "encode", inputs, params, return_dict, train, dropout_rng, num_quantizers=num_quantizers, **flags
+        )
 
     def decode(
         self,
@@ -1165,7 +1184,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
                 clamped, and ``checkify`` reports them), a bad mask, or no decoder.
         """
         codes = _checked_codes(self.config, audio_codes)
-        inputs = (codes, _checked_mask(padding_mask, codes.shape[0]))
+        inputs = {"audio_codes": codes, "padding_mask": _checked_mask(padding_mask, codes.shape[0])}
         flags = self._flags(output_attentions, output_hidden_states)
         return self._run("decode", inputs, params, return_dict, train, dropout_rng, **flags)
 
@@ -1200,5 +1219,5 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         audio = None if input_values is None else _checked_audio(self.config, input_values)
         batch = codes.shape[0] if audio is None else audio.shape[0]
         mask = _checked_mask(padding_mask, batch, None if audio is None else audio.shape[-1])
-        inputs = (audio, mask, num_quantizers, codes)
-        return self._run("__call__", inputs, params, return_dict, train, dropout_rng)
+        inputs = {"input_values": audio, "padding_mask": mask, "audio_codes": codes}
+        return self._run("__call__", inputs, params, return_dict, train, dropout_rng, num_quantizers=num_quantizers)

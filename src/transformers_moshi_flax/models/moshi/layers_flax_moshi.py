@@ -23,15 +23,12 @@ from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...input_checks import is_traced
+from ...precision import at_least_float32
 from ..activations import ACT2FN
 
 IGNORE_INDEX = -100
 
 LayerCache = tuple[Float[Array, "batch kv_heads slots head_dim"], Float[Array, "batch kv_heads slots head_dim"]]
-
-
-def at_least_float32(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- caches

@@ -145,9 +145,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models to measure")
-    parser.add_argument("--frames", type=int, help="frames of one call of ours (default: 1000 for 0.7M, 64 for 523M)")
+    parser.add_argument("--frames", type=int, help="frames of one call of ours; None means 1000 for 0.7M, 64 for 523M")
     parser.add_argument(
-        "--upstream-frames", type=int, help="frames of one call of upstream (default: 100 and 20, at most --frames)"
+        "--upstream-frames", type=int, help="frames of one call of upstream; None means 100 and 20, at most --frames"
     )
     parser.add_argument("--repeats", type=int, default=5, help="calls that count, of each side")
     parser.add_argument("--threads", type=int, default=2, help="threads of both sides")
@@ -224,7 +224,10 @@ def build_upstream(size: Size, seed: int):
 
 
 def count_parameters(model) -> tuple[int, int, int]:
-    """Parameters without Mimi and with it, and the bytes of weights that a frame reads."""
+    """Parameters without Mimi and with it, and the bytes of weights that a frame reads.
+
+    Mimi's codebooks don't count: upstream holds them as buffers.
+    """
     without_mimi = total = read = 0
     for name, weight in model.named_parameters():
         total += weight.numel()
@@ -233,9 +236,7 @@ def count_parameters(model) -> tuple[int, int, int]:
         without_mimi += weight.numel()
         if "embed_tokens" not in name:
             read += weight.numel() * weight.element_size()
-    # Mimi's codebooks are buffers
-    codebooks = sum(b.numel() for name, b in model.audio_encoder.named_buffers() if name.endswith("embed_sum"))
-    return without_mimi, total + codebooks, read
+    return without_mimi, total, read
 
 
 def start_frames(model, batch: int) -> dict[str, Any]:
@@ -358,7 +359,8 @@ def report(
     lines = [
         f"float32, greedy, no input, no waveforms, batch {options.batch}, {options.threads} thread(s) on both sides, "
         f"{options.repeats} counted call(s) each in turns; {processor()}; "
-        f"memory reads {speed / 1e9:.1f} GB/s ({way}); load average {load[0]:.2f} before, {load[1]:.2f} after; jax {jax.__version__}, flax {flax.__version__}, "
+        f"memory reads {speed / 1e9:.1f} GB/s ({way}); "
+        f"load average {load[0]:.2f} before, {load[1]:.2f} after; jax {jax.__version__}, flax {flax.__version__}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "| model | side | frames a call | first call, s | frames/s, median | frames/s, best | of the memory limit |",

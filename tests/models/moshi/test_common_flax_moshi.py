@@ -123,10 +123,10 @@ class TestFlaxMoshiCommon(FlaxModelTesterMixin):
                 model = case.ours.from_pretrained(directory)
                 jax.tree.map(np.testing.assert_array_equal, model.params, part)
 
-    @pytest.mark.parametrize("case", [MODEL, CAUSAL_LM], ids=["FlaxMoshiModel", "FlaxMoshiForCausalLM"])
+    @pytest.mark.parametrize("backbone", [MODEL, CAUSAL_LM], ids=["FlaxMoshiModel", "FlaxMoshiForCausalLM"])
     @pytest.mark.parametrize("padding", [0, 2])
-    def test_cached_equals_uncached(self, case: Case, padding: int, tmp_path_factory: pytest.TempPathFactory):
-        loaded = self.load(case, tmp_path_factory)
+    def test_cached_equals_uncached(self, backbone: Case, padding: int, tmp_path_factory: pytest.TempPathFactory):
+        loaded = self.load(backbone, tmp_path_factory)
         model, ids = loaded.model, loaded.inputs["input_ids"]
         mask = np.ones_like(ids)
         mask[0, :padding] = 0

@@ -221,7 +221,9 @@ def test_drawn_configuration(seed: int, dtype: str, tmp_path: Path):
         def forward(params, x, codes):
             parts = {name: params[name] for name in half.params_shape_tree}
             outputs = half(x, params=parts, **flags)
-            own_codes = pair.ours.encode(x, params=params).audio_codes
+            own_codes = pair.ours.module.apply(
+                {"params": params}, outputs.latents, method=lambda mimi, z: mimi.quantizer.encode(z.swapaxes(1, 2))
+            )
             return outputs, own_codes, pair.ours.decode(codes, params=params, **flags)
 
         our_latents, our_codes, our_decoded = forward(pair.ours.params, x, numpy(codes))

@@ -103,6 +103,7 @@ WHOLE = Case(
     "audio_logits",
     _both(_layers),
     _both(_heads),
+    only_ours=("audio_encoder_padding_mask",),
 )
 
 

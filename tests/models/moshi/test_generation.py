@@ -64,7 +64,7 @@ def to_torch(inputs: dict[str, Any]) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
-        tensor = torch.from_numpy(value)
+        tensor = torch.from_numpy(np.array(value))  # a copy: arrays of JAX are read-only
         return tensor if tensor.is_floating_point() else tensor.long()
 
     return {name: convert(value) for name, value in inputs.items()}

@@ -28,7 +28,9 @@ from ..activations import ACT2FN
 
 IGNORE_INDEX = -100
 
-LayerCache = tuple[Float[Array, "batch kv_heads slots head_dim"], Float[Array, "batch kv_heads slots head_dim"]]
+LayerCache = tuple[
+    Float[Array, "batch kv_heads max_length head_dim"], Float[Array, "batch kv_heads max_length head_dim"]
+]
 
 
 # ------------------------------------------------------------------------------------------------------- caches
@@ -398,9 +400,9 @@ class FlaxMoshiLayers(nn.Module):
     gradient_checkpointing: bool = False
 
     def setup(self):
-        # codebook_idx and deterministic are Python values
+        # codebook_idx and deterministic are Python values (self counts)
         layer_class = (
-            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(5, 6))
+            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(6, 7))
             if self.gradient_checkpointing
             else FlaxMoshiDecoderLayer
         )

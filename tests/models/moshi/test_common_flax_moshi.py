@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers.models.moshi import modeling_moshi
 
 from tests.configs import tiny_moshi_config
 from tests.test_modeling_flax_common import Case, FlaxModelTesterMixin, Loaded
-from tests.torch_oracle import assert_close
+from tests.torch_oracle import assert_close, randomize, save_upstream
 from transformers_moshi_flax import (
     FlaxMoshiDepthDecoder,
     FlaxMoshiForCausalLM,
@@ -111,7 +113,7 @@ class TestFlaxMoshiCommon(FlaxModelTesterMixin):
     cases = (MODEL, CAUSAL_LM, DEPTH_DECODER, WHOLE)
     base_and_head = (MODEL, CAUSAL_LM)
 
-    def test_parts_load_from_the_whole(self, tmp_path_factory: pytest.TempPathFactory, tmp_path):
+    def test_parts_load_from_the_whole(self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
         whole = self.load(WHOLE, tmp_path_factory)
         whole.model.save_pretrained(tmp_path)
         params = whole.model.params
@@ -123,6 +125,15 @@ class TestFlaxMoshiCommon(FlaxModelTesterMixin):
             ):
                 model = case.ours.from_pretrained(directory)
                 jax.tree.map(np.testing.assert_array_equal, model.params, part)
+
+    def test_single_codebook_round_trip(self, tmp_path: Path):
+        # Upstream keeps the MLPs of a single codebook without the codebook axis, everything else with it.
+        config = tiny_moshi_config(num_codebooks=1).depth_decoder_config
+        save_upstream(randomize(modeling_moshi.MoshiDepthDecoder(config)), tmp_path)
+        FlaxMoshiDepthDecoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "ours", to_pt=True)
+        original, written = (load_file(path / "model.safetensors") for path in (tmp_path, tmp_path / "ours"))
+        assert {key: tensor.shape for key, tensor in written.items()} == {k: t.shape for k, t in original.items()}
+        assert all(written[key].tobytes() == tensor.tobytes() for key, tensor in original.items())
 
     @pytest.mark.parametrize("backbone", [MODEL, CAUSAL_LM], ids=["FlaxMoshiModel", "FlaxMoshiForCausalLM"])
     @pytest.mark.parametrize("padding", [0, 2])

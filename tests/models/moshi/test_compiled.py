@@ -22,6 +22,9 @@ def model() -> FlaxMoshiForConditionalGeneration:
     return FlaxMoshiForConditionalGeneration(tiny_moshi_config(hidden_size=128, ffn_dim=304))
 
 
+MOVES = "copy|transpose|concatenate|slice|dynamic-slice|gather"
+
+
 def loop_computations(text: str) -> dict[str, list[str]]:
     """The lines of every computation of an HLO module that a while loop runs, by name."""
     computations: dict[str, list[str]] = {}
@@ -48,7 +51,7 @@ def weight_sized_moves(text: str, sizes: set[int]) -> list[str]:
     found = []
     for lines in loop_computations(text).values():
         for line in lines:
-            if move := re.search(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose|concatenate|slice|dynamic-slice|gather)\(", line):
+            if move := re.search(rf"= \w+\[([\d,]*)\]\S* (?:{MOVES})\(", line):
                 if math.prod(int(size) for size in move.group(1).split(",") if size) in sizes:
                     found.append(line.strip())
     return found

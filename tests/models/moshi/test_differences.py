@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import MoshiForConditionalGeneration
+from transformers import GenerationConfig, MoshiForConditionalGeneration
 
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.drawn import draw_inputs
@@ -128,12 +128,15 @@ def test_temp_is_read_as_temperature(pair: Pair) -> None:
         "depth_decoder_do_sample": True,
         "prng_key": jax.random.key(0),
     }
-    as_temp, as_temperature, without = (
-        pair.ours.generate(**options, depth_decoder_config=fields).audio_codes
-        for fields in ({"temp": 5.0}, {"temperature": 5.0}, {})
-    )
+
+    def codes(fields: dict[str, float]) -> np.ndarray:
+        config = GenerationConfig()
+        config.depth_decoder_config = fields
+        return np.asarray(pair.ours.generate(**options, generation_config=config).audio_codes)
+
+    as_temp, as_temperature, without = codes({"temp": 5.0}), codes({"temperature": 5.0}), codes({"top_k": 50})
     np.testing.assert_array_equal(as_temp, as_temperature)
-    assert (np.asarray(as_temp) != np.asarray(without)).any()
+    assert (as_temp != without).any()
 
 
 def test_one_codebook(tmp_path: Any) -> None:

@@ -438,31 +438,32 @@ class TestText:
         assert (changed.sequences != plain.sequences).any()
 
 
+@pytest.fixture(scope="module")
+def runs(pair: Pair) -> tuple[Any, Any, int, list[int]]:
+    """A run without an end, the same with an end, the id that ends it and the new tokens of each row."""
+    new_tokens = 20
+    inputs = prompt(pair.theirs.config, batch=3, frames=3, seed=8)
+    options = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "return_audio_codes": True,
+        "concat_unconditional_inputs": False,
+    }
+    free = pair.ours.generate(**inputs, **options)
+    new = np.asarray(free.sequences)[:, 3:]
+    # An id that ends some row early, and not all rows at the same frame.
+    for eos in new[0, 4:]:
+        ends = [int(np.argmax(row == eos)) + 1 if (row == eos).any() else new_tokens for row in new]
+        if min(ends) > 2 and len(set(ends)) > 1:
+            break
+    else:
+        pytest.fail("no id of the run ends the rows at different frames: choose another seed")
+    ended = pair.ours.generate(**inputs, **options, eos_token_id=int(eos), pad_token_id=3)
+    return free, ended, int(eos), ends
+
+
 class TestEndOfSequenceWithAudio:
     """Upstream crashes here, so the oracle is the run without an end: every row is that run, cut."""
-
-    NEW = 20
-
-    @pytest.fixture(scope="class")
-    def runs(self, pair: Pair) -> tuple[Any, Any, int, list[int]]:
-        inputs = prompt(pair.theirs.config, batch=3, frames=3, seed=8)
-        options = {
-            "max_new_tokens": self.NEW,
-            "do_sample": False,
-            "return_audio_codes": True,
-            "concat_unconditional_inputs": False,
-        }
-        free = pair.ours.generate(**inputs, **options)
-        new = np.asarray(free.sequences)[:, 3:]
-        # An id that ends some row early, and not all rows at the same frame.
-        for eos in new[0, 4:]:
-            ends = [int(np.argmax(row == eos)) + 1 if (row == eos).any() else self.NEW for row in new]
-            if min(ends) > 2 and len(set(ends)) > 1:
-                break
-        else:
-            pytest.fail("no id of the run ends the rows at different frames: choose another seed")
-        ended = pair.ours.generate(**inputs, **options, eos_token_id=int(eos), pad_token_id=3)
-        return free, ended, int(eos), ends
 
     def test_text(self, runs: tuple[Any, Any, int, list[int]]) -> None:
         free, ended, _, ends = runs

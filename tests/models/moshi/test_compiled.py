@@ -10,6 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
+from flax.linen import normalization
 
 from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
@@ -23,6 +24,11 @@ def model() -> FlaxMoshiForConditionalGeneration:
 
 
 MOVES = "copy|transpose|concatenate|slice|dynamic-slice|gather"
+
+
+def example_inputs(frames: int = 3) -> dict[str, jax.Array]:
+    ids, codes = jnp.zeros((1, frames), jnp.int32), jnp.zeros((1, 4, frames), jnp.int32)
+    return {"input_ids": ids, "user_audio_codes": codes, "moshi_audio_codes": codes}
 
 
 def loop_computations(text: str) -> dict[str, list[str]]:
@@ -100,12 +106,10 @@ def tpu_module(function: Any, *args: Any) -> str:
 
 
 def test_forward_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> None:
-    codes = jnp.zeros((1, 4, 3), jnp.int32)
+    def forward(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+        return model(**inputs, params=params).logits
 
-    def forward(params: Any, ids: jax.Array, codes: jax.Array) -> jax.Array:
-        return model(ids, user_audio_codes=codes, moshi_audio_codes=codes, params=params).logits
-
-    assert "stablehlo" in tpu_module(forward, model.params, jnp.zeros((1, 3), jnp.int32), codes)
+    assert "stablehlo" in tpu_module(forward, model.params, example_inputs())
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -135,3 +139,31 @@ def test_frame_step_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> 
         return step(params, model.init_cache(batch, 8), embeds, keys)[1].codes
 
     assert "stablehlo" in tpu_module(flat, model.params, embeds)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_implicit_promotion(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, gradient and generation mix no types, but inside of flax's own LayerNorm."""
+    compute_stats = normalization._compute_stats
+
+    def compute_stats_with_promotion(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return compute_stats(*args, **kwargs)
+
+    monkeypatch.setattr(normalization, "_compute_stats", compute_stats_with_promotion)
+    model = FlaxMoshiForConditionalGeneration(tiny_moshi_config(), dtype=dtype, _do_init=False)
+    inputs = example_inputs()
+    labels = {"text_labels": inputs["input_ids"], "audio_labels": inputs["user_audio_codes"]}
+
+    def loss(params: Any) -> jax.Array:
+        return model(**inputs, **labels, params=params).loss
+
+    def generate(params: Any) -> jax.Array:
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=True, top_p=0.9, params=params)
+        return out.audio_sequences
+
+    with jax.numpy_dtype_promotion("strict"):
+        gradients = jax.eval_shape(jax.grad(loss), model.params_shape_tree)
+        audio = jax.eval_shape(generate, model.params_shape_tree)
+    assert audio.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}

@@ -495,30 +495,37 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         elif input_values is not None:
             check_waveform(f"{name}_input_values", input_values, config.audio_encoder_config.audio_channels)
 
-    def _frames(self, codes, input_values) -> int | None:
-        """Frames of one audio stream."""
-        if codes is not None:
-            return np.shape(codes)[-1]
-        return (
-            None
-            if input_values is None
-            else -(-np.shape(input_values)[-1] // self.config.audio_encoder_config.frame_size)
-        )
+    def _audio_streams(self, **streams: Any) -> dict[str, Any]:
+        """The streams that count, by argument: codes have priority over waveforms."""
+        given = {name: stream for name, stream in streams.items() if stream is not None}
+        return {
+            name: stream
+            for name, stream in given.items()
+            if name.endswith("codes") or name.replace("input_values", "audio_codes") not in given
+        }
 
-    def _check_lengths(
-        self, text_length: int, text_name: str, moshi_frames: int | None, user_frames: int | None
+    def _frames(self, name: str, stream) -> int:
+        """Frames of one audio stream, the last one padded."""
+        samples_per_frame = self.config.audio_encoder_config.frame_size if name.endswith("values") else 1
+        return -(-np.shape(stream)[-1] // samples_per_frame)
+
+    def _check_streams(
+        self, streams: dict[str, Any], reference: str, batch_size: int, length: int, user_may_go_on: bool = False
     ) -> None:
-        if moshi_frames is not None and moshi_frames != text_length:
-            raise ValueError(
-                f"`{text_name}` has {text_length} frames, but Moshi's stream (`moshi_audio_codes` or "
-                f"`moshi_input_values`) has {moshi_frames}: make them equally long, one text id per frame of "
-                f"{self.config.audio_encoder_config.frame_size} samples."
-            )
-        if user_frames is not None and user_frames < text_length:
-            raise ValueError(
-                f"The user's stream (`user_audio_codes` or `user_input_values`) has {user_frames} frames, fewer than "
-                f"the {text_length} of `{text_name}`: pad it with silence."
-            )
+        """Raises ``ValueError`` for the first stream that does not fit ``reference``, naming it."""
+        for name, stream in streams.items():
+            if np.shape(stream)[0] != batch_size:
+                raise ValueError(
+                    f"`{name}` has a batch of {np.shape(stream)[0]}, but `{reference}` has {batch_size}: make them "
+                    "equal."
+                )
+            frames = self._frames(name, stream)
+            goes_on = user_may_go_on and name.startswith("user")
+            if frames < length or (frames > length and not goes_on):
+                raise ValueError(
+                    f"`{name}` has {frames} frames, but `{reference}` has {length}: pad the shorter one (a frame is "
+                    f"{self.config.audio_encoder_config.frame_size} samples)."
+                )
 
     def __call__(
         self,
@@ -576,22 +583,20 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         if inputs_embeds is None:
             self._check_audio("user", user_audio_codes, user_input_values)
             self._check_audio("moshi", moshi_audio_codes, moshi_input_values)
-            lengths = {
-                "moshi": self._frames(moshi_audio_codes, moshi_input_values),
-                "user": self._frames(user_audio_codes, user_input_values),
-            }
+            audio = self._audio_streams(
+                user_input_values=user_input_values,
+                user_audio_codes=user_audio_codes,
+                moshi_input_values=moshi_input_values,
+                moshi_audio_codes=moshi_audio_codes,
+            )
             if input_ids is not None:
                 check_rank("input_ids", input_ids, ("batch", "frames"))
                 check_ids("input_ids", input_ids, config.vocab_size + 1)
-                lengths["text"] = np.shape(input_ids)[1]
-            lengths = {name: length for name, length in lengths.items() if length is not None}
-            batches = {np.shape(stream)[0] for stream in streams if stream is not None}
-            if len(set(lengths.values())) > 1 or len(batches) > 1:
-                raise ValueError(
-                    "`input_ids` and the audio streams must have the same batch size and number of frames, but the "
-                    f"frames are {lengths} and the batch sizes {sorted(batches)}: pad the shorter ones."
-                )
-            batch_size, length = batches.pop(), next(iter(lengths.values()))
+                reference, (batch_size, length) = "input_ids", np.shape(input_ids)
+            else:
+                reference, stream = next(iter(audio.items()))
+                batch_size, length = np.shape(stream)[0], self._frames(reference, stream)
+            self._check_streams(audio, reference, batch_size, length)
         else:
             batch_size, length = check_embeds(inputs_embeds, config)
         check_cache(past_key_values, config, batch_size, length)
@@ -720,23 +725,13 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrained
         self._check_audio("moshi", moshi_audio_codes, moshi_input_values)
         batch_size, length = self._check_prompt(input_ids, inputs_embeds)
         text_name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-        self._check_lengths(
-            length,
-            text_name,
-            self._frames(moshi_audio_codes, moshi_input_values),
-            self._frames(user_audio_codes, user_input_values),
+        audio = self._audio_streams(
+            user_input_values=user_input_values,
+            user_audio_codes=user_audio_codes,
+            moshi_input_values=moshi_input_values,
+            moshi_audio_codes=moshi_audio_codes,
         )
-        for name, stream in (
-            ("user_audio_codes", user_audio_codes),
-            ("user_input_values", user_input_values),
-            ("moshi_audio_codes", moshi_audio_codes),
-            ("moshi_input_values", moshi_input_values),
-        ):
-            if stream is not None and np.shape(stream)[0] != batch_size:
-                raise ValueError(
-                    f"`{name}` has a batch of {np.shape(stream)[0]}, but `{text_name}` has {batch_size}: make them "
-                    "equal."
-                )
+        self._check_streams(audio, text_name, batch_size, length, user_may_go_on=True)
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
             attention_mask = jnp.asarray(attention_mask).astype(bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,16 +142,19 @@ def test_frame_step_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> 
     assert "stablehlo" in tpu_module(flat, model.params, embeds)
 
 
+def with_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_implicit_promotion(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradient and generation mix no types, but inside of flax's own LayerNorm."""
-    compute_stats = normalization._compute_stats
-
-    def compute_stats_with_promotion(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return compute_stats(*args, **kwargs)
-
-    monkeypatch.setattr(normalization, "_compute_stats", compute_stats_with_promotion)
+    for name in ("_compute_stats", "_normalize"):
+        monkeypatch.setattr(normalization, name, with_promotion(getattr(normalization, name)))
     model = FlaxMoshiForConditionalGeneration(tiny_moshi_config(), dtype=dtype, _do_init=False)
     inputs = example_inputs()
     labels = {"text_labels": inputs["input_ids"], "audio_labels": inputs["user_audio_codes"]}

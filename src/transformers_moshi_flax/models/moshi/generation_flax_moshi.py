@@ -56,10 +56,11 @@ class FrameOutput:
         text_logits: ``(batch, vocab_size)``.
     """
 
-    text: jax.Array
-    codes: jax.Array
-    hidden_state: jax.Array
-    text_logits: jax.Array
+    # Any: under jax.eval_shape the leaves are shapes
+    text: Any
+    codes: Any
+    hidden_state: Any
+    text_logits: Any
 
 
 def depth_step(

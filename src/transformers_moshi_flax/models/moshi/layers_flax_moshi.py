@@ -46,10 +46,11 @@ class FlaxMoshiCache:
         length: frames written so far, a scalar.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
-    length: jax.Array
+    # Any: under jax.eval_shape the leaves are shapes
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    mask: Any
+    length: Any
 
     @property
     def max_length(self) -> int:
@@ -76,9 +77,9 @@ class FlaxMoshiDepthCache:
         length: codebooks written so far, a Python integer.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    mask: Any
     length: int = flax.struct.field(pytree_node=False, default=0)
 
     @property

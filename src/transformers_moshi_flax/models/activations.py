@@ -11,7 +11,6 @@ import jax.numpy as jnp
 Activation = Callable[[jax.Array], jax.Array]
 
 _FUNCTIONS: dict[str, Activation] = {
-    "elu": jax.nn.elu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),

@@ -20,7 +20,6 @@ from transformers_moshi_flax.checkpoints.rules import (
 RULES = (
     Rule(r"(.*)/linear/(?P<codebook>\d+)/kernel", r"\1/linear/weight", "transpose"),
     Rule(r"(.*)/fc/(?P<codebook>\d+)/kernel", r"\1/fc/weight", "transpose", squeeze_single=True),
-    Rule(r"(.*)/up/conv/kernel", r"\1/up/conv/weight", "conv_transpose"),
     Rule(r"(.*)/conv/kernel", r"\1/conv/weight", "conv"),
     Rule(r"(.*)/kernel", r"\1/weight", "transpose"),
     Rule(r"(.*)/(?:scale|embedding)", r"\1/weight"),
@@ -34,7 +33,6 @@ def _state(codebooks: int, dtype: type, seed: int = 0) -> dict[str, np.ndarray]:
     shapes = {
         "body.linear.weight": (codebooks, 3, 5),
         "body.fc.weight": (codebooks, 7, 2) if codebooks > 1 else (7, 2),
-        "body.up.conv.weight": (4, 6, 3),
         "body.conv.weight": (8, 2, 5),
         "body.conv.bias": (8,),
         "body.layers.11.norm.weight": (9,),
@@ -58,7 +56,6 @@ def _template(codebooks: int) -> dict:
         "body": {
             "linear": {number: {"kernel": leaf(5, 3)} for number in numbers},
             "fc": {number: {"kernel": leaf(2, 7)} for number in numbers},
-            "up": {"conv": {"kernel": leaf(3, 4, 6)}},
             "conv": {"kernel": leaf(5, 2, 8), "bias": leaf(8)},
             "layers": {"11": {"norm": {"scale": leaf(9)}}},
         },
@@ -87,10 +84,9 @@ def test_leaves_are_what_the_transforms_say():
     for index in range(3):
         kernel = params["body"]["linear"][str(index)]["kernel"]
         assert kernel.tobytes() == np.ascontiguousarray(state["body.linear.weight"][index].T).tobytes()
-    conv, up = params["body"]["conv"]["kernel"], params["body"]["up"]["conv"]["kernel"]
-    # element [width, in, out] of ours is [out, in, width] of a Conv1d, [in, out, width] of a ConvTranspose1d
+    conv = params["body"]["conv"]["kernel"]
+    # element [width, in, out] of ours is [out, in, width] of the file
     assert conv[4, 1, 6].tobytes() == state["body.conv.weight"][6, 1, 4].tobytes()
-    assert up[2, 3, 5].tobytes() == state["body.up.conv.weight"][3, 5, 2].tobytes()
 
 
 def test_a_single_codebook_may_come_with_or_without_its_axis():

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Axes to permute a file tensor by to get our leaf; conv: (out, in, width) -> (width, in, out), transposed conv:
-# (in, out, width) -> (width, in, out).
-_FROM_FILE = {"identity": None, "transpose": (1, 0), "conv": (2, 1, 0), "conv_transpose": (2, 0, 1)}
+# Axes to permute a file tensor by to get our leaf.
+_FROM_FILE = {"identity": None, "transpose": (1, 0), "conv": (2, 1, 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Rule:
         path: regular expression that must match the whole "/"-joined Flax path. A group named ``codebook`` says that
             the leaf is that slice along a leading axis of the file tensor.
         key: template (as in ``re.Match.expand``) of the key in the file; a "/" in the result becomes a dot.
-        transform: ``identity``, ``transpose``, ``conv`` or ``conv_transpose``; applied to the slice.
+        transform: ``identity``, ``transpose`` or ``conv``; applied to the slice.
         squeeze_single: write a single codebook without the leading axis (upstream stores some layers so when there is
             one codebook only). Reading takes both forms in any case.
 

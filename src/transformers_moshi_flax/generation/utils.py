@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from ..input_checks import check_ids, check_mask, check_rank, is_traced
 from ..modeling_flax_outputs import FlaxModelOutput
 from .configuration import merge_generation_config, resolve_plan
+from .programs import Program
 from .sampling import row_keys, select_token
 
 
@@ -59,19 +60,19 @@ class FlaxGenerationMixin:
 
     _generates = True
 
-    def compiled(self, function: Callable, **static: Any) -> Callable:
-        """``jax.jit(function(module, **static, ...))``, made once per model and static options."""
+    def compiled(self, function: Callable, **static: Any) -> Program:
+        """The program of ``function(module, ..., **static)``, made once per model and static options."""
         programs = self.__dict__.setdefault("_programs", {})
         key = (function, id(self.module), *sorted(static.items()))
         if key not in programs:
             module = self.module
 
-            def program(*args, **kwargs):
-                return function(module, *args, **static, **kwargs)
+            def program(*args):
+                return function(module, *args, **static)
 
             program.__name__ = function.__name__
             # the module is kept with its program, so that its id is not used again
-            programs[key] = (jax.jit(program), module)
+            programs[key] = (Program(program), module)
         return programs[key][0]
 
     def generate(

@@ -134,14 +134,6 @@ def test_transformer(kv_heads: int, window: int, bias: bool, act: str, x64: None
     assert_close(result.last_hidden_state, expected, 1e-10)
 
 
-def test_rotary_angles_are_finer_in_double(x64: None):
-    config = tiny_mimi_config(rope_parameters={"rope_type": "default", "rope_theta": 123.0})
-    cos, _ = flax_mimi.rotary_angles(config, jnp.arange(400), jnp.float64)
-    exact = np.cos(np.arange(400)[:, None] / 123.0 ** (np.arange(0, 8, 2) / 8))
-    np.testing.assert_allclose(cos[:, :4], exact, atol=1e-12)
-    assert flax_mimi.rotary_angles(config, jnp.arange(4), jnp.bfloat16)[0].dtype == jnp.bfloat16
-
-
 @pytest.mark.parametrize("inner", [12, 32])
 def test_residual_quantizer(inner: int, x64: None):
     """With projections, and without where the inner dimension is that of the latents."""

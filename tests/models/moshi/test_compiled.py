@@ -24,6 +24,7 @@ def model() -> FlaxMoshiForConditionalGeneration:
     return FlaxMoshiForConditionalGeneration(tiny_moshi_config(hidden_size=128, ffn_dim=304))
 
 
+CACHE_LENGTH = 77
 MOVES = "copy|transpose|concatenate|slice|dynamic-slice|gather"
 
 
@@ -68,8 +69,10 @@ def large_weights(params: Any) -> set[int]:
     return {leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= 4096}
 
 
-def test_loop_copies_no_weight(model: FlaxMoshiForConditionalGeneration, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = []
+def test_loop_copies_neither_weights_nor_caches(
+    model: FlaxMoshiForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = []
     compiled = type(model).compiled
 
     def spying(self: Any, function: Any, **static: Any) -> Any:
@@ -77,17 +80,22 @@ def test_loop_copies_no_weight(model: FlaxMoshiForConditionalGeneration, monkeyp
 
         def call(*args: Any) -> Any:
             if function is generation_flax_moshi.generate_frames:
-                texts.append(program.lower(*args).compile().as_text())
+                programs.append(program.lower(*args).compile())
             return program(*args)
 
         return call
 
     monkeypatch.setattr(type(model), "compiled", spying)
-    model.generate(max_new_tokens=4, do_sample=False, return_audio_waveforms=False)
-    (text,) = texts
-    sizes = large_weights(model.params)
+    model.generate(max_new_tokens=CACHE_LENGTH, do_sample=False, return_audio_waveforms=False)
+    (program,) = programs
+    text, sizes = program.as_text(), large_weights(model.params)
+    cache = model.init_cache(1, CACHE_LENGTH)
     assert loop_computations(text), "the program has no loop"
-    assert weight_sized_moves(text, sizes) == []
+    assert not sizes & {cache.keys[0].size}, "caches and weights cannot be told apart"
+    assert weight_sized_moves(text, sizes | {cache.keys[0].size}) == []
+    # nothing hoisted out of the loop either: besides the caches, what lives in the program is small
+    temporaries = program.memory_analysis().temp_size_in_bytes - sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert temporaries <= 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(model.params["decoder"]))
 
 
 def test_the_count_can_count() -> None:

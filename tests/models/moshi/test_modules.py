@@ -121,23 +121,6 @@ class TestBlocks:
         index = (np.array([2, 0, 3]),) if flexible else ()
         check_block(dtype, ours, theirs, draw_array(dtype, 2, 3, config.hidden_size), *index)
 
-    @pytest.mark.parametrize("theta, head_dim", [(10000.0, 8), (100.0, 6)])
-    def test_rotary_embedding(self, dtype: str, theta: float, head_dim: int) -> None:
-        config = tiny_moshi_config(head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
-        theirs = modeling_moshi.MoshiRotaryEmbedding(config)
-        theirs = to_double(theirs) if dtype == "float64" else theirs
-        positions = np.array([[0, 1, 2, 3], [0, 7, 100, 2999]], np.int32)
-        query, key = draw_array(dtype, 2, 4, 4, head_dim), draw_array(dtype, 2, 2, 4, head_dim, seed=1)
-        with oracle_precision(dtype):
-            cos, sin = theirs(torch.from_numpy(query), torch.from_numpy(positions).long())
-            rotated = modeling_moshi.apply_rotary_pos_emb(torch.from_numpy(query), torch.from_numpy(key), cos, sin)
-        our_cos, our_sin = layers_flax_moshi.rotary_embedding(
-            jnp.asarray(positions), head_dim, theta, jnp.dtype(dtype)
-        )
-        assert_close((our_cos, our_sin), (cos, sin), TOLERANCE[dtype], "angles")
-        ours = [layers_flax_moshi.apply_rotary_pos_emb(jnp.asarray(x), our_cos, our_sin) for x in (query, key)]
-        assert_close(ours, rotated, TOLERANCE[dtype], "rotated")
-
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("flexible", [False, True])
     def test_attention(self, dtype: str, flexible: bool, kv_heads: int) -> None:

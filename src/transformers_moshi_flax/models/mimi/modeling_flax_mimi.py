@@ -31,6 +31,7 @@ from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
+from ..rotary import apply_rotary_pos_emb, rotary_embedding
 from .checkpoint_flax_mimi import MIMI_RULES
 from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
 
@@ -362,35 +363,6 @@ class FlaxMimiLayerScale(nn.Module):
         return scale.astype(self.dtype) * x
 
 
-def rotary_angles(
-    config: MimiConfig, positions: Int[Array, "steps"], dtype: DTypeLike
-) -> tuple[Float[Array, "steps head_dim"], Float[Array, "steps head_dim"]]:
-    """Cosines and sines of the rotary embedding, computed in at least float32; upstream ``MimiRotaryEmbedding``.
-
-    Raises:
-        ValueError: ``config.rope_parameters`` asks for scaled frequencies.
-    """
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type != "default":
-        raise ValueError(f"`rope_parameters` has rope_type={rope_type!r}, but only 'default' is supported.")
-    wide = at_least_float32(dtype)
-    exponents = np.arange(0, config.head_dim, 2, dtype=wide) / config.head_dim
-    frequencies = (1.0 / config.rope_parameters["rope_theta"] ** exponents).astype(wide)
-    angles = positions[:, None].astype(wide) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def apply_rotary(
-    x: Float[Array, "batch steps heads head_dim"],
-    cos: Float[Array, "steps head_dim"],
-    sin: Float[Array, "steps head_dim"],
-) -> Float[Array, "batch steps heads head_dim"]:
-    """Turn the pairs (i, i + head_dim / 2) of every head."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos[:, None] + jnp.concatenate([-second, first], axis=-1) * sin[:, None]
-
-
 def sliding_window_mask(steps: int, window: int) -> Bool[Array, "steps steps"]:
     """True where a query (row) sees a key (column): itself and the ``window - 1`` before it."""
     behind = jnp.arange(steps)[:, None] - jnp.arange(steps)
@@ -425,8 +397,8 @@ class FlaxMimiAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "steps head_dim"],
-        sin: Float[Array, "steps head_dim"],
+        cos: Float[Array, "steps 1 head_dim"],
+        sin: Float[Array, "steps 1 head_dim"],
         mask: Bool[Array, "steps steps"],
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
@@ -447,7 +419,7 @@ class FlaxMimiAttention(nn.Module):
         query = project("q_proj", heads * head_dim)(x).reshape(batch, steps, heads, head_dim)
         key = project("k_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
         value = project("v_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
 
         # [batch, kv_heads, heads of the group, queries, keys]
         query = query.reshape(batch, steps, kv_heads, heads // kv_heads, head_dim)
@@ -469,8 +441,8 @@ class FlaxMimiTransformerLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "steps head_dim"],
-        sin: Float[Array, "steps head_dim"],
+        cos: Float[Array, "steps 1 head_dim"],
+        sin: Float[Array, "steps 1 head_dim"],
         mask: Bool[Array, "steps steps"],
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
@@ -524,7 +496,8 @@ class FlaxMimiTransformerModel(nn.Module):
         deterministic: bool = True,
     ) -> FlaxMimiTransformerOutput:
         steps = x.shape[1]
-        cos, sin = rotary_angles(self.config, jnp.arange(steps), self.dtype)
+        positions = jnp.arange(steps)[:, None]  # the heads come after the steps
+        cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_parameters, self.dtype)
         mask = sliding_window_mask(steps, self.config.sliding_window)
         layers = FlaxMimiTransformerLayers(self.config, self.dtype, self.gradient_checkpointing, name="layers")
         states, attentions = layers(x.astype(self.dtype), cos, sin, mask, deterministic)

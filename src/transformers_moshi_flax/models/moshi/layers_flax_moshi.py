@@ -24,12 +24,12 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 from ...input_checks import is_traced
 from ...precision import at_least_float32
 from ..activations import ACT2FN
+from ..dots import row_dot_general
+from ..rotary import apply_rotary_pos_emb, rotary_embedding
 
 IGNORE_INDEX = -100
 
-LayerCache = tuple[
-    Float[Array, "batch kv_heads max_length head_dim"], Float[Array, "batch kv_heads max_length head_dim"]
-]
+LayerCache = tuple[Float[Array, "batch_heads max_length head_dim"], Float[Array, "batch_heads max_length head_dim"]]
 
 
 # ------------------------------------------------------------------------------------------------------- caches
@@ -39,8 +39,11 @@ LayerCache = tuple[
 class FlaxMoshiCache:
     """Static key-value cache of the backbone, made by ``init_cache`` and returned updated by every call.
 
+    Batch and heads are one axis, the batch dimension of the attention's dots: with two, XLA's CPU backend reshapes
+    after the update, fuses both, and then copies the whole cache several times in every step.
+
     Attributes:
-        keys, values: one array per layer, ``(batch, kv_heads, max_length, head_dim)``.
+        keys, values: one array per layer, ``(batch * kv_heads, max_length, head_dim)``.
         mask: ``(batch, max_length)``, which of the frames written so far may be attended.
         length: frames written so far, a scalar.
     """
@@ -57,7 +60,7 @@ class FlaxMoshiCache:
 
     @classmethod
     def create(cls, config, batch_size: int, max_length: int, dtype=jnp.float32) -> FlaxMoshiCache:
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (batch_size * config.num_key_value_heads, max_length, config.head_dim)
         return cls(
             keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)),
             values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)),
@@ -71,7 +74,7 @@ class FlaxMoshiDepthCache:
     """Key-value cache of the depth decoder. ``length`` is static, since it selects each codebook's own weights.
 
     Attributes:
-        keys, values: one array per layer, ``(batch, kv_heads, num_codebooks, head_dim)``.
+        keys, values: one array per layer, ``(batch * kv_heads, num_codebooks, head_dim)``.
         mask: ``(batch, num_codebooks)``, which of the codebooks written so far may be attended.
         length: codebooks written so far, a Python integer.
     """
@@ -127,6 +130,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(1.0),
+                dot_general=row_dot_general,
                 name=str(index),
             )
             for index in range(self.num_layers)
@@ -192,7 +196,13 @@ class FlaxMoshiLinear(nn.Module):
 
 
 def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(initializer_range))
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.normal(initializer_range),
+        dot_general=row_dot_general,
+    )
 
 
 class FlaxMoshiGatingMLP(nn.Module):
@@ -220,29 +230,6 @@ class FlaxMoshiGatingMLP(nn.Module):
         arguments = (layer_idx,) if self.use_flexible_linear else ()
         gate, up = jnp.split(self.fc1(hidden_states, *arguments), 2, axis=-1)
         return self.fc2(self.activation_fn(gate) * up, *arguments)
-
-
-def rotary_embedding(
-    position_ids: Int[Array, "#batch seq"], head_dim: int, theta: float, dtype
-) -> tuple[Float[Array, "batch seq head_dim"], Float[Array, "batch seq head_dim"]]:
-    """Cosines and sines of the rotary embedding (Su et al., 2021), angles in at least float32; upstream
-    ``MoshiRotaryEmbedding`` with the default rope type."""
-    wide = at_least_float32(dtype)
-    inverse_frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim))
-    angles = position_ids[..., None].astype(wide) * inverse_frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def apply_rotary_pos_emb(
-    x: Float[Array, "batch heads seq head_dim"],
-    cos: Float[Array, "#batch seq head_dim"],
-    sin: Float[Array, "#batch seq head_dim"],
-) -> Float[Array, "batch heads seq head_dim"]:
-    """Rotates each pair (i, i + head_dim / 2) of the heads by the angle of its position."""
-    first, second = jnp.split(x, 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, None] + rotated * sin[:, None]
 
 
 def attention_mask_of(
@@ -321,33 +308,33 @@ class FlaxMoshiAttention(nn.Module):
 
         query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if self.use_rope:
-            cos, sin = rotary_embedding(position_ids, head_dim, config.rope_parameters["rope_theta"], self.dtype)
+            cos, sin = rotary_embedding(position_ids[:, None], head_dim, config.rope_parameters, self.dtype)
             query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
 
+        # one batch axis, and the queries of one group beside each other: [batch * kv_heads, group * seq, head_dim]
+        query = query.reshape(batch_size * kv_heads, -1, head_dim)
+        key, value = (array.reshape(batch_size * kv_heads, length, head_dim) for array in (key, value))
         if layer_cache is not None:
             key = lax.dynamic_update_slice_in_dim(
-                layer_cache[0], key.astype(layer_cache[0].dtype), cache_index, axis=2
+                layer_cache[0], key.astype(layer_cache[0].dtype), cache_index, axis=1
             )
             value = lax.dynamic_update_slice_in_dim(
-                layer_cache[1], value.astype(layer_cache[1].dtype), cache_index, axis=2
+                layer_cache[1], value.astype(layer_cache[1].dtype), cache_index, axis=1
             )
             layer_cache = (key, value)
         slots = attention_mask.shape[-1]
-        key, value = key[:, :, :slots].astype(self.dtype), value[:, :, :slots].astype(self.dtype)
+        key, value = key[:, :slots].astype(self.dtype), value[:, :slots].astype(self.dtype)
 
-        # the queries of one group stand beside each other: [batch, kv_heads, group * seq, head_dim]
-        groups = config.num_attention_heads // kv_heads
-        query = query.reshape(batch_size, kv_heads, groups * length, head_dim)
         wide = at_least_float32(self.dtype)
-        scores = jnp.einsum("bkqd,bksd->bkqs", query, key, preferred_element_type=wide) * (1 / math.sqrt(head_dim))
-        scores = scores.reshape(batch_size, kv_heads, groups, length, slots)
-        scores = jnp.where(attention_mask[:, None, None], scores, jnp.finfo(wide).min)
+        scores = jnp.einsum("xqd,xsd->xqs", query, key, preferred_element_type=wide) * (1 / math.sqrt(head_dim))
+        scores = scores.reshape(batch_size, config.num_attention_heads, length, slots)
+        scores = jnp.where(attention_mask[:, None], scores, jnp.finfo(wide).min)
         weights = nn.softmax(scores, axis=-1).astype(self.dtype)
         dropped = self.dropout(weights, deterministic=deterministic)
-        output = jnp.einsum("bkqs,bksd->bkqd", dropped.reshape(batch_size, kv_heads, groups * length, slots), value)
-        output = output.reshape(batch_size, kv_heads * groups, length, head_dim).transpose(0, 2, 1, 3)
+        output = jnp.einsum("xqs,xsd->xqd", dropped.reshape(batch_size * kv_heads, -1, slots), value)
+        output = output.reshape(batch_size, -1, length, head_dim).transpose(0, 2, 1, 3)
         output = self.o_proj(output.reshape(batch_size, length, -1), codebook_idx)
-        return output, weights.reshape(batch_size, kv_heads * groups, length, slots), layer_cache
+        return output, weights, layer_cache
 
 
 class FlaxMoshiDecoderLayer(nn.Module):

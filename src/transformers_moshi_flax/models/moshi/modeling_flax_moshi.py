@@ -106,9 +106,9 @@ def check_cache(cache, config, batch_size: int, length: int) -> None:
     """Raises ``ValueError`` if a call of ``length`` frames does not fit into the cache."""
     if cache is None:
         return
-    if len(cache.keys) != config.num_hidden_layers or cache.keys[0].shape[0] != batch_size:
+    if len(cache.keys) != config.num_hidden_layers or cache.mask.shape[0] != batch_size:
         raise ValueError(
-            f"`past_key_values` is a cache of {len(cache.keys)} layers for a batch of {cache.keys[0].shape[0]}, but "
+            f"`past_key_values` is a cache of {len(cache.keys)} layers for a batch of {cache.mask.shape[0]}, but "
             f"the model has {config.num_hidden_layers} and the batch is {batch_size}: make one with `init_cache`."
         )
     if not is_traced(cache.length) and int(cache.length) + length > cache.max_length:

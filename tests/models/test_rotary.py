@@ -1,0 +1,38 @@
+"""The rotary embedding, against upstream's of Moshi and an exact construction."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.moshi import modeling_moshi
+
+from tests.configs import tiny_moshi_config
+from tests.torch_oracle import assert_close
+from transformers_moshi_flax.models.rotary import apply_rotary_pos_emb, rotary_embedding
+
+
+@pytest.mark.parametrize("theta, head_dim", [(10000.0, 8), (100.0, 6)])
+def test_equals_upstream(theta: float, head_dim: int):
+    config = tiny_moshi_config(head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    positions = np.array([[0, 1, 2, 3], [0, 7, 100, 2999]], np.int32)
+    rng = np.random.default_rng(0)
+    query, key = (rng.standard_normal((2, heads, 4, head_dim)).astype(np.float32) for heads in (4, 2))
+    cos, sin = modeling_moshi.MoshiRotaryEmbedding(config)(torch.tensor(query), torch.tensor(positions).long())
+    rotated = modeling_moshi.apply_rotary_pos_emb(torch.tensor(query), torch.tensor(key), cos, sin)
+    angles = rotary_embedding(jnp.asarray(positions)[:, None], head_dim, config.rope_parameters, jnp.float32)
+    assert_close([angle[:, 0] for angle in angles], (cos, sin), 1e-5)
+    assert_close([apply_rotary_pos_emb(jnp.asarray(x), *angles) for x in (query, key)], rotated, 1e-5)
+
+
+def test_angles_are_finer_in_double(x64: None):
+    parameters = {"rope_type": "default", "rope_theta": 123.0}
+    cos, sin = rotary_embedding(jnp.arange(400), 8, parameters, jnp.float64)
+    angles = np.arange(400)[:, None] / 123.0 ** (np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(cos, np.cos(np.tile(angles, 2)), atol=1e-12)
+    np.testing.assert_allclose(sin, np.sin(np.tile(angles, 2)), atol=1e-12)
+    assert rotary_embedding(jnp.arange(4), 8, parameters, jnp.bfloat16)[0].dtype == jnp.bfloat16
+
+
+def test_scaled_frequencies_are_refused():
+    with pytest.raises(ValueError, match=r"`rope_parameters`.*'yarn'.*'default'"):
+        rotary_embedding(jnp.arange(4), 8, {"rope_type": "yarn", "rope_theta": 1e4}, jnp.float32)

@@ -365,10 +365,10 @@ def test_saved_files(with_head, tmp_path):
     assert {file.name for file in (tmp_path / "pt").iterdir()} == {*names, "model.safetensors"}
     assert {file.name for file in (tmp_path / "flax").iterdir()} == {*names, "flax_model.safetensors"}
     with safe_open(tmp_path / "pt" / "model.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
         assert file.get_slice("model.top.heads.weight").get_shape() == [2, 3, 64]
     with safe_open(tmp_path / "flax" / "flax_model.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "flax"}
+        assert file.metadata()["format"] == "flax"
         assert file.get_slice("model.top.heads.1.kernel").get_shape() == [64, 3]
     values = json.loads((tmp_path / "pt" / "config.json").read_text())
     assert (
@@ -385,11 +385,8 @@ def test_generation_config_goes_to_the_file_and_back(with_head, config, tmp_path
 
 
 def test_saving_is_refused(with_head, tmp_path):
-    with pytest.raises(ValueError, match="safe_serialization"):
-        with_head.save_pretrained(tmp_path, safe_serialization=False)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(with_head.params))
-    with pytest.raises(ValueError, match=f"max_shard_size='1KB'.*{size}"):
-        with_head.save_pretrained(tmp_path, max_shard_size="1KB")
+    with pytest.raises(ValueError, match="to_pt=True needs safe_serialization=True"):
+        with_head.save_pretrained(tmp_path, safe_serialization=False, to_pt=True)
     with pytest.raises(ValueError, match="model/embed/embedding"):
         with_head.save_pretrained(tmp_path, params={"lm_head": with_head.params["lm_head"]})
     (tmp_path / "file").touch()
@@ -398,33 +395,3 @@ def test_saving_is_refused(with_head, tmp_path):
     with pytest.raises(ValueError, match="repo_id"):
         with_head.save_pretrained(tmp_path, repo_id="x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_config_is_written_last(with_head, tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("transformers_moshi_flax.modeling_flax_utils.write_safetensors", fail)
-    with pytest.raises(OSError, match="disk full"):
-        with_head.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_push_uploads_what_was_written(with_head, tmp_path, monkeypatch):
-    calls = {}
-
-    class Api:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, exist_ok):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, **kwargs):
-            calls.update(kwargs)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    (tmp_path / "private.txt").touch()
-    with_head.save_pretrained(tmp_path, push_to_hub=True, token="t", repo_id="toy")
-    assert calls["repo_id"] == "me/toy" and calls["token"] == "t"
-    assert set(calls["allow_patterns"]) == {"flax_model.safetensors", "generation_config.json", "config.json"}

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 import os
-from collections import Counter
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,20 +28,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.utils import PushToHubMixin, logging
+from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
-from .checkpoints.files import FLAX_WEIGHTS, PT_WEIGHTS, Source
-from .checkpoints.writing import write_safetensors, write_text
+from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
+from .checkpoints.loading import main_dtype, to_device
+from .checkpoints.verifying import refuse_damage
+from .checkpoints.writing import save_checkpoint, write_text
+from .model_card import model_card
+from .partitioning import resolve_shardings
 
 logger = logging.get_logger(__name__)
 
 Params = dict[str, Any] | FrozenDict
 
 
-class FlaxPreTrainedModel(PushToHubMixin):
+class FlaxPreTrainedModel:
     """Base of the model classes.
 
     Class attributes that a model sets:
@@ -102,6 +106,7 @@ class FlaxPreTrainedModel(PushToHubMixin):
         self._params_shape_tree = jax.eval_shape(self._random_params, self.key)
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self._missing_keys: set[tuple[str, ...]] = set()
+        self.name_or_path: str | None = None
         if _do_init:
             self.params = self.init_weights(self.key, self.input_shape)
 
@@ -255,6 +260,8 @@ class FlaxPreTrainedModel(PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         _do_init: bool = True,
+        sharding: Any | None = None,
+        verify: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Make a model from a checkpoint.
@@ -275,6 +282,10 @@ class FlaxPreTrainedModel(PushToHubMixin):
                 ``mismatched_keys`` and ``error_msgs`` was found.
             _do_init: False returns ``(model, params)``, and the model keeps no parameters. A missing head is then
                 missing from ``params``: ``model.init_weights(rng, params=params)`` completes it.
+            sharding: where the parameters go: a ``Mesh`` (with the axes of ``partitioning.PARTITION_RULES``), one
+                ``Sharding`` for all, or a tree of them. Each device's slice is read onto that device alone.
+            verify: also read every tensor of the files beforehand, compare its checksum, if the file has one, and
+                look for numbers that are not finite.
             **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change.
 
         Returns:
@@ -282,8 +293,8 @@ class FlaxPreTrainedModel(PushToHubMixin):
 
         Raises:
             CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) a file is missing.
-            ValueError: damaged files, another model's checkpoint, weights that are missing, mismatched, or too many,
-                all of them listed; unknown keywords.
+            ValueError: damaged files, another model's checkpoint, weights that are missing, mismatched, too many or
+                not floating-point, all of them listed; a mesh that does not fit; unknown keywords.
         """
         hub = {
             "revision": revision,
@@ -306,10 +317,14 @@ class FlaxPreTrainedModel(PushToHubMixin):
         layout, tensors = source.weights(from_pt)
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
+        shardings = {} if sharding is None else resolve_shardings(sharding, model.params_shape_tree)
+        if verify:
+            refuse_damage(tensors)
         stored = param_dtype if param_dtype is not None else dtype
-        loaded = _load(model, layout, tensors, stored, source.name, ignore_mismatched_sizes)
+        loaded = _load(model, layout, tensors, stored, shardings, source.name, ignore_mismatched_sizes)
+        model.name_or_path = source.name
         if dtype is None:
-            model.dtype = _main_dtype(loaded.params)
+            model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
         model._missing_keys = {tuple(path.split("/")) for path in loaded.missing}
         params = unflatten_dict(loaded.params, sep="/")
@@ -320,7 +335,12 @@ class FlaxPreTrainedModel(PushToHubMixin):
         if _do_init:
             if len(loaded.params) < len(model.required_params):
                 drawn = _cast(model.init_weights(model.key), model.dtype if stored is None else stored, None)
-                params = unflatten_dict({**flatten_dict(drawn), **flatten_dict(params)})
+                drawn = {
+                    path: leaf for path, leaf in flatten_dict(drawn).items() if "/".join(path) not in loaded.params
+                }
+                for path in drawn.keys() if shardings else ():
+                    drawn[path] = jax.device_put(drawn[path], shardings["/".join(path)])
+                params = unflatten_dict({**drawn, **flatten_dict(params)})
             model._is_initialized = True
             model.params = params
             result = (model,)
@@ -358,75 +378,134 @@ class FlaxPreTrainedModel(PushToHubMixin):
         to_pt: bool = False,
         repo_id: str | None = None,
     ) -> None:
-        """Write weights and configurations to a directory, each file atomically and ``config.json`` last.
+        """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
 
         Args:
-            save_directory: made if it is not there.
-            params: the parameters to write, the model's own if None.
-            push_to_hub: also upload the files that were written.
-            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``. A larger
-                model is refused: only single files are written so far.
+            save_directory: made if it is not there. Saving over the directory that the model came from is fine.
+            params: the parameters to write, the model's own if None. Leaves are fetched from their devices file by
+                file.
+            push_to_hub: also upload what was written, with a model card if the directory has no ``README.md``.
+            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``; a larger
+                model is written as shards with an index.
             token: for the upload.
-            safe_serialization: must be True: only safetensors is written.
+            safe_serialization: False writes msgpack (``flax.serialization``), which has no checksums.
             to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
                 ``transformers`` load.
             repo_id: where to upload to, the name of the directory if None.
 
         Raises:
-            ValueError: incomplete ``params``, a file in place of the directory, a model above ``max_shard_size``,
-                ``safe_serialization=False``.
+            ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
+                ``safe_serialization``, ``repo_id`` without ``push_to_hub``.
+            OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False: only safetensors is written; leave it out")
+        if to_pt and not safe_serialization:
+            raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
         params = self.params if params is None else unfreeze(params)
         missing = self.required_params - set(flatten_dict(params))
         if missing:
             raise ValueError(f"params lack {_joined(missing)}; give all of required_params")
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-        if size > convert_file_size_to_int(max_shard_size):
-            raise ValueError(
-                f"max_shard_size={max_shard_size!r}, but the weights are {size} bytes and only single files are "
-                f"written: pass max_shard_size={size}"
-            )
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
-        folder.mkdir(parents=True, exist_ok=True)
-
-        if to_pt:
-            write_safetensors(folder / PT_WEIGHTS, tables.to_pt_state(params, self.checkpoint_rules), "pt")
-            if (folder / FLAX_WEIGHTS).exists():
-                logger.warning(
-                    f"{folder} also holds {FLAX_WEIGHTS}, which from_pretrained prefers: remove it or load with "
-                    "from_pt=True"
-                )
-        else:
-            write_safetensors(folder / FLAX_WEIGHTS, tables.to_flax_state(params), "flax")
-        written = [PT_WEIGHTS if to_pt else FLAX_WEIGHTS]
+        tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
+        companions = {"config.json": self._config_json(params)}
         if self.generation_config is not None:
-            written.append("generation_config.json")
-            write_text(folder / written[-1], self.generation_config.to_json_string(use_diff=True))
-        written.append("config.json")
-        write_text(folder / written[-1], self._config_json(params))
-        if push_to_hub:
-            from huggingface_hub import HfApi  # only here: it imports the HTTP client
-
-            api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id or folder.resolve().name, exist_ok=True).repo_id
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=written,
-                commit_message=f"Upload {type(self).__name__}",
+            companions["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
+        written = save_checkpoint(
+            folder,
+            layout="pt" if to_pt else "flax",
+            entry=PT_WEIGHTS if to_pt else FLAX_WEIGHTS if safe_serialization else FLAX_MSGPACK,
+            tensors=tensors,
+            max_shard_bytes=convert_file_size_to_int(max_shard_size),
+            companions=companions,
+        )
+        if to_pt and (other := active_entry(folder, "flax")):
+            logger.warning(
+                f"{folder} also holds {other.name}, which from_pretrained prefers: remove it or load with from_pt=True"
             )
+        if push_to_hub:
+            self._upload(folder, written, repo_id or folder.resolve().name, params, token=token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        params: Params | None = None,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        to_pt: bool = False,
+        **card: Any,
+    ) -> Any:
+        """Save to a temporary directory and upload it, with a model card, as one commit.
+
+        Args:
+            repo_id: the repository, made if it is not there.
+            params, max_shard_size, safe_serialization, to_pt: as in :meth:`save_pretrained`.
+            commit_message, private, token, revision, create_pr: as in ``huggingface_hub``.
+            **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`): ``license``,
+                ``language``, ``base_model``, ``tags``.
+
+        Returns:
+            The ``CommitInfo`` of ``huggingface_hub``.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            self.save_pretrained(
+                folder, params, max_shard_size=max_shard_size, safe_serialization=safe_serialization, to_pt=to_pt
+            )
+            written = [path.name for path in folder.iterdir()]
+            return self._upload(
+                folder,
+                written,
+                repo_id,
+                self.params if params is None else unfreeze(params),
+                card=card,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _upload(
+        self,
+        folder: Path,
+        written: list[str],
+        repo_id: str,
+        params: Params,
+        card: Mapping[str, Any] | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        **options: Any,
+    ) -> Any:
+        from huggingface_hub import HfApi  # only here: it imports the HTTP client
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        if not (folder / "README.md").exists():
+            text = model_card(self, params, folder, written, repo_id, **(card or {}))
+            write_text(folder / "README.md", text)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[*written, "README.md"],
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            **options,
+        )
 
     def _config_json(self, params: Params) -> str:
         """The configuration as upstream writes it: architecture under its PyTorch name, dtype of the weights."""
         values = json.loads(self.config.to_json_string(use_diff=True))
         values["architectures"] = [type(self).__name__.removeprefix("Flax")]
-        values["dtype"] = _main_dtype(flatten_dict(params)).name
+        values["dtype"] = main_dtype(flatten_dict(params)).name
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
@@ -453,15 +532,20 @@ def _load(
     layout: str,
     tensors: Mapping[str, np.ndarray],
     dtype: DTypeLike | None,
+    shardings: Mapping[str, jax.sharding.Sharding],
     name: str,
     ignore_mismatched_sizes: bool,
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(model.params_shape_tree, sep="/").items()}
+    shapes = flatten_dict(model.params_shape_tree, sep="/")
     slots = tables.pt_slots(shapes, model.checkpoint_rules) if layout == "pt" else tables.flax_slots(shapes)
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     prefix, rename = tables.choose_renaming(slots, tensors, model.checkpoint_prefixes, base)
-    loaded = tables.read_slots(slots, shapes, tensors, rename, lambda leaf: _to_device(leaf, dtype))
+
+    def convert(path: str, leaf: np.ndarray) -> jax.Array:
+        return to_device(leaf, dtype, shardings.get(path))
+
+    loaded = tables.read_slots(slots, shapes, tensors, rename, convert)
 
     head = {path for path in shapes if base and not path.startswith(f"{base}/")}
     new_head = bool(head) and head <= set(loaded.missing)
@@ -474,6 +558,7 @@ def _load(
         if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
     ]
     problems = [f"no weights for {missing}"] if missing else []
+    problems += [f"{key} must be floating-point, but is {found} in the file" for key, found in loaded.not_floating]
     if not ignore_mismatched_sizes:
         problems += [f"{key} is {ours} by the config, {theirs} in the file" for key, theirs, ours in loaded.mismatched]
         problems += [f"the config has no place for {surplus}"] if surplus else []
@@ -490,26 +575,6 @@ def _load(
     if surplus:
         logger.warning(f"weights of {name!r} that {class_name} has no place for are left out: {surplus}")
     return loaded
-
-
-def _to_device(leaf: np.ndarray, dtype: DTypeLike | None) -> jax.Array:
-    """One leaf as a JAX array, cast if it is floating; ValueError rather than a silent cut of float64."""
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if dtype is not None and floating:
-        leaf = leaf.astype(dtype)
-    elif leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise ValueError("the checkpoint is in float64: enable jax_enable_x64 or pass dtype=jnp.float32")
-    # A copy, so that the array neither pins the tensor it was sliced from nor depends on its memory.
-    return jnp.array(leaf)
-
-
-def _main_dtype(params: Mapping[Any, Any]) -> jnp.dtype:
-    """The floating dtype that most of the numbers have."""
-    sizes: Counter = Counter()
-    for leaf in params.values():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            sizes[jnp.dtype(leaf.dtype)] += leaf.size
-    return sizes.most_common(1)[0][0] if sizes else jnp.dtype(jnp.float32)
 
 
 def _check_float_dtype(name: str, dtype: Any) -> None:

@@ -1,15 +1,18 @@
 """Finding, opening and refusing checkpoint files."""
 
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from transformers_moshi_flax.checkpoints import files, writing
+from transformers_moshi_flax.checkpoints import formats, writing
 from transformers_moshi_flax.checkpoints.files import (
     FLAX_WEIGHTS,
+    LAYOUTS,
     PT_INDEX,
     PT_WEIGHTS,
     CheckpointNotFoundError,
@@ -66,16 +69,50 @@ def test_of_two_layouts_flax_is_first_unless_told(tmp_path):
     assert [source.weights(from_pt)[0] for from_pt in (None, False, True)] == ["flax", "flax", "pt"]
 
 
-def test_other_frameworks_and_pickles_are_refused(tmp_path):
+def test_other_frameworks_are_refused(tmp_path):
     _write(tmp_path / PT_WEIGHTS, "mlx")
     with pytest.raises(ValueError, match="'mlx'"):
         Source.locate(tmp_path).weights()
-    (tmp_path / PT_WEIGHTS).unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*convert to safetensors"):
+
+
+def test_pickles_are_opened_on_demand_only(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({key: torch.tensor(value.astype(np.float32)) for key, value in TENSORS.items()}, path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin \(a pickle: opened with from_pt=True only\)"):
         Source.locate(tmp_path).weights()
-    with pytest.raises(ValueError, match="convert it to safetensors"):
-        Source.locate(tmp_path / "pytorch_model.bin").weights()
+    with pytest.raises(ValueError, match="is a pickle: pass from_pt=True"):
+        Source.locate(path).weights()
+    for source in (tmp_path, path):
+        layout, tensors = Source.locate(source).weights(from_pt=True)
+        assert layout == "pt" and {key: value.tolist() for key, value in tensors.items()} == {
+            key: value.astype(np.float32).tolist() for key, value in TENSORS.items()
+        }
+    torch.save({"a": torch.ones(3, dtype=torch.bfloat16)}, path)
+    assert Source.locate(path).weights(from_pt=True)[1]["a"].dtype == ml_dtypes.bfloat16
+
+
+def test_pickles_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "owned").touch, ()
+
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read as a PyTorch pickle"):
+        Source.locate(tmp_path).weights(from_pt=True)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_pickles_need_torch(tmp_path, monkeypatch):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"install the extra .*transformers-moshi-flax\[torch\]"):
+        Source.locate(tmp_path).weights(from_pt=True)
+
+
+def test_git_lfs_pointers_are_told(tmp_path):
+    (tmp_path / PT_WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a git-LFS pointer.*git lfs pull"):
+        Source.locate(tmp_path).weights()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])
@@ -114,10 +151,38 @@ def test_bad_index(tmp_path):
         ('{"weight_map": {"a": 1}}', "weight_map"),
         ('{"weight_map": {"a": "two.safetensors"}}', "not there"),
         ('{"weight_map": {"z": "one.safetensors"}}', r"\['z'\]"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' is there twice"),
     ]:
         (tmp_path / PT_INDEX).write_text(content)
         with pytest.raises(ValueError, match=message):
             Source.locate(tmp_path).weights()
+
+
+def test_shards_that_disagree_with_the_index(tmp_path):
+    _write(tmp_path / "one.safetensors")
+    _write(tmp_path / "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / PT_INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lie in two of the files"):
+        Source.locate(tmp_path).weights()
+
+
+def test_links_out_of_the_directory(tmp_path):
+    """Refused, but for the cache of the Hub, whose snapshots link to its blobs."""
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "0f"
+    blobs = tmp_path / "models--x--y" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (snapshot / PT_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "one.safetensors")}))
+    for target, good in ((blobs / "abc", True), (tmp_path / "elsewhere", False)):
+        _write(target)
+        (snapshot / "one.safetensors").unlink(missing_ok=True)
+        (snapshot / "one.safetensors").symlink_to(target)
+        if good:
+            assert set(Source.locate(snapshot).weights()[1]) == set(TENSORS)
+        else:
+            with pytest.raises(ValueError, match="link out of the directory"):
+                Source.locate(snapshot).weights()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -159,14 +224,14 @@ def test_written_files_follow_the_umask(tmp_path):
     writing.write_safetensors(tmp_path / "w", TENSORS, "flax")
     (tmp_path / "plain").touch()
     assert (tmp_path / "w").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert files.SafetensorsFile(tmp_path / "w").metadata == {"format": "flax"}
+    assert formats.open_safetensors(tmp_path / "w").metadata["format"] == "flax"
 
 
 def test_memory_order_does_not_matter(tmp_path):
     array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
     tensors = {"t": array.transpose(2, 0, 1), "slice": array[:, :, 1:3], "fortran": np.asfortranarray(array)}
     writing.write_safetensors(tmp_path / "w", tensors, "pt")
-    read = files.SafetensorsFile(tmp_path / "w")
+    read = formats.open_safetensors(tmp_path / "w")
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(read[key], tensor)
 
@@ -182,4 +247,4 @@ def test_hub_files_come_through_cached_file(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     layout, tensors = Source.locate("someone/a-model", "inner", revision="v1").weights()
     assert layout == "pt" and set(tensors) == {"a", "b"}
-    assert asked == [("someone/a-model", name, "v1", "inner") for name in (FLAX_WEIGHTS, PT_WEIGHTS)]
+    assert asked == [("someone/a-model", name, "v1", "inner") for name in (*LAYOUTS["flax"], PT_WEIGHTS)]

@@ -11,10 +11,10 @@ from transformers_moshi_flax.checkpoints.rules import (
     Rule,
     choose_renaming,
     flax_slots,
+    flax_tensors,
     pt_slots,
+    pt_tensors,
     read_params,
-    to_flax_state,
-    to_pt_state,
 )
 
 RULES = (
@@ -25,6 +25,16 @@ RULES = (
     Rule(r"(.*)/(?:scale|embedding)", r"\1/weight"),
     Rule(r"(.*)/bias", r"\1/bias"),
 )
+
+
+def to_pt_state(params: dict, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
+    return {tensor.key: tensor.build() for tensor in pt_tensors(params, rules)}
+
+
+def to_flax_state(params: dict) -> dict[str, np.ndarray]:
+    return {tensor.key: tensor.build() for tensor in flax_tensors(params)}
+
+
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16]
 
 

@@ -1,96 +1,46 @@
-"""Finding and reading checkpoint files: a directory, a single file, or a repository of the Hugging Face Hub.
+"""Finding the files of a checkpoint: a directory, a single file, or a repository of the Hugging Face Hub.
 
-Two layouts of safetensors are read:
+Two layouts are read, each in several formats (``LAYOUTS`` has the order in which they are looked for):
 
-- PyTorch: ``model.safetensors``, or shards listed in ``model.safetensors.index.json``; metadata ``format`` is ``pt``
-  or absent (Kyutai's own files have none).
-- Flax: ``flax_model.safetensors``, or ``model.safetensors`` with metadata ``format`` = ``flax``, as old
+- PyTorch: safetensors, with metadata ``format`` = ``pt`` or none, and pickles where they are asked for.
+- Flax: ``flax_model.safetensors`` and msgpack, and ``model.safetensors`` with metadata ``format`` = ``flax``, as old
   ``transformers`` wrote it. The keys are the parameter paths joined with dots.
+
+Each is one file, or shards that an index lists.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from .formats import ShardedFiles, TensorFile, open_msgpack, open_pickle, open_safetensors, parse_json
 
 FLAX_WEIGHTS = "flax_model.safetensors"
+FLAX_MSGPACK = "flax_model.msgpack"
 PT_WEIGHTS = "model.safetensors"
-PT_INDEX = "model.safetensors.index.json"
-_UNSUPPORTED = (
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "flax_model.msgpack",
-    "flax_model.msgpack.index.json",
-    "flax_model.safetensors.index.json",
+PT_PICKLE = "pytorch_model.bin"
+FLAX_INDEX, MSGPACK_INDEX, PT_INDEX, PICKLE_INDEX = (
+    f"{name}.index.json" for name in (FLAX_WEIGHTS, FLAX_MSGPACK, PT_WEIGHTS, PT_PICKLE)
 )
+LAYOUTS = {
+    "flax": (FLAX_WEIGHTS, FLAX_INDEX, FLAX_MSGPACK, MSGPACK_INDEX),
+    "pt": (PT_WEIGHTS, PT_INDEX, PT_PICKLE, PICKLE_INDEX),
+}
+"""Entries of a layout: the first that is there is the checkpoint. PyTorch's order is that of ``transformers``."""
+
+MARKERS = ".save-*.json"
+"""Markers of saves under way or interrupted; see ``writing.py``."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class CheckpointNotFoundError(OSError, ValueError):
     """A file of the checkpoint is not there. An ``OSError`` too, which is what ``transformers`` raises."""
-
-
-class SafetensorsFile(Mapping):
-    """Lazy read-only view of one safetensors file: key -> NumPy array (bfloat16 through ``ml_dtypes``).
-
-    Raises:
-        ValueError: the file is truncated, or no safetensors file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}): it is damaged, incomplete or of another format; "
-                "download or save it again"
-            ) from error
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        self._keys = dict.fromkeys(self._file.keys())
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self._keys:
-            raise KeyError(key)
-        return self._file.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
-
-
-class ShardedFiles(Mapping):
-    """Lazy view of the tensors of several files, as an index distributes them."""
-
-    def __init__(self, file_of_key: Mapping[str, SafetensorsFile]):
-        self._file_of_key = dict(file_of_key)
-        lost = sorted(key for key, file in self._file_of_key.items() if key not in file)
-        if lost:
-            raise ValueError(f"the index names tensors that its files do not hold: {lost}; download it again")
-        self.metadata = next(iter(self._file_of_key.values())).metadata if self._file_of_key else {}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._file_of_key[key][key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of_key)
-
-    def __len__(self) -> int:
-        return len(self._file_of_key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._file_of_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,16 +94,21 @@ class Source:
         return None if found is None else Path(found)
 
     def read_json(self, filename: str) -> dict[str, Any] | None:
-        """A JSON object of the checkpoint, None if there is no such file; ValueError if it holds anything else."""
+        """A JSON object of the checkpoint, None if there is no such file; ValueError if it holds anything else.
+
+        Where a save was interrupted after its weights were in place, what it had still to write counts.
+        """
         path = self.find(filename)
+        if self.folder is not None and (carried := carried_files(self.folder)) and filename in carried:
+            return parse_json(carried[filename])
         return None if path is None else _read_json(path)
 
-    def weights(self, from_pt: bool | None = None) -> tuple[str, Mapping[str, np.ndarray]]:
+    def weights(self, from_pt: bool | None = None) -> tuple[str, TensorFile | ShardedFiles]:
         """Open the weights.
 
         Args:
             from_pt: True insists on the PyTorch layout, False on the Flax layout, None takes what is there (the Flax
-                layout first).
+                layout first). Pickles, which other programs may abuse, are opened for True only.
 
         Returns:
             The layout, ``"pt"`` or ``"flax"``, and the tensors.
@@ -163,17 +118,20 @@ class Source:
             ValueError: they are damaged, of another framework or in a format that is not read.
         """
         if self.file is not None:
-            tensors = self._open(self.file)
+            tensors = self._open(self.file, from_pt)
             layout = _layout(tensors, self.file)
             if from_pt is not None and from_pt != (layout == "pt"):
                 raise ValueError(f"from_pt={from_pt}, but {self.file} is in the {layout!r} layout; leave out from_pt")
             return layout, tensors
         found = []
-        for filename in (FLAX_WEIGHTS, PT_WEIGHTS, PT_INDEX):
+        for filename in (*LAYOUTS["flax"], *LAYOUTS["pt"]):
             path = self.find(filename)
             if path is None:
                 continue
-            tensors = self._open(path)
+            if filename in (PT_PICKLE, PICKLE_INDEX) and not from_pt:
+                found.append(f"{filename} (a pickle: opened with from_pt=True only)")
+                continue
+            tensors = self._open(path, from_pt)
             layout = _layout(tensors, path)
             if from_pt is None or from_pt == (layout == "pt"):
                 return layout, tensors
@@ -181,35 +139,81 @@ class Source:
         wanted = {None: "weights", True: "weights in the PyTorch layout", False: "weights in the Flax layout"}[from_pt]
         if found:
             raise CheckpointNotFoundError(f"from_pt={from_pt}: {self.name!r} has no {wanted}, only {found}")
-        others = [filename for filename in _UNSUPPORTED if self.find(filename)]
-        if others:
-            raise CheckpointNotFoundError(f"{self.name!r} holds {others}, which are not read: convert to safetensors")
         raise CheckpointNotFoundError(
-            f"{self.name!r} has no {wanted}: expected {FLAX_WEIGHTS}, {PT_WEIGHTS} or {PT_INDEX}"
+            f"{self.name!r} has no {wanted}: expected {FLAX_WEIGHTS}, {PT_WEIGHTS}, {FLAX_MSGPACK} or their indexes"
         )
 
-    def _open(self, path: Path) -> SafetensorsFile | ShardedFiles:
-        if path.name.endswith((".bin", ".pt", ".pth", ".ckpt", ".msgpack")):
-            raise ValueError(f"{path} is not safetensors: convert it to safetensors")
+    def _open(self, path: Path, from_pt: bool | None) -> TensorFile | ShardedFiles:
         if not path.name.endswith(".index.json"):
-            return SafetensorsFile(path)
+            return _reader(path, from_pt)(path)
         weight_map = _read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{path} has no 'weight_map' from tensor names to file names; download it again")
         files = {}
         for filename in sorted(set(weight_map.values())):
             # The index comes from strangers: a name must not lead out of the checkpoint's directory.
-            if Path(filename).name != filename or "\\" in filename or filename in ("", ".", ".."):
+            if Path(filename).name != filename or "\\" in filename or "\0" in filename or filename in ("", ".", ".."):
                 raise ValueError(f"{path} names the shard {filename!r}, which is not a plain file name: not opened")
             shard = self.find(filename)
             if shard is None:
                 raise CheckpointNotFoundError(f"{path} names the shard {filename!r}, which is not there")
-            files[filename] = SafetensorsFile(shard)
-        return ShardedFiles({key: files[filename] for key, filename in weight_map.items()})
+            self._refuse_to_leave(path, shard)
+            files[filename] = _reader(shard, from_pt)(shard)
+        return ShardedFiles(path, {key.replace("/", "."): files[name] for key, name in weight_map.items()})
+
+    def _refuse_to_leave(self, index: Path, shard: Path) -> None:
+        """A link beside the index must not lead elsewhere, but for the Hub's cache, which links to its blobs."""
+        if self.folder is None:
+            return
+        allowed = [self.folder.resolve()]
+        allowed += [parent.parent / "blobs" for parent in allowed[0].parents if parent.name == "snapshots"]
+        target = shard.resolve()
+        if not any(target.is_relative_to(folder) for folder in allowed):
+            raise ValueError(f"{index} names the shard {shard.name!r}, a link out of the directory: not opened")
 
 
-def _layout(tensors: SafetensorsFile | ShardedFiles, path: Path) -> str:
-    layout = tensors.metadata.get("format", "pt")
+def carried_files(folder: Path) -> dict[str, str]:
+    """Contents of the configuration files that an interrupted save had still to write, empty if there is none.
+
+    The save's marker says what the entry that commits it looks like: only if that entry is in place, the files count.
+    """
+    for path in sorted(folder.glob(MARKERS)):
+        try:
+            marker = _read_json(path)
+            entry = active_entry(folder, marker["layout"])
+            if entry is not None and (entry.name, fingerprint(entry)) == (marker["entry"], marker["fingerprint"]):
+                return {name: content for name, content in marker["files"].items() if isinstance(content, str)}
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # not a marker of ours, or the save has ended just now
+    return {}
+
+
+def active_entry(folder: Path, layout: str) -> Path | None:
+    """The file that stands for the checkpoint of a layout: the single file or the index that is read."""
+    return next((folder / name for name in LAYOUTS.get(layout, ()) if (folder / name).is_file()), None)
+
+
+def fingerprint(path: Path) -> str:
+    """Tells whether a file is the same as another: its size, beginning and end, hashed."""
+    size, piece = path.stat().st_size, 1 << 16
+    with open(path, "rb") as file:
+        head = file.read(piece)
+        file.seek(max(size - piece, 0))
+        return hashlib.sha256(b"%d " % size + head + file.read(piece)).hexdigest()
+
+
+def _reader(path: Path, from_pt: bool | None) -> Callable[[Path], TensorFile]:
+    if path.suffix == ".msgpack":
+        return open_msgpack
+    if path.suffix in _PICKLES:
+        if not from_pt:
+            raise ValueError(f"{path} is a pickle: pass from_pt=True to open it with PyTorch, or convert it")
+        return open_pickle
+    return open_safetensors
+
+
+def _layout(tensors: TensorFile | ShardedFiles, path: Path) -> str:
+    layout = "flax" if ".msgpack" in path.suffixes else tensors.metadata.get("format", "pt")
     if layout not in ("pt", "flax"):
         raise ValueError(f"{path} says that its format is {layout!r}; only 'pt' and 'flax' are read")
     return layout
@@ -217,9 +221,6 @@ def _layout(tensors: SafetensorsFile | ShardedFiles, path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); download or save it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+        raise ValueError(f"{path} is no valid JSON object ({error}); download or save it again") from error

@@ -10,8 +10,10 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -65,12 +67,14 @@ class ReadResult:
         missing: paths without a tensor in the file.
         unexpected: keys of the file that no leaf asked for.
         mismatched: ``(key, shape in the file, shape in the model)``.
+        not_floating: ``(key, dtype in the file)`` where the model wants floating-point numbers.
     """
 
     params: dict[str, Any]
     missing: list[str]
     unexpected: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    not_floating: list[tuple[str, str]]
 
 
 def pt_slots(paths: Iterable[str], rules: tuple[Rule, ...]) -> list[Slot]:
@@ -133,10 +137,10 @@ def choose_renaming(
 
 def read_slots(
     slots: list[Slot],
-    shapes: Mapping[str, tuple[int, ...]],
+    template: Mapping[str, Any],
     tensors: Mapping[str, Any],
     rename: Callable[[str], str] = lambda key: key,
-    convert: Callable[[np.ndarray], Any] = np.asarray,
+    convert: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> ReadResult:
     """Read leaves from a mapping of file tensors.
 
@@ -144,12 +148,12 @@ def read_slots(
 
     Args:
         slots: from :func:`pt_slots` or :func:`flax_slots`.
-        shapes: the expected shape of every leaf, by path.
+        template: for every leaf, by path, what has its ``shape`` and ``dtype``.
         tensors: key -> array.
         rename: from :func:`choose_renaming`.
-        convert: called on every leaf (a cast, a transfer to the device).
+        convert: called on every path and leaf, a view of the tensor (for a cast, a transfer to the device).
     """
-    result = ReadResult({}, [], [], [])
+    result = ReadResult({}, [], [], [], [])
     used = set()
     for key, group in _by_key(slots).items():
         name = rename(key)
@@ -158,7 +162,8 @@ def read_slots(
             continue
         used.add(name)
         tensor = tensors[name]
-        single = _file_shape(group[0], shapes[group[0].path])
+        wanted = template[group[0].path]
+        single = _file_shape(group[0], wanted.shape)
         stacked = group[0].codebook is not None
         expected = (len(group), *single) if stacked else single
         if stacked and len(group) == 1 and tensor.shape == single:
@@ -166,10 +171,13 @@ def read_slots(
         if tensor.shape != expected:
             result.mismatched.append((name, tuple(tensor.shape), expected))
             continue
+        if jnp.issubdtype(wanted.dtype, jnp.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
+            result.not_floating.append((name, tensor.dtype.name))
+            continue
         for slot in group:
             leaf = tensor[slot.codebook] if stacked else tensor
             axes = _FROM_FILE[slot.transform]
-            result.params[slot.path] = convert(leaf if axes is None else leaf.transpose(axes))
+            result.params[slot.path] = convert(slot.path, leaf if axes is None else leaf.transpose(axes))
     result.unexpected = [key for key in tensors if key not in used]
     return result
 
@@ -180,7 +188,7 @@ def read_params(
     """Read a parameter tree from the tensors of a PyTorch-layout file, dtypes as in the file.
 
     Args:
-        template: nested dict whose leaves have a ``shape``.
+        template: nested dict whose leaves have a ``shape`` and a ``dtype``.
         rules: the table of the model.
         tensors: key -> array, read lazily.
 
@@ -188,36 +196,57 @@ def read_params(
         The nested dict of NumPy arrays that were found, then missing paths, unexpected keys, mismatched shapes as in
         :class:`ReadResult`.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(template, sep="/").items()}
-    result = read_slots(pt_slots(shapes, rules), shapes, tensors)
+    leaves = flatten_dict(template, sep="/")
+    result = read_slots(pt_slots(leaves, rules), leaves, tensors)
     return unflatten_dict(result.params, sep="/"), result.missing, result.unexpected, result.mismatched
 
 
-def to_pt_state(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch-layout file, C-contiguous, dtypes as in the tree: the inverse of :func:`read_params`.
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor that is to be written: what it is called and how large it is, before it is made.
+
+    Attributes:
+        key: its name in the file.
+        nbytes: its size.
+        build: makes the C-contiguous array, fetching leaves from their devices.
+    """
+
+    key: str
+    nbytes: int
+    build: Callable[[], np.ndarray]
+
+
+def pt_tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> list[FileTensor]:
+    """The tensors of a PyTorch-layout file, dtypes as in the tree: the inverse of :func:`read_params`.
 
     Raises:
         ValueError: a leaf that no rule matches, or the leaves of one file tensor differ in dtype or shape.
     """
     flat = flatten_dict(params, sep="/")
-    state = {}
+    tensors = []
     for key, group in _by_key(pt_slots(flat, rules)).items():
-        leaves = [_to_file(slot, np.asarray(flat[slot.path])) for slot in group]
-        forms = Counter((leaf.dtype.name, leaf.shape) for leaf in leaves)
+        leaves = [flat[slot.path] for slot in group]
+        forms = Counter((np.dtype(leaf.dtype).name, tuple(leaf.shape)) for leaf in leaves)
         if len(forms) > 1:
             raise ValueError(f"the leaves of the file key {key!r} differ in dtype or shape: {sorted(forms)}")
-        if group[0].codebook is None or (group[0].squeeze_single and len(group) == 1):
-            state[key] = np.asarray(leaves[0], order="C")
-        else:
-            # np.stack keeps the memory order of transposed leaves, which safetensors would write as it lies.
-            state[key] = np.asarray(np.stack(leaves), order="C")
-    return state
+        tensors.append(FileTensor(key, sum(leaf.nbytes for leaf in leaves), partial(_build, group, leaves)))
+    return tensors
 
 
-def to_flax_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a Flax-layout file, C-contiguous, dtypes as in the tree."""
+def _build(group: list[Slot], leaves: list[Any]) -> np.ndarray:
+    arrays = [_to_file(slot, np.asarray(leaf)) for slot, leaf in zip(group, leaves)]
+    single = group[0].codebook is None or (group[0].squeeze_single and len(group) == 1)
+    # np.stack keeps the memory order of transposed leaves, which safetensors would write as it lies
+    return np.asarray(arrays[0] if single else np.stack(arrays), order="C")
+
+
+def flax_tensors(params: Mapping[str, Any]) -> list[FileTensor]:
+    """The tensors of a Flax-layout file, dtypes as in the tree."""
     flat = flatten_dict(params, sep="/")
-    return {slot.key: np.asarray(flat[slot.path], order="C") for slot in flax_slots(flat)}
+    return [
+        FileTensor(slot.key, flat[slot.path].nbytes, partial(np.asarray, flat[slot.path], order="C"))
+        for slot in flax_slots(flat)
+    ]
 
 
 def _by_key(slots: list[Slot]) -> dict[str, list[Slot]]:

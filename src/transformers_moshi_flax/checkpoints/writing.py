@@ -1,15 +1,187 @@
-"""Writing checkpoint files so that a crash leaves the old file or the new one, never half of one."""
+"""Writing checkpoints so that a crash leaves the old one or the new one, whole, and never a mixture.
+
+A checkpoint of one layout is an *entry* (the single weight file, or the index of its shards), the shards that an index
+names, and configuration files. A save goes like this, with the directory locked against other savers:
+
+1. Shards are written under names that no index uses.
+2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the entry's fingerprint and
+   the contents of the configuration files that belong to it.
+3. The commit: the entry gets its name. Entries of another format that would be read before it are removed, the one
+   that was the checkpoint so far last; then that removal is the commit.
+4. The configuration files are written, the marker is removed, then shards that nothing names.
+
+Before the commit everything is as it was: the marker does not fit the entry in place. Between the commit and the end
+of step 4 the marker fits, and readers take the configuration from it (``files.carried_files``). The next save first
+finishes or clears what an interrupted one left. Every file is on the disk before it gets its name.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
+import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from .files import FLAX_MSGPACK, LAYOUTS, MARKERS, carried_files, fingerprint
+from .formats import CHECKSUMS, checksum, parse_json
+from .rules import FileTensor
+
+_TEMPORARY = ".*.tmp"
+
+
+def save_checkpoint(
+    folder: Path,
+    layout: str,
+    entry: str,
+    tensors: Sequence[FileTensor],
+    max_shard_bytes: int,
+    companions: Mapping[str, str],
+) -> list[str]:
+    """Write weights and configuration files as one commit.
+
+    Args:
+        folder: the directory, made if it is not there.
+        layout: ``"flax"`` or ``"pt"``.
+        entry: name of the single file, whose suffix is the format (``.safetensors`` or ``.msgpack``); shards and their
+            index are named after it.
+        tensors: what to write; each is built once, and no more than a shard's tensors are held at a time.
+        max_shard_bytes: the most that one file may hold; a single tensor above it gets a file of its own.
+        companions: configuration files, name -> content.
+
+    Returns:
+        The names of the files that make up the checkpoint.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written. The old checkpoint is untouched.
+    """
+    shards = plan_shards(tensors, max_shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        _settle(folder)
+        save_id = uuid.uuid4().hex[:8]
+        final = entry if len(shards) == 1 else f"{entry}.index.json"
+        written: list[Path] = []
+        try:
+            if len(shards) == 1:
+                temporary = _temporary(folder / entry)
+                written.append(temporary)
+                _write_tensors(temporary, shards[0], layout)
+                names = [entry]
+            else:
+                names = _shard_names(folder, entry, len(shards), save_id)
+                weight_map = {}
+                for name, shard in zip(names, shards):
+                    with atomic_file(folder / name) as path:
+                        _write_tensors(path, shard, layout)
+                    written.append(folder / name)
+                    weight_map |= {_index_key(tensor.key, entry): name for tensor in shard}
+                total = sum(tensor.nbytes for tensor in tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                temporary = _temporary(folder / final)
+                written.append(temporary)
+                _write_bytes(temporary, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+                names = [*names, final]
+            marker = folder / MARKERS.replace("*", save_id)
+            written.append(marker)
+            fields = {"layout": layout, "entry": final, "fingerprint": fingerprint(temporary), "files": companions}
+            write_text(marker, json.dumps(fields))
+
+            os.replace(temporary, folder / final)
+            order = LAYOUTS[layout]
+            for rival in reversed(order[: order.index(final)]):
+                (folder / rival).unlink(missing_ok=True)
+            _sync(folder)
+        except BaseException:
+            if not carried_files(folder):  # else it is committed
+                for path in written:
+                    path.unlink(missing_ok=True)
+            raise
+        for stale in order[order.index(final) + 1 :]:
+            if Path(entry).suffix in stale or stale.startswith(FLAX_MSGPACK):
+                (folder / stale).unlink(missing_ok=True)
+        _settle(folder)
+    return [*names, *companions]
+
+
+def plan_shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[list[FileTensor]]:
+    """Deal tensors, in their order, to as few files as ``max_shard_bytes`` allows; at least one file."""
+    shards: list[list[FileTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def _shard_names(folder: Path, entry: str, count: int, save_id: str) -> list[str]:
+    """The names that ``transformers`` gives, or with the save's id where such files are there already."""
+    stem, suffix = entry.split(".", 1)
+    names = [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
+    if any((folder / name).exists() for name in names):
+        names = [name.replace(f".{suffix}", f"-{save_id}.{suffix}") for name in names]
+    return names
+
+
+def _index_key(key: str, entry: str) -> str:
+    # old transformers writes the paths of msgpack shards with slashes
+    return key.replace(".", "/") if entry.endswith(".msgpack") else key
+
+
+def _write_tensors(path: Path, shard: Sequence[FileTensor], layout: str) -> None:
+    """Write one weight file under its temporary name, and wait for the disk."""
+    arrays = {tensor.key: tensor.build() for tensor in shard}
+    if ".msgpack." in path.name:
+        from flax.serialization import msgpack_serialize
+        from flax.traverse_util import unflatten_dict
+
+        _write_bytes(path, msgpack_serialize(unflatten_dict(arrays, sep=".")))
+        return
+    checksums = {key: checksum(array) for key, array in arrays.items()}
+    try:
+        save_file(arrays, path, metadata={"format": layout, CHECKSUMS: json.dumps(checksums)})
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: cannot write {path.name} ({error}); nothing was replaced") from error
+    _sync(path)
+    _follow_umask(path)
+
+
+def _settle(folder: Path) -> None:
+    """Finish the save that was interrupted after its commit, and clear what those before it left behind."""
+    for name, content in carried_files(folder).items():
+        write_text(folder / name, content)
+    for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
+        path.unlink(missing_ok=True)
+    named = set()
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, AttributeError):
+            named |= set(parse_json(index.read_bytes()).get("weight_map", {}).values())
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+    _sync(folder)
+
+
+_SHARD = re.compile(r"(flax_model|model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack)")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Waits for other savers of the directory; the lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -18,14 +190,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     The data are on the disk before the rename, so a power cut cannot leave an empty file under the final name.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         _sync(temporary)
-        # safetensors creates files that only the owner can read; follow the umask as any other file does.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,16 +202,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], layout: str) -> None:
     """Write tensors as one safetensors file with metadata ``format`` = ``layout``, atomically."""
-    # safetensors writes the memory as it lies and would silently scramble a transposed array.
-    ordered = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
+    shard = [FileTensor(key, array.nbytes, partial(np.asarray, array, order="C")) for key, array in tensors.items()]
     with atomic_file(path) as temporary:
-        save_file(ordered, temporary, metadata={"format": layout})
+        _write_tensors(temporary, shard, layout)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _sync(path)
+
+
+def _follow_umask(path: Path) -> None:
+    # safetensors creates files that only the owner can read
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,88 @@
+"""How parameters lie on a mesh: a table over parameter paths, for Moshi and Mimi.
+
+The mesh axes are ``data``, ``fsdp`` and ``tensor``; axes that a mesh lacks count as size 1. Linear layers that fan out
+are split by their columns over ``tensor``, those that fan in by their rows, embeddings by their features; the other
+large axis goes to ``fsdp``. Norms, biases, convolutions and codebooks are small and lie on every device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(?:.*/)?(?:o_proj|fc2)/(?:.*/)?kernel", PartitionSpec("tensor", "fsdp")),
+    (r"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(?:.*/)?(?:text_)?embed_tokens/(?:\d+/)?embedding", PartitionSpec(None, ("fsdp", "tensor"))),
+    (r".*", PartitionSpec()),
+)
+"""Regular expression on the "/"-joined path -> axes; the first that matches counts."""
+
+
+def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """A sharding for every parameter, by :data:`PARTITION_RULES`.
+
+    Args:
+        mesh: with any of the axes ``data``, ``fsdp``, ``tensor``.
+        shapes: a parameter tree whose leaves have a ``shape``, such as ``model.params_shape_tree``.
+
+    Returns:
+        A tree of ``NamedSharding``.
+
+    Raises:
+        ValueError: the mesh has other axes, or splits a dimension that it does not divide; all such are listed.
+    """
+    unknown = set(mesh.axis_names) - {"data", "fsdp", "tensor"}
+    if unknown:
+        raise ValueError(f"the mesh has the axes {sorted(unknown)}; use 'data', 'fsdp' and 'tensor'")
+    shardings, problems = {}, []
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        rule = next(spec for pattern, spec in PARTITION_RULES if re.fullmatch(pattern, path))
+        axes = [_on_mesh(mesh, entry) for entry in rule]
+        problems += [
+            f"{path} has {size} in dimension {dimension}, not divisible by {'x'.join(names)} = {_size(mesh, names)}"
+            for dimension, (size, names) in enumerate(zip(leaf.shape, axes))
+            if size % _size(mesh, names)
+        ]
+        shardings[path] = NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
+    if problems:
+        raise ValueError(f"the mesh does not fit the parameters: {'; '.join(problems)}. Use smaller axes")
+    return unflatten_dict(shardings, sep="/")
+
+
+def _on_mesh(mesh: Mesh, entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return tuple(name for name in names if name in mesh.axis_names)
+
+
+def _size(mesh: Mesh, names: tuple[str, ...]) -> int:
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
+
+
+def resolve_shardings(sharding: Any, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """``sharding=`` of ``from_pretrained``: a mesh, one sharding for all, or a tree of them -> by "/"-joined path.
+
+    Raises:
+        ValueError: it is none of these, or the tree lacks parameters.
+    """
+    flat_shapes = flatten_dict(shapes, sep="/")
+    if isinstance(sharding, Mesh):
+        sharding = param_shardings(sharding, shapes)
+    if isinstance(sharding, jax.sharding.Sharding):
+        return dict.fromkeys(flat_shapes, sharding)
+    if not isinstance(sharding, Mapping):
+        raise ValueError(f"sharding must be a Mesh, a Sharding or a tree of them, got {type(sharding).__name__}")
+    flat = flatten_dict(sharding, sep="/")
+    wrong = sorted(path for path in flat_shapes if not isinstance(flat.get(path), jax.sharding.Sharding))
+    if wrong:
+        raise ValueError(f"sharding has no Sharding for {wrong[:8]}; give one for every parameter")
+    return {path: flat[path] for path in flat_shapes}

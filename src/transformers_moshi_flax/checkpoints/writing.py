@@ -88,8 +88,9 @@ def save_checkpoint(
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 temporary = _temporary(folder / final)
                 written.append(temporary)
-                _write_bytes(temporary, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+                temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
                 names = [*names, final]
+            _sync(temporary)
             marker = folder / MARKERS.replace("*", save_id)
             written.append(marker)
             fields = {"layout": layout, "entry": final, "fingerprint": fingerprint(temporary), "files": companions}
@@ -137,20 +138,19 @@ def _index_key(key: str, entry: str) -> str:
 
 
 def _write_tensors(path: Path, shard: Sequence[FileTensor], layout: str) -> None:
-    """Write one weight file under its temporary name, and wait for the disk."""
+    """Write one weight file under its temporary name."""
     arrays = {tensor.key: tensor.build() for tensor in shard}
     if ".msgpack." in path.name:
         from flax.serialization import msgpack_serialize
         from flax.traverse_util import unflatten_dict
 
-        _write_bytes(path, msgpack_serialize(unflatten_dict(arrays, sep=".")))
+        path.write_bytes(msgpack_serialize(unflatten_dict(arrays, sep=".")))
         return
     checksums = {key: checksum(array) for key, array in arrays.items()}
     try:
         save_file(arrays, path, metadata={"format": layout, CHECKSUMS: json.dumps(checksums)})
     except SafetensorError as error:
         raise OSError(f"{path.parent}: cannot write {path.name} ({error}); nothing was replaced") from error
-    _sync(path)
     _follow_umask(path)
 
 
@@ -215,11 +215,6 @@ def write_text(path: Path, text: str) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _sync(path)
 
 
 def _follow_umask(path: Path) -> None:

@@ -1,0 +1,97 @@
+"""A process that saves checkpoints and is killed on the way: run by ``test_writing.py``, not imported by it.
+
+``python saving.py kill FOLDER`` copies ``FOLDER/old`` for every write point, saves over the copy in a child process
+that kills itself there with SIGKILL, and prints how many points there were. ``python saving.py save FOLDER N`` saves
+checkpoint N into FOLDER ten times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformers_moshi_flax.checkpoints import writing
+from transformers_moshi_flax.checkpoints.rules import FileTensor
+
+NAMES = [f"layer.{number}.kernel" for number in range(6)]
+
+
+def tensors(value: int) -> dict[str, np.ndarray]:
+    return {name: np.full((4, 3 + number), value, np.float32) for number, name in enumerate(NAMES)}
+
+
+def save(folder: Path, value: int, form: str) -> None:
+    """Checkpoint ``value``, with a configuration that says so, in one of the forms of the Flax layout."""
+    entry = "flax_model.msgpack" if "msgpack" in form else "flax_model.safetensors"
+    writing.save_checkpoint(
+        folder,
+        "flax",
+        entry,
+        [FileTensor(key, array.nbytes, partial(np.copy, array)) for key, array in tensors(value).items()],
+        max_shard_bytes=200 if "sharded" in form else 1 << 20,
+        companions={"config.json": json.dumps({"value": value}), "generation_config.json": json.dumps({"v": value})},
+    )
+
+
+def dying(function: Callable[..., Any], counter: list[int], last: int, torn: bool = False) -> Callable[..., Any]:
+    """``function``, with a point before it and one after it; ``torn`` writes half a file and dies at the first."""
+
+    def point() -> None:
+        counter[0] += 1
+        if counter[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if torn and counter[0] + 1 == last:
+            Path(args[1]).write_bytes(b"\x08half of a file")
+        point()
+        result = function(*args, **kwargs)
+        point()
+        return result
+
+    return wrapped
+
+
+def run_to_point(folder: Path, form: str, last: int) -> bool:
+    """Save over ``folder`` in a child that dies at point ``last``; whether the child came to the end instead."""
+    child = os.fork()
+    if child == 0:
+        counter = [0]
+        for name in ("replace", "fsync", "unlink", "chmod"):
+            setattr(os, name, dying(getattr(os, name), counter, last))
+        writing.save_file = dying(writing.save_file, counter, last, torn=True)
+        save(folder, 2, form)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    assert os.WEXITSTATUS(status) == 0
+    return True
+
+
+def main(command: str, folder: Path, argument: str) -> None:
+    if command == "save":
+        for _ in range(10):
+            save(folder, int(argument), "sharded")
+        return
+    last = 0
+    finished = False
+    while not finished:
+        last += 1
+        shutil.copytree(folder / "old", folder / f"killed-{last}")
+        finished = run_to_point(folder / f"killed-{last}", argument, last)
+    print(last)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

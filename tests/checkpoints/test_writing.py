@@ -1,0 +1,169 @@
+"""Saving as one commit: forms, transitions, and what a killed, crowded, full or read-only save leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.checkpoints import saving
+from transformers_moshi_flax.checkpoints import writing
+from transformers_moshi_flax.checkpoints.files import FLAX_INDEX, Source
+from transformers_moshi_flax.checkpoints.rules import FileTensor
+
+FORMS = ["single", "sharded", "msgpack", "sharded msgpack"]
+ROOT = Path(__file__).parents[2]
+
+
+def loaded_value(folder: Path) -> int:
+    """Which checkpoint lies in the folder; fails if it isn't one whole checkpoint with its own configuration."""
+    source = Source.locate(folder)
+    layout, tensors = source.weights()
+    assert layout == "flax"
+    (value,) = {float(number) for tensor in tensors.values() for number in np.unique(tensor)}
+    expected = saving.tensors(int(value))
+    assert {key: tensor.shape for key, tensor in tensors.items()} == {k: t.shape for k, t in expected.items()}
+    assert source.read_json("config.json") == {"value": value}
+    assert source.read_json("generation_config.json") == {"v": value}
+    return int(value)
+
+
+def files_of(form: str) -> int:
+    return 5 if "sharded" in form else 1
+
+
+@pytest.mark.parametrize("old", FORMS)
+@pytest.mark.parametrize("new", FORMS)
+def test_every_form_replaces_every_form(tmp_path: Path, old: str, new: str):
+    saving.save(tmp_path, 1, old)
+    assert loaded_value(tmp_path) == 1
+    saving.save(tmp_path, 2, new)
+    assert loaded_value(tmp_path) == 2
+    weights = [path for path in tmp_path.iterdir() if path.name.startswith("flax_model")]
+    assert len(list(tmp_path.iterdir())) == len(weights) + 2, "litter"
+    assert len(weights) == files_of(new)
+
+
+def test_shard_names_are_those_of_transformers_when_they_are_free(tmp_path: Path):
+    saving.save(tmp_path, 1, "sharded")
+    index = json.loads((tmp_path / FLAX_INDEX).read_text())
+    first = set(index["weight_map"].values())
+    assert first == {f"flax_model-{number:05d}-of-00004.safetensors" for number in range(1, 5)}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in saving.tensors(1).values())
+    saving.save(tmp_path, 2, "sharded")
+    second = set(json.loads((tmp_path / FLAX_INDEX).read_text())["weight_map"].values())
+    assert not first & second and len(second) == len(first)
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 60))
+def test_shards_keep_the_order_and_the_limit(sizes: list[int], limit: int):
+    tensors = [FileTensor(str(number), size, lambda: np.zeros(1)) for number, size in enumerate(sizes)]
+    shards = writing.plan_shards(tensors, limit)
+    assert [tensor for shard in shards for tensor in shard] == tensors
+    assert all(sum(tensor.nbytes for tensor in shard) <= limit or len(shard) == 1 for shard in shards)
+    following = itertools.pairwise(shards)
+    assert all(sum(tensor.nbytes for tensor in shard) + after[0].nbytes > limit for shard, after in following)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("sharded", "sharded"), ("single", "sharded"), ("sharded", "single"), ("sharded", "sharded msgpack")]
+)
+def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, old: str, new: str):
+    saving.save(tmp_path / "old", 1, old)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoints.saving", "kill", str(tmp_path), new],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    points = int(run.stdout) - 1  # the last one came to the end
+    assert points >= (40 if "sharded" in new else 20)
+    values = [loaded_value(tmp_path / f"killed-{point}") for point in range(1, points + 2)]
+    assert values == sorted(values) and set(values) == {1, 2}, values
+    # the next save finds its way in whatever was left, and tidies up
+    for point in range(1, points + 1):
+        folder = tmp_path / f"killed-{point}"
+        saving.save(folder, 3, new)
+        assert loaded_value(folder) == 3
+        assert len(list(folder.iterdir())) == files_of(new) + 2
+
+
+def test_two_savers_at_once(tmp_path: Path):
+    command = [sys.executable, "-m", "tests.checkpoints.saving", "save", str(tmp_path)]
+    savers = [subprocess.Popen([*command, value], cwd=ROOT) for value in ("1", "2")]
+    assert [saver.wait(timeout=120) for saver in savers] == [0, 0]
+    assert loaded_value(tmp_path) in (1, 2)
+    assert len(list(tmp_path.iterdir())) == files_of("sharded") + 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("entry", ["flax_model.safetensors", "flax_model.msgpack"])
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 30_000])
+def test_a_full_disk_leaves_the_old_checkpoint(small_disk: Path, entry: str, shard_bytes: int):
+    saving.save(small_disk, 1, "sharded")
+    before = {path.name: path.read_bytes() for path in small_disk.iterdir()}
+    large = [FileTensor(str(number), 28_000, lambda: np.ones(7_000, np.float32)) for number in range(4)]
+    with pytest.raises(OSError, match=r"No space left|cannot write"):
+        writing.save_checkpoint(small_disk, "flax", entry, large, shard_bytes, {"config.json": "{}"})
+    assert {path.name: path.read_bytes() for path in small_disk.iterdir()} == before
+    assert loaded_value(small_disk) == 1
+
+
+def test_a_read_only_directory_stays_as_it_is(small_disk: Path):
+    saving.save(small_disk, 1, "single")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        saving.save(small_disk, 2, "single")
+    assert loaded_value(small_disk) == 1
+
+
+def test_a_failure_after_the_commit_keeps_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saving.save(tmp_path, 1, "single")
+    write_text = writing.write_text
+
+    def failing(path: Path, text: str) -> None:
+        if path.name == "config.json":
+            raise OSError("disk full")
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_text", failing)
+        with pytest.raises(OSError, match="disk full"):
+            saving.save(tmp_path, 2, "single")
+    assert loaded_value(tmp_path) == 2
+    assert json.loads((tmp_path / "config.json").read_text()) == {"value": 1}, "else nothing was tested"
+
+
+def test_files_of_others_stay(tmp_path: Path):
+    names = [
+        "README.md",
+        "model.safetensors",
+        "pytorch_model-00001-of-00001.bin",
+        "adapter-00001-of-00001.safetensors",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    saving.save(tmp_path, 1, "single")
+    saving.save(tmp_path, 2, "sharded")
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)

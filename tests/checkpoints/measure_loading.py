@@ -1,0 +1,54 @@
+"""Loads a checkpoint and prints what it took, as JSON; run as a fresh process by the memory test and the benchmark.
+
+``python measure_loading.py FOLDER [DTYPE]``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+
+
+def anonymous_bytes() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Samples the anonymous memory every two milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self.going = True
+
+    def run(self) -> None:
+        while self.going:
+            self.bytes = max(self.bytes, anonymous_bytes())
+            time.sleep(0.002)
+
+
+def main(folder: str, dtype: str | None = None) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from transformers_moshi_flax import FlaxMoshiForCausalLM
+
+    jnp.zeros(1).block_until_ready()
+    FlaxMoshiForCausalLM.from_pretrained  # noqa: B018 (imports the class)
+    baseline, peak = anonymous_bytes(), Peak()
+    peak.start()
+    start = time.perf_counter()
+    model = FlaxMoshiForCausalLM.from_pretrained(folder, dtype=dtype and jnp.dtype(dtype))
+    jax.block_until_ready(model.params)
+    seconds = time.perf_counter() - start
+    peak.going = False
+    peak.join()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    print(json.dumps({"seconds": seconds, "peak": peak.bytes - baseline, "parameters": size}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -367,7 +367,7 @@ def test_constants_are_the_packages() -> None:
 
 def test_every_argument_of_the_package_is_known() -> None:
     """Each argument is read, refused or known to change nothing, and the defaults are the package's."""
-    known = {*of_config._ONLY, *of_config._INTEGERS, *of_config._FREE}
+    known = {*of_config._ONLY, *of_config._INTEGERS, *of_config._NUMBERS, *of_config._FREE}
     made_of_others = {"self", "kwargs", "device", "dtype", "condition_provider"}
     arguments = inspect.signature(LMModel.__init__).parameters
     assert set(arguments) - known <= made_of_others
@@ -387,7 +387,8 @@ def test_every_argument_of_the_package_is_known() -> None:
         *("rope", "weights_per_step", "weights_per_step_schedule", "activation"),
     }
     assert of_layers - known <= internal
-    of_codec = {*of_mimi._ONLY["transformer"], *of_mimi._INTEGERS["transformer"], *of_mimi._FREE["transformer"]}
+    tables = (of_mimi._ONLY, of_mimi._INTEGERS, of_mimi._NUMBERS, of_mimi._FREE)
+    of_codec = {name for table in tables for name in table["transformer"]}
     assert of_layers - of_codec <= internal
 
 
@@ -446,6 +447,9 @@ def test_sampling_is_kyutais(copied: Path) -> None:
     assert model.generation_config.depth_decoder_config == {"do_sample": False}
     edit_config(copied, lm_gen_config={"cfg_coef": 3.0})
     with pytest.raises(ValueError, match=r"lm_gen_config has \{'cfg_coef': 3.0\}"):
+        Moshi.from_kyutai(copied)
+    edit_config(copied, lm_gen_config=[0.8])
+    with pytest.raises(ValueError, match=r"lm_gen_config must be an object.*got \[0.8\]"):
         Moshi.from_kyutai(copied)
 
 
@@ -513,10 +517,11 @@ def test_arguments_that_cannot_be_expressed(copied: Path, field: str) -> None:
 
 
 def test_all_arguments_are_listed(copied: Path) -> None:
-    edit_config(copied, lora=True, quantize=True, bias_proj=True)
-    with pytest.raises(ValueError, match=r"bias_proj=True.*|lora=True") as raised:
+    """Those that have one value only, and those that disagree."""
+    edit_config(copied, lora=True, quantize=True, delays=[0] * 7)
+    with pytest.raises(ValueError, match=r"cannot be expressed") as raised:
         Moshi.from_kyutai(copied)
-    assert all(f"{field}=True" in str(raised.value) for field in ("lora", "quantize", "bias_proj"))
+    assert all(part in str(raised.value) for part in ("lora=True", "quantize=True", "delays=[0, 0, 0, 0, 0, 0, 0]"))
 
 
 @pytest.mark.parametrize(
@@ -532,6 +537,8 @@ def test_all_arguments_are_listed(copied: Path) -> None:
         ("seanet", "pad_mode", "replicate"),
         ("seanet", "true_skip", False),
         ("seanet", "n_filters", "4"),
+        ("seanet", "ratios", "42"),
+        ("seanet", "ratios", [4, 0]),
         ("quantizer", "input_dimension", 16),
         ("quantizer", "bins", None),
         ("transformer", "d_model", 16),
@@ -540,6 +547,7 @@ def test_all_arguments_are_listed(copied: Path) -> None:
         ("transformer", "gating", "silu"),
         ("transformer", "norm", "rms_norm"),
         ("transformer", "layer_scale", None),
+        ("transformer", "max_period", "10000"),
         ("transformer", "context", None),
         ("transformer", "positional_embedding", "none"),
         ("transformer", "output_dimensions", [32, 32]),
@@ -597,6 +605,9 @@ def test_bad_arguments_of_writing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"is a file; give a directory"):
         of_moshi.write_kyutai(config, whole, tmp_path / "file")
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    with pytest.raises(ValueError, match=r"holds a checkpoint of transformers; give another directory"):
+        of_moshi.write_kyutai(config, whole, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

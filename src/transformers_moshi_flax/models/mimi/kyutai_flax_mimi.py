@@ -131,9 +131,15 @@ _INTEGERS: dict[str, tuple[str, ...]] = {
     "quantizer": ("dimension", "n_q", "bins", "n_q_semantic"),
     "transformer": ("d_model", "num_heads", "num_layers", "dim_feedforward", "context", "kv_repeat"),
 }
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "": ("frame_rate",),
+    "seanet": (),
+    "quantizer": (),
+    "transformer": ("layer_scale", "max_period"),
+}
 # Fields that are checked on their own, or that change nothing outside training.
 _FREE: dict[str, tuple[str, ...]] = {
-    "": ("frame_rate", "seanet", "quantizer", "transformer"),
+    "": ("seanet", "quantizer", "transformer"),
     "seanet": ("ratios", "norm_params", "disable_norm_outer_blocks"),
     "quantizer": (
         "input_dimension",
@@ -145,8 +151,6 @@ _FREE: dict[str, tuple[str, ...]] = {
         "replaced_usage_ratio",
     ),
     "transformer": (
-        "layer_scale",
-        "max_period",
         "input_dimension",
         "output_dimensions",
         "positional_scale",
@@ -157,11 +161,7 @@ _FREE: dict[str, tuple[str, ...]] = {
 
 
 def inexpressible(
-    values: Mapping[str, Any],
-    only: Mapping[str, Any],
-    integers: Iterable[str],
-    free: Iterable[str],
-    prefix: str = "",
+    values: Mapping[str, Any], only: Mapping[str, Any], free: Iterable[str], prefix: str = ""
 ) -> list[str]:
     """What of ``values`` this architecture has no place for, each as ``"field=value (expected ...)"``.
 
@@ -169,20 +169,28 @@ def inexpressible(
         values: the fields of a configuration, defaults included.
         only: field -> the only value that can be expressed; a field that is not there is fine, and so is any other
             empty value where an empty one is expected.
-        integers: fields that must be there and be positive integers.
-        free: fields that may have any value.
+        free: the other fields that are known.
         prefix: of the fields in the messages.
     """
     problems = []
     for field, value in values.items():
         if field in only and value != only[field] and (value or only[field]):
             problems.append(f"{prefix}{field}={value!r} (only {only[field]!r} can be expressed)")
-        elif field not in {*only, *integers, *free}:
+        elif field not in {*only, *free}:
             problems.append(f"{prefix}{field}={value!r} (unknown)")
-    for field in integers:
-        value = values.get(field)
-        if type(value) is not int or value < 1:
-            problems.append(f"{prefix}{field}={value!r} (expected a positive integer)")
+    return problems
+
+
+def ill_typed(
+    values: Mapping[str, Any], integers: Iterable[str], numbers: Iterable[str] = (), prefix: str = ""
+) -> list[str]:
+    """Which fields are not there, or no positive integer or number, each as ``"field=value (expected ...)"``."""
+    problems = []
+    for fields, types, expected in ((integers, (int,), "integer"), (numbers, (int, float), "number")):
+        for field in fields:
+            value = values.get(field)
+            if type(value) not in types or not value > 0:
+                problems.append(f"{prefix}{field}={value!r} (expected a positive {expected})")
     return problems
 
 
@@ -196,13 +204,20 @@ def mimi_config_from_kyutai(values: Mapping[str, Any]) -> MimiConfig:
     if absent:
         raise ValueError(f"the configuration of Mimi lacks {absent}; write them as the `moshi` package does")
     parts = {part: {**_DEFAULTS[part], **(values[part] if part else values)} for part in _DEFAULTS}
-    problems = []
+    problems, wrong_types = [], []
     for part, fields in parts.items():
         dotted = f"{part}." if part else ""
-        problems += inexpressible(fields, _ONLY[part], _INTEGERS[part], _FREE[part], dotted)
+        known = (*_INTEGERS[part], *_NUMBERS[part], *_FREE[part])
+        problems += inexpressible(fields, _ONLY[part], known, dotted)
+        wrong_types += ill_typed(fields, _INTEGERS[part], _NUMBERS[part], dotted)
     whole, seanet, quantizer, transformer = parts.values()
+    if not (
+        isinstance(seanet["ratios"], list) and all(type(ratio) is int and ratio > 0 for ratio in seanet["ratios"])
+    ):
+        wrong_types.append(f"seanet.ratios={seanet['ratios']!r} (expected a list of positive integers)")
+    problems += wrong_types
     dimension, heads = seanet["dimension"], transformer.get("num_heads")
-    if not problems:
+    if not wrong_types:
         agreed = {
             "channels": (whole["channels"], seanet["channels"]),
             "frame_rate": (whole.get("frame_rate"), whole["sample_rate"] / math.prod(seanet["ratios"]) / 2),
@@ -212,13 +227,11 @@ def mimi_config_from_kyutai(values: Mapping[str, Any]) -> MimiConfig:
             "transformer.input_dimension": (transformer.get("input_dimension"), dimension),
             "transformer.output_dimensions": (transformer.get("output_dimensions"), [dimension]),
         }
-        problems = [f"{name}={got!r} (only {want!r})" for name, (got, want) in agreed.items() if got != want]
+        problems += [f"{name}={got!r} (only {want!r})" for name, (got, want) in agreed.items() if got != want]
         if dimension % (2 * heads):
             problems.append(f"transformer.num_heads={heads} (must divide {dimension} into even parts)")
         if heads % transformer["kv_repeat"]:
             problems.append(f"transformer.kv_repeat={transformer['kv_repeat']} (must divide num_heads={heads})")
-        if not isinstance(transformer["layer_scale"], int | float):
-            problems.append(f"transformer.layer_scale={transformer['layer_scale']!r} (expected a number)")
     if problems:
         raise ValueError(f"the configuration of Mimi cannot be expressed here: {'; '.join(problems)}")
     return build_config(

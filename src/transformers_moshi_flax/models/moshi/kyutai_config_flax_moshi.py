@@ -13,7 +13,7 @@ from typing import Any
 from transformers import GenerationConfig, MimiConfig, MoshiConfig
 
 from ...checkpoints.configs import build_config
-from ..mimi.kyutai_flax_mimi import check_expressible, inexpressible, rope_theta
+from ..mimi.kyutai_flax_mimi import check_expressible, ill_typed, inexpressible, rope_theta
 
 TEXT_PAD, TEXT_END_OF_PAD = 3, 0
 
@@ -127,12 +127,11 @@ _INTEGERS = (
     "depformer_num_layers",
     "depformer_kv_repeat",
 )
+_NUMBERS = ("hidden_scale", "max_period")
 # Fields that are checked on their own, or that ``LMModel`` does not use in such a model.
 _FREE = (
     *FILE_FIELDS,
     "delays",
-    "hidden_scale",
-    "max_period",
     "gating",
     "positional_embedding",
     "text_card_out",
@@ -181,7 +180,10 @@ def moshi_config_from_kyutai(values: Mapping[str, Any], mimi: MimiConfig) -> Mos
         ValueError: fields that this architecture cannot express, all of them with their values.
     """
     fields = with_defaults(values)
-    problems = inexpressible(fields, _ONLY, _INTEGERS, _FREE) or _disagreements(fields, mimi)
+    wrong_types = ill_typed(fields, _INTEGERS, _NUMBERS)
+    problems = inexpressible(fields, _ONLY, (*_INTEGERS, *_NUMBERS, *_FREE)) + wrong_types
+    if not wrong_types:
+        problems += _disagreements(fields, mimi)
     if problems:
         raise ValueError(f"config.json describes a model that cannot be expressed here: {'; '.join(problems)}")
     dep_q, heads, depth_heads = fields["dep_q"], fields["num_heads"], fields["depformer_num_heads"]
@@ -242,9 +244,6 @@ def _disagreements(fields: Mapping[str, Any], mimi: MimiConfig) -> list[str]:
         want(f"{prefix}gating", fields[f"{prefix}gating"] in _GATINGS, f"only one of {', '.join(_GATINGS)}")
         want(f"{prefix}num_heads", dim % (2 * heads) == 0, f"must divide {prefix}dim={dim} into even parts")
         want(f"{prefix}kv_repeat", heads % fields[f"{prefix}kv_repeat"] == 0, f"must divide {prefix}num_heads={heads}")
-    for field in ("hidden_scale", "max_period"):
-        value = fields[field]
-        want(field, isinstance(value, int | float) and value > 0, "expected a positive number")
     schedule = fields.get("depformer_weights_per_step_schedule")
     want(
         "depformer_weights_per_step_schedule",
@@ -322,12 +321,14 @@ def moshi_config_to_kyutai(config: MoshiConfig) -> dict[str, Any]:
     return {**values, **repeats} if set(repeats.values()) != {1} else values
 
 
-def generation_config_from_kyutai(values: Mapping[str, Any]) -> GenerationConfig:
+def generation_config_from_kyutai(values: Any) -> GenerationConfig:
     """How Kyutai's ``LMGen`` samples with the ``lm_gen_config`` of a ``config.json``, as a generation configuration.
 
     Raises:
-        ValueError: options of ``LMGen`` that ``generate`` has not.
+        ValueError: no JSON object, or options of ``LMGen`` that ``generate`` has not.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"lm_gen_config must be an object with the arguments of LMGen, got {values!r}")
     values = dict(values)
     do_sample = values.pop("use_sampling", True)
     options: tuple[dict[str, Any], dict[str, Any]] = ({"do_sample": do_sample}, {"do_sample": do_sample})

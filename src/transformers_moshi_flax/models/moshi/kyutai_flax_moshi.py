@@ -85,7 +85,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     config = source.read_json("config.json")
     if config is None:
         config = KYUTAI_MOSHI
-    elif "audio_encoder_config" in config or "architectures" in config:
+    elif _is_of_transformers(config):
         raise ValueError(
             f"{source.name!r} is in the format of transformers, not in Kyutai's: load it with from_pretrained"
         )
@@ -115,6 +115,10 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
         tokenizer=find("tokenizer_name", TOKENIZER_NAME),
     )
+
+
+def _is_of_transformers(config: Mapping[str, Any]) -> bool:
+    return "audio_encoder_config" in config or "architectures" in config
 
 
 def _find(source: Source, hub: Mapping[str, Any], field: str, filename: Any) -> Path | None:
@@ -218,6 +222,7 @@ def write_kyutai(
     """Write a model in Kyutai's format, each file atomically and ``config.json`` last.
 
     The names are those of the published checkpoints. ``mimi_config.json`` is written if Mimi is not the published one.
+    How to sample is not written: Kyutai's generation has its own defaults.
 
     Args:
         config: of the model.
@@ -227,8 +232,8 @@ def write_kyutai(
             to find another.
 
     Raises:
-        ValueError: the configuration cannot be expressed in that format, ``directory`` is a file, or incomplete
-            ``params``.
+        ValueError: the configuration cannot be expressed in that format, ``directory`` is a file or holds a checkpoint
+            of ``transformers``, incomplete ``params``.
         CheckpointNotFoundError: ``tokenizer`` is no file.
     """
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
@@ -245,6 +250,9 @@ def write_kyutai(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
+    # Both formats call their files config.json and model.safetensors.
+    if folder.is_dir() and _is_of_transformers(Source.locate(folder).read_json("config.json") or {}):
+        raise ValueError(f"directory={str(folder)!r} holds a checkpoint of transformers; give another directory")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,359 @@
+"""Moshi in Kyutai's own files: which they are, how their tensors map to the parameter tree, and back.
+
+A checkpoint is a directory or a Hub repository with the language model, Mimi, the text tokenizer and a ``config.json``
+that names them; without ``config.json`` they have the names of the published moshiko and moshika. Our tree is written
+the same way, for the ``moshi`` package and what else reads its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from transformers import MoshiConfig
+
+from ...checkpoints.files import CheckpointNotFoundError, SafetensorsFile, Source
+from ...checkpoints.joined import IDENTITY, REVERSED, SCALE, JoinedRule, read_joined, to_joined_state
+from ...checkpoints.writing import atomic_file, write_safetensors, write_text
+from ...modeling_flax_utils import FlaxPreTrainedModel, _check_float_dtype, _main_dtype, _to_device
+from ..mimi.kyutai_flax_mimi import (
+    KYUTAI_MIMI,
+    attention_rules,
+    kyutai_mimi_rules,
+    mimi_config_from_kyutai,
+    mimi_config_to_kyutai,
+)
+from .kyutai_config_flax_moshi import (
+    KYUTAI_MOSHI,
+    generation_config_from_kyutai,
+    moshi_config_from_kyutai,
+    moshi_config_to_kyutai,
+)
+
+MOSHI_NAME = "model.safetensors"
+MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
+TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
+MIMI_CONFIG_NAME = "mimi_config.json"
+_QUANTIZED_NAME = "model.q8.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class KyutaiFiles:
+    """A checkpoint in Kyutai's format.
+
+    Attributes:
+        name: as the user gave it.
+        config: content of ``config.json``, that of moshiko if there is none.
+        mimi_config: configuration of the audio codec.
+        moshi_weights, mimi_weights: the weight files.
+        tokenizer: the SentencePiece model of the text, None if the checkpoint has none.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    mimi_config: Mapping[str, Any]
+    moshi_weights: Path
+    mimi_weights: Path
+    tokenizer: Path | None
+
+
+def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFiles:
+    """Find, or download, the files of a checkpoint as Kyutai's loader does.
+
+    Args:
+        name_or_path: a directory or a Hub id.
+        **hub: ``revision``, ``token``, ``cache_dir``, ... as in ``transformers``.
+
+    Raises:
+        CheckpointNotFoundError: no such directory, or a file is not there.
+        ValueError: the checkpoint is of ``transformers``, a weight file instead of its directory was given, or
+            ``config.json`` names a file outside of the checkpoint.
+    """
+    source = Source.locate(name_or_path, **hub)
+    if source.file is not None:
+        raise ValueError(f"{source.name!r} is a file: give its directory, which has the codec and config.json as well")
+    config = source.read_json("config.json")
+    if config is None:
+        config = KYUTAI_MOSHI
+    elif _is_of_transformers(config):
+        raise ValueError(
+            f"{source.name!r} is in the format of transformers, not in Kyutai's: load it with from_pretrained"
+        )
+
+    def find(field: str, default: str) -> Path | None:
+        return _find(source, hub, field, config.get(field, default))
+
+    def require(field: str, default: str, role: str) -> Path:
+        path = find(field, default)
+        if path is not None:
+            return path
+        hint = f"set {field} in config.json to its name" if field in config else "add it"
+        if source.find(_QUANTIZED_NAME):
+            hint = f"{_QUANTIZED_NAME} is quantized, which is not read: get the bfloat16 weights"
+        raise CheckpointNotFoundError(f"{source.name!r} has no {config.get(field, default)!r} ({role}); {hint}")
+
+    mimi_config = KYUTAI_MIMI
+    if config.get("mimi_config_name") is not None:
+        path = require("mimi_config_name", MIMI_CONFIG_NAME, "the configuration of Mimi")
+        read = Source.locate(path.parent).read_json(path.name)
+        mimi_config = {} if read is None else read
+    return KyutaiFiles(
+        name=source.name,
+        config=config,
+        mimi_config=mimi_config,
+        moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model"),
+        mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
+        tokenizer=find("tokenizer_name", TOKENIZER_NAME),
+    )
+
+
+def _is_of_transformers(config: Mapping[str, Any]) -> bool:
+    return "audio_encoder_config" in config or "architectures" in config
+
+
+def _find(source: Source, hub: Mapping[str, Any], field: str, filename: Any) -> Path | None:
+    """A file that ``config.json`` names: one of the checkpoint, or ``hf://owner/repository/path`` of another."""
+    if isinstance(filename, str) and filename.startswith("hf://"):
+        owner, repository, *parts = filename.removeprefix("hf://").split("/", 2)
+        if parts:
+            # The revision is the checkpoint's own.
+            others = {name: value for name, value in hub.items() if name != "revision"}
+            return Source.locate(f"{owner}/{repository}", **others).find(parts[0])
+    # The configuration comes from strangers: a name must not lead out of the checkpoint.
+    plain = isinstance(filename, str) and bool(filename) and "\\" not in filename and ":" not in filename
+    if not plain or PurePosixPath(filename).is_absolute() or ".." in PurePosixPath(filename).parts:
+        raise ValueError(
+            f"config.json of {source.name!r} has {field}={filename!r}: give the name of a file of the checkpoint, or "
+            "hf://owner/repository/path"
+        )
+    return source.find(filename)
+
+
+def kyutai_moshi_rules(config: MoshiConfig, interleaved: bool = True) -> tuple[JoinedRule, ...]:
+    """The table of the language model in Kyutai's files.
+
+    Args:
+        config: of the model.
+        interleaved: the rotary embedding of the file turns neighbouring rows, as all published models do; False for
+            ``positional_embedding="rope_concat"``, which turns the same rows as ours.
+    """
+    layer, their_layer = r"decoder/model/layers/(\d+)", r"transformer.layers.\1"
+    depth, their_depth = r"depth_decoder/layers/(\d+)", r"depformer.layers.\1"
+    return (
+        JoinedRule(r"embed_tokens/(\d+)/embedding", r"emb.\1.weight"),
+        JoinedRule(r"decoder/model/embed_tokens/embedding", r"text_emb.weight"),
+        *attention_rules(f"{layer}/self_attn", f"{their_layer}.self_attn", config.head_dim if interleaved else None),
+        JoinedRule(f"{layer}/mlp/fc1/kernel", f"{their_layer}.gating.linear_in.weight", REVERSED),
+        JoinedRule(f"{layer}/mlp/fc2/kernel", f"{their_layer}.gating.linear_out.weight", REVERSED),
+        JoinedRule(f"{layer}/input_layernorm/scale", f"{their_layer}.norm1.alpha", SCALE),
+        JoinedRule(f"{layer}/post_attention_layernorm/scale", f"{their_layer}.norm2.alpha", SCALE),
+        JoinedRule(r"decoder/model/norm/scale", r"out_norm.alpha", SCALE),
+        JoinedRule(r"decoder/lm_head/kernel", r"text_linear.weight", REVERSED),
+        JoinedRule(r"depth_decoder/text_embed_tokens/embedding", r"depformer_text_emb.weight"),
+        JoinedRule(r"depth_decoder/embed_tokens/(\d+)/embedding", r"depformer_emb.\1.weight", IDENTITY),
+        JoinedRule(r"depth_decoder/input_projections/(\d+)/kernel", r"depformer_in.\1.weight", REVERSED),
+        JoinedRule(r"depth_decoder/lm_heads/(\d+)/kernel", r"linears.\1.weight", REVERSED),
+        *attention_rules(f"{depth}/self_attn", f"{their_depth}.self_attn", None, per_codebook=True),
+        JoinedRule(rf"{depth}/mlp/fc1/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_in.weight", REVERSED),
+        JoinedRule(rf"{depth}/mlp/fc2/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_out.weight", REVERSED),
+        JoinedRule(f"{depth}/input_layernorm/scale", f"{their_depth}.norm1.alpha", SCALE),
+        JoinedRule(f"{depth}/post_attention_layernorm/scale", f"{their_depth}.norm2.alpha", SCALE),
+    )
+
+
+def kyutai_config(files: KyutaiFiles) -> MoshiConfig:
+    """Our configuration for a checkpoint; ValueError listing the fields that it cannot express."""
+    try:
+        return moshi_config_from_kyutai(files.config, mimi_config_from_kyutai(files.mimi_config))
+    except ValueError as error:
+        raise ValueError(f"{files.name!r}: {error}") from error
+
+
+def read_kyutai_params(
+    files: KyutaiFiles,
+    config: MoshiConfig,
+    shapes: Mapping[str, Any],
+    convert: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
+    """The parameter tree of a checkpoint, read tensor by tensor.
+
+    Args:
+        files: from :func:`find_kyutai_files`.
+        config: from :func:`kyutai_config`.
+        shapes: nested dict whose leaves have a ``shape``: ``params_shape_tree`` of the model.
+        convert: called on every leaf (a cast, a transfer to the device).
+
+    Raises:
+        ValueError: damaged files; tensors that are missing, too many or of another shape, all listed.
+    """
+
+    def read(path: Path, rules: tuple[JoinedRule, ...], tree: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = SafetensorsFile(path)
+        if any(key.endswith("_scb") for key in tensors):
+            raise ValueError(f"{path} holds weights quantized to int8, which are not read: get the bfloat16 weights")
+        wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+        return unflatten_dict(read_joined(wanted, rules, tensors, str(path), convert), sep="/")
+
+    interleaved = files.config.get("positional_embedding") != "rope_concat"
+    audio_encoder = read(files.mimi_weights, kyutai_mimi_rules(config.audio_encoder_config), shapes["audio_encoder"])
+    moshi = {part: tree for part, tree in shapes.items() if part != "audio_encoder"}
+    return {
+        **read(files.moshi_weights, kyutai_moshi_rules(config, interleaved), moshi),
+        "audio_encoder": audio_encoder,
+    }
+
+
+def write_kyutai(
+    config: MoshiConfig,
+    params: Mapping[str, Any],
+    directory: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+) -> None:
+    """Write a model in Kyutai's format, each file atomically and ``config.json`` last.
+
+    The names are those of the published checkpoints. ``mimi_config.json`` is written if Mimi is not the published one.
+    How to sample is not written: Kyutai's generation has its own defaults.
+
+    Args:
+        config: of the model.
+        params: its parameter tree.
+        directory: made if it is not there.
+        tokenizer: a SentencePiece model to copy into it. Kyutai's loader wants one; without it, it must be told where
+            to find another.
+
+    Raises:
+        ValueError: the configuration cannot be expressed in that format, ``directory`` is a file or holds a checkpoint
+            of ``transformers``, incomplete ``params``.
+        CheckpointNotFoundError: ``tokenizer`` is no file.
+    """
+    mimi = mimi_config_to_kyutai(config.audio_encoder_config)
+    values = {
+        "moshi_name": MOSHI_NAME,
+        "mimi_name": MIMI_NAME,
+        "model_type": "moshi",
+        **moshi_config_to_kyutai(config),
+    }
+    moshi_rules, mimi_rules = kyutai_moshi_rules(config), kyutai_mimi_rules(config.audio_encoder_config)
+    lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
+    if lacking:
+        raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
+    # Both formats call their files config.json and model.safetensors.
+    if folder.is_dir() and _is_of_transformers(Source.locate(folder).read_json("config.json") or {}):
+        raise ValueError(f"directory={str(folder)!r} holds a checkpoint of transformers; give another directory")
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
+    write_safetensors(folder / MOSHI_NAME, to_joined_state(moshi, moshi_rules), "pt")
+    write_safetensors(folder / MIMI_NAME, to_joined_state(params["audio_encoder"], mimi_rules), "pt")
+    if tokenizer is not None:
+        values["tokenizer_name"] = Path(tokenizer).name
+        if Path(tokenizer).resolve() != (folder / values["tokenizer_name"]).resolve():
+            with atomic_file(folder / values["tokenizer_name"]) as temporary:
+                shutil.copyfile(tokenizer, temporary)
+    if mimi != KYUTAI_MIMI:
+        values["mimi_config_name"] = MIMI_CONFIG_NAME
+        write_text(folder / MIMI_CONFIG_NAME, json.dumps(mimi, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+class KyutaiCheckpointMixin(FlaxPreTrainedModel):
+    """Loading from and saving to Kyutai's own files, for the whole of Moshi."""
+
+    @classmethod
+    def from_kyutai(
+        cls,
+        name_or_path: str | os.PathLike,
+        dtype: DTypeLike | None = None,
+        *,
+        param_dtype: DTypeLike | None = None,
+        revision: str = "main",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        _do_init: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Make a model from a checkpoint in Kyutai's format, such as ``kyutai/moshiko-pytorch-bf16``.
+
+        It samples as Kyutai's generation does (``generation_config``).
+
+        Args:
+            name_or_path: a directory or a Hub id.
+            dtype: of the computation and of the stored parameters. None follows the checkpoint: parameters stay as
+                stored, and the dtype that most of them have is that of the computation.
+            param_dtype: of the stored parameters, if it is to differ from ``dtype``.
+            revision, token, cache_dir, local_files_only, force_download: of the Hub, as in ``transformers``.
+            _do_init: False returns ``(model, params)``, and the model keeps no parameters.
+            **kwargs: ``seed``, ``input_shape`` and fields of the module.
+
+        Returns:
+            The model; ``(model, params)`` with ``_do_init=False``.
+
+        Raises:
+            CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) a file is missing.
+            ValueError: damaged files; arguments that this architecture cannot express, or weights that do not fit,
+                all of them listed; unknown keywords.
+        """
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if value is not None:
+                _check_float_dtype(name, value)
+        files = find_kyutai_files(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        stored = dtype if param_dtype is None else param_dtype
+        # float32 stands in until the weights are read: the shapes do not depend on it.
+        model = cls(kyutai_config(files), dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **kwargs)
+        model.generation_config = generation_config_from_kyutai(files.config.get("lm_gen_config") or {})
+        shapes = model.params_shape_tree
+        params = read_kyutai_params(files, model.config, shapes, lambda leaf: _to_device(leaf, stored))
+        if dtype is None:
+            model.dtype = _main_dtype(flatten_dict(params))
+            model._module = model._build_module()
+        if not _do_init:
+            return model, params
+        model._is_initialized = True
+        model.params = params
+        return model
+
+    def save_kyutai(
+        self,
+        directory: str | os.PathLike,
+        params: Mapping[str, Any] | None = None,
+        tokenizer: str | os.PathLike | None = None,
+    ) -> None:
+        """Write the model in Kyutai's format, as :func:`write_kyutai` does.
+
+        Args:
+            directory: made if it is not there.
+            params: the parameters to write, the model's own if None.
+            tokenizer: a SentencePiece model to copy into it.
+
+        Raises:
+            ValueError: incomplete ``params``; a configuration that the format cannot express.
+        """
+        params = self.params if params is None else unfreeze(params)
+        missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
+        if missing:
+            raise ValueError(f"params lack {missing}; give all of required_params")
+        write_kyutai(self.config, params, directory, tokenizer)

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer, EncodecFeatureExtractor, ProcessorMixin
 
 import transformers_moshi_flax
 from tests.configs import tiny_moshi_config
+from tests.hub_server import hub_server
 from tests.test_package import NO_TORCH, run
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation.utils import FlaxGreedySearchOutput
@@ -240,6 +242,38 @@ def test_checkpoint_without_its_own_configuration(tmp_path: Path) -> None:
     assert MoshiProcessor.from_pretrained(tmp_path, frame_size=32).frame_size == 32
     (tmp_path / "processor_config.json").write_text(json.dumps({"frame_size": 48}))
     assert MoshiProcessor.from_pretrained(tmp_path).frame_size == 48
+
+
+def test_hub(processor: MoshiProcessor, tmp_path: Path) -> None:
+    with hub_server() as hub, hub.client(tmp_path / "home"):
+        processor.save_pretrained(tmp_path / "saved", push_to_hub=True, private=True, token=hub.token)
+        assert hub.files("tester/saved") == {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+        first = processor.push_to_hub("tester/pushed", private=True, token=hub.token).oid
+        MoshiProcessor(processor.feature_extractor, processor.tokenizer, frame_size=48).push_to_hub(
+            "tester/pushed", token=hub.token
+        )
+        with pytest.raises(OSError, match="tester/pushed"):
+            MoshiProcessor.from_pretrained("tester/pushed")
+        found = {
+            revision: MoshiProcessor.from_pretrained("tester/pushed", revision=revision, token=hub.token).frame_size
+            for revision in ("main", first)
+        }
+        assert found == {"main": 48, first: FRAME}
+        again = MoshiProcessor.from_pretrained("tester/pushed", revision=first, local_files_only=True)
+        assert again.to_dict() == processor.to_dict()
+
+
+def test_upstream_checkpoint_on_the_hub(tmp_path: Path) -> None:
+    with hub_server() as hub, hub.client(tmp_path):
+        api = HfApi(token=hub.token)
+        api.create_repo("tester/moshiko", private=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+            api.upload_file(repo_id="tester/moshiko", path_in_repo=f"part/{name}", path_or_fileobj=EMBEDDED / name)
+        config = tiny_moshi_config().to_json_string().encode()
+        api.upload_file(repo_id="tester/moshiko", path_in_repo="part/config.json", path_or_fileobj=config)
+        loaded = MoshiProcessor.from_pretrained("tester/moshiko", subfolder="part", token=hub.token)
+    assert loaded.frame_size == FRAME
+    assert loaded.decode([YOU, PAD, TO]) == "you to"
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "preprocessor_config.json"])

@@ -173,9 +173,13 @@ class Hub:
 
     @contextlib.contextmanager
     def client(self, home: Path) -> Iterator[None]:
-        """In this process, ``huggingface_hub`` uses this Hub, keeps its cache in ``home`` and knows no token."""
+        """In this process, ``huggingface_hub`` uses this Hub, keeps its cache in ``home`` and knows no token.
+
+        So does ``transformers``, which loads through it.
+        """
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import close_session
+        from transformers.utils import hub as transformers_hub
 
         # read from the environment when the client is imported, which has long happened
         settings = {
@@ -187,9 +191,11 @@ class Hub:
             "HF_HUB_DISABLE_XET": True,
         }
         environment = {name: text for name, text in os.environ.items() if not name.endswith(("HF_TOKEN", "HUB_TOKEN"))}
+        # the two clients that the libraries make once remember the address too
         with (
             mock.patch.multiple(constants, **settings),
             mock.patch.object(hf_api.api, "endpoint", self.endpoint),
+            mock.patch.object(transformers_hub.hf_api(), "endpoint", self.endpoint),
             mock.patch.dict(os.environ, environment, clear=True),
         ):
             try:

@@ -1,0 +1,326 @@
+"""Text and two voices in, aligned model inputs out; and back from what ``generate`` returns. Upstream has none."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+from ...checkpoints.configs import load_config
+from ...checkpoints.files import Source
+from ...input_checks import check_ids
+from ...modeling_flax_outputs import FlaxModelOutput
+
+Waveform = ArrayLike | Sequence[float]
+Ids = ArrayLike | Sequence[int]
+
+_OPTIONS = ("frame_size", "pad_token_id", "end_of_pad_token_id")
+_HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+
+
+class MoshiProcessor(ProcessorMixin):
+    """A feature extractor and a tokenizer, and how words and samples are laid on frames.
+
+    Args:
+        feature_extractor: mono; its ``sampling_rate`` is the one that audio must have.
+        tokenizer: of Moshi's text stream.
+        frame_size: samples a frame. :meth:`from_pretrained` takes it from ``config.json`` if the processor's own
+            configuration does not tell.
+        pad_token_id: id of the frames without a new word piece.
+        end_of_pad_token_id: id of the frame before a new word.
+
+    Raises:
+        ValueError: the feature extractor is not mono, ``frame_size`` is not positive, or the tokenizer has no such id.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: EncodecFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        frame_size: int = 1920,
+        pad_token_id: int = 3,
+        end_of_pad_token_id: int = 0,
+    ):
+        if feature_extractor.feature_size != 1:
+            raise ValueError(
+                f"`feature_extractor` has feature_size={feature_extractor.feature_size}, but Moshi's audio is mono: "
+                "give one with feature_size=1"
+            )
+        if not isinstance(frame_size, int) or frame_size < 1:
+            raise ValueError(f"`frame_size` must be a positive integer, got {frame_size!r}")
+        for name, token in (("pad_token_id", pad_token_id), ("end_of_pad_token_id", end_of_pad_token_id)):
+            if not isinstance(token, int) or not 0 <= token < len(tokenizer):
+                raise ValueError(f"`{name}`={token!r} is no id of the tokenizer, which has {len(tokenizer)}")
+        super().__init__(feature_extractor, tokenizer)
+        self.frame_size = frame_size
+        self.pad_token_id = pad_token_id
+        self.end_of_pad_token_id = end_of_pad_token_id
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The keys of what a call returns."""
+        return ["input_ids", "user_input_values", "moshi_input_values", "attention_mask"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str | None] | None = None,
+        user_audio: Waveform | Sequence[Waveform | None] | None = None,
+        moshi_audio: Waveform | Sequence[Waveform | None] | None = None,
+        sampling_rate: int | None = None,
+        input_ids: Ids | Sequence[Ids | None] | None = None,
+        padding_side: str = "left",
+        return_tensors: str = "np",
+    ) -> BatchFeature:
+        """The three streams of a batch of prompts, aligned frame by frame.
+
+        Each of the streams is one item or a list of one item a row. A single item serves all rows; what is missing
+        (the argument, or None in its list) is silence, or text padding. A row has the frames of the longest of its
+        streams: audio is followed by silence, ``input_ids`` by padding, and ``text`` stands at the end, one piece a
+        frame in the last frames. Rows are then padded to the longest one, with 0 in the attention mask.
+
+        The mask hides padding from the backbone, but Mimi hears the silence on the left of a row: its codes can differ
+        a little from those of the row alone. With ``padding_side="right"``, for teacher forcing, they do not.
+
+        Args:
+            text: what Moshi says at the end of the prompt.
+            user_audio, moshi_audio: mono waveforms, each ``(samples,)``, floats in [-1, 1].
+            sampling_rate: of the audio, in Hz; there must be one if there is audio.
+            input_ids: instead of ``text``, an id for each frame from the first on, ``(frames,)`` a row.
+            padding_side: ``"left"``, as ``generate`` needs it, or ``"right"``.
+            return_tensors: ``"np"`` or ``"jax"``.
+
+        Returns:
+            ``input_ids`` ``(batch, frames)`` int32, ``user_input_values`` and ``moshi_input_values``
+            ``(batch, 1, frames * frame_size)`` float32, ``attention_mask`` ``(batch, frames)`` int32.
+
+        Raises:
+            ValueError: another or no sampling rate, audio that is not mono, empty, not finite or not of floats, rows
+                without anything, batches of different size, text with characters unknown to the tokenizer.
+        """
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'`padding_side` must be "left" or "right", got {padding_side!r}')
+        if return_tensors not in ("np", "jax"):
+            raise ValueError(f'`return_tensors` must be "np" or "jax", got {return_tensors!r}')
+        if text is not None and input_ids is not None:
+            raise ValueError("`text` and `input_ids` are both the text stream: pass one of them")
+        if sampling_rate is None and (user_audio is not None or moshi_audio is not None):
+            raise ValueError(f"`sampling_rate` is missing: pass that of the audio, which must be {self.sampling_rate}")
+        if sampling_rate not in (None, self.sampling_rate):
+            raise ValueError(
+                f"`sampling_rate` is {sampling_rate}, but Moshi hears {self.sampling_rate}: resample the audio"
+            )
+
+        streams = {
+            "text": [text] if text is None or isinstance(text, str) else list(text),
+            "input_ids": list(input_ids) if getattr(input_ids, "ndim", 1) == 2 else _items(input_ids),
+            "user_audio": _items(user_audio),
+            "moshi_audio": _items(moshi_audio),
+        }
+        batch_size = _batch_size(streams)
+        texts = [self._pieces(item) for item in streams["text"]]
+        aligned = [self._aligned_ids(item) for item in streams["input_ids"]]
+        users, moshis = (
+            [self._samples(f"{name}[{row}]", item) for row, item in enumerate(streams[name])]
+            for name in ("user_audio", "moshi_audio")
+        )
+
+        # from here on, a stream of one item serves all rows
+        texts, aligned, users, moshis = (
+            items * batch_size if len(items) == 1 else items for items in (texts, aligned, users, moshis)
+        )
+        lengths = [
+            max(len(pieces), len(ids), math.ceil(max(len(user), len(moshi)) / self.frame_size))
+            for pieces, ids, user, moshi in zip(texts, aligned, users, moshis)
+        ]
+        if 0 in lengths:
+            raise ValueError(f"row {lengths.index(0)} has neither text nor audio: give it a stream or leave it out")
+
+        frames = max(lengths)
+        inputs = {
+            "input_ids": np.full((batch_size, frames), self.pad_token_id, np.int32),
+            "user_input_values": np.zeros((batch_size, 1, frames * self.frame_size), np.float32),
+            "moshi_input_values": np.zeros((batch_size, 1, frames * self.frame_size), np.float32),
+            "attention_mask": np.zeros((batch_size, frames), np.int32),
+        }
+        for row, length in enumerate(lengths):
+            start = frames - length if padding_side == "left" else 0
+            end, sample = start + length, start * self.frame_size
+            inputs["input_ids"][row, start : start + len(aligned[row])] = aligned[row]
+            inputs["input_ids"][row, end - len(texts[row]) : end] = texts[row]
+            inputs["user_input_values"][row, 0, sample : sample + len(users[row])] = users[row]
+            inputs["moshi_input_values"][row, 0, sample : sample + len(moshis[row])] = moshis[row]
+            inputs["attention_mask"][row, start:end] = 1
+        if return_tensors == "jax":
+            inputs = {name: jnp.asarray(array) for name, array in inputs.items()}
+        return BatchFeature(inputs)
+
+    def decode(self, token_ids: Ids, skip_special_tokens: bool = True, **kwargs: Any) -> str:
+        """The words in one row of text ids.
+
+        Args:
+            token_ids: ``(frames,)``. Padding, end-of-padding and what is no piece (the start id) are left out.
+            skip_special_tokens: leave out the tokenizer's special tokens too.
+            **kwargs: for the tokenizer's ``decode``.
+
+        Raises:
+            ValueError: ``token_ids`` is not one row.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1:
+            raise ValueError(
+                f"`token_ids` must have the shape (frames,), got {ids.shape}: use `batch_decode` for more"
+            )
+        fill = (self.pad_token_id, self.end_of_pad_token_id)
+        pieces = [int(token) for token in ids if 0 <= token < len(self.tokenizer) and token not in fill]
+        return self.tokenizer.decode(pieces, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(
+        self, sequences: FlaxModelOutput | Ids | Sequence[Ids], skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """The words of each row, as :meth:`decode`.
+
+        Args:
+            sequences: text ids ``(batch, frames)`` or a list of rows, or what ``generate`` returned: then the words of
+                prompt and reply, up to each row's end.
+            skip_special_tokens, **kwargs: as in :meth:`decode`.
+        """
+        if isinstance(sequences, FlaxModelOutput):
+            rows, lengths = np.asarray(sequences["sequences"]), sequences.get("sequence_lengths")
+            sequences = rows if lengths is None else [row[:end] for row, end in zip(rows, np.asarray(lengths))]
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+
+    def decode_audio(self, outputs: FlaxModelOutput) -> list[Float[np.ndarray, "samples"]]:
+        """Moshi's voice in each row of what ``generate`` returned, prompt included, cut at the row's end.
+
+        Raises:
+            ValueError: the outputs have no waveforms.
+        """
+        if "audio_sequences" not in outputs:
+            raise ValueError("`outputs` have no audio_sequences: generate with return_audio_waveforms=True")
+        ends = np.asarray(outputs["audio_lengths"]) * self.frame_size
+        return [row[0, :end] for row, end in zip(np.asarray(outputs["audio_sequences"], np.float32), ends)]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Write the tokenizer's files and ``processor_config.json``, which holds the feature extractor too.
+
+        Args:
+            save_directory: made if it is not there.
+            push_to_hub: also upload the files.
+            **kwargs: for the upload: ``repo_id`` (default: the directory's name), ``commit_message``, ``token``, and
+                what else the Hub's ``create_repo`` takes.
+
+        Raises:
+            ValueError: there is a file in place of the directory.
+        """
+        folder = os.path.abspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"save_directory={folder!r} is a file; give a directory")
+        # absolute and a string: upstream splits the repository's name off it
+        return super().save_pretrained(folder, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> MoshiProcessor:
+        """The processor of a checkpoint, be it saved with :meth:`save_pretrained` or upstream's tokenizer and
+        ``preprocessor_config.json`` alone.
+
+        Args:
+            pretrained_model_name_or_path: a directory or a Hub id.
+            **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
+                arguments of the class, which come before the checkpoint's.
+
+        Raises:
+            OSError: the checkpoint or its feature extractor is not there.
+            ValueError: the tokenizer is not there, or an option is bad.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            if isinstance(error, OSError):
+                raise
+            # upstream's message about a missing tokenizer does not tell where it was looked for
+            raise ValueError(f"{os.fspath(pretrained_model_name_or_path)!r} gives no processor: {error}") from error
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The processor's options in a checkpoint; the frame size is that of its Mimi if they do not tell it."""
+        options, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "frame_size" not in options:
+            hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+            source = Source.locate(pretrained_model_name_or_path, **hub)
+            if source.find("config.json") is not None:
+                options["frame_size"] = load_config(MimiConfig, source).frame_size
+        return options, rest
+
+    @classmethod
+    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> MoshiProcessor:
+        """A processor of these parts with the options among ``processor_dict`` and, before them, ``kwargs``."""
+        # upstream reads the options' names off __init__'s code object, and loses them if __init__ is decorated
+        options = {**processor_dict, **kwargs}
+        return cls(*args, **{name: options[name] for name in _OPTIONS if name in options})
+
+    def _pieces(self, text: str | None) -> list[int]:
+        if not text:
+            return []
+        pieces = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.end_of_pad_token_id in pieces:
+            raise ValueError(f"`text`: {text!r} has characters that the tokenizer does not know; leave them out")
+        return pieces
+
+    def _aligned_ids(self, ids: Ids | None) -> Int[np.ndarray, "frames"]:
+        if ids is None:
+            return np.zeros(0, np.int32)
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ValueError(f"`input_ids` must have the shape (frames,) in each row, got {ids.shape}")
+        check_ids("input_ids", ids, len(self.tokenizer), allowed=(len(self.tokenizer),))
+        return ids.astype(np.int32)
+
+    def _samples(self, name: str, waveform: Waveform | None) -> Float[np.ndarray, "samples"]:
+        if waveform is None:
+            return np.zeros(0, np.float32)
+        waveform = np.asarray(waveform)
+        if waveform.ndim != 1 or waveform.size == 0:
+            raise ValueError(
+                f"`{name}` must be mono, with the shape (samples,) in each row, got {waveform.shape}: mix channels "
+                "down and pass a batch as a list"
+            )
+        if not jnp.issubdtype(waveform.dtype, jnp.floating):
+            raise ValueError(f"`{name}` must hold floats in [-1, 1], got {waveform.dtype}: scale the samples")
+        with np.errstate(over="ignore"):
+            waveform = waveform.astype(np.float32)
+        if not np.isfinite(waveform).all():
+            raise ValueError(f"`{name}` has samples that are NaN or infinite: repair the audio")
+        extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
+        return extracted["input_values"][0][0]
+
+
+def _items(stream: Any) -> list[Any]:
+    """A stream's items: those of a list of arrays, or the one that it is itself, as an array or a list of numbers."""
+    batched = isinstance(stream, list | tuple) and any(item is None or np.ndim(item) for item in stream)
+    return list(stream) if batched else [stream]
+
+
+def _batch_size(streams: dict[str, list[Any]]) -> int:
+    """The number of rows that the streams agree on, where one item goes with any number."""
+    sizes = {name: len(items) for name, items in streams.items() if len(items) != 1}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise ValueError(
+            f"the streams differ in their number of items: {sizes}; give one item for all rows, or one each"
+        )
+    return max(sizes.values(), default=1)

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.serialization import to_bytes
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig, MimiConfig, MoshiConfig
 
 from transformers_moshi_flax import FlaxPreTrainedModel
 from transformers_moshi_flax.checkpoints import Rule
+from transformers_moshi_flax.checkpoints.formats import TensorFile
 
 from .configs import tiny_mimi_config, tiny_moshi_config
 
@@ -395,3 +397,73 @@ def test_saving_is_refused(with_head, tmp_path):
     with pytest.raises(ValueError, match="repo_id"):
         with_head.save_pretrained(tmp_path, repo_id="x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("options", [{}, {"to_pt": True}, {"safe_serialization": False}])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "2KB"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_format_goes_there_and_back(with_head, tmp_path, options, max_shard_size, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), with_head.params)
+    with_head.save_pretrained(tmp_path, params=params, max_shard_size=max_shard_size, **options)
+    assert bool(list(tmp_path.glob("*.index.json"))) == (max_shard_size == "2KB")
+    again = FlaxToyWithHead.from_pretrained(tmp_path, verify=True)
+    assert same(again.params, params) and again.dtype == dtype
+    # over itself, changed, in the same format
+    with_head.save_pretrained(tmp_path, params=jax.tree.map(lambda leaf: leaf * 2, again.params), **options)
+    assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, jax.tree.map(lambda leaf: leaf * 2, params))
+
+
+def test_reads_what_old_transformers_wrote(with_head, tmp_path):
+    """Before version 5, msgpack with nested keys, and shards of flat ones listed with slashes."""
+    with_head.save_pretrained(tmp_path)
+    weights = tmp_path / "flax_model.safetensors"
+    flat = flatten_dict(jax.tree.map(np.asarray, with_head.params), sep="/")
+    weights.unlink()
+    (tmp_path / "flax_model.msgpack").write_bytes(to_bytes(with_head.params))
+    assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, with_head.params)
+    (tmp_path / "flax_model.msgpack").unlink()
+    names = [f"flax_model-0000{number}-of-00002.msgpack" for number in (1, 2)]
+    weight_map = {path: names[index % 2] for index, path in enumerate(flat)}
+    for name in names:
+        shard = {tuple(path.split("/")): flat[path] for path in flat if weight_map[path] == name}
+        (tmp_path / name).write_bytes(to_bytes(unflatten_dict(shard)))
+    (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, with_head.params)
+    (tmp_path / "flax_model.msgpack.index.json").unlink()
+    dotted = {path.replace("/", "."): leaf for path, leaf in flat.items()}
+    save_file(dotted, tmp_path / "model.safetensors", {"format": "flax"})
+    assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, with_head.params)
+
+
+def test_integers_are_no_weights(pt_folder):
+    change(pt_folder, lambda tensors: tensors.update({"lm_head.weight": np.ones((5, 3), np.int32)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be floating-point, but is int32 in the file"):
+        FlaxToyWithHead.from_pretrained(pt_folder)
+
+
+def test_verify_finds_damage(with_head, tmp_path):
+    with_head.save_pretrained(tmp_path)
+    weights = tmp_path / "flax_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 16
+    weights.write_bytes(content)
+    FlaxToyWithHead.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"flax_model\.safetensors is damaged: .*checksum"):
+        FlaxToyWithHead.from_pretrained(tmp_path, verify=True)
+
+
+def test_a_part_reads_only_its_tensors(with_head, tmp_path, monkeypatch):
+    with_head.save_pretrained(tmp_path, to_pt=True)
+    read = []
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda self, key: (read.append(key), self._tensors[key])[1])
+    FlaxToy.from_pretrained(tmp_path)
+    assert read and all(key.startswith("model.") for key in read)
+
+
+def test_without_init_nothing_is_allocated(config):
+    before = {id(array) for array in jax.live_arrays()}
+    model = FlaxToyWithHead(config, _do_init=False)
+    shapes = jax.eval_shape(lambda key: model.init_weights(key), jax.random.key(0))
+    assert jax.tree.structure(shapes) == jax.tree.structure(model.params_shape_tree)
+    created = [array for array in jax.live_arrays() if id(array) not in before]
+    assert sum(array.nbytes for array in created) <= 16, "no more than random keys"

@@ -23,6 +23,7 @@ _PUBLIC = {
         "FlaxMoshiModel",
         "FlaxMoshiPreTrainedModel",
     ],
+    "models.moshi.processing_moshi": ["MoshiProcessor"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)

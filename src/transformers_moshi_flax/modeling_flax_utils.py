@@ -94,7 +94,7 @@ class FlaxPreTrainedModel:
             if name not in self._module_fields():
                 hint = did_you_mean(name, self._module_fields())
                 raise ValueError(f"{type(self).__name__} has no keyword argument {name!r}{hint}")
-        _check_float_dtype("dtype", dtype)
+        check_float_dtype("dtype", dtype)
         self._config = config
         self._module_kwargs = kwargs
         self.dtype = dtype
@@ -305,7 +305,7 @@ class FlaxPreTrainedModel:
         }
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             if value is not None:
-                _check_float_dtype(name, value)
+                check_float_dtype(name, value)
         source = Source.locate(name_or_path, subfolder, **hub)
         if config is None:
             config = load_config(cls.config_class, source)
@@ -530,7 +530,7 @@ def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax
 def _load(
     model: FlaxPreTrainedModel,
     layout: str,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Any],
     dtype: DTypeLike | None,
     shardings: Mapping[str, jax.sharding.Sharding],
     name: str,
@@ -577,7 +577,7 @@ def _load(
     return loaded
 
 
-def _check_float_dtype(name: str, dtype: Any) -> None:
+def check_float_dtype(name: str, dtype: Any) -> None:
     try:
         floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:

@@ -22,10 +22,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from transformers import MoshiConfig
 
-from ...checkpoints.files import CheckpointNotFoundError, SafetensorsFile, Source
+from ...checkpoints.files import CheckpointNotFoundError, Source
+from ...checkpoints.formats import open_safetensors
 from ...checkpoints.joined import IDENTITY, REVERSED, SCALE, JoinedRule, read_joined, to_joined_state
+from ...checkpoints.loading import main_dtype, to_device
 from ...checkpoints.writing import atomic_file, write_safetensors, write_text
-from ...modeling_flax_utils import FlaxPreTrainedModel, _check_float_dtype, _main_dtype, _to_device
+from ...modeling_flax_utils import FlaxPreTrainedModel, check_float_dtype
 from ..mimi.kyutai_flax_mimi import (
     KYUTAI_MIMI,
     attention_rules,
@@ -198,7 +200,7 @@ def read_kyutai_params(
     """
 
     def read(path: Path, rules: tuple[JoinedRule, ...], tree: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = SafetensorsFile(path)
+        tensors = open_safetensors(path)
         if any(key.endswith("_scb") for key in tensors):
             raise ValueError(f"{path} holds weights quantized to int8, which are not read: get the bfloat16 weights")
         wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
@@ -312,7 +314,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         """
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             if value is not None:
-                _check_float_dtype(name, value)
+                check_float_dtype(name, value)
         files = find_kyutai_files(
             name_or_path,
             revision=revision,
@@ -326,9 +328,9 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         model = cls(kyutai_config(files), dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **kwargs)
         model.generation_config = generation_config_from_kyutai(files.config.get("lm_gen_config") or {})
         shapes = model.params_shape_tree
-        params = read_kyutai_params(files, model.config, shapes, lambda leaf: _to_device(leaf, stored))
+        params = read_kyutai_params(files, model.config, shapes, lambda leaf: to_device(leaf, stored))
         if dtype is None:
-            model.dtype = _main_dtype(flatten_dict(params))
+            model.dtype = main_dtype(flatten_dict(params))
             model._module = model._build_module()
         if not _do_init:
             return model, params

@@ -35,6 +35,7 @@ from ...modeling_flax_utils import FlaxPreTrainedModel
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .generation_flax_moshi import FlaxMoshiGenerateOutput, decode_audio, encode_audio, generate_frames
+from .kyutai_flax_moshi import KyutaiCheckpointMixin
 from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
@@ -395,7 +396,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
-class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
+class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMixin, FlaxMoshiPreTrainedModel):
     """The whole of Moshi, speech and text in and out; upstream ``MoshiForConditionalGeneration``."""
 
     base_model_prefix = ""

@@ -1,0 +1,127 @@
+"""Models on a Hub of the tests' own, through the real client: upload, model card, download, private, cut off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from tests.configs import tiny_moshi_config
+from tests.hub_server import UPLOAD_WARNING, Hub, hub_server
+from tests.test_modeling_flax_utils import FlaxToyWithHead, same
+
+pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with hub_server() as hub, hub.client(tmp_path / "home"):
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def model() -> FlaxToyWithHead:
+    return FlaxToyWithHead(tiny_moshi_config(), seed=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"to_pt": True}, {"max_shard_size": 2000}, {"safe_serialization": False, "max_shard_size": 2000}]
+)
+def test_pushed_and_pulled(hub: Hub, model: FlaxToyWithHead, options: dict):
+    commit = model.push_to_hub("tester/toy", token=hub.token, **options)
+    assert commit.oid
+    again = FlaxToyWithHead.from_pretrained("tester/toy")
+    assert same(again.params, model.params) and again.name_or_path == "tester/toy"
+    # another version later, the first one by its revision
+    model.push_to_hub("tester/toy", params=model.to_bf16(model.params), token=hub.token, **options)
+    assert FlaxToyWithHead.from_pretrained("tester/toy", force_download=True).dtype == jnp.bfloat16
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision=commit.oid).params, model.params)
+
+
+def test_saving_pushes_what_was_written_and_nothing_else(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "private.txt").write_text("secret")
+    (folder / "flax_model.msgpack").write_text("of another save")
+    model.save_pretrained(folder, push_to_hub=True, token=hub.token)
+    expected = {"README.md", "config.json", "flax_model.safetensors", "generation_config.json"}
+    assert set(hub.files("tester/toy")) - {".gitattributes"} == expected
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    model.save_pretrained(folder, push_to_hub=True, token=hub.token, repo_id="tester/other")
+    assert hub.files("tester/other")["README.md"].endswith(b"mine\n")
+
+
+def test_private_repositories(hub: Hub, model: FlaxToyWithHead):
+    model.push_to_hub("tester/secret", token=hub.token, private=True)
+    with pytest.raises(OSError, match="tester/secret"):
+        FlaxToyWithHead.from_pretrained("tester/secret", token=False)
+    assert same(FlaxToyWithHead.from_pretrained("tester/secret", token=hub.token).params, model.params)
+
+
+def test_what_is_not_there(hub: Hub, model: FlaxToyWithHead):
+    with pytest.raises(OSError, match="tester/nothing"):
+        FlaxToyWithHead.from_pretrained("tester/nothing")
+    model.push_to_hub("tester/toy", token=hub.token)
+    with pytest.raises(OSError, match="no-such-branch"):
+        FlaxToyWithHead.from_pretrained("tester/toy", revision="no-such-branch")
+    with pytest.raises(OSError, match=r"config\.json"):
+        FlaxToyWithHead.from_pretrained("tester/toy", subfolder="inner")
+
+
+def test_offline_uses_the_cache(hub: Hub, model: FlaxToyWithHead):
+    with pytest.raises(OSError, match="tester/toy"):
+        FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
+    model.push_to_hub("tester/toy", token=hub.token)
+    FlaxToyWithHead.from_pretrained("tester/toy")
+    before = len(hub.requests)
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True).params, model.params)
+    assert len(hub.requests) == before
+
+
+def test_a_cut_upload_commits_nothing_and_can_be_repeated(hub: Hub, model: FlaxToyWithHead):
+    model.push_to_hub("tester/toy", token=hub.token)
+    before = hub.files("tester/toy")
+    other = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    hub.cut_upload_after(1000)
+    try:
+        model.push_to_hub("tester/toy", params=other, token=hub.token)
+    except (HfHubHTTPError, OSError, RuntimeError):
+        assert hub.files("tester/toy") == before
+        model.push_to_hub("tester/toy", params=other, token=hub.token)
+    # else the client has tried again by itself
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy").params, other)
+
+
+def test_a_cut_download_is_resumed(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    model.push_to_hub("tester/toy", token=hub.token)
+    hub.cut_download_after(5000)
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy").params, model.params)
+    assert [request for request in hub.requests if request.headers.get("Range")]
+
+
+def test_the_model_card_tells_what_it_is(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    model.push_to_hub("tester/toy", token=hub.token, license="cc-by-4.0", language="en", tags=["test"])
+    card = ModelCard(hub.files("tester/toy")["README.md"].decode())
+    values = card.data.to_dict()
+    assert values["license"] == "cc-by-4.0" and values["language"] == ["en"]
+    assert values["library_name"] == "transformers-moshi-flax" and {"moshi", "flax", "test"} <= set(values["tags"])
+    assert "base_model" not in values
+    assert 'FlaxToyWithHead.from_pretrained("tester/toy")' in card.text
+    assert "moshi-flax convert tester/toy converted --to pt" in card.text
+    assert f"| in all | {model.num_parameters():,} |" in card.text
+    assert "random, or trained from random ones" in card.text
+    weights = hub.files("tester/toy")["flax_model.safetensors"]
+    assert hashlib.sha256(weights).hexdigest() in card.text and f"{len(weights):,}" in card.text
+    # what was loaded from there and pushed elsewhere says so
+    FlaxToyWithHead.from_pretrained("tester/toy").push_to_hub("tester/copy", token=hub.token, to_pt=True)
+    card = ModelCard(hub.files("tester/copy")["README.md"].decode())
+    assert card.data.to_dict()["base_model"] == "tester/toy" and "were loaded from `tester/toy`" in card.text
+    assert 'ToyWithHead.from_pretrained("tester/copy")' in card.text and "--to pt" not in card.text

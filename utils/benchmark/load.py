@@ -1,0 +1,101 @@
+"""Seconds and memory of ``from_pretrained``: this library beside upstream PyTorch, each load in a fresh process.
+
+A random text model of ``--gigabytes`` in float32 is written once in PyTorch layout. Then processes take turns: this
+library to float32 and to bfloat16, upstream to float32. Each prints the seconds of ``from_pretrained`` until every
+parameter is there (upstream's are read once, since torch would otherwise leave them in the mapped file) and the peak
+of its anonymous memory (RssAnon) above what the imports took. The file lies in the page cache for all of them. ::
+
+    python utils/benchmark/load.py --gigabytes 2 --repeats 5 --output load.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UPSTREAM = """
+import json, sys, time
+import torch
+from transformers import MoshiForCausalLM
+from tests.checkpoints.measure_loading import Peak, anonymous_bytes
+baseline, peak = anonymous_bytes(), Peak()
+peak.start()
+start = time.perf_counter()
+model = MoshiForCausalLM.from_pretrained(sys.argv[1])
+for parameter in model.parameters():
+    parameter.data = parameter.data.clone()
+seconds = time.perf_counter() - start
+peak.going = False
+peak.join()
+size = sum(parameter.nbytes for parameter in model.parameters())
+print(json.dumps({"seconds": seconds, "peak": peak.bytes - baseline, "parameters": size}))
+"""
+
+
+def write_checkpoint(folder: Path, gigabytes: float) -> None:
+    import torch
+    from transformers import MoshiConfig, MoshiForCausalLM
+
+    layers = max(1, round(gigabytes * 1e9 / 4 / 50e6 - 1.3))
+    config = MoshiConfig(hidden_size=2048, num_hidden_layers=layers, num_attention_heads=16, ffn_dim=11264)
+    with torch.device("meta"):
+        model = MoshiForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+
+
+def run(command: list[str]) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint in float32")
+    parser.add_argument("--repeats", type=int, default=5, help="loads of each kind")
+    parser.add_argument("--output", type=Path, help="markdown file to write")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moshi-load-") as scratch:
+        write_checkpoint(Path(scratch), options.gigabytes)
+        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
+        ours = [sys.executable, "-m", "tests.checkpoints.measure_loading", scratch]
+        commands = {
+            "upstream, float32": [sys.executable, "-c", UPSTREAM, scratch],
+            "this library, float32": [*ours, "float32"],
+            "this library, float32 to bfloat16": [*ours, "bfloat16"],
+        }
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+        for _ in range(options.repeats):
+            for name, command in commands.items():
+                results[name].append(run(command))
+                print(name, results[name][-1], flush=True)
+    lines = [
+        f"Checkpoint of {size / 1e9:.2f} GB, float32, {options.repeats} loads of each kind in turns.",
+        "",
+        "| | seconds, median | least | peak of anonymous memory / parameters |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        seconds = [entry["seconds"] for entry in runs]
+        peak = max(entry["peak"] / entry["parameters"] for entry in runs)
+        lines.append(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {peak:.2f} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

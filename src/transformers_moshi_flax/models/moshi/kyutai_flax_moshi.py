@@ -107,8 +107,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     mimi_config = KYUTAI_MIMI
     if config.get("mimi_config_name") is not None:
         path = require("mimi_config_name", MIMI_CONFIG_NAME, "the configuration of Mimi")
-        read = Source.locate(path.parent).read_json(path.name)
-        mimi_config = {} if read is None else read
+        mimi_config = Source.locate(path.parent).read_json(path.name) or {}
     return KyutaiFiles(
         name=source.name,
         config=config,

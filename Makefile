@@ -44,6 +44,8 @@ $(VENV)/.core: setup.py pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e ".[test]"
+	# Kyutai's own package, the second oracle; without the pins that would replace torch and NumPy
+	$(PIP) --no-deps "moshi>=0.2.13,<0.3"
 	@touch $@
 
 $(VENV)/.quality: | $(VENV)/bin/python

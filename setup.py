@@ -28,7 +28,9 @@ CORE = [
 TORCH = ["torch>=2.6,<2.14"]
 QUALITY = ["ruff>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
-TEST = [*TORCH, "beartype>=0.19", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+# einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins
+TEST = [*TORCH, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+TEST += ["sentencepiece>=0.2"]
 
 setup(
     name="transformers-moshi-flax",

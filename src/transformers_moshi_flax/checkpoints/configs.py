@@ -25,7 +25,14 @@ def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrai
     """
     values = source.read_json("config.json")
     if values is None:
-        raise CheckpointNotFoundError(f"{source.name!r} has no config.json; add it or pass config=")
+        raise CheckpointNotFoundError(
+            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are loaded with "
+            "FlaxMoshiForConditionalGeneration.from_kyutai)"
+        )
+    if "depformer_dim" in values or "moshi_name" in values:
+        raise ValueError(
+            f"{source.name!r} is in Kyutai's own format: load it with FlaxMoshiForConditionalGeneration.from_kyutai"
+        )
     model_type = values.get("model_type", config_class.model_type)
     if model_type == config_class.model_type:
         return build_config(config_class, values)

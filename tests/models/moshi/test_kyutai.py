@@ -27,7 +27,7 @@ from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError
 from transformers_moshi_flax.models.mimi import kyutai_flax_mimi as of_mimi
 from transformers_moshi_flax.models.moshi import kyutai_config_flax_moshi as of_config
 from transformers_moshi_flax.models.moshi import kyutai_flax_moshi as of_moshi
-from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import KyutaiCheckpointMixin, find_kyutai_files
+from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
 
 pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, the oracle, is not installed")
 from moshi.models import LMModel, loaders
@@ -35,10 +35,7 @@ from moshi.modules.gating import make_gating
 from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 
-
-class Moshi(FlaxMoshiForConditionalGeneration, KyutaiCheckpointMixin):
-    pass
-
+Moshi = FlaxMoshiForConditionalGeneration
 
 TINY_LM: dict[str, Any] = {
     "dim": 40,
@@ -691,3 +688,30 @@ def test_files_of_other_repositories(copied: Path, monkeypatch: Any) -> None:
     files = find_kyutai_files(copied, token="secret", revision="v2")
     assert asked == [("kyutai/moshiko", "weights/model.safetensors", "secret", False)]
     assert files.moshi_weights == copied / "moshi.safetensors"
+
+
+def test_config_json_commits(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving over a checkpoint leaves it whole until its config.json is replaced, and then nothing of it."""
+    model = Moshi.from_kyutai(tiny.directory)
+    model.save_kyutai(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = jax.tree.map(lambda leaf: leaf + 1 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model.params)
+    write_text = of_moshi.write_text
+
+    def failing(path: Path, text: str) -> None:
+        if path.name == "config.json":
+            raise OSError("disk full")
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of_moshi, "write_text", failing)
+        with pytest.raises(OSError, match="disk full"):
+            model.save_kyutai(tmp_path, params=other)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), Moshi.from_kyutai(tmp_path).params, model.params))
+    for path in tmp_path.iterdir():
+        if path.name not in before:
+            path.unlink()
+    model.save_kyutai(tmp_path, params=other)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), Moshi.from_kyutai(tmp_path).params, other))
+    assert len(list(tmp_path.iterdir())) == len(before)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -220,9 +221,10 @@ def write_kyutai(
     directory: str | os.PathLike,
     tokenizer: str | os.PathLike | None = None,
 ) -> None:
-    """Write a model in Kyutai's format, each file atomically and ``config.json`` last.
+    """Write a model in Kyutai's format; replacing ``config.json``, which names the files, is the one commit.
 
-    The names are those of the published checkpoints. ``mimi_config.json`` is written if Mimi is not the published one.
+    The names are those of the published checkpoints, or new ones where such files are there already; files that only
+    the replaced ``config.json`` named go at the end. ``mimi_config.json`` is written if Mimi is not the published one.
     How to sample is not written: Kyutai's generation has its own defaults.
 
     Args:
@@ -238,12 +240,7 @@ def write_kyutai(
         CheckpointNotFoundError: ``tokenizer`` is no file.
     """
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
-    values = {
-        "moshi_name": MOSHI_NAME,
-        "mimi_name": MIMI_NAME,
-        "model_type": "moshi",
-        **moshi_config_to_kyutai(config),
-    }
+    values = {"model_type": "moshi", **moshi_config_to_kyutai(config)}
     moshi_rules, mimi_rules = kyutai_moshi_rules(config), kyutai_mimi_rules(config.audio_encoder_config)
     lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
     if lacking:
@@ -258,18 +255,39 @@ def write_kyutai(
         raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
     folder.mkdir(parents=True, exist_ok=True)
 
+    # config.json names the files, so its replacement is the commit: until then, files of the old names stay
+    taken = _named_files(folder)
+    save_id = uuid.uuid4().hex[:8]
+
+    def free(name: str) -> str:
+        stem, suffix = name.split(".", 1)
+        return f"{stem}-{save_id}.{suffix}" if (folder / name).exists() else name
+
+    values |= {"moshi_name": free(MOSHI_NAME), "mimi_name": free(MIMI_NAME)}
     moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-    write_safetensors(folder / MOSHI_NAME, to_joined_state(moshi, moshi_rules), "pt")
-    write_safetensors(folder / MIMI_NAME, to_joined_state(params["audio_encoder"], mimi_rules), "pt")
+    write_safetensors(folder / values["moshi_name"], to_joined_state(moshi, moshi_rules), "pt")
+    write_safetensors(folder / values["mimi_name"], to_joined_state(params["audio_encoder"], mimi_rules), "pt")
     if tokenizer is not None:
         values["tokenizer_name"] = Path(tokenizer).name
         if Path(tokenizer).resolve() != (folder / values["tokenizer_name"]).resolve():
+            values["tokenizer_name"] = free(values["tokenizer_name"])
             with atomic_file(folder / values["tokenizer_name"]) as temporary:
                 shutil.copyfile(tokenizer, temporary)
     if mimi != KYUTAI_MIMI:
-        values["mimi_config_name"] = MIMI_CONFIG_NAME
-        write_text(folder / MIMI_CONFIG_NAME, json.dumps(mimi, indent=2) + "\n")
+        values["mimi_config_name"] = free(MIMI_CONFIG_NAME)
+        write_text(folder / values["mimi_config_name"], json.dumps(mimi, indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    for name in taken:
+        if name not in values.values():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _named_files(folder: Path) -> set[str]:
+    """The weights and Mimi's configuration that the checkpoint in a directory consists of."""
+    config = Source.locate(folder).read_json("config.json") or KYUTAI_MOSHI
+    defaults = {"moshi_name": MOSHI_NAME, "mimi_name": MIMI_NAME, "mimi_config_name": None}
+    names = {config.get(field, default) for field, default in defaults.items()}
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 class KyutaiCheckpointMixin(FlaxPreTrainedModel):

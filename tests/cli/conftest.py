@@ -42,3 +42,24 @@ def speech(tmp_path: Path) -> Path:
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, (8_500, 2))
     soundfile.write(path, noise, 8_000)
     return path
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny Mimi with weights that hide nothing, saved by upstream and by us in every way. Not to be changed."""
+    from transformers import MimiModel
+
+    from tests.configs import tiny_mimi_config
+    from tests.torch_oracle import randomize
+    from transformers_moshi_flax import FlaxMimiModel
+
+    folder = tmp_path_factory.mktemp("layouts")
+    randomize(MimiModel(tiny_mimi_config())).save_pretrained(folder / "upstream")
+    model = FlaxMimiModel.from_pretrained(folder / "upstream")
+    model.save_pretrained(folder / "flax")
+    model.save_pretrained(folder / "flax-shards", max_shard_size="40KB")
+    model.save_pretrained(folder / "msgpack", safe_serialization=False)
+    model.save_pretrained(folder / "pt", to_pt=True)
+    model.save_pretrained(folder / "pt-shards", to_pt=True, max_shard_size="40KB")
+    named = ("upstream", "flax", "flax-shards", "msgpack", "pt", "pt-shards")
+    return {name: folder / name for name in named} | {"file": folder / "flax" / "flax_model.safetensors"}

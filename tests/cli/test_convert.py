@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
@@ -42,14 +46,156 @@ def test_dtype(moshi_flax, tmp_path: Path):
     assert {str(value.dtype) for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
 
 
+def test_shards(moshi_flax, tmp_path: Path):
+    size = ("--max-shard-size", "1MB")
+    assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "flax", *size).code == 0
+    assert moshi_flax("convert", tmp_path / "flax", tmp_path / "pt", "--to", "pt", *size).code == 0
+    for folder, stem in (("flax", "flax_model"), ("pt", "model")):
+        assert (tmp_path / folder / f"{stem}.safetensors.index.json").exists()
+        shards = list((tmp_path / folder).glob("*.safetensors"))
+        assert len(shards) == 3 and all(shard.stat().st_size < 1_050_000 for shard in shards)
+    before = load_file(EMBEDDED_MODEL / "model.safetensors")
+    after = {key: value for shard in shards for key, value in load_file(shard).items()}
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+
+
+@pytest.fixture
+def both(layouts: dict, tmp_path: Path) -> Path:
+    """A directory with a Mimi in both layouts, the one in Flax layout twice the other."""
+    folder = tmp_path / "both"
+    shutil.copytree(layouts["pt"], folder)
+    doubled = {key: 2 * value for key, value in load_file(layouts["file"]).items()}
+    save_file(doubled, folder / "flax_model.safetensors", metadata={"format": "flax"})
+    return folder
+
+
+@pytest.mark.parametrize(("option", "factor"), [((), 2), (("--from", "flax"), 2), (("--from", "pt"), 1)])
+def test_from(moshi_flax, layouts: dict, both: Path, tmp_path: Path, option: tuple, factor: int):
+    assert moshi_flax("convert", both, tmp_path / "new", *option).code == 0
+    before, after = load_file(layouts["file"]), load_file(tmp_path / "new" / "flax_model.safetensors")
+    for key, value in before.items():
+        np.testing.assert_array_equal(factor * value, after[key], err_msg=key)
+
+
+def test_from_insists(moshi_flax, layouts: dict, tmp_path: Path):
+    result = moshi_flax("convert", layouts["upstream"], tmp_path / "new", "--from", "flax")
+    assert result.code == 2 and "SRC" in result.err and "Flax layout" in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_pickles_need_from_pt(moshi_flax, layouts: dict, tmp_path: Path):
+    import torch
+
+    source = tmp_path / "pickle"
+    source.mkdir()
+    shutil.copy(layouts["upstream"] / "config.json", source)
+    weights = load_file(layouts["upstream"] / "model.safetensors")
+    torch.save({key: torch.from_numpy(value) for key, value in weights.items()}, source / "pytorch_model.bin")
+    assert moshi_flax("convert", source, tmp_path / "new", "--to", "pt").code == 2
+    assert moshi_flax("convert", source, tmp_path / "new", "--to", "pt", "--from", "pt").code == 0
+    after = load_file(tmp_path / "new" / "model.safetensors")
+    for key, value in weights.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+
+
+def test_single_file(moshi_flax, layouts: dict, tmp_path: Path):
+    assert moshi_flax("convert", layouts["file"], tmp_path / "new", "--to", "pt").code == 0
+    before, after = (load_file(path / "model.safetensors") for path in (layouts["pt"], tmp_path / "new"))
+    assert before.keys() == after.keys()
+
+
+def test_single_file_is_not_overwritten(moshi_flax, layouts: dict, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(layouts["flax"], folder)
+    result = moshi_flax("convert", folder / "flax_model.safetensors", folder, "--to", "pt", "--overwrite")
+    assert result.code == 2 and "DST" in result.err
+    assert (folder / "flax_model.safetensors").exists()
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What would have been uploaded: repository, and the contents of the files."""
+    sent = []
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list, **options: object):
+        sent.append((repo_id, {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}))
+        return SimpleNamespace(commit_url=f"https://example.org/{repo_id}/commit/1")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return sent
+
+
+def test_push_to_hub(moshi_flax, tmp_path: Path, uploads: list):
+    destination = tmp_path / "pt"
+    destination.mkdir()
+    (destination / "notes.txt").write_text("mine")
+    options = ("--to", "pt", "--max-shard-size", "1MB", "--overwrite", "--push-to-hub", "someone/new")
+    result = moshi_flax("convert", EMBEDDED_MODEL, destination, *options)
+    assert result.code == 0 and "https://example.org/someone/new/commit/1" in result.err
+    ((repo_id, files),) = uploads
+    assert repo_id == "someone/new"
+    shards = {name for name in files if name.endswith(".safetensors")}
+    assert len(shards) == 3
+    companions = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"}
+    assert files.keys() == shards | companions | {"config.json", "model.safetensors.index.json", "README.md"}
+    assert b'MoshiForConditionalGeneration.from_pretrained("someone/new")' in files["README.md"]
+
+
+def test_refused_upload_is_one_line(moshi_flax, layouts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(self, *args: object, **options: object) -> None:
+        raise HfHubHTTPError.__bases__[0]("no such host")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    result = moshi_flax("convert", layouts["pt"], tmp_path / "new", "--push-to-hub", "someone/new")
+    assert result.code == 2 and "is written" in result.err and "no such host" in result.err
+    assert (tmp_path / "new" / "flax_model.safetensors").exists()
+
+
+def test_unreachable_hub_is_one_line(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise HfHubHTTPError.__bases__[0]("no such host")
+
+    monkeypatch.setattr("transformers.utils.cached_file", refuse)
+    for command in (("convert", "someone/model", tmp_path / "new"), ("inspect", "someone/model")):
+        result = moshi_flax(*command)
+        assert result.code == 2 and result.err.count("\n") == 1 and "no such host" in result.err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_failed_write_leaves_the_destination_alone(
+    moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+):
+    destination = tmp_path / "model"
+    if there:
+        shutil.copytree(EMBEDDED_MODEL, destination)
+        (destination / "tokenizer.json").write_text("another one")
+    before = {path: path.read_bytes() for path in destination.glob("*")}
+
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("transformers_moshi_flax.checkpoints.writing.save_file", full)
+    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite")
+    assert result.code == 2 and "DST" in result.err and "No space left" in result.err
+    assert {path: path.read_bytes() for path in destination.glob("*")} == before
+    assert list(tmp_path.iterdir()) == ([destination] if there else [])
+
+
 def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, tmp_path: Path):
     destination = tmp_path / "model"
     shutil.copytree(EMBEDDED_MODEL, destination)
     (destination / "notes.txt").write_text("mine")
-    assert moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite").code == 0
+    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite")
+    assert result.code == 0 and result.err.count("\n") == 1
     weights = [path.name for path in destination.glob("*.safetensors")]
     assert weights == ["flax_model.safetensors"]
     assert (destination / "notes.txt").read_text() == "mine"
+    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite", "--to", "pt")
+    assert result.code == 0 and result.err.count("\n") == 1
+    assert [path.name for path in destination.glob("*.safetensors")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -69,8 +215,6 @@ def test_mimi_alone(moshi_flax, tmp_path: Path, architecture: str | None):
     source.mkdir()
     weights = load_file(EMBEDDED_MODEL / "model.safetensors")
     prefix = "audio_encoder."
-    from safetensors.numpy import save_file
-
     mimi = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     save_file(mimi, source / "model.safetensors", metadata={"format": "pt"})
     config["architectures"] = [architecture] if architecture else None

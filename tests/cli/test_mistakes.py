@@ -65,6 +65,16 @@ def assert_mistake(result, *words: str) -> None:
         (["convert", "missing"], ["DST"]),
         (["convert", "./missing", "new"], ["SRC", "missing"]),
         (["convert", "./missing", "new", "--to", "onnx"], ["--to", "onnx"]),
+        (["convert", "./missing", "new", "--from", "tf"], ["--from", "kyutai"]),
+        (["convert", "./missing", "new", "--from", "kyutai"], ["SRC", "missing"]),
+        (["convert", "./missing", "new", "--max-shard-size", "big"], ["--max-shard-size", "big"]),
+        (["convert", "./missing", "new", "--max-shard-size", "0MB"], ["--max-shard-size", "0MB"]),
+        (["convert", "./missing", "new", "--push-to-hub", "a/b/c"], ["--push-to-hub", "a/b/c"]),
+        (["convert", "./missing", "new", "--to", "kyutai", "--max-shard-size", "1GB"], ["--max-shard-size", "kyutai"]),
+        (["convert", "./missing", "new", "--to", "kyutai", "--push-to-hub", "a/b"], ["--push-to-hub", "kyutai"]),
+        (["inspect"], ["PATH_OR_ID"]),
+        (["inspect", "missing"], ["PATH_OR_ID", "missing"]),
+        (["inspect", "./missing/model.safetensors"], ["PATH_OR_ID", "missing"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )
@@ -143,6 +153,10 @@ def test_another_model(moshi_flax, tmp_path: Path, command: list[str]):
 
 def test_destination_that_is_the_source(moshi_flax):
     assert_mistake(moshi_flax("convert", EMBEDDED_MODEL, EMBEDDED_MODEL, "--overwrite"), "DST")
+
+
+def test_mimi_has_no_layout_of_kyutai(moshi_flax, layouts: dict):
+    assert_mistake(moshi_flax("convert", layouts["pt"], "new", "--to", "kyutai"), "--to kyutai", "FlaxMimiModel")
 
 
 def test_destination_that_is_a_file(moshi_flax, speech: Path):

@@ -7,33 +7,37 @@ from collections.abc import Sequence
 
 import typer
 
-from transformers_moshi_flax.cli import convert, generate
+from transformers_moshi_flax.cli import convert, generate, inspect, verify
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 app = typer.Typer(
     name="moshi-flax",
-    help="Moshi in Flax: generate speech and text, convert checkpoints.",
+    help="Moshi in Flax: generate speech and text; convert, inspect and verify checkpoints.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2.
 
+    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass.
+
     Args:
         args: the arguments without the program's name; None reads ``sys.argv``.
 
     Raises:
-        SystemExit: always; code 0, 2 (a mistake in what was given) or 130 (interrupted).
+        SystemExit: always; code 0, 1 (a check that has failed), 2 (a mistake in what was given) or 130 (interrupted).
     """
     command = typer.main.get_command(app)
     try:
         code = command.main(args=args, prog_name="moshi-flax", standalone_mode=False)
     except UserMistake as mistake:
-        _fail(str(mistake))
+        _fail(str(mistake), mistake.code)
     except typer.Abort:
         print("moshi-flax: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -45,6 +49,6 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"moshi-flax: error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -1,17 +1,24 @@
-"""What the subcommands share about checkpoints: the embedded one, the files beside the weights, the dtype option."""
+"""What the subcommands share about checkpoints: the embedded one, opening one, its class, the dtype option."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers_moshi_flax.cli.errors import UserMistake
+from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 ASSETS = Path(str(resources.files("transformers_moshi_flax") / "assets"))
 EMBEDDED_MODEL = ASSETS / "moshi-tiny-random"
 EMBEDDED_CLIP = ASSETS / "user.flac"
+
+DEFAULT_ARCHITECTURES = {"moshi": "MoshiForConditionalGeneration", "mimi": "MimiModel"}
+"""For checkpoints that do not say their architecture."""
+
+KYUTAI_TENSORS = "depformer"
+"""How names begin that only Kyutai's own layout of Moshi has."""
 
 
 class Dtype(enum.StrEnum):
@@ -28,27 +35,95 @@ class Dtype(enum.StrEnum):
         return getattr(jnp, self.value)
 
 
-def read_config(option: str, source: str) -> dict:
-    """The contents of ``config.json`` of a directory or Hub id.
+def check_source(option: str, source: str, files: bool = False) -> None:
+    """Make sure that ``source`` is a directory or may be an id on the Hub; with ``files`` a file will do too.
 
     Raises:
-        UserMistake: there is no such checkpoint, or its ``config.json`` cannot be read.
+        UserMistake: it is neither.
     """
     path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserMistake(f"{option}: {source!r} has no config.json; give the directory of a checkpoint")
-    elif path.exists():
+    if path.is_dir() or (files and path.is_file()):
+        return
+    if path.exists():
         raise UserMistake(f"{option}: {source!r} is a file; give the directory of a checkpoint")
-    elif source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserMistake(f"{option}: there is no directory {source!r}; give one, or an id on the Hub (owner/name)")
 
-    from transformers import PretrainedConfig
 
-    try:
-        config, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise UserMistake(f"{option}: cannot read the configuration of {source!r} ({error})") from error
+def read_config(option: str, source: str, files: bool = False) -> dict:
+    """The contents of ``config.json`` of a directory or Hub id, or with ``files`` beside a weight file.
+
+    Raises:
+        UserMistake: there is no such checkpoint, or its ``config.json`` is missing or cannot be read.
+    """
+    check_source(option, source, files)
+    config = find_config(option, source)
     if not config:
-        raise UserMistake(f"{option}: {source!r} is no checkpoint directory and no id that the Hub knows")
+        raise UserMistake(f"{option}: {source!r} has no config.json; give a checkpoint that has one")
     return config
+
+
+def find_config(option: str, source: str) -> dict | None:
+    """As :func:`read_config`, but None if there is no ``config.json``."""
+    from transformers_moshi_flax.checkpoints.files import Source
+
+    with as_mistake(f"{option}: cannot read the configuration of {source!r}", *hub_errors(), ValueError):
+        return Source.locate(source).read_json("config.json")
+
+
+def flax_class(option: str, source: str, config: dict) -> type:
+    """The class of this package for the architecture named in a checkpoint's ``config.json``.
+
+    Raises:
+        UserMistake: the architecture is none of ours.
+    """
+    import transformers_moshi_flax
+
+    architectures = config.get("architectures") or [DEFAULT_ARCHITECTURES.get(config.get("model_type"), "unknown")]
+    name = architectures[0].removeprefix("Flax")
+    if f"Flax{name}" not in transformers_moshi_flax.__all__:
+        raise UserMistake(
+            f"{option}: {source!r} holds a {name} (model_type {config.get('model_type')!r}), which this package has "
+            "not; give a checkpoint of Moshi or Mimi"
+        )
+    return getattr(transformers_moshi_flax, f"Flax{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        name: as the user gave it.
+        source: where its files lie.
+        layout: ``"pt"`` or ``"flax"``.
+        tensors: key -> array, read lazily; a ``TensorFile`` or ``ShardedFiles``.
+        config: the contents of ``config.json``, or None.
+    """
+
+    name: str
+    source: Any
+    layout: str
+    tensors: Any
+    config: dict | None
+
+    @property
+    def files(self) -> tuple[Any, ...]:
+        """The weight files, each a ``TensorFile``."""
+        return getattr(self.tensors, "files", (self.tensors,))
+
+    @property
+    def is_kyutai(self) -> bool:
+        """Whether it is in Kyutai's own layout of Moshi, which no model class reads as it is."""
+        return any(name.startswith(KYUTAI_TENSORS) for name in self.tensors)
+
+    def empty_model(self, option: str, model_class: type) -> Any:
+        """A model of the class without parameters, by the checkpoint's configuration.
+
+        Raises:
+            UserMistake: the configuration does not make such a model.
+        """
+        from transformers_moshi_flax.checkpoints.configs import load_config
+
+        with as_mistake(f"{option}: no {model_class.__name__} by the config of {self.name!r}", OSError, ValueError):
+            return model_class(load_config(model_class.config_class, self.source), _do_init=False)

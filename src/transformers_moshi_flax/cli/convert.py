@@ -1,20 +1,22 @@
-"""``moshi-flax convert``: checkpoints from PyTorch layout to Flax and back."""
+"""``moshi-flax convert``: checkpoints from one layout to another."""
 
 from __future__ import annotations
 
 import enum
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from transformers_moshi_flax.cli.checkpoints import Dtype, read_config
-from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
+from transformers_moshi_flax.cli.checkpoints import Dtype, check_source, flax_class, read_config
+from transformers_moshi_flax.cli.console import slow
+from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
-# for checkpoints that do not say their architecture
-DEFAULT_ARCHITECTURES = {"moshi": "MoshiForConditionalGeneration", "mimi": "MimiModel"}
 # beside the weights; a checkpoint without one of them is whole all the same
 COMPANIONS = (
     "added_tokens.json",
@@ -36,77 +38,171 @@ class Layout(enum.StrEnum):
 
     flax = "flax"
     pt = "pt"
+    kyutai = "kyutai"
+
+
+class SourceLayout(enum.StrEnum):
+    """Layouts a checkpoint may be read in."""
+
+    auto = "auto"
+    flax = "flax"
+    pt = "pt"
+    kyutai = "kyutai"
+
+
+LAYOUT_NAMES = {Layout.flax: "Flax", Layout.pt: "PyTorch", Layout.kyutai: "Kyutai's"}
+FROM_PT = {SourceLayout.auto: None, SourceLayout.flax: False, SourceLayout.pt: True}
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory or Hub id, either layout.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory, weight file or Hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
+    from_: Annotated[
+        SourceLayout,
+        typer.Option("--from", help="Layout to read; auto takes Flax or PyTorch, pt also opens pickles (*.bin)."),
+    ] = SourceLayout.auto,
     to: Annotated[Layout, typer.Option(help="Layout to write.")] = Layout.flax,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: the checkpoint's.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="The most a weight file may hold, such as 500MB. Default: 5GB.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also upload DST to this repository (owner/name).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
-    """Write the checkpoint SRC to the directory DST in Flax or PyTorch layout."""
+    """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai."""
     _check_destination(source, destination, overwrite)
-    config = read_config("SRC", source)
-    model_class = flax_class(source, config)
-    with as_mistake(f"SRC: cannot load {source!r}", OSError, ValueError):
-        model = model_class.from_pretrained(source, dtype=dtype and dtype.to_jax())
-    with as_mistake(f"DST: cannot write {str(destination)!r}", OSError):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        # a failure on the way leaves DST as it was
-        with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
-            fresh = Path(scratch)
-            model.save_pretrained(fresh, to_pt=to is Layout.pt)
-            _copy_companions(source, fresh)
-            _replace(destination, fresh)
-    typer.echo(f"{destination}: {model_class.__name__} in {'PyTorch' if to is Layout.pt else 'Flax'} layout", err=True)
+    _check_options(to, max_shard_size, push_to_hub)
+    model_class = _class_to_load(source, from_)
+    if to is Layout.kyutai and not hasattr(model_class, "save_kyutai"):
+        raise UserMistake(f"--to kyutai: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
+    with as_mistake(f"SRC: cannot load {source!r}", *hub_errors(), ValueError), slow(f"loading {source}"):
+        options: dict[str, Any] = {"dtype": dtype and dtype.to_jax()}
+        if from_ is SourceLayout.kyutai:
+            model = model_class.from_kyutai(source, **options)
+        else:
+            model = model_class.from_pretrained(source, from_pt=FROM_PT[from_], **options)
+    with as_mistake(f"DST: cannot write {str(destination)!r}", OSError), slow(f"writing {destination}"):
+        written = _write(model, source, destination, to, max_shard_size)
+    typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
+    if push_to_hub is not None:
+        _upload(model, destination, written, push_to_hub)
 
 
-def flax_class(source: str, config: dict) -> type:
-    """The class of this package for the architecture named in a checkpoint's ``config.json``.
+def _class_to_load(source: str, layout: SourceLayout) -> type:
+    if layout is SourceLayout.kyutai:
+        check_source("SRC", source)
+        from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
-    Raises:
-        UserMistake: the architecture is none of ours.
-    """
-    import transformers_moshi_flax
-
-    architectures = config.get("architectures") or [DEFAULT_ARCHITECTURES.get(config.get("model_type"), "unknown")]
-    name = architectures[0].removeprefix("Flax")
-    if f"Flax{name}" not in transformers_moshi_flax.__all__:
-        raise UserMistake(
-            f"SRC: {source!r} holds a {name} (model_type {config.get('model_type')!r}), which this package has not; "
-            "give a checkpoint of Moshi or Mimi"
-        )
-    return getattr(transformers_moshi_flax, f"Flax{name}")
+        return FlaxMoshiForConditionalGeneration
+    return flax_class("SRC", source, read_config("SRC", source, files=True))
 
 
 def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
-    if destination.resolve() == Path(source).resolve():
-        raise UserMistake(f"DST: {str(destination)!r} is SRC; give another directory")
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    if destination.resolve() == folder.resolve():
+        raise UserMistake(f"DST: {str(destination)!r} is where SRC lies; give another directory")
     if destination.exists() and not destination.is_dir():
         raise UserMistake(f"DST: {str(destination)!r} is a file; give a directory")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise UserMistake(f"DST: {str(destination)!r} is not empty; give another directory, or --overwrite")
 
 
-def _copy_companions(source: str, target: Path) -> None:
-    from transformers.utils import cached_file
+def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | None) -> None:
+    if to is Layout.kyutai:
+        for option, value in (("--max-shard-size", max_shard_size), ("--push-to-hub", push_to_hub)):
+            if value is not None:
+                raise UserMistake(f"{option}: not with --to kyutai, whose layout has neither shards nor a model card")
+    if max_shard_size is not None:
+        from transformers.utils.hub import convert_file_size_to_int
 
+        with as_mistake(f"--max-shard-size: {max_shard_size!r} is no size", ValueError):
+            size = convert_file_size_to_int(max_shard_size)
+        if size <= 0:
+            raise UserMistake(f"--max-shard-size: {max_shard_size!r} is nothing; give a size such as 500MB")
+    if push_to_hub is not None:
+        from huggingface_hub.utils import validate_repo_id
+
+        with as_mistake(f"--push-to-hub: {push_to_hub!r} is no name of a repository", ValueError):
+            validate_repo_id(push_to_hub)
+
+
+def _write(model: Any, source: str, destination: Path, to: Layout, max_shard_size: str | None) -> list[str]:
+    """Write weights, configurations and what lies beside them; returns the names of all files of the checkpoint.
+
+    A failure leaves ``destination`` as it was: the library commits the weights as one, and the companions, which lie
+    on the same disk by then, are moved afterwards.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _nothing_new(destination),
+        tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch,
+    ):
+        fresh = Path(scratch)
+        _copy_companions(source, fresh)
+        before = _identities(destination)
+        if to is Layout.kyutai:
+            model.save_kyutai(destination)
+        else:
+            size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            with _quiet():
+                model.save_pretrained(destination, to_pt=to is Layout.pt, **size)
+        after = _identities(destination)
+        changed = [name for name, identity in after.items() if before.get(name) != identity]
+        for name in after.keys() - set(changed):
+            # weights of another layout would be what is loaded, or what other programs load
+            if any(Path(name).match(pattern) for pattern in WEIGHTS):
+                (destination / name).unlink()
+        companions = [path for path in fresh.iterdir() if path.name not in changed]
+        for path in companions:
+            os.replace(path, destination / path.name)
+    return sorted([*changed, *(path.name for path in companions)])
+
+
+@contextmanager
+def _nothing_new(folder: Path) -> Iterator[None]:
+    """Remove the directory that a save made before it failed."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of weights in another layout that lie in the directory: they are about to go."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file of ``folder`` is replaced, by name."""
+    files = folder.glob("*") if folder.is_dir() else ()
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.is_file()}
+
+
+def _copy_companions(source: str, target: Path) -> None:
+    from transformers_moshi_flax.checkpoints.files import Source
+
+    located = Source.locate(source)
     for name in COMPANIONS:
-        if (target / name).exists():
-            continue
-        found = cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
+        found = located.find(name)
         if found is not None:
             shutil.copyfile(found, target / name)
 
 
-def _replace(destination: Path, fresh: Path) -> None:
-    """Move the files of ``fresh`` into ``destination``; weights that lie there in another layout go."""
-    destination.mkdir(exist_ok=True)
-    for pattern in WEIGHTS:
-        for stale in destination.glob(pattern):
-            stale.unlink()
-    for file in fresh.iterdir():
-        file.replace(destination / file.name)
+def _upload(model: Any, folder: Path, files: list[str], repo_id: str) -> None:
+    problem = f"--push-to-hub: {str(folder)!r} is written, but cannot be uploaded to {repo_id!r}"
+    with as_mistake(problem, *hub_errors(), ValueError), slow(f"uploading to {repo_id}"):
+        commit = model._upload(folder, files, repo_id, model.params)
+    typer.echo(commit.commit_url, err=True)

@@ -1,4 +1,4 @@
-"""The one exception by which a subcommand says that what it was given cannot be used."""
+"""The exceptions by which a subcommand says that what it was given cannot be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from contextlib import contextmanager
 
 
 class UserMistake(Exception):
-    """Shown as one line without a traceback; names the option, what was found and what to do."""
+    """Shown as one line without a traceback; names the option, what was found and what to do.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    code = 2
+
+
+class BadCheckpoint(UserMistake):
+    """A checkpoint is damaged; shown as a :class:`UserMistake`, with the exit code of a check that has failed."""
+
+    code = 1
 
 
 @contextmanager
@@ -17,6 +29,14 @@ def as_mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise UserMistake(f"{what}: {error}") from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What is raised where the Hub cannot be reached, or refuses: ``OSError``, and the errors of the HTTP client."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # its bases are that of the client, whichever it is, and OSError
+    return HfHubHTTPError.__bases__
 
 
 def one_line(text: str) -> str:

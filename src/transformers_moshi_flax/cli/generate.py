@@ -13,10 +13,10 @@ import numpy as np
 import typer
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from transformers_moshi_flax.cli.audio import check_output, read_audio, write_audio
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype, read_config
+from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
 from transformers_moshi_flax.cli.timing import compilation_time
 
@@ -148,12 +148,6 @@ def name_of(source: str) -> str:
 def is_random(source: str) -> bool:
     """Whether ``source`` is the embedded checkpoint."""
     return Path(source).resolve() == EMBEDDED_MODEL.resolve()
-
-
-def progress_bar(notes: Console) -> Progress:
-    """A bar that leaves nothing behind; on a stream that is no terminal it prints nothing."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""Opening checkpoints for a look: on the Hub, the headers of safetensors files alone are fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformers_moshi_flax.cli.checkpoints import Checkpoint, check_source, find_config
+from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake, hub_errors
+
+
+def open_checkpoint(option: str, name: str, headers_only: bool = False) -> Checkpoint:
+    """Open a directory, a weight file or a repository of the Hub; pickles are refused.
+
+    Args:
+        option: how messages call what was given.
+        name: what was given.
+        headers_only: of a repository, fetch no tensors: they have shapes and dtypes, and zeros in place of numbers.
+
+    Raises:
+        UserMistake: nothing is there, or no weights in a format that is read.
+        BadCheckpoint: the weights are damaged.
+    """
+    from transformers_moshi_flax.checkpoints.files import Source
+
+    check_source(option, name, files=True)
+    if Path(name).is_file() and Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UserMistake(f"{option}: {name!r} is a pickle; first moshi-flax convert its directory --from pt")
+    config = find_config(option, name)
+    source = Source.locate(name)
+    try:
+        layout, tensors = (headers_on_hub if headers_only and source.folder is None else Source.weights)(source)
+    except (*hub_errors(), ValueError) as error:
+        missing = isinstance(error, hub_errors()) and not _has_weights(source)
+        kind = UserMistake if missing else BadCheckpoint
+        raise kind(f"{option}: cannot open {name!r}: {error}") from error
+    return Checkpoint(name, source, layout, tensors, config)
+
+
+def _has_weights(source: Any) -> bool:
+    """Whether a directory has an entry of a checkpoint (where a shard is missing all the same)."""
+    from transformers_moshi_flax.checkpoints.files import LAYOUTS, active_entry
+
+    if source.folder is None:
+        return False
+    entries = (active_entry(source.folder, layout) for layout in LAYOUTS)
+    return any(entry is not None and ".bin" not in entry.suffixes for entry in entries)
+
+
+def headers_on_hub(source: Any) -> tuple[str, Any]:
+    """Layout and tensors of a repository by range requests for the headers.
+
+    As :meth:`Source.weights` of ``checkpoints.files``, which is used for what has no such headers, and when the Hub
+    cannot be asked.
+
+    Returns:
+        The layout, and a ``TensorFile`` or ``ShardedFiles`` whose arrays have the right shapes and dtypes, take no
+        memory and hold zeros.
+
+    Raises:
+        OSError, ValueError: as ``Source.weights``; ``ValueError`` also for a damaged header.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    from transformers_moshi_flax.checkpoints.files import LAYOUTS
+    from transformers_moshi_flax.checkpoints.formats import ShardedFiles
+
+    try:
+        present = set(HfApi().list_repo_files(source.name))
+    except hub_errors():
+        return source.weights()
+    entry = next((name for names in LAYOUTS.values() for name in names if name in present), "")
+    if ".safetensors" not in entry:
+        return source.weights()
+    try:
+        if entry.endswith(".index.json"):
+            index = (source.read_json(entry) or {})["weight_map"]
+            files = {name: header_on_hub(source.name, name) for name in sorted(set(index.values()))}
+            tensors = ShardedFiles(Path(entry), {key: files[name] for key, name in index.items()})
+        else:
+            tensors = header_on_hub(source.name, entry)
+    except (SafetensorsParsingError, KeyError, AttributeError) as error:
+        raise ValueError(f"{source.name}/{entry} is damaged ({error}); upload it again") from error
+    layout = tensors.metadata.get("format", "pt")
+    if layout not in LAYOUTS:
+        raise ValueError(f"{source.name}/{entry} says that its format is {layout!r}; only {list(LAYOUTS)} are read")
+    return layout, tensors
+
+
+def header_on_hub(repo_id: str, filename: str) -> Any:
+    """One file's header as a ``TensorFile``."""
+    from huggingface_hub import HfApi
+
+    from transformers_moshi_flax.checkpoints.formats import _DTYPES, TensorFile
+
+    header = HfApi().parse_safetensors_file_metadata(repo_id, filename)
+    unknown = sorted({tensor.dtype for tensor in header.tensors.values()} - _DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{repo_id}/{filename} has tensors of the unknown dtypes {unknown}; convert them")
+    zeros = {
+        name: np.broadcast_to(np.zeros((), _DTYPES[tensor.dtype]), tensor.shape)
+        for name, tensor in header.tensors.items()
+    }
+    return TensorFile(Path(filename), header.metadata, zeros)

@@ -1,7 +1,7 @@
 """Finding damage that opening a file does not show: flipped bits and weights that are not finite.
 
 Safetensors carry no checksums of their own: a flipped bit in the data loads in silence. Checkpoints that this library
-writes have the CRC-32 of every tensor in their header (``formats.CHECKSUMS``); it costs a third of a second a gigabyte.
+writes have the CRC-32 of every tensor in their header (``formats.CHECKSUMS``), at a third of a second a gigabyte.
 """
 
 from __future__ import annotations

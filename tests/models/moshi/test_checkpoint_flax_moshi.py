@@ -54,7 +54,12 @@ def test_shards_load_in_pytorch(model: FlaxMoshiForConditionalGeneration, dtype:
     # and back, from the shards that upstream writes
     upstream.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
-    assert equal(FlaxMoshiForConditionalGeneration.from_pretrained(tmp_path / "theirs").params, params)
+    again = FlaxMoshiForConditionalGeneration.from_pretrained(tmp_path / "theirs").params
+
+    def without_flags(tree: Any) -> Any:  # upstream keeps the flags of its codebooks in float32
+        return {path: leaf for path, leaf in flatten_dict(tree, sep="/").items() if not path.endswith("initialized")}
+
+    assert equal(without_flags(again), without_flags(params))
 
 
 def test_pickles_of_pytorch(model: FlaxMoshiForConditionalGeneration, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_without_torch_both_are_ours(moshi_flax, layouts: dict, monkeypatch: pyt
         (["{pickle}"], ["A:", "--from pt"]),
         (["{bare}", "{flax}"], ["A:", "config.json"]),
         (["{bert}", "{flax}"], ["A:", "bert"]),
-        (["{flax}", "{kyutai}"], ["B:", "--from kyutai"]),
+        (["{flax}", "{kyutai}"], ["B:", "a whole Moshi, but the other is another model"]),
     ],
     ids=" ".join,
 )

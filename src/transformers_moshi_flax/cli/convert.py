@@ -84,7 +84,7 @@ def convert(
         else:
             model = model_class.from_pretrained(source, from_pt=FROM_PT[from_], **options)
     with as_mistake(f"DST: cannot write {str(destination)!r}", OSError), slow(f"writing {destination}"):
-        written = _write(model, source, destination, to, max_shard_size)
+        written = _write(model, source, destination, to, max_shard_size, _tokenizer(source, from_))
     typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
     if push_to_hub is not None:
         _upload(model, destination, written, push_to_hub)
@@ -128,7 +128,20 @@ def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | No
             validate_repo_id(push_to_hub)
 
 
-def _write(model: Any, source: str, destination: Path, to: Layout, max_shard_size: str | None) -> list[str]:
+def _tokenizer(source: str, layout: SourceLayout) -> Path | None:
+    """The SentencePiece model of a checkpoint, if it has one."""
+    if layout is SourceLayout.kyutai:
+        from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
+
+        return find_kyutai_files(source).tokenizer
+    from transformers_moshi_flax.checkpoints.files import Source
+
+    return Source.locate(source).find("tokenizer.model")
+
+
+def _write(
+    model: Any, source: str, destination: Path, to: Layout, max_shard_size: str | None, tokenizer: Path | None
+) -> list[str]:
     """Write weights, configurations and what lies beside them; returns the names of all files of the checkpoint.
 
     A failure leaves ``destination`` as it was: the library commits the weights as one, and the companions, which lie
@@ -141,9 +154,11 @@ def _write(model: Any, source: str, destination: Path, to: Layout, max_shard_siz
     ):
         fresh = Path(scratch)
         _copy_companions(source, fresh)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, fresh / "tokenizer.model")
         before = _identities(destination)
         if to is Layout.kyutai:
-            model.save_kyutai(destination)
+            model.save_kyutai(destination, tokenizer=tokenizer)
         else:
             size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
             with _quiet():

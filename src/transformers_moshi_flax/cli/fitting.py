@@ -41,6 +41,25 @@ def fit(model: Any, layout: str, tensors: Mapping[str, Any]) -> ReadResult:
     return dataclasses.replace(result, unexpected=surplus)
 
 
+def fit_kyutai(name: str) -> ReadResult:
+    """The parameters of a checkpoint in Kyutai's layout, as those of ``FlaxMoshiForConditionalGeneration``.
+
+    Raises:
+        ValueError: its configuration cannot be expressed, or its tensors do not fit; all of them listed.
+    """
+    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+    from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import (
+        find_kyutai_files,
+        kyutai_config,
+        read_kyutai_params,
+    )
+
+    files = find_kyutai_files(name)
+    model = FlaxMoshiForConditionalGeneration(kyutai_config(files), _do_init=False)
+    params = read_kyutai_params(files, model.config, model.params_shape_tree)
+    return ReadResult(flatten_dict(params, sep="/"), [], [], [], [])
+
+
 def fits(result: ReadResult) -> bool:
     """Whether nothing is missing, left over, or of another shape or kind."""
     return not (result.missing or result.unexpected or result.mismatched or result.not_floating)

@@ -12,7 +12,7 @@ from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake, hub_e
 
 
 def open_checkpoint(option: str, name: str, headers_only: bool = False) -> Checkpoint:
-    """Open a directory, a weight file or a repository of the Hub; pickles are refused.
+    """Open a directory, a weight file or a repository of the Hub, Kyutai's layout included; pickles are refused.
 
     Args:
         option: how messages call what was given.
@@ -30,13 +30,39 @@ def open_checkpoint(option: str, name: str, headers_only: bool = False) -> Check
         raise UserMistake(f"{option}: {name!r} is a pickle; first moshi-flax convert its directory --from pt")
     config = find_config(option, name)
     source = Source.locate(name)
+    opening = headers_on_hub if headers_only and source.folder is None else Source.weights
+    if _is_of_kyutai(source, config):
+        opening = _weights_of_kyutai
     try:
-        layout, tensors = (headers_on_hub if headers_only and source.folder is None else Source.weights)(source)
+        layout, tensors = opening(source)
     except (*hub_errors(), ValueError) as error:
         missing = isinstance(error, hub_errors()) and not _has_weights(source)
         kind = UserMistake if missing else BadCheckpoint
         raise kind(f"{option}: cannot open {name!r}: {error}") from error
     return Checkpoint(name, source, layout, tensors, config)
+
+
+def _is_of_kyutai(source: Any, config: dict | None) -> bool:
+    """Whether the checkpoint has the parts of Kyutai's layout: its configuration, or none and the published names."""
+    from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import MIMI_NAME
+
+    if source.file is not None:
+        return False
+    if config:
+        return "depformer_dim" in config or "moshi_name" in config
+    return source.find(MIMI_NAME) is not None
+
+
+def _weights_of_kyutai(source: Any) -> tuple[str, Any]:
+    """The tensors of the language model and of Mimi, which lie in two files."""
+    from transformers_moshi_flax.checkpoints.formats import ShardedFiles, open_safetensors
+    from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
+
+    found = find_kyutai_files(source.name)
+    files = [open_safetensors(path) for path in (found.moshi_weights, found.mimi_weights)]
+    return "pt", ShardedFiles(
+        found.moshi_weights.parent / "config.json", {key: file for file in files for key in file}
+    )
 
 
 def _has_weights(source: Any) -> bool:

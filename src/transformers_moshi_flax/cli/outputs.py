@@ -99,7 +99,10 @@ def _run_flax(checkpoint: Checkpoint, model_class: type) -> dict[str, np.ndarray
 
     outputs = {}
     with jax.default_matmul_precision("highest"):
-        model = model_class.from_pretrained(checkpoint.name, jnp.float32, from_pt=checkpoint.layout == "pt")
+        if checkpoint.is_kyutai:
+            model = model_class.from_kyutai(checkpoint.name, jnp.float32)
+        else:
+            model = model_class.from_pretrained(checkpoint.name, jnp.float32, from_pt=checkpoint.layout == "pt")
         mimi, params = model, model.params
         if model_class is not FlaxMimiModel:
             config = model.config

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers_moshi_flax.cli.checkpoints import Checkpoint, flax_class
 from transformers_moshi_flax.cli.comparing import Difference, differences
 from transformers_moshi_flax.cli.console import report_console, slow
-from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake
+from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake, as_mistake, hub_errors
 from transformers_moshi_flax.cli.headers import open_checkpoint
 
 SHOWN = 100
@@ -87,20 +87,22 @@ def damage(checkpoint: Checkpoint) -> dict[str, Any]:
 def _compare(a: Checkpoint, b: Checkpoint, with_outputs: bool, report: dict[str, Any]) -> None:
     """Compare two checkpoints as what the first one is, and add what was found to ``report``."""
     from transformers_moshi_flax.cli import outputs
-    from transformers_moshi_flax.cli.fitting import fit, fits
+    from transformers_moshi_flax.cli.fitting import fit, fit_kyutai, fits
 
+    if not a.config and not a.is_kyutai:
+        raise UserMistake(f"A: {a.name!r} has no config.json, so its tensors mean nothing; add it to compare with B")
+    kyutai_class = "MoshiForConditionalGeneration"
+    model_class = flax_class("A", a.name, {"architectures": [kyutai_class]} if a.is_kyutai else a.config)
+    results = []
     for option, checkpoint in (("A", a), ("B", b)):
         if checkpoint.is_kyutai:
-            raise UserMistake(
-                f"{option}: {checkpoint.name!r} is in Kyutai's layout; first moshi-flax convert it --from kyutai"
-            )
-    if not a.config:
-        raise UserMistake(f"A: {a.name!r} has no config.json, so its tensors mean nothing; add it to compare with B")
-    model_class = flax_class("A", a.name, a.config)
-    results = [
-        fit(checkpoint.empty_model(option, model_class), checkpoint.layout, checkpoint.tensors)
-        for option, checkpoint in (("A", a), ("B", b))
-    ]
+            if model_class.__name__ != f"Flax{kyutai_class}":
+                raise UserMistake(f"{option}: {checkpoint.name!r} is a whole Moshi, but the other is another model")
+            with as_mistake(f"{option}: cannot read {checkpoint.name!r}", *hub_errors(), ValueError):
+                results.append(fit_kyutai(checkpoint.name))
+        else:
+            model = checkpoint.empty_model(option, model_class)
+            results.append(fit(model, checkpoint.layout, checkpoint.tensors))
     paths = len(results[0].params.keys() | results[1].params.keys())
     with slow("comparing", paths) as advance:
         found = list(differences(results[0].params, results[1].params, advance))

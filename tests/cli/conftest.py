@@ -63,3 +63,18 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model.save_pretrained(folder / "pt-shards", to_pt=True, max_shard_size="40KB")
     named = ("upstream", "flax", "flax-shards", "msgpack", "pt", "pt-shards")
     return {name: folder / name for name in named} | {"file": folder / "flax" / "flax_model.safetensors"}
+
+
+@pytest.fixture(scope="session")
+def moshi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny Moshi with weights that hide nothing, saved by upstream (``pt``) and by us (``flax``). As ``layouts``."""
+    from transformers import MoshiForConditionalGeneration
+
+    from tests.configs import tiny_moshi_config
+    from tests.torch_oracle import randomize
+    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("moshi")
+    randomize(MoshiForConditionalGeneration(tiny_moshi_config())).save_pretrained(folder / "pt")
+    FlaxMoshiForConditionalGeneration.from_pretrained(folder / "pt").save_pretrained(folder / "flax")
+    return {name: folder / name for name in ("pt", "flax")}

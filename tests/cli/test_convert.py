@@ -18,35 +18,6 @@ from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 
 def test_there_and_back(moshi_flax, tmp_path: Path):
-    assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "flax").code == 0
-    assert moshi_flax("convert", tmp_path / "flax", tmp_path / "pt", "--to", "pt").code == 0
-    before, after = (load_file(path / "model.safetensors") for path in (EMBEDDED_MODEL, tmp_path / "pt"))
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        assert value.dtype == after[key].dtype
-        np.testing.assert_array_equal(value, after[key], err_msg=key)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        assert (tmp_path / "pt" / name).read_bytes() == (EMBEDDED_MODEL / name).read_bytes()
-    for layout in ("flax", "pt"):
-        written = json.loads((tmp_path / layout / "generation_config.json").read_text())
-        assert written["depth_decoder_config"]["top_k"] == 128
-    assert not (tmp_path / "flax" / "model.safetensors").exists()
-
-
-def test_upstream_loads_the_result(moshi_flax, tmp_path: Path):
-    from transformers import MoshiForConditionalGeneration
-
-    assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "pt", "--to", "pt").code == 0
-    _, info = MoshiForConditionalGeneration.from_pretrained(tmp_path / "pt", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-
-
-def test_dtype(moshi_flax, tmp_path: Path):
-    assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "half", "--to", "pt", "--dtype", "float16").code == 0
-    assert {str(value.dtype) for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
-
-
-def test_shards(moshi_flax, tmp_path: Path):
     size = ("--max-shard-size", "1MB")
     assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "flax", *size).code == 0
     assert moshi_flax("convert", tmp_path / "flax", tmp_path / "pt", "--to", "pt", *size).code == 0
@@ -54,11 +25,29 @@ def test_shards(moshi_flax, tmp_path: Path):
         assert (tmp_path / folder / f"{stem}.safetensors.index.json").exists()
         shards = list((tmp_path / folder).glob("*.safetensors"))
         assert len(shards) == 3 and all(shard.stat().st_size < 1_050_000 for shard in shards)
+        written = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert written["depth_decoder_config"]["top_k"] == 128
     before = load_file(EMBEDDED_MODEL / "model.safetensors")
     after = {key: value for shard in shards for key, value in load_file(shard).items()}
     assert before.keys() == after.keys()
     for key, value in before.items():
+        assert value.dtype == after[key].dtype
         np.testing.assert_array_equal(value, after[key], err_msg=key)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "pt" / name).read_bytes() == (EMBEDDED_MODEL / name).read_bytes()
+
+
+def test_upstream_loads_the_result(moshi_flax, moshi: dict, tmp_path: Path):
+    from transformers import MoshiForConditionalGeneration
+
+    assert moshi_flax("convert", moshi["flax"], tmp_path / "pt", "--to", "pt").code == 0
+    _, info = MoshiForConditionalGeneration.from_pretrained(tmp_path / "pt", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_dtype(moshi_flax, layouts: dict, tmp_path: Path):
+    assert moshi_flax("convert", layouts["pt"], tmp_path / "half", "--to", "pt", "--dtype", "float16").code == 0
+    assert {str(value.dtype) for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
 
 
 @pytest.fixture
@@ -115,6 +104,16 @@ def test_single_file_is_not_overwritten(moshi_flax, layouts: dict, tmp_path: Pat
 
 
 @pytest.fixture
+def mimi(layouts: dict, tmp_path: Path) -> Path:
+    """A Mimi in PyTorch layout with a file beside it that is taken along, and one that is not."""
+    folder = tmp_path / "source" / "mimi"
+    shutil.copytree(layouts["upstream"], folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "training.log").write_text("loss 1.0")
+    return folder
+
+
+@pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     """What would have been uploaded: repository, and the contents of the files."""
     sent = []
@@ -128,20 +127,20 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
     return sent
 
 
-def test_push_to_hub(moshi_flax, tmp_path: Path, uploads: list):
+def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, uploads: list):
     destination = tmp_path / "pt"
     destination.mkdir()
     (destination / "notes.txt").write_text("mine")
-    options = ("--to", "pt", "--max-shard-size", "1MB", "--overwrite", "--push-to-hub", "someone/new")
-    result = moshi_flax("convert", EMBEDDED_MODEL, destination, *options)
+    options = ("--to", "pt", "--max-shard-size", "40KB", "--overwrite", "--push-to-hub", "someone/new")
+    result = moshi_flax("convert", mimi, destination, *options)
     assert result.code == 0 and "https://example.org/someone/new/commit/1" in result.err
     ((repo_id, files),) = uploads
     assert repo_id == "someone/new"
     shards = {name for name in files if name.endswith(".safetensors")}
-    assert len(shards) == 3
-    companions = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"}
-    assert files.keys() == shards | companions | {"config.json", "model.safetensors.index.json", "README.md"}
-    assert b'MoshiForConditionalGeneration.from_pretrained("someone/new")' in files["README.md"]
+    assert len(shards) == 5
+    others = {"config.json", "model.safetensors.index.json", "preprocessor_config.json", "README.md"}
+    assert files.keys() == shards | others
+    assert b'MimiModel.from_pretrained("someone/new")' in files["README.md"]
 
 
 def test_refused_upload_is_one_line(moshi_flax, layouts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -166,37 +165,36 @@ def test_unreachable_hub_is_one_line(moshi_flax, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("there", [True, False])
 def test_failed_write_leaves_the_destination_alone(
-    moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+    moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ):
-    destination = tmp_path / "model"
+    destination = tmp_path / "target" / "model"
     if there:
-        shutil.copytree(EMBEDDED_MODEL, destination)
-        (destination / "tokenizer.json").write_text("another one")
+        shutil.copytree(mimi, destination)
+        (destination / "preprocessor_config.json").write_text("another one")
     before = {path: path.read_bytes() for path in destination.glob("*")}
 
     def full(*args: object, **options: object) -> None:
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("transformers_moshi_flax.checkpoints.writing.save_file", full)
-    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite")
+    result = moshi_flax("convert", mimi, destination, "--overwrite")
     assert result.code == 2 and "DST" in result.err and "No space left" in result.err
     assert {path: path.read_bytes() for path in destination.glob("*")} == before
-    assert list(tmp_path.iterdir()) == ([destination] if there else [])
+    assert list(destination.parent.iterdir()) == ([destination] if there else [])
 
 
-def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, tmp_path: Path):
-    destination = tmp_path / "model"
-    shutil.copytree(EMBEDDED_MODEL, destination)
+def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, mimi: Path, tmp_path: Path):
+    destination = tmp_path / "target" / "model"
+    shutil.copytree(mimi, destination)
     (destination / "notes.txt").write_text("mine")
-    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite")
-    assert result.code == 0 and result.err.count("\n") == 1
-    weights = [path.name for path in destination.glob("*.safetensors")]
-    assert weights == ["flax_model.safetensors"]
-    assert (destination / "notes.txt").read_text() == "mine"
-    result = moshi_flax("convert", EMBEDDED_MODEL, destination, "--overwrite", "--to", "pt")
-    assert result.code == 0 and result.err.count("\n") == 1
-    assert [path.name for path in destination.glob("*.safetensors")] == ["model.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (destination / "preprocessor_config.json").write_text("another one")
+    for layout, weights in (("flax", "flax_model.safetensors"), ("pt", "model.safetensors")):
+        result = moshi_flax("convert", mimi, destination, "--overwrite", "--to", layout)
+        assert result.code == 0 and result.err.count("\n") == 1
+        assert [path.name for path in destination.glob("*.safetensors")] == [weights]
+        assert (destination / "notes.txt").read_text() == "mine"
+        assert (destination / "preprocessor_config.json").read_text() == "{}"
+    assert list(destination.parent.iterdir()) == [destination]
 
 
 def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):

@@ -70,8 +70,12 @@ def test_moshi_and_its_parts(moshi_flax):
     assert {entry["name"].rsplit(".", 3)[0] for entry in report["tensors"]} >= {"depth_decoder.layers.0.self_attn"}
     assert all(entry["name"].startswith("depth_decoder.layers.0.") for entry in report["tensors"])
     assert report["config"]["num_codebooks"] == 8 and report["config"]["depth_decoder.hidden_size"] == 32
-    out = moshi_flax("inspect", EMBEDDED_MODEL, "--part", "depth_decoder").out
-    assert "lm_heads" in out and "decoder_transformer" not in out
+
+
+def test_table_of_a_part(moshi_flax, layouts: dict):
+    out = moshi_flax("inspect", layouts["pt"], "--part", "quantizer").out
+    assert "embed_sum" in out and "decoder_transformer" not in out
+    assert "fits FlaxMimiModel" in out
 
 
 def test_part_that_is_not_there(moshi_flax):
@@ -170,7 +174,7 @@ def test_tensors_are_not_read(moshi_flax, tmp_path: Path):
 
 def test_hub_sends_headers_alone(layouts: dict, tmp_path: Path):
     """A server with the endpoints of the Hub, asked by the real client in a process of its own."""
-    repositories = {"someone/mimi": layouts["flax-shards"], "someone/moshi": EMBEDDED_MODEL}
+    repositories = {"someone/shards": layouts["flax-shards"], "someone/single": layouts["upstream"]}
     sent: dict[str, int] = {}
 
     class Hub(BaseHTTPRequestHandler):
@@ -216,7 +220,7 @@ def test_hub_sends_headers_alone(layouts: dict, tmp_path: Path):
         program = textwrap.dedent("""
             import contextlib
             from transformers_moshi_flax.cli import main
-            for name in ("mimi", "moshi"):
+            for name in ("shards", "single"):
                 with contextlib.suppress(SystemExit):
                     main(["inspect", f"someone/{name}", "--json"])
         """)
@@ -226,11 +230,11 @@ def test_hub_sends_headers_alone(layouts: dict, tmp_path: Path):
         server.shutdown()
         server.server_close()
     assert done.returncode == 0, done.stderr
-    mimi, end = json.JSONDecoder().raw_decode(done.stdout)
-    moshi = json.loads(done.stdout[end:])
-    assert mimi["fits"] is True and mimi["layout"] == "flax" and len(mimi["files"]) == 5
-    assert all(file["checksums"] == file["tensors"] for file in mimi["files"])
-    assert moshi["fits"] is True and moshi["layout"] == "pt" and moshi["bytes"] == 2_460_148
+    shards, end = json.JSONDecoder().raw_decode(done.stdout)
+    single = json.loads(done.stdout[end:])
+    assert shards["fits"] is True and shards["layout"] == "flax" and len(shards["files"]) == 5
+    assert all(file["checksums"] == file["tensors"] for file in shards["files"])
+    assert single["fits"] is True and single["layout"] == "pt" and single["numbers"] == shards["numbers"]
     # the client asks for the first 100 kB of a file, in the hope that the header ends there
-    assert sent["moshi-tiny-random/model.safetensors"] == 100_001
-    assert sent["moshi-tiny-random/config.json"] > 0
+    assert sent["upstream/model.safetensors"] == 100_001 < single["bytes"]
+    assert sent["upstream/config.json"] > 0

@@ -155,6 +155,13 @@ def test_destination_that_is_the_source(moshi_flax):
     assert_mistake(moshi_flax("convert", EMBEDDED_MODEL, EMBEDDED_MODEL, "--overwrite"), "DST")
 
 
+@pytest.mark.parametrize("config", [None, {"dim": 4096, "depformer_dim": 1024}])
+def test_source_without_a_model_in_its_config(moshi_flax, tmp_path: Path, config: dict | None):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_mistake(moshi_flax("convert", tmp_path, "new"), "SRC", "config.json", "--from kyutai")
+
+
 def test_mimi_has_no_layout_of_kyutai(moshi_flax, layouts: dict):
     assert_mistake(moshi_flax("convert", layouts["pt"], "new", "--to", "kyutai"), "--to kyutai", "FlaxMimiModel")
 

@@ -50,13 +50,13 @@ def check_source(option: str, source: str, files: bool = False) -> None:
         raise UserMistake(f"{option}: there is no directory {source!r}; give one, or an id on the Hub (owner/name)")
 
 
-def read_config(option: str, source: str, files: bool = False) -> dict:
-    """The contents of ``config.json`` of a directory or Hub id, or with ``files`` beside a weight file.
+def read_config(option: str, source: str) -> dict:
+    """The contents of ``config.json`` of a directory or Hub id.
 
     Raises:
         UserMistake: there is no such checkpoint, or its ``config.json`` is missing or cannot be read.
     """
-    check_source(option, source, files)
+    check_source(option, source)
     config = find_config(option, source)
     if not config:
         raise UserMistake(f"{option}: {source!r} has no config.json; give a checkpoint that has one")
@@ -64,7 +64,7 @@ def read_config(option: str, source: str, files: bool = False) -> dict:
 
 
 def find_config(option: str, source: str) -> dict | None:
-    """As :func:`read_config`, but None if there is no ``config.json``."""
+    """As :func:`read_config`, also beside a weight file; None if there is no ``config.json``."""
     from transformers_moshi_flax.checkpoints.files import Source
 
     with as_mistake(f"{option}: cannot read the configuration of {source!r}", *hub_errors(), ValueError):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transformers_moshi_flax.cli.checkpoints import Dtype, check_source, flax_class, read_config
+from transformers_moshi_flax.cli.checkpoints import Dtype, check_source, find_config, flax_class
 from transformers_moshi_flax.cli.console import slow
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
@@ -30,6 +30,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+SENTENCEPIECE = ("tokenizer_spm_32k_3.model", "tokenizer.model")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
 
 
@@ -83,7 +84,7 @@ def convert(
             model = model_class.from_kyutai(source, **options)
         else:
             model = model_class.from_pretrained(source, from_pt=FROM_PT[from_], **options)
-    with as_mistake(f"DST: cannot write {str(destination)!r}", OSError), slow(f"writing {destination}"):
+    with as_mistake(f"DST: cannot write {str(destination)!r}", OSError, ValueError), slow(f"writing {destination}"):
         written = _write(model, source, destination, to, max_shard_size, _tokenizer(source, from_))
     typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
     if push_to_hub is not None:
@@ -96,7 +97,14 @@ def _class_to_load(source: str, layout: SourceLayout) -> type:
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
         return FlaxMoshiForConditionalGeneration
-    return flax_class("SRC", source, read_config("SRC", source, files=True))
+    check_source("SRC", source, files=True)
+    config = find_config("SRC", source)
+    if not config or config.keys().isdisjoint(("architectures", "model_type")):
+        raise UserMistake(
+            f"SRC: {source!r} has no config.json that names a model; give a checkpoint that has one, or --from kyutai "
+            "for the files that Kyutai published"
+        )
+    return flax_class("SRC", source, config)
 
 
 def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
@@ -136,7 +144,8 @@ def _tokenizer(source: str, layout: SourceLayout) -> Path | None:
         return find_kyutai_files(source).tokenizer
     from transformers_moshi_flax.checkpoints.files import Source
 
-    return Source.locate(source).find("tokenizer.model")
+    located = Source.locate(source)
+    return next(filter(None, map(located.find, SENTENCEPIECE)), None)
 
 
 def _write(
@@ -153,13 +162,13 @@ def _write(
         tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch,
     ):
         fresh = Path(scratch)
-        _copy_companions(source, fresh)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, fresh / "tokenizer.model")
         before = _identities(destination)
         if to is Layout.kyutai:
             model.save_kyutai(destination, tokenizer=tokenizer)
         else:
+            _copy_companions(source, fresh)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, fresh / "tokenizer.model")
             size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
             with _quiet():
                 model.save_pretrained(destination, to_pt=to is Layout.pt, **size)

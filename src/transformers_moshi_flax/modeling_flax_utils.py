@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
 from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
+from .checkpoints.fitting import fit
 from .checkpoints.loading import main_dtype, to_device
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
@@ -537,26 +539,21 @@ def _load(
     ignore_mismatched_sizes: bool,
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
-    shapes = flatten_dict(model.params_shape_tree, sep="/")
-    slots = tables.pt_slots(shapes, model.checkpoint_rules) if layout == "pt" else tables.flax_slots(shapes)
+
+    # two at a time: one transposes while the other waits for pages of the file, or compiles
+    with ThreadPoolExecutor(2) as pool:
+
+        def convert(path: str, leaf: np.ndarray) -> Future[jax.Array]:
+            return pool.submit(to_device, leaf, dtype, shardings.get(path))
+
+        loaded = fit(model, layout, tensors, convert)
+        loaded.params.update({path: future.result() for path, future in loaded.params.items()})
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
-    prefix, rename = tables.choose_renaming(slots, tensors, model.checkpoint_prefixes, base)
-
-    def convert(path: str, leaf: np.ndarray) -> jax.Array:
-        return to_device(leaf, dtype, shardings.get(path))
-
-    loaded = tables.read_slots(slots, shapes, tensors, rename, convert)
-
-    head = {path for path in shapes if base and not path.startswith(f"{base}/")}
+    paths = flatten_dict(model.params_shape_tree, sep="/")
+    head = {path for path in paths if base and not path.startswith(f"{base}/")}
     new_head = bool(head) and head <= set(loaded.missing)
     missing = sorted(set(loaded.missing) - head) if new_head else loaded.missing
-    # Weights of a part that this class lacks (a head) are no concern; further weights of a part that it has are.
-    parts = {slot.key.split(".")[0] for slot in slots}
-    surplus = [
-        key
-        for key in loaded.unexpected
-        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
-    ]
+    surplus = loaded.unexpected
     problems = [f"no weights for {missing}"] if missing else []
     problems += [f"{key} must be floating-point, but is {found} in the file" for key, found in loaded.not_floating]
     if not ignore_mismatched_sizes:

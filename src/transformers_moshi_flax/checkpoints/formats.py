@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 CHECKSUMS = "checksums"
 """Key of the header metadata: a JSON object, tensor name -> CRC-32 of its bytes as 8 hexadecimal digits."""
 
-_DTYPES = {
+DTYPES = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -86,11 +86,11 @@ def open_safetensors(path: Path) -> TensorFile:
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
     begin, end = data_offsets
     # an ndarray, as every slice of a memmap would carry its bookkeeping
-    return np.asarray(data)[begin:end].view(_DTYPES[dtype]).reshape(shape)
+    return np.asarray(data)[begin:end].view(DTYPES[dtype]).reshape(shape)
 
 
 def open_msgpack(path: Path) -> TensorFile:

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from transformers_moshi_flax.checkpoints.rules import ReadResult, choose_renaming, flax_slots, pt_slots, read_slots
+from transformers_moshi_flax.checkpoints import fitting
+from transformers_moshi_flax.checkpoints.rules import ReadResult
 
 
 def fit(model: Any, layout: str, tensors: Mapping[str, Any]) -> ReadResult:
-    """Distribute the tensors of a file over the parameters of a model, as ``from_pretrained`` does.
-
-    Nothing is read: the leaves are views. Where ``from_pretrained`` draws a head that is missing, it is listed.
-
-    Args:
-        model: made with ``_do_init=False``.
-        layout: ``"pt"`` or ``"flax"``.
-        tensors: key -> array.
-
-    Returns:
-        The leaves by "/"-joined path; and what does not fit, among it tensors left over of a part that the class has.
-    """
-    shapes = flatten_dict(model.params_shape_tree, sep="/")
-    slots = pt_slots(shapes, model.checkpoint_rules) if layout == "pt" else flax_slots(shapes)
-    base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
+    """As ``checkpoints.fitting.fit``, with views of the file, and without an error where nothing fits."""
     try:
-        prefix, rename = choose_renaming(slots, tensors, model.checkpoint_prefixes, base)
-    except ValueError:  # nothing fits
-        return ReadResult({}, list(shapes), list(tensors), [], [])
-    result = read_slots(slots, shapes, tensors, rename)
-    parts = {slot.key.split(".")[0] for slot in slots}
-    surplus = [
-        key
-        for key in result.unexpected
-        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
-    ]
-    return dataclasses.replace(result, unexpected=surplus)
+        return fitting.fit(model, layout, tensors)
+    except ValueError:
+        return ReadResult({}, list(flatten_dict(model.params_shape_tree, sep="/")), list(tensors), [], [])
 
 
 def fit_kyutai(name: str) -> ReadResult:

@@ -120,14 +120,14 @@ def header_on_hub(repo_id: str, filename: str) -> Any:
     """One file's header as a ``TensorFile``."""
     from huggingface_hub import HfApi
 
-    from transformers_moshi_flax.checkpoints.formats import _DTYPES, TensorFile
+    from transformers_moshi_flax.checkpoints.formats import DTYPES, TensorFile
 
     header = HfApi().parse_safetensors_file_metadata(repo_id, filename)
-    unknown = sorted({tensor.dtype for tensor in header.tensors.values()} - _DTYPES.keys())
+    unknown = sorted({tensor.dtype for tensor in header.tensors.values()} - DTYPES.keys())
     if unknown:
         raise ValueError(f"{repo_id}/{filename} has tensors of the unknown dtypes {unknown}; convert them")
     zeros = {
-        name: np.broadcast_to(np.zeros((), _DTYPES[tensor.dtype]), tensor.shape)
+        name: np.broadcast_to(np.zeros((), DTYPES[tensor.dtype]), tensor.shape)
         for name, tensor in header.tensors.items()
     }
     return TensorFile(Path(filename), header.metadata, zeros)

@@ -1,0 +1,46 @@
+"""Which tensors of a checkpoint are the parameters of a model, and what is missing or left over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from .rules import ReadResult, choose_renaming, flax_slots, pt_slots, read_slots
+
+
+def fit(
+    model: Any,
+    layout: str,
+    tensors: Mapping[str, Any],
+    convert: Callable[[str, Any], Any] = lambda path, leaf: leaf,
+) -> ReadResult:
+    """Distribute the tensors of a file over the parameters of a model.
+
+    Args:
+        model: a ``FlaxPreTrainedModel``; its parameters are not looked at.
+        layout: ``"pt"`` or ``"flax"``.
+        tensors: key -> array; only those that the model wants are fetched.
+        convert: called on every path and leaf.
+
+    Returns:
+        The leaves by "/"-joined path, and what does not fit. Unexpected are tensors of a part that the model has;
+        those of a part that its class lacks (a head) are no concern.
+
+    Raises:
+        ValueError: no tensor belongs to the model.
+    """
+    template = flatten_dict(model.params_shape_tree, sep="/")
+    slots = pt_slots(template, model.checkpoint_rules) if layout == "pt" else flax_slots(template)
+    base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
+    prefix, rename = choose_renaming(slots, tensors, model.checkpoint_prefixes, base)
+    result = read_slots(slots, template, tensors, rename, convert)
+    parts = {slot.key.split(".")[0] for slot in slots}
+    surplus = [
+        key
+        for key in result.unexpected
+        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
+    ]
+    return dataclasses.replace(result, unexpected=surplus)

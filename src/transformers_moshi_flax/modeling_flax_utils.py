@@ -16,7 +16,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -540,20 +539,15 @@ def _load(
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
 
-    # two at a time: one transposes while the other waits for pages of the file, or compiles
-    with ThreadPoolExecutor(2) as pool:
+    def convert(path: str, leaf: np.ndarray) -> jax.Array:
+        return to_device(leaf, dtype, shardings.get(path))
 
-        def convert(path: str, leaf: np.ndarray) -> Future[jax.Array]:
-            return pool.submit(to_device, leaf, dtype, shardings.get(path))
-
-        loaded = fit(model, layout, tensors, convert)
-        loaded.params.update({path: future.result() for path, future in loaded.params.items()})
+    loaded, surplus = fit(model, layout, tensors, convert)
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
     head = {path for path in paths if base and not path.startswith(f"{base}/")}
     new_head = bool(head) and head <= set(loaded.missing)
     missing = sorted(set(loaded.missing) - head) if new_head else loaded.missing
-    surplus = loaded.unexpected
     problems = [f"no weights for {missing}"] if missing else []
     problems += [f"{key} must be floating-point, but is {found} in the file" for key, found in loaded.not_floating]
     if not ignore_mismatched_sizes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ def fit(
     layout: str,
     tensors: Mapping[str, Any],
     convert: Callable[[str, Any], Any] = lambda path, leaf: leaf,
-) -> ReadResult:
+) -> tuple[ReadResult, list[str]]:
     """Distribute the tensors of a file over the parameters of a model.
 
     Args:
@@ -26,8 +25,8 @@ def fit(
         convert: called on every path and leaf.
 
     Returns:
-        The leaves by "/"-joined path, and what does not fit. Unexpected are tensors of a part that the model has;
-        those of a part that its class lacks (a head) are no concern.
+        The leaves by "/"-joined path with what does not fit, and those of the unexpected keys that lie in a part that
+        the model has; tensors of a part that its class lacks (a head) are no concern.
 
     Raises:
         ValueError: no tensor belongs to the model.
@@ -43,4 +42,4 @@ def fit(
         for key in result.unexpected
         if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
     ]
-    return dataclasses.replace(result, unexpected=surplus)
+    return result, surplus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers_moshi_flax.checkpoints.rules import ReadResult
 
 
 def fit(model: Any, layout: str, tensors: Mapping[str, Any]) -> ReadResult:
-    """As ``checkpoints.fitting.fit``, with views of the file, and without an error where nothing fits."""
+    """As ``checkpoints.fitting.fit``, with views of the file, only surplus keys, and no error where nothing fits."""
     try:
-        return fitting.fit(model, layout, tensors)
+        result, surplus = fitting.fit(model, layout, tensors)
     except ValueError:
         return ReadResult({}, list(flatten_dict(model.params_shape_tree, sep="/")), list(tensors), [], [])
+    return dataclasses.replace(result, unexpected=surplus)
 
 
 def fit_kyutai(name: str) -> ReadResult:

@@ -133,7 +133,9 @@ def test_shards(tmp_path):
     assert layout == "pt" and set(tensors) == {"a", "b"} and tensors["b"].tobytes() == TENSORS["b"].tobytes()
 
 
-@pytest.mark.parametrize("name", ["../one.safetensors", "/etc/passwd", "x/one.safetensors", "..", "", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../one.safetensors", "/etc/passwd", "x/one.safetensors", "..", "", "a\\b", "x" * 300]
+)
 def test_index_cannot_lead_out_of_the_directory(tmp_path, name):
     _write(tmp_path / "one.safetensors")
     (tmp_path / "inner").mkdir()

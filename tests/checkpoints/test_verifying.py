@@ -1,5 +1,6 @@
 """Checksums find what opening does not: every flipped bit, and numbers that are not finite."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from tests.checkpoints import saving
+from transformers_moshi_flax.checkpoints.files import FLAX_INDEX, Source
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
 from transformers_moshi_flax.checkpoints.verifying import refuse_damage, tensor_problems
 from transformers_moshi_flax.checkpoints.writing import write_safetensors
@@ -52,3 +55,25 @@ def test_damaged_checksums(tmp_path: Path):
         save_file(TENSORS, tmp_path / "w", metadata={"checksums": content})
         with pytest.raises(ValueError, match="the checksums in the header are damaged"):
             problems(tmp_path / "w")
+
+
+def test_tensors_that_went_missing(tmp_path: Path):
+    write_safetensors(tmp_path / "w", TENSORS, "pt")
+    content = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(content.replace(b'"a":{"dtype"', b'"x":{"dtype"'))
+    assert problems(tmp_path / "w") == {"a": "it was written to w, but is not there: the file is damaged"}
+
+
+def test_an_index_that_lost_tensors(tmp_path: Path):
+    saving.save(tmp_path, 1, "sharded")
+    index = tmp_path / FLAX_INDEX
+    values = json.loads(index.read_text())
+    shared = values["weight_map"]["layer.0.kernel"]
+    for lost, found in (
+        ({"layer.0.kernel"}, {"layer.0.kernel", index.name}),  # its shard has others
+        ({key for key, name in values["weight_map"].items() if name == shared}, {index.name}),  # a whole shard
+    ):
+        kept = {key: name for key, name in values["weight_map"].items() if key not in lost}
+        index.write_text(json.dumps({**values, "weight_map": kept}))
+        _, tensors = Source.locate(tmp_path).weights()
+        assert {key for key, problem in tensor_problems(tensors) if problem} == found

@@ -146,20 +146,24 @@ class Source:
     def _open(self, path: Path, from_pt: bool | None) -> TensorFile | ShardedFiles:
         if not path.name.endswith(".index.json"):
             return _reader(path, from_pt)(path)
-        weight_map = _read_json(path).get("weight_map")
+        index = _read_json(path)
+        weight_map, described = index.get("weight_map"), index.get("metadata")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{path} has no 'weight_map' from tensor names to file names; download it again")
         files = {}
         for filename in sorted(set(weight_map.values())):
             # The index comes from strangers: a name must not lead out of the checkpoint's directory.
-            if Path(filename).name != filename or "\\" in filename or "\0" in filename or filename in ("", ".", ".."):
-                raise ValueError(f"{path} names the shard {filename!r}, which is not a plain file name: not opened")
+            if not _is_plain(filename):
+                raise ValueError(
+                    f"{path} names the shard {filename[:300]!r}, which is not a plain file name: not opened"
+                )
             shard = self.find(filename)
             if shard is None:
                 raise CheckpointNotFoundError(f"{path} names the shard {filename!r}, which is not there")
             self._refuse_to_leave(path, shard)
             files[filename] = _reader(shard, from_pt)(shard)
-        return ShardedFiles(path, {key.replace("/", "."): files[name] for key, name in weight_map.items()})
+        file_of_key = {key.replace("/", "."): files[name] for key, name in weight_map.items()}
+        return ShardedFiles(path, file_of_key, described.get("total_size") if isinstance(described, dict) else None)
 
     def _refuse_to_leave(self, index: Path, shard: Path) -> None:
         """A link beside the index must not lead elsewhere, but for the Hub's cache, which links to its blobs."""
@@ -170,6 +174,12 @@ class Source:
         target = shard.resolve()
         if not any(target.is_relative_to(folder) for folder in allowed):
             raise ValueError(f"{index} names the shard {shard.name!r}, a link out of the directory: not opened")
+
+
+def _is_plain(filename: str) -> bool:
+    """Whether a string is the name of a file in a directory, on any system."""
+    strange = any(character in filename for character in "/\\\0") or filename in ("", ".", "..")
+    return not strange and Path(filename).name == filename and len(filename.encode("utf-8", "replace")) <= 255
 
 
 def carried_files(folder: Path) -> dict[str, str]:

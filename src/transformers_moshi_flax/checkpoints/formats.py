@@ -164,14 +164,15 @@ class _Torch(Mapping):
 
 
 class ShardedFiles(Mapping):
-    """The tensors of several files, as an index distributes them.
+    """The tensors of several files, as an index distributes them; ``total_size`` is what it says of their bytes.
 
     Raises:
         ValueError: the index names a tensor that its file lacks, or that another file of the index holds as well.
     """
 
-    def __init__(self, index: Path, file_of_key: Mapping[str, TensorFile]):
+    def __init__(self, index: Path, file_of_key: Mapping[str, TensorFile], total_size: Any = None):
         self.path = index
+        self.total_size = total_size
         self._file_of_key = dict(file_of_key)
         lost = sorted(key for key, file in self._file_of_key.items() if key not in file)
         if lost:

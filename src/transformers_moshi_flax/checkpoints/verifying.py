@@ -21,10 +21,21 @@ def tensor_problems(tensors: TensorFile | ShardedFiles) -> Iterator[tuple[str, s
     Yields:
         For every tensor its name and what is wrong with it, or None.
     """
-    for file in tensors.files if isinstance(tensors, ShardedFiles) else (tensors,):
-        expected = file_checksums(file)
+    files = tensors.files if isinstance(tensors, ShardedFiles) else (tensors,)
+    checksums = [file_checksums(file) for file in files]
+    for file, expected in zip(files, checksums):
         for key in file:
-            yield key, _problem(file[key], expected.get(key), file.path.name)
+            listed = key in tensors or not expected
+            yield (
+                key,
+                _problem(file[key], expected.get(key), file.path.name) if listed else "the index does not list it",
+            )
+        for key in expected.keys() - set(file):
+            yield key, f"it was written to {file.path.name}, but is not there: the file is damaged"
+    if isinstance(tensors, ShardedFiles) and tensors.total_size is not None and any(checksums):
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size != tensors.total_size:
+            yield tensors.path.name, f"its total_size is {tensors.total_size}, but the tensors it lists have {size}"
 
 
 def file_checksums(file: TensorFile) -> Mapping[str, str]:

@@ -155,6 +155,23 @@ def test_a_failure_after_the_commit_keeps_the_new_checkpoint(tmp_path: Path, mon
     assert json.loads((tmp_path / "config.json").read_text()) == {"value": 1}, "else nothing was tested"
 
 
+def test_a_failure_right_after_the_commit_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where there are no configuration files that would tell that the save is committed."""
+    tensors = [FileTensor(str(number), 28, lambda: np.ones(7, np.float32)) for number in range(3)]
+    sync = writing._sync
+
+    def failing(path: Path) -> None:
+        if path == tmp_path and (tmp_path / FLAX_INDEX).exists():
+            raise OSError("input/output error")
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_sync", failing)
+        with pytest.raises(OSError, match="input/output error"):
+            writing.save_checkpoint(tmp_path, "flax", "flax_model.safetensors", tensors, 30, {})
+    assert set(Source.locate(tmp_path).weights()[1]) == {"0", "1", "2"}
+
+
 def test_files_of_others_stay(tmp_path: Path):
     names = [
         "README.md",

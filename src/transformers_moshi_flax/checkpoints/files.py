@@ -99,7 +99,8 @@ class Source:
         Where a save was interrupted after its weights were in place, what it had still to write counts.
         """
         path = self.find(filename)
-        if self.folder is not None and (carried := carried_files(self.folder)) and filename in carried:
+        carried = None if self.folder is None else carried_files(self.folder)
+        if carried is not None and filename in carried:
             return parse_json(carried[filename])
         return None if path is None else _read_json(path)
 
@@ -182,8 +183,8 @@ def _is_plain(filename: str) -> bool:
     return not strange and Path(filename).name == filename and len(filename.encode("utf-8", "replace")) <= 255
 
 
-def carried_files(folder: Path) -> dict[str, str]:
-    """Contents of the configuration files that an interrupted save had still to write, empty if there is none.
+def carried_files(folder: Path) -> dict[str, str] | None:
+    """Contents of the configuration files that a committed save had still to write, None if there is no such save.
 
     The save's marker says what the entry that commits it looks like: only if that entry is in place, the files count.
     """
@@ -195,7 +196,7 @@ def carried_files(folder: Path) -> dict[str, str]:
                 return {name: content for name, content in marker["files"].items() if isinstance(content, str)}
         except (OSError, ValueError, KeyError, AttributeError):
             continue  # not a marker of ours, or the save has ended just now
-    return {}
+    return None
 
 
 def active_entry(folder: Path, layout: str) -> Path | None:

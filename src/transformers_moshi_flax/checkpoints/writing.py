@@ -102,7 +102,7 @@ def save_checkpoint(
                 (folder / rival).unlink(missing_ok=True)
             _sync(folder)
         except BaseException:
-            if not carried_files(folder):  # else it is committed
+            if carried_files(folder) is None:  # else it is committed
                 for path in written:
                     path.unlink(missing_ok=True)
             raise
@@ -156,7 +156,7 @@ def _write_tensors(path: Path, shard: Sequence[FileTensor], layout: str) -> None
 
 def _settle(folder: Path) -> None:
     """Finish the save that was interrupted after its commit, and clear what those before it left behind."""
-    for name, content in carried_files(folder).items():
+    for name, content in (carried_files(folder) or {}).items():
         write_text(folder / name, content)
     for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
         path.unlink(missing_ok=True)

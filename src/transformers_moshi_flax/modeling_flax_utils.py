@@ -106,7 +106,6 @@ class FlaxPreTrainedModel:
         self._is_initialized = _do_init
         self._params_shape_tree = jax.eval_shape(self._random_params, self.key)
         self._required_params = set(flatten_dict(self._params_shape_tree))
-        self._missing_keys: set[tuple[str, ...]] = set()
         self.name_or_path: str | None = None
         if _do_init:
             self.params = self.init_weights(self.key, self.input_shape)
@@ -158,11 +157,15 @@ class FlaxPreTrainedModel:
     def params(self, params: Params) -> None:
         if not self._is_initialized:
             raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
+        self._params = self._whole_params(params)
+
+    def _whole_params(self, params: Params) -> dict[str, Any]:
+        """The parameters as a plain dict; ValueError if some are missing."""
         params = unfreeze(params)
-        missing = self.required_params - set(flatten_dict(params))
+        missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
         if missing:
-            raise ValueError(f"params lack {_joined(missing)}; give all of required_params")
-        self._params = params
+            raise ValueError(f"params lack {missing}; give all of required_params")
+        return params
 
     @property
     def params_shape_tree(self) -> dict[str, Any]:
@@ -327,7 +330,6 @@ class FlaxPreTrainedModel:
         if dtype is None:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
-        model._missing_keys = {tuple(path.split("/")) for path in loaded.missing}
         params = unflatten_dict(loaded.params, sep="/")
         if model.can_generate() and (values := source.read_json("generation_config.json")) is not None:
             model.generation_config = GenerationConfig.from_dict(values)
@@ -336,12 +338,12 @@ class FlaxPreTrainedModel:
         if _do_init:
             if len(loaded.params) < len(model.required_params):
                 drawn = _cast(model.init_weights(model.key), model.dtype if stored is None else stored, None)
-                drawn = {
-                    path: leaf for path, leaf in flatten_dict(drawn).items() if "/".join(path) not in loaded.params
+                placed = {
+                    path: jax.device_put(leaf, shardings.get(path))
+                    for path, leaf in flatten_dict(drawn, sep="/").items()
+                    if path not in loaded.params
                 }
-                for path in drawn.keys() if shardings else ():
-                    drawn[path] = jax.device_put(drawn[path], shardings["/".join(path)])
-                params = unflatten_dict({**drawn, **flatten_dict(params)})
+                params = unflatten_dict({**placed, **loaded.params}, sep="/")
             model._is_initialized = True
             model.params = params
             result = (model,)
@@ -403,10 +405,7 @@ class FlaxPreTrainedModel:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
-        params = self.params if params is None else unfreeze(params)
-        missing = self.required_params - set(flatten_dict(params))
-        if missing:
-            raise ValueError(f"params lack {_joined(missing)}; give all of required_params")
+        params = self._whole_params(self.params if params is None else params)
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
@@ -591,7 +590,3 @@ def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, An
     if jax.tree.structure(mask) != jax.tree.structure(params):
         raise ValueError("mask must be a tree of booleans with the structure of params")
     return jax.tree.map(cast, params, mask)
-
-
-def _joined(paths: set[tuple[str, ...]]) -> list[str]:
-    return sorted("/".join(path) for path in paths)

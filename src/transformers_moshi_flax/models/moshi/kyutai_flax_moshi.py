@@ -18,7 +18,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from transformers import MoshiConfig
@@ -371,8 +370,5 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         Raises:
             ValueError: incomplete ``params``; a configuration that the format cannot express.
         """
-        params = self.params if params is None else unfreeze(params)
-        missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
-        if missing:
-            raise ValueError(f"params lack {missing}; give all of required_params")
+        params = self._whole_params(self.params if params is None else params)
         write_kyutai(self.config, params, directory, tokenizer)

@@ -16,6 +16,7 @@ Three programs share the work, after :func:`~.decoding.start` has run the prompt
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -90,7 +91,7 @@ class Continuations:
             and the sum of log-probabilities.
         top_parents, top_tokens, top_scores: of the best continuations, whether they have ended or not.
         ended: which of those have ended and count.
-        exhausted: rows of which all that was kept has ended, ``(batch,)``.
+        exhausted: rows of which all that was kept has ended or is impossible, ``(batch,)``.
     """
 
     parents: Any
@@ -103,6 +104,7 @@ class Continuations:
     exhausted: Any
 
 
+@functools.partial(jax.jit, static_argnames="num_beams")
 def start_beams(request: Request, state: State, *, num_beams: int) -> tuple[Request, BeamState]:
     """The program between prompt and loop: gives every row its beams.
 
@@ -209,6 +211,7 @@ def advance_beams(
     return lax.while_loop(unfinished, step, state)
 
 
+@functools.partial(jax.jit, static_argnames="num_return_sequences")
 def finish_beams(
     request: Request, length_penalty: Float[Array, ""], state: BeamState, *, num_return_sequences: int
 ) -> tuple[State, Float[Array, "returned"], Int[Array, "returned capacity"]]:
@@ -262,14 +265,17 @@ def choose_continuations(
     batch_size, num_beams, vocab_size = scores.shape
     totals = scores.astype(state.scores.dtype) + state.scores[..., None]
     totals = totals.reshape(batch_size, num_beams * vocab_size)
-    kept = max(2, 1 + request.eos_token_ids.shape[0]) * num_beams
+    # places of `eos_token_ids` may be empty: then fewer count than there is room for
+    room = min(max(2, 1 + request.eos_token_ids.shape[0]), vocab_size) * num_beams
+    kept = jnp.maximum(2, 1 + jnp.sum(request.eos_token_ids >= 0)) * num_beams
     if request.sampling.do_sample:
         # the largest sums with Gumbel noise are a draw without replacement (Kool et al., 2019)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, totals.shape[1:], totals.dtype))(keys)
-        _, chosen = lax.top_k(totals + noise, kept)
+        _, chosen = lax.top_k(totals + noise, room)
         sums = jnp.take_along_axis(totals, chosen, axis=1)
     else:
-        sums, chosen = lax.top_k(totals, kept)
+        sums, chosen = lax.top_k(totals, room)
+    sums = jnp.where(jnp.arange(room) < kept, sums, -jnp.inf)
     parents, tokens = chosen // vocab_size, chosen % vocab_size
 
     ends = is_in(tokens.reshape(-1), request.eos_token_ids).reshape(tokens.shape)
@@ -283,7 +289,7 @@ def choose_continuations(
         top_tokens=tokens[:, :num_beams],
         top_scores=sums[:, :num_beams],
         ended=ends[:, :num_beams] & ~state.finished[:, None],
-        exhausted=jnp.all(ends, axis=1),
+        exhausted=jnp.all(ends | (sums == -jnp.inf), axis=1),
     )
 
 
@@ -314,8 +320,8 @@ def follow_beams(
     batch_size, num_beams = chosen.parents.shape
     parents = jnp.stack([flat_parents(chosen.parents), flat_parents(chosen.top_parents)])
     tokens = jnp.stack([flat(chosen.tokens), flat(chosen.top_tokens)])
-    beams = jnp.arange(2 * num_beams, dtype=jnp.int32)
-    keys = jax.vmap(lambda key: fold_step(jnp.broadcast_to(jax.random.fold_in(key, 1), beams.shape), beams))(keys)
+    numbers = jnp.arange(2 * num_beams, dtype=jnp.int32)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(fold_step(keys, 1), numbers)
     keys = keys.reshape(batch_size, 2, num_beams).swapaxes(0, 1).reshape(2, -1)
 
     def follow(number: Int[Array, ""], streams: Any) -> Any:

@@ -144,7 +144,6 @@ def advance_beams(
     *,
     early_stopping: bool | str,
     recording: Recording,
-    logits_processor: Any = None,
 ) -> BeamState:
     """The program of the loop: searches until ``until`` columns are in use or all rows are finished.
 
@@ -156,8 +155,6 @@ def advance_beams(
         until: at most the capacity.
         early_stopping: when a row with ``num_beams`` ended hypotheses is finished. True: at once; False: when no
             running one scores better than the worst of them as it is now; "never": when none could by its limit.
-        logits_processor: ``processor(sequences, scores, length) -> scores`` of log-probabilities, before those of the
-            sampling.
 
     Returns:
         The state. Records have a row a beam, as the beams were at that step.
@@ -172,11 +169,7 @@ def advance_beams(
         outputs = decoder.feed(params, request, running, position - 1, 1)
         hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
         log_probs = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
-        scores = log_probs
-        if logits_processor is not None:
-            scores = logits_processor(running.sequences, scores, position)
-        scores = process_logits(scores, running.sequences, position, request.sampling)
-
+        scores = process_logits(log_probs, running.sequences, position, request.sampling)
         records = record_frames(recording, running.records, outputs, position - 1)
         records = record_step(recording, records, "logits", logits, number)
         records = record_step(recording, records, "scores", scores, number)

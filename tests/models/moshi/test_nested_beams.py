@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -14,33 +15,29 @@ from transformers import MoshiForConditionalGeneration
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.generation.sampling import Sampling, select_token
 
 VOCAB, AUDIO_VOCAB = 17, 16
 BATCH, FRAMES = 2, 24
-CONFIGS: dict[str, dict[str, Any]] = {
-    "three codebooks": {"num_codebooks": 3, "num_key_value_heads": 1},
-    "one layer": {"num_codebooks": 2, "num_hidden_layers": 1, "sliding_window": 6},
-}
-# number of beams and early_stopping are what programs are compiled for
-PROGRAMS = [("three codebooks", 3, False), ("three codebooks", 2, True), ("one layer", 4, "never")]
+TEMPERATURE = 0.8
+# what programs are compiled for: the model, number of beams, early_stopping, and whether codes are drawn
+PROGRAMS: list[tuple[dict[str, Any], int, bool | str, bool]] = [
+    ({"num_codebooks": 3, "num_key_value_heads": 1}, 3, False, False),
+    ({"num_codebooks": 2, "sliding_window": 6}, 2, "never", True),
+]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    models = {}
-    for name, overrides in CONFIGS.items():
-        config = tiny_moshi_config(
-            vocab_size=VOCAB,
-            audio_vocab_size=AUDIO_VOCAB,
-            hidden_size=16,
-            depth_decoder_config={"hidden_size": 16, "num_hidden_layers": 1},
-            audio_encoder_config={"num_hidden_layers": 1, "num_quantizers": 3},
-            **overrides,
-        )
-        directory = tmp_path_factory.mktemp("model")
-        pair = make_pair(MoshiForConditionalGeneration, FlaxMoshiForConditionalGeneration, config, directory, seed=1)
-        models[name] = pair.ours
-    return models
+def make_model(directory: Any, **overrides: Any) -> Any:
+    config = tiny_moshi_config(
+        vocab_size=VOCAB,
+        audio_vocab_size=AUDIO_VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        depth_decoder_config={"hidden_size": 16, "num_hidden_layers": 1},
+        audio_encoder_config={"num_hidden_layers": 1, "num_quantizers": 3},
+        **overrides,
+    )
+    return make_pair(MoshiForConditionalGeneration, FlaxMoshiForConditionalGeneration, config, directory, seed=1).ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,14 @@ class Hypothesis:
 class Oracle:
     """The model without any cache, and a beam search over it in lists."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, sampling: Sampling, keys: jax.Array):
         self.config = model.config
+        self.keys = keys
+        self.select = jax.jit(
+            lambda logits, ids, codebook, key: select_token(
+                logits[None], ids, 1 + codebook, key[None], 1 + codebook, sampling
+            )[0]
+        )
         self.hear = jax.jit(
             lambda ids, user, moshi, mask: model(
                 input_ids=ids, user_audio_codes=user, moshi_audio_codes=moshi, attention_mask=mask
@@ -88,15 +91,14 @@ class Oracle:
         log_probs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
         return log_probs, np.asarray(outputs.last_hidden_state)[:, length - 1]
 
-    def codes_of(self, hidden: np.ndarray, token: int, fixed: np.ndarray | None) -> np.ndarray:
-        """The codes of one frame, greedily; ``fixed`` are those of the delayed codebooks if they are known."""
-        ids = np.zeros((1, self.config.num_codebooks), np.int32)
+    def codes_of(self, hidden: np.ndarray, token: int, fixed: np.ndarray | None, key: jax.Array) -> np.ndarray:
+        """The codes of one frame; ``fixed`` are those of the delayed codebooks if they are known."""
+        ids = np.zeros((1, self.config.num_codebooks + 1), np.int32)
         ids[0, 0] = token
-        codes = np.zeros(self.config.num_codebooks, np.int32)
         for codebook in range(self.config.num_codebooks):
-            codes[codebook] = np.asarray(self.depth(ids, hidden[None, None]))[0, codebook].argmax()
-            if codebook + 1 < self.config.num_codebooks:
-                ids[0, codebook + 1] = codes[codebook]
+            logits = np.asarray(self.depth(ids[:, :-1], hidden[None, None]))[0, codebook]
+            ids[0, codebook + 1] = self.select(logits, ids, np.int32(codebook), key)
+        codes = ids[0, 1:]
         if fixed is not None:
             codes[1:] = fixed
         return codes
@@ -137,13 +139,21 @@ class Oracle:
             ]
             candidates = sorted(candidates, reverse=True)[:kept]
 
+            step_key = jax.random.fold_in(jax.random.fold_in(self.keys[row], position - length), 1)
+
             def grown(
-                score: float, beam: int, token: int, running: Any = running, hidden: Any = hidden, fixed: Any = fixed
+                number: int,
+                candidate: tuple,
+                running: Any = running,
+                hidden: Any = hidden,
+                fixed: Any = fixed,
+                step_key: Any = step_key,
             ) -> Hypothesis:
+                score, beam, token = candidate
                 parent = running[beam]
                 return Hypothesis(
                     [*parent.tokens, token],
-                    [*parent.codes, self.codes_of(hidden[beam], token, fixed)],
+                    [*parent.codes, self.codes_of(hidden[beam], token, fixed, jax.random.fold_in(step_key, number))],
                     score,
                     (*parent.beams, row * num_beams + beam),
                 )
@@ -153,7 +163,9 @@ class Oracle:
                 if candidate[2] in ends or position + 1 == limit:
                     if rank < num_beams:
                         score = candidate[0] / (position + 1 - length) ** penalty
-                        ended = sorted([*ended, (score, grown(*candidate))], key=lambda one: -one[0])[:num_beams]
+                        ended = sorted([*ended, (score, grown(num_beams + rank, candidate))], key=lambda one: -one[0])[
+                            :num_beams
+                        ]
                 elif len(going_on) < num_beams:
                     going_on.append(candidate)
             if not going_on:
@@ -162,7 +174,7 @@ class Oracle:
                 best = limit - length if early_stopping == "never" and penalty > 0 else position + 1 - length
                 if early_stopping is True or going_on[0][0] / best**penalty <= ended[-1][0]:
                     return ended
-            running = [grown(*candidate) for candidate in going_on]
+            running = [grown(number, candidate) for number, candidate in enumerate(going_on)]
 
 
 def draw_case(seed: int, config: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -186,15 +198,20 @@ def draw_case(seed: int, config: Any) -> tuple[dict[str, np.ndarray], dict[str, 
     return {name: value.astype(np.int32) for name, value in prompt.items()}, options
 
 
-@pytest.mark.parametrize(("name", "num_beams", "early_stopping"), PROGRAMS)
-def test_plain_search(models: dict[str, Any], name: str, num_beams: int, early_stopping: Any) -> None:
-    model, config = models[name], models[name].config
-    oracle = Oracle(model)
+@pytest.mark.parametrize(("overrides", "num_beams", "early_stopping", "do_sample"), PROGRAMS)
+def test_plain_search(
+    overrides: dict[str, Any], num_beams: int, early_stopping: bool | str, do_sample: bool, tmp_path: Any
+) -> None:
+    """Rows are searched one by one there, so this also shows that they do not depend on each other."""
+    model = make_model(tmp_path, **overrides)
+    sampling = Sampling(temperature=jnp.float32(TEMPERATURE), do_sample=True) if do_sample else Sampling()
+    keys = jax.random.split(jax.random.key(6), BATCH)
+    oracle = Oracle(model, sampling, keys)
     lengths, wins = set(), 0
-    for seed in range(8):
-        prompt, options = draw_case(seed, config)
-        returned = 1 + seed % num_beams
-        actual = model.generate(
+    for seed in range(7):
+        prompt, options = draw_case(seed, model.config)
+        returned = num_beams if seed % 2 else 1
+        output = model.generate(
             **prompt,
             **{**options, "eos_token_id": options["eos_token_id"] or None},
             num_beams=num_beams,
@@ -202,9 +219,15 @@ def test_plain_search(models: dict[str, Any], name: str, num_beams: int, early_s
             num_return_sequences=returned,
             pad_token_id=VOCAB,
             do_sample=False,
+            depth_decoder_do_sample=do_sample,
+            depth_decoder_temperature=TEMPERATURE,
+            depth_decoder_top_k=0,
+            prng_key=keys,
             return_audio_codes=True,
             return_audio_waveforms=False,
         )
+        # to the host at once: cutting on the device compiles a program for every length
+        actual = types.SimpleNamespace(**jax.tree.map(np.asarray, dict(output.items())))
         begin = 1 + prompt["input_ids"].shape[1]
         for row in range(BATCH):
             expected = oracle.search(row, prompt, num_beams, early_stopping, options)[:returned]
@@ -212,19 +235,19 @@ def test_plain_search(models: dict[str, Any], name: str, num_beams: int, early_s
                 where, end = row * returned + rank, len(best.tokens)
                 assert actual.sequence_lengths[where] == end
                 np.testing.assert_array_equal(actual.sequences[where, :end], best.tokens)
-                assert (np.asarray(actual.sequences[where, end:]) == VOCAB).all()
+                assert (actual.sequences[where, end:] == VOCAB).all()
                 np.testing.assert_allclose(actual.sequences_scores[where], score, rtol=1e-5, atol=1e-5)
                 np.testing.assert_array_equal(actual.beam_indices[where, : end - begin], best.beams)
-                assert (np.asarray(actual.beam_indices[where, end - begin :]) == -1).all()
+                assert (actual.beam_indices[where, end - begin :] == -1).all()
                 codes = np.stack(best.codes, axis=1)
                 audio = np.concatenate([codes[:1, 1:-1], codes[1:, 2:]])
                 frames = end - 2
                 assert actual.audio_lengths[where] == frames
                 np.testing.assert_array_equal(actual.audio_codes[where, :, :frames], audio)
-                assert (np.asarray(actual.audio_codes[where, :, frames:]) == AUDIO_VOCAB).all()
+                assert (actual.audio_codes[where, :, frames:] == AUDIO_VOCAB).all()
                 lengths.add(end - begin)
             wins += expected[0][1].beams[-1] % num_beams != 0
-        reached = int(np.asarray(actual.sequence_lengths).max())
+        reached = int(actual.sequence_lengths.max())
         assert actual.sequences.shape == (BATCH * returned, reached)
         assert actual.audio_codes.shape[2] == reached - 2
     assert len(lengths) > 4, "all hypotheses have the same few lengths: nothing ends early"

@@ -97,8 +97,9 @@ class FlaxGenerationMixin:
                 its own key only.
             trace: False runs without compilation, for debugging.
             params: the parameters (default: the model's own).
-            logits_processor: ``processor(sequences, scores, length) -> scores``, applied to the logits of each step
-                before sampling; ``sequences`` is ``(batch, max_length)`` with ``length`` columns in use.
+            logits_processor: ``processor(sequences, scores, length) -> scores`` or a list of such, applied to the
+                scores of each step before sampling; ``sequences`` is ``(batch, max_length)`` with ``length`` columns
+                in use.
             **kwargs: fields of ``GenerationConfig`` and ``attention_mask`` ``(batch, length)``. Without a mask,
                 ``pad_token_id`` in the prompt is masked unless it is also an end or the start token.
 
@@ -116,7 +117,6 @@ class FlaxGenerationMixin:
         config, inputs = merge_generation_config(
             self.generation_config, generation_config, kwargs, extra=("attention_mask",)
         )
-        plan = resolve_plan(config, length, vocab_size)
         input_ids = jnp.asarray(input_ids).astype(jnp.int32)
         attention_mask = inputs.get("attention_mask")
         if attention_mask is not None:
@@ -124,9 +124,10 @@ class FlaxGenerationMixin:
             attention_mask = jnp.asarray(attention_mask).astype(bool)
         else:
             attention_mask = jnp.ones(input_ids.shape, dtype=bool)
-            pad = config.pad_token_id
-            if pad is not None and pad != vocab_size and pad not in plan.eos_token_ids:
+            pad, eos = config.pad_token_id, config.eos_token_id
+            if pad is not None and pad != vocab_size and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
                 attention_mask = input_ids != pad
+        plan = resolve_plan(config, length, vocab_size, batch_size, attention_mask, logits_processor=logits_processor)
         keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size)
         program = self.compiled(
             generate_text,
@@ -134,7 +135,6 @@ class FlaxGenerationMixin:
             max_length=plan.max_length,
             eos_token_ids=plan.eos_token_ids,
             pad_token_id=plan.pad_token_id,
-            logits_processor=logits_processor,
         )
         params = self.params if params is None else params
         with jax.disable_jit(not trace):
@@ -157,7 +157,6 @@ def generate_text(
     max_length: int,
     eos_token_ids: tuple[int, ...],
     pad_token_id: int,
-    logits_processor: Callable | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The program of ``generate``: the sequences ``(batch, max_length)`` and where each row ends, ``(batch,)``."""
     batch_size, prompt_length = input_ids.shape
@@ -185,10 +184,8 @@ def generate_text(
         position, cache, sequences, ends, finished = state
         last, mask = (lax.dynamic_slice_in_dim(array, position - 1, 1, axis=1) for array in (sequences, attended))
         outputs = feed(cache, last, mask)
-        logits = outputs.logits[:, -1]
-        if logits_processor is not None:
-            logits = logits_processor(sequences, logits, position)
-        token = select_token(logits, fold_step(keys, position - prompt_length), 0, sampling)
+        step_keys = fold_step(keys, position - prompt_length)
+        token = select_token(outputs.logits[:, -1], sequences, position, step_keys, 0, sampling)
         token = jnp.where(finished, pad_token_id, token)
         sequences = lax.dynamic_update_slice_in_dim(sequences, token[:, None], position, axis=1)
         ends = jnp.where(finished, ends, position + 1)

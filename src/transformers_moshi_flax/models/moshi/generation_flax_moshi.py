@@ -77,16 +77,13 @@ def depth_step(
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
     cache = make_depth_cache(hidden_state.shape[0])
-    codes = []
-    token = text
+    history = token = text[:, None]
     for codebook in range(module.config.num_codebooks):
-        outputs = module.apply(
-            {"params": params}, token[:, None], hidden_state[:, None], cache, method=module.decode_codebook
-        )
-        token = select_token(outputs.logits[:, -1], keys, 1 + codebook, sampling)
+        outputs = module.apply({"params": params}, token, hidden_state[:, None], cache, method=module.decode_codebook)
         cache = outputs.past_key_values
-        codes.append(token)
-    return jnp.stack(codes, axis=1)
+        token = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)[:, None]
+        history = jnp.concatenate([history, token], axis=1)
+    return history[:, 1:]
 
 
 def frame_step(
@@ -96,6 +93,8 @@ def frame_step(
     make_depth_cache,
     inputs_embeds: Float[Array, "batch 1 hidden"],
     attention_mask,
+    text_ids: Int[Array, "batch capacity"],
+    position: int | Int[Array, ""],
     keys: Key[Array, "batch"],
     text_sampling: Sampling,
     depth_sampling: Sampling,
@@ -109,6 +108,8 @@ def frame_step(
         make_depth_cache: makes the empty cache of the depth decoder for a batch size.
         inputs_embeds: ``module.embed`` of the frame's delayed streams.
         attention_mask: ``(batch, 1)`` or None.
+        text_ids: the text so far, for the logits processors.
+        position: columns of it in use.
         keys: a key per row, of this step.
         text_sampling, depth_sampling: how text tokens and codes are chosen.
 
@@ -117,7 +118,7 @@ def frame_step(
     """
     outputs = module.apply({"params": params}, inputs_embeds, attention_mask, cache, method=module.decode_frame)
     hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
-    text = select_token(logits, keys, 0, text_sampling)
+    text = select_token(logits, text_ids, position, keys, 0, text_sampling)
     codes = depth_step(module, params, make_depth_cache, hidden_state, text, keys, depth_sampling)
     return outputs.past_key_values, FrameOutput(text, codes, hidden_state, logits)
 
@@ -169,7 +170,10 @@ def generate_frames(
     user_stream = apply_delay_pattern_mask(jnp.broadcast_to(blank_codes, user_mask.shape), user_mask)
 
     text_ids = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
-    if input_ids is not None:
+    if input_ids is None:
+        # no text that logits processors should look at
+        text_ids = text_ids.at[:, :prompt_length].set(module.config.vocab_size)
+    else:
         text_ids = lax.dynamic_update_slice_in_dim(text_ids, input_ids, 0, axis=1)
     codes = jnp.full(moshi_mask.shape, start, dtype=jnp.int32)
     codes = lax.dynamic_update_slice_in_dim(codes, prompt, 0, axis=2)
@@ -218,6 +222,8 @@ def generate_frames(
             make_depth_cache,
             inputs,
             at(attended, previous),
+            text_ids,
+            position,
             fold_step(keys, position - prompt_length),
             text_sampling,
             depth_sampling,

@@ -14,19 +14,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig, MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
-from transformers.utils import logging
 
 from ...generation import FlaxGenerationMixin
-from ...generation.configuration import (
-    METADATA_FIELDS,
-    NEUTRAL,
-    OUTPUT_FIELDS,
-    RUNTIME_FIELDS,
-    SAMPLING_FIELDS,
-    merge_generation_config,
-    resolve_plan,
-    resolve_sampling,
-)
+from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
 from ...generation.sampling import Sampling, row_keys
 from ...generation.utils import cut
 from ...input_checks import check_ids, check_mask, check_rank, is_traced
@@ -45,8 +35,6 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
-
-logger = logging.get_logger(__name__)
 
 
 class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
@@ -700,7 +688,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             self.generation_config, generation_config, kwargs, extra=("attention_mask",)
         )
         depth_sampling = resolve_depth_sampling(
-            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks
+            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
         )
         attention_mask = inputs.get("attention_mask")
 
@@ -739,7 +727,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size)
 
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
-        plan = resolve_plan(options, length + int(concat_unconditional_inputs), config.vocab_size)
+        plan = resolve_plan(
+            options, length + int(concat_unconditional_inputs), config.vocab_size, batch_size, attention_mask
+        )
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
             raise ValueError(
                 "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
@@ -843,28 +833,18 @@ def check_waveform(name: str, audio, channels: int) -> None:
             raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")
 
 
-def resolve_depth_sampling(depth_config: Any, kwargs: dict[str, Any], num_codebooks: int) -> Sampling:
+def resolve_depth_sampling(
+    depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
+) -> Sampling:
     """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
 
+    The history of its processors is the text token of the frame and the codes so far.
+
     Raises:
-        ValueError: for options without an effect, or a length other than one text token and all codebooks.
+        ValueError: for options without an effect, values out of range, or a length other than one text token and all
+            codebooks.
     """
     prefix = "depth_decoder_"
-    values = dict(depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {})
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
-    if "temp" in values:
-        # the published conversion writes a name that nothing reads
-        logger.warning("the generation configuration of the depth decoder says `temp`: read as `temperature`")
-        values.setdefault("temperature", values.pop("temp"))
-    for name, value in kwargs.items():
-        values[name.removeprefix(prefix)] = value
-    for name, value in values.items():
-        if name in ("min_length", "max_length"):
-            if value not in (None, num_codebooks + 1):
-                raise ValueError(
-                    f"`{prefix}{name}` must be {num_codebooks + 1} (a text token and all codebooks), but is {value}."
-                )
-        elif name not in (*SAMPLING_FIELDS, *RUNTIME_FIELDS, *METADATA_FIELDS, *OUTPUT_FIELDS):
-            if value is not None and value != NEUTRAL.get(name):
-                raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
-    return resolve_sampling(values, prefix)
+    values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
+    given = {name.removeprefix(prefix): value for name, value in kwargs.items()}
+    return resolve_nested_sampling({**values, **given}, prefix, num_codebooks + 1, audio_vocab_size)

@@ -22,5 +22,15 @@ def test_holds_the_length_and_at_most_a_quarter_more(length: int) -> None:
 
 
 def test_chunks() -> None:
-    assert [prefill_chunk(n) for n in (0, 1, 16, 17, 64, 65, 256, 257, 5000)] == [0, 16, 16, 64, 64, 256, 256, 256, 256]
+    assert [prefill_chunk(n) for n in (0, 1, 16, 17, 64, 65, 256, 257, 5000)] == [
+        0,
+        16,
+        16,
+        64,
+        64,
+        256,
+        256,
+        256,
+        256,
+    ]
     assert max(CHUNKS) >= SMALLEST

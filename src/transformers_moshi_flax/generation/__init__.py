@@ -1,5 +1,31 @@
-"""Generation that the models share: options, sampling and the mixin with ``generate``."""
+"""Generation that the models share: options, logits processors, sampling and the mixin with ``generate``."""
 
+from .logits_process import (
+    FlaxEpsilonLogitsWarper,
+    FlaxEtaLogitsWarper,
+    FlaxExponentialDecayLengthPenalty,
+    FlaxForcedBOSTokenLogitsProcessor,
+    FlaxForcedEOSTokenLogitsProcessor,
+    FlaxForceTokensLogitsProcessor,
+    FlaxInfNanRemoveLogitsProcessor,
+    FlaxLogitNormalization,
+    FlaxLogitsProcessor,
+    FlaxLogitsProcessorList,
+    FlaxLogitsWarper,
+    FlaxMinLengthLogitsProcessor,
+    FlaxMinNewTokensLengthLogitsProcessor,
+    FlaxMinPLogitsWarper,
+    FlaxNoBadWordsLogitsProcessor,
+    FlaxNoRepeatNGramLogitsProcessor,
+    FlaxRepetitionPenaltyLogitsProcessor,
+    FlaxSequenceBiasLogitsProcessor,
+    FlaxSuppressTokensAtBeginLogitsProcessor,
+    FlaxSuppressTokensLogitsProcessor,
+    FlaxTemperatureLogitsWarper,
+    FlaxTopKLogitsWarper,
+    FlaxTopPLogitsWarper,
+    FlaxTypicalLogitsWarper,
+)
 from .running import StopGeneration
 from .utils import (
     FlaxGenerationMixin,
@@ -7,4 +33,33 @@ from .utils import (
     FlaxSampleOutput,
 )
 
-__all__ = ["FlaxGenerationMixin", "FlaxGreedySearchOutput", "FlaxSampleOutput", "StopGeneration"]
+__all__ = [
+    "FlaxEpsilonLogitsWarper",
+    "FlaxEtaLogitsWarper",
+    "FlaxExponentialDecayLengthPenalty",
+    "FlaxForceTokensLogitsProcessor",
+    "FlaxForcedBOSTokenLogitsProcessor",
+    "FlaxForcedEOSTokenLogitsProcessor",
+    "FlaxGenerationMixin",
+    "FlaxGreedySearchOutput",
+    "FlaxInfNanRemoveLogitsProcessor",
+    "FlaxLogitNormalization",
+    "FlaxLogitsProcessor",
+    "FlaxLogitsProcessorList",
+    "FlaxLogitsWarper",
+    "FlaxMinLengthLogitsProcessor",
+    "FlaxMinNewTokensLengthLogitsProcessor",
+    "FlaxMinPLogitsWarper",
+    "FlaxNoBadWordsLogitsProcessor",
+    "FlaxNoRepeatNGramLogitsProcessor",
+    "FlaxRepetitionPenaltyLogitsProcessor",
+    "FlaxSampleOutput",
+    "FlaxSequenceBiasLogitsProcessor",
+    "FlaxSuppressTokensAtBeginLogitsProcessor",
+    "FlaxSuppressTokensLogitsProcessor",
+    "FlaxTemperatureLogitsWarper",
+    "FlaxTopKLogitsWarper",
+    "FlaxTopPLogitsWarper",
+    "FlaxTypicalLogitsWarper",
+    "StopGeneration",
+]

@@ -148,7 +148,7 @@ def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, record
         return decoder.feed(params, request, state.replace(cache=state.cache.replace(length=start)), start, length)
 
     if recording.names:
-        outputs = jax.eval_shape(lambda: feed(state, jnp.int32(0), 1))
+        outputs = jax.eval_shape(lambda: dict(feed(state, jnp.int32(0), 1).items()))
         state = state.replace(records=empty_records(recording, outputs, capacity))
     if not chunk:
         return state
@@ -173,7 +173,6 @@ def advance(
     until: Int[Array, ""],
     *,
     recording: Recording,
-    logits_processor: Any = None,
 ) -> State:
     """The program of the loop: generates until ``until`` columns are in use or all rows have ended.
 
@@ -181,7 +180,6 @@ def advance(
         decoder, params, request, recording: as of :func:`start`.
         state: the state so far.
         until: at most the capacity.
-        logits_processor: ``processor(sequences, scores, length) -> scores``, before those of the sampling.
     """
 
     def unfinished(state: State) -> Bool[Array, ""]:
@@ -194,8 +192,6 @@ def advance(
         records = record_frames(recording, state.records, outputs, position - 1)
         records = record_step(recording, records, "logits", logits, position - request.prompt_length)
         keys = fold_step(request.keys, position - request.prompt_length)
-        if logits_processor is not None:
-            logits = logits_processor(state.sequences, logits, position)
         if "scores" in recording.names:
             scores = process_logits(logits, state.sequences, position, request.sampling)
             records = record_step(recording, records, "scores", scores, position - request.prompt_length)
@@ -231,10 +227,10 @@ def repeat_rows(tree: Any, batch_size: int, copies: int) -> Any:
     return jax.tree.map(repeat, tree)
 
 
-def repeat(request: Request, state: State, *, copies: int) -> tuple[Request, State]:
+def repeat(decoder: Decoder, request: Request, state: State, *, copies: int) -> tuple[Request, State]:
     """The program of ``num_return_sequences``: after the prompt, every row goes on several times.
 
-    The copies of a row have keys of their own, made of the row's key.
+    The copies of a row have keys of their own, made of the row's key. It is the same for all decoders.
     """
     batch_size = request.input_ids.shape[0]
     keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(copies)))(request.keys)

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class Recording(NamedTuple):
     steps: int = 0
 
 
-def empty_records(recording: Recording, outputs: Any, capacity: int) -> dict[str, Array]:
+def empty_records(recording: Recording, outputs: Mapping[str, Any], capacity: int) -> dict[str, Array]:
     """Zeros to be filled in, shaped after the (abstract) outputs of one column.
 
     Steps are ``(batch, steps, vocab)``; hidden states ``(batch, layers + 1, capacity, hidden)``; attentions
@@ -36,8 +37,8 @@ def empty_records(recording: Recording, outputs: Any, capacity: int) -> dict[str
     records = {}
     for name in recording.names:
         if name in STEP_NAMES:
-            batch_size, _, vocab_size = outputs.logits.shape
-            shape, dtype = (batch_size, recording.steps, vocab_size), outputs.logits.dtype
+            batch_size, _, vocab_size = outputs["logits"].shape
+            shape, dtype = (batch_size, recording.steps, vocab_size), outputs["logits"].dtype
             if name == "scores":
                 dtype = jnp.promote_types(dtype, jnp.float32)
         else:

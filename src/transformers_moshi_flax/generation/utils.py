@@ -7,18 +7,18 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
 from ..input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ..modeling_flax_outputs import FlaxModelOutput
+from .arrays import cut, on_device, padded
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
 from .decoding import FREE, Decoder, Request, State, advance, repeat, start
 from .programs import Program
-from .recording import Recording, unrolled
+from .recording import FRAME_NAMES, STEP_NAMES, Recording, unrolled
 from .running import run
 from .sampling import row_keys
 
@@ -43,27 +43,6 @@ class FlaxGreedySearchOutput(FlaxModelOutput):
 @flax.struct.dataclass
 class FlaxSampleOutput(FlaxGreedySearchOutput):
     """Output of sampling, ``(batch * num_return_sequences, ...)``; the rest as :class:`FlaxGreedySearchOutput`."""
-
-
-def cut(array: jax.Array, length: int) -> jax.Array:
-    """The first ``length`` entries of the last axis, cut on the host: XLA would compile a program for each length."""
-    return array if array.shape[-1] == length else on_device(np.asarray(array)[..., :length])
-
-
-def on_device(array: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
-    """As ``jnp.asarray``, which would compile a program for every shape of a NumPy array."""
-    if is_traced(array):
-        return jnp.asarray(array, dtype=dtype)
-    return jax.device_put(np.asarray(array, dtype=dtype, order="C"))
-
-
-def padded(array: ArrayLike, capacity: int, fill: Any, axis: int = -1) -> ArrayLike:
-    """``array`` with ``fill`` behind it, up to ``capacity`` along an axis; on the host unless it is traced."""
-    xp = jnp if is_traced(array) else np
-    array = xp.asarray(array)
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, capacity - array.shape[axis])
-    return xp.pad(array, widths, constant_values=fill)
 
 
 class FlaxGenerationMixin:
@@ -104,7 +83,7 @@ class FlaxGenerationMixin:
         prng_key: jax.Array | None = None,
         trace: bool = True,
         params: Any | None = None,
-        logits_processor: Callable | None = None,
+        logits_processor: Any | None = None,
         streamer: Any | None = None,
         **kwargs: Any,
     ) -> FlaxGreedySearchOutput | FlaxSampleOutput:
@@ -121,8 +100,8 @@ class FlaxGenerationMixin:
                 its own key only.
             trace: False runs without compilation, for debugging.
             params: the parameters (default: the model's own).
-            logits_processor: ``processor(sequences, scores, length) -> scores``, applied to the logits of each step
-                before those of the options; ``sequences`` has ``length`` columns in use.
+            logits_processor: ``processor(sequences, scores, length) -> scores`` or a list of such, applied to the
+                scores of each step before sampling; ``sequences`` has ``length`` columns in use.
             streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the ids of the
                 prompt and then of every new column ``(batch,)`` while generation goes on. Not under ``jax.jit``.
             **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
@@ -143,19 +122,21 @@ class FlaxGenerationMixin:
         config, inputs = merge_generation_config(
             self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
         )
-        plan = resolve_plan(config, length, vocab_size, batch_size, inputs.get("stop_lengths"))
         attention_mask = inputs.get("attention_mask")
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
         else:
-            pad = config.pad_token_id
-            unmasked = pad is None or pad == vocab_size or pad in plan.eos_token_ids
+            pad, eos = config.pad_token_id, config.eos_token_id
+            unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])
             attention_mask = np.ones(np.shape(input_ids), dtype=bool) if unmasked else input_ids != pad
+        plan = resolve_plan(
+            config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
+        )
         request = self.make_request(
             plan, input_ids, attention_mask, prng_key, capacity_of(plan, is_tracing(input_ids, params))
         )
         with jax.disable_jit(not trace):
-            state = self.decode(plan, request, length, params, logits_processor, streamer)
+            state = self.decode(plan, request, length, params, streamer)
         if is_traced(state.sequences):
             reached, sequences = plan.max_length, state.sequences
         else:
@@ -163,6 +144,25 @@ class FlaxGenerationMixin:
             sequences = cut(state.sequences, reached)
         output_class = FlaxSampleOutput if plan.sampling.do_sample else FlaxGreedySearchOutput
         return output_class(sequences=sequences, **unrolled(state.records, length, reached))
+
+    def warmup(
+        self, batch_size: int = 1, prompt_length: int = 1, max_new_tokens: int | None = None, **options: Any
+    ) -> None:
+        """Compiles the programs that ``generate`` will need, ahead of time.
+
+        Args:
+            batch_size: rows of the prompt.
+            prompt_length: its tokens; other lengths of the same buckets share the programs.
+            max_new_tokens: as of :meth:`generate`; ``max_length`` among the options does as well.
+            **options: the other options of the calls to come. Only their kinds matter, not their numbers.
+
+        Raises:
+            ValueError: as :meth:`generate`, or a size is below 1.
+        """
+        check_sizes(batch_size=batch_size, prompt_length=prompt_length)
+        ids = np.full((batch_size, prompt_length), self.config.vocab_size)
+        options = one_token(options, batch_size, max_new_tokens)
+        jax.block_until_ready(self.generate(ids, **options))
 
     def make_request(
         self,
@@ -194,7 +194,6 @@ class FlaxGenerationMixin:
         request: Request,
         prompt_length: int,
         params: Any | None = None,
-        logits_processor: Callable | None = None,
         streamer: Any | None = None,
         audio_codes: Callable | None = None,
     ) -> State:
@@ -206,13 +205,14 @@ class FlaxGenerationMixin:
                 if value is not None:
                     raise ValueError(f"`{name}` cannot be used inside of `jax.jit`: call `generate` eagerly.")
         new_tokens = plan.max_length - prompt_length
-        recording = Recording(plan.recorded, bucket(new_tokens) if plan.recorded else 0)
+        names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
+        recording = Recording(names, bucket(new_tokens) if names else 0)
         chunk = prompt_length - 1 if traced else prefill_chunk(prompt_length - 1)
         chunk = min(chunk, request.input_ids.shape[1])
         state = self.compiled(start, chunk=chunk, recording=recording)(params, request)
         if plan.num_return_sequences > 1:
             request, state = self.compiled(repeat, copies=plan.num_return_sequences)(request, state)
-        program = self.compiled(advance, (2,), recording=recording, logits_processor=logits_processor)
+        program = self.compiled(advance, (2,), recording=recording)
         return run(
             lambda state, until: program(params, request, state, on_device(until, np.int32)),
             state,
@@ -224,9 +224,22 @@ class FlaxGenerationMixin:
         )
 
 
-def end_tokens(ids: tuple[int, ...]) -> list[int]:
+def end_tokens(ids: tuple[int, ...]) -> np.ndarray:
     """``ids`` with what is no token behind them, so that requests of few or no ends share programs."""
-    return [*ids, *[FREE] * (-len(ids) % 4 if ids else 4)]
+    return np.array([*ids, *[FREE] * (-len(ids) % 4 if ids else 4)])
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ``ValueError`` for the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {size}.")
+
+
+def one_token(options: dict[str, Any], batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:
+    """Options of a call that compiles what the given ones need and generates one token only."""
+    options = {"stop_lengths": np.ones(batch_size, dtype=np.int32), **options}
+    return options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
 
 
 def capacity_of(plan: Plan, traced: bool) -> int:

@@ -133,10 +133,11 @@ def test_generate_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration, do_sa
 def test_frame_step_lowers_for_tpu(model: FlaxMoshiForConditionalGeneration) -> None:
     """The step that streaming shares with ``generate``: one frame with the cache in and out."""
     batch = 2
+    text = jnp.zeros((batch, 8), dtype=jnp.int32)
 
     def step(params: Any, cache: Any, embeds: jax.Array, keys: jax.Array) -> Any:
         return generation_flax_moshi.frame_step(
-            model.module, params, cache, model._make_depth_cache, embeds, None, keys, Sampling(), Sampling()
+            model.module, params, cache, model._make_depth_cache, embeds, None, text, 1, keys, Sampling(), Sampling()
         )
 
     embeds = jnp.zeros((batch, 1, model.config.hidden_size))

@@ -326,7 +326,9 @@ class TestCompiledOnce:
 
     def test_text(self, text_pair: Pair, count_compilations: Callable[[], int]) -> None:
         def run(length: int, new: int, **options: Any) -> None:
-            jax.block_until_ready(text_pair.ours.generate(ids(1, length), do_sample=False, max_new_tokens=new, **options))
+            jax.block_until_ready(
+                text_pair.ours.generate(ids(1, length), do_sample=False, max_new_tokens=new, **options)
+            )
 
         run(20, 5)
         assert count_compilations() > 0
@@ -370,6 +372,7 @@ def test_results_are_those_of_the_unbucketed_program(pair: Pair) -> None:
     bucketed = pair.ours.generate(**inputs, **options)
     exact = jax.jit(lambda inputs: pair.ours.generate(**inputs, **options))(inputs)
     np.testing.assert_array_equal(bucketed.sequences, exact.sequences)
-    np.testing.assert_array_equal(bucketed.audio_codes, exact.audio_codes)
+    # there the outputs keep their full length
+    np.testing.assert_array_equal(bucketed.audio_codes, exact.audio_codes[:, :, : bucketed.audio_codes.shape[2]])
     for one, other in zip(bucketed.logits, exact.logits, strict=True):
         assert_close(one, numpy(other), 1e-5)

@@ -23,9 +23,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from ...generation.arrays import on_device, padded
 from ...generation.decoding import FREE, Request, State, columns, write_column
 from ...generation.sampling import Sampling, select_token
-from ...generation.utils import on_device, padded
 from ...input_checks import is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from .delay_pattern import delay, undelay
@@ -77,15 +77,15 @@ def depth_step(
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
     cache = make_depth_cache(hidden_state.shape[0])
-    chosen = text[:, None]
+    history = text[:, None]
     for codebook in range(module.config.num_codebooks):
         outputs = module.apply(
-            {"params": params}, chosen[:, -1:], hidden_state[:, None], cache, method=module.decode_codebook
+            {"params": params}, history[:, -1:], hidden_state[:, None], cache, method=module.decode_codebook
         )
-        code = select_token(outputs.logits[:, -1], chosen, jnp.int32(1 + codebook), keys, 1 + codebook, sampling)
         cache = outputs.past_key_values
-        chosen = jnp.concatenate([chosen, code[:, None]], axis=1)
-    return chosen[:, 1:]
+        code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
+        history = jnp.concatenate([history, code[:, None]], axis=1)
+    return history[:, 1:]
 
 
 @flax.struct.dataclass

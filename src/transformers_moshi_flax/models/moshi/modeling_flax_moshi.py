@@ -15,24 +15,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig, MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
-from transformers.utils import logging
 
 from ...generation import FlaxGenerationMixin
+from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
-from ...generation.configuration import (
-    METADATA_FIELDS,
-    NEUTRAL,
-    OUTPUT_FIELDS,
-    RUNTIME_FIELDS,
-    SAMPLING_FIELDS,
-    merge_generation_config,
-    resolve_plan,
-    resolve_sampling,
-)
+from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
 from ...generation.decoding import FREE
 from ...generation.recording import unrolled
 from ...generation.sampling import Sampling
-from ...generation.utils import capacity_of, cut, on_device, padded
+from ...generation.utils import capacity_of, check_sizes, one_token
 from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
@@ -58,8 +49,6 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
-
-logger = logging.get_logger(__name__)
 
 
 class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
@@ -728,7 +717,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
         )
         depth_sampling = resolve_depth_sampling(
-            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks
+            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
         )
         attention_mask = inputs.get("attention_mask")
 
@@ -766,7 +755,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
         prompt_shape = (batch_size, length)
         length += int(concat_unconditional_inputs)
-        plan = resolve_plan(options, length, config.vocab_size, batch_size, inputs.get("stop_lengths"))
+        plan = resolve_plan(options, length, config.vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"))
         self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
             raise ValueError(
@@ -856,6 +845,44 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             **unrolled(state.records, length, reached),
         )
 
+    def warmup(
+        self,
+        batch_size: int = 1,
+        prompt_frames: int = 0,
+        max_new_tokens: int | None = None,
+        waveforms: bool = True,
+        **options: Any,
+    ) -> None:
+        """Compiles the programs that :meth:`generate` will need, ahead of time.
+
+        Args:
+            batch_size: rows of the prompt; 1 without a prompt.
+            prompt_frames: its frames, 0 to generate from nothing; other lengths of the same buckets share the
+                programs.
+            max_new_tokens: as of :meth:`generate`; ``max_length`` among the options does as well.
+            waveforms: whether the user's and Moshi's streams of the prompt come as waveforms, not as codes.
+            **options: the other options of the calls to come. Only their kinds matter, not their numbers.
+
+        Raises:
+            ValueError: as :meth:`generate`, or a size is too small.
+        """
+        check_sizes(batch_size=batch_size)
+        config = self.config
+        prompt: dict[str, Any] = {}
+        if prompt_frames:
+            check_sizes(prompt_frames=prompt_frames)
+            prompt["input_ids"] = np.full((batch_size, prompt_frames), config.vocab_size)
+            codec = config.audio_encoder_config
+            samples = np.zeros((batch_size, codec.audio_channels, prompt_frames * codec.frame_size), np.float32)
+            codes = np.zeros((batch_size, config.num_codebooks, prompt_frames), dtype=np.int32)
+            name, stream = ("input_values", samples) if waveforms else ("audio_codes", codes)
+            prompt |= {f"user_{name}": stream, f"moshi_{name}": stream}
+        elif batch_size > 1:
+            raise ValueError(
+                f"`batch_size` is {batch_size}, but without a prompt there is one row: set `prompt_frames`."
+            )
+        jax.block_until_ready(self.generate(**prompt, **one_token(options, batch_size, max_new_tokens)))
+
     def _encode(self, params, values):
         """The codes of a waveform, which is padded to a bucket where the codec's causality makes that invisible."""
         frame_size = self.config.audio_encoder_config.frame_size
@@ -930,28 +957,18 @@ def check_waveform(name: str, audio, channels: int) -> None:
             raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")
 
 
-def resolve_depth_sampling(depth_config: Any, kwargs: dict[str, Any], num_codebooks: int) -> Sampling:
+def resolve_depth_sampling(
+    depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
+) -> Sampling:
     """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
 
+    The history of its processors is the text token of the frame and the codes so far.
+
     Raises:
-        ValueError: for options without an effect, or a length other than one text token and all codebooks.
+        ValueError: for options without an effect, values out of range, or a length other than one text token and all
+            codebooks.
     """
     prefix = "depth_decoder_"
-    values = dict(depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {})
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
-    if "temp" in values:
-        # the published conversion writes a name that nothing reads
-        logger.warning("the generation configuration of the depth decoder says `temp`: read as `temperature`")
-        values.setdefault("temperature", values.pop("temp"))
-    for name, value in kwargs.items():
-        values[name.removeprefix(prefix)] = value
-    for name, value in values.items():
-        if name in ("min_length", "max_length"):
-            if value not in (None, num_codebooks + 1):
-                raise ValueError(
-                    f"`{prefix}{name}` must be {num_codebooks + 1} (a text token and all codebooks), but is {value}."
-                )
-        elif name not in (*SAMPLING_FIELDS, *RUNTIME_FIELDS, *METADATA_FIELDS, *OUTPUT_FIELDS):
-            if value is not None and value != NEUTRAL.get(name):
-                raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
-    return resolve_sampling(values, prefix)
+    values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
+    given = {name.removeprefix(prefix): value for name, value in kwargs.items()}
+    return resolve_nested_sampling({**values, **given}, prefix, num_codebooks + 1, audio_vocab_size)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import MoshiForCausalLM
 
 from tests.configs import tiny_moshi_config
-from tests.torch_oracle import Pair, make_pair, numpy
+from tests.torch_oracle import Pair, assert_close, make_pair, numpy
 from transformers_moshi_flax import FlaxMoshiForCausalLM
 from transformers_moshi_flax.generation.beam_search import (
     BLOCK,
@@ -60,24 +60,36 @@ def draw_prompt(seed: int, length: int, batch_size: int = 2) -> dict[str, np.nda
     return {"input_ids": rng.integers(0, VOCAB, (batch_size, length)).astype(np.int32), "attention_mask": mask}
 
 
+def check_steps(ours: tuple, theirs: tuple, name: str) -> None:
+    """Hidden states or attentions of all steps and layers; of the prompt its last column, as others may be padding."""
+    assert len(ours) == len(theirs)
+    for step, (our_layers, their_layers) in enumerate(zip(ours, theirs)):
+        assert len(our_layers) == len(their_layers)
+        for one, other in zip(our_layers, their_layers):
+            assert one.shape == other.shape
+            assert_close(one[..., -1:, :], other[..., -1:, :], 1e-5, f"{name} of step {step}")
+
+
 @pytest.mark.parametrize(("num_beams", "early_stopping", "processors"), PROGRAMS)
 def test_upstream(pair: Pair, num_beams: int, early_stopping: bool | str, processors: dict[str, Any]) -> None:
-    lengths = set()
+    lengths, full = set(), not processors
 
-    @settings(derandomize=True, deadline=None, max_examples=12, database=None, phases=[Phase.generate])
+    @settings(derandomize=True, deadline=None, max_examples=10, database=None, phases=[Phase.generate])
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        inputs = draw_prompt(data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 6)))
+        inputs = draw_prompt(data.draw(st.integers(0, 10**6)), data.draw(st.integers(2, 6)))
         options = {name: data.draw(values) for name, values in processors.items()} | {
             "num_beams": num_beams,
             "early_stopping": early_stopping,
             "max_new_tokens": data.draw(st.integers(8 if processors else 1, 14)),
             "length_penalty": data.draw(st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 3.0])),
             "eos_token_id": data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3, unique=True)),
-            "num_return_sequences": data.draw(st.sampled_from([1, num_beams])),
+            "num_return_sequences": num_beams,
             "pad_token_id": VOCAB,
             "do_sample": False,
             "output_scores": True,
+            "output_hidden_states": full,
+            "output_attentions": full,
             "return_dict_in_generate": True,
         }
         expected = pair.theirs.generate(**{name: torch.from_numpy(x).long() for name, x in inputs.items()}, **options)
@@ -88,6 +100,9 @@ def test_upstream(pair: Pair, num_beams: int, early_stopping: bool | str, proces
         assert len(actual.scores) == len(expected.scores)
         for ours, theirs in zip(actual.scores, expected.scores):
             np.testing.assert_allclose(ours, numpy(theirs), rtol=1e-5, atol=2e-5)
+        if full:
+            for name in ("hidden_states", "attentions"):
+                check_steps(getattr(actual, name), getattr(expected, name), name)
         lengths.update((actual.beam_indices >= 0).sum(axis=1).tolist())
 
     check()
@@ -254,19 +269,20 @@ class TestLoop:
         forced = np.full((2, 16), -1)
         forced[0, 4:6] = 11, 12
         forced[1, 7] = 13
-        free = self.search(pair, 12, [16])
-        sequences, lengths, scores, _ = self.search(pair, 12, [16], forced=forced)
+        no_ends = jnp.full((4,), -1, jnp.int32)
+        free = self.search(pair, 12, [16], eos_token_ids=no_ends)
+        sequences, lengths, scores, _ = self.search(pair, 12, [16], forced, eos_token_ids=no_ends)
+        assert (lengths == 12).all()
         assert (sequences[:3, 4:6] == [11, 12]).all()
         assert (sequences[3:, 7] == 13).all()
         assert (free[0][:3, 5] != 12).all()
         assert (free[0][3:, 7] != 13).all()
-        assert len(np.unique(sequences[3:, 4:7], axis=0)) > 1, "one beam reaches the forced token"
         with torch.no_grad():
             logits = pair.theirs(torch.tensor(sequences).long().clamp(max=VOCAB)).logits
         log_probs = torch.log_softmax(logits, dim=-1).numpy()
-        for row, (sequence, length) in enumerate(zip(sequences, lengths)):
-            total = sum(log_probs[row, column - 1, sequence[column]] for column in range(4, length))
-            np.testing.assert_allclose(scores[row], total / (length - 4), rtol=1e-5)
+        for row, sequence in enumerate(sequences):
+            total = sum(log_probs[row, column - 1, sequence[column]] for column in range(4, 12))
+            np.testing.assert_allclose(scores[row], total / 8, rtol=1e-5)
 
 
 class TestSampling:
@@ -306,3 +322,42 @@ class TestSampling:
         numbers = {"max_new_tokens": 8, "eos_token_id": [3, 7], "temperature": 0.7, "length_penalty": 2.0}
         self.sample(pair, draw_prompt(7, 4, batch_size=3), keys, **numbers)
         assert count_compilations() == 0
+
+
+class TestGenerate:
+    def test_inside_of_jit(self, pair: Pair) -> None:
+        inputs = draw_prompt(3, 4)
+
+        def generate(input_ids: Any, attention_mask: Any) -> Any:
+            output = pair.ours.generate(
+                input_ids,
+                attention_mask=attention_mask,
+                num_beams=3,
+                early_stopping="never",
+                max_new_tokens=9,
+                eos_token_id=[4],
+                pad_token_id=VOCAB,
+                do_sample=False,
+                output_scores=True,
+                output_hidden_states=True,
+                output_attentions=True,
+            )
+            return output.sequences, output.sequences_scores, output.beam_indices
+
+        eager = [np.asarray(array) for array in generate(**inputs)]
+        for inside, outside in zip(jax.jit(generate)(**inputs), eager):
+            inside = np.asarray(inside)
+            if inside.ndim == 2:
+                inside, behind = np.split(inside, [outside.shape[1]], axis=1)
+                assert np.isin(behind, [-1, VOCAB]).all()
+            np.testing.assert_allclose(inside, outside, rtol=1e-5)
+
+    def test_within_time(self, pair: Pair) -> None:
+        options = {"num_beams": 3, "max_new_tokens": 30, "do_sample": False, "early_stopping": "never"}
+        output = pair.ours.generate(**draw_prompt(2, 4), **options, max_time=1e-9)
+        one_step = pair.ours.generate(**draw_prompt(2, 4), **options | {"max_new_tokens": 1})
+        np.testing.assert_array_equal(output.sequences, one_step.sequences)
+
+    def test_streamer_is_refused(self, pair: Pair) -> None:
+        with pytest.raises(ValueError, match="`streamer` cannot be used with `num_beams=2`"):
+            pair.ours.generate(**draw_prompt(2, 4), num_beams=2, streamer=object())

@@ -28,12 +28,16 @@ from .logits_process import (
 )
 from .running import StopGeneration
 from .utils import (
+    FlaxBeamSampleOutput,
+    FlaxBeamSearchOutput,
     FlaxGenerationMixin,
     FlaxGreedySearchOutput,
     FlaxSampleOutput,
 )
 
 __all__ = [
+    "FlaxBeamSampleOutput",
+    "FlaxBeamSearchOutput",
     "FlaxEpsilonLogitsWarper",
     "FlaxEtaLogitsWarper",
     "FlaxExponentialDecayLengthPenalty",

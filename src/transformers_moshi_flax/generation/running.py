@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from .decoding import State
+AnyState = TypeVar("AnyState")
+"""A state with ``position``, ``finished`` and, where there is a streamer, ``sequences``."""
 
 PIECE_SECONDS = 0.04
 """Time of a piece that streamed generation aims at: short to the ear, long beside the call of a program."""
@@ -20,14 +21,14 @@ class StopGeneration(Exception):
 
 
 def run(
-    advance: Callable[[State, int], State],
-    state: State,
+    advance: Callable[[AnyState, int], AnyState],
+    state: AnyState,
     prompt_length: int,
     max_length: int,
     streamer: Any = None,
     max_time: float | None = None,
-    audio_codes: Callable[[State, int, int], np.ndarray] | None = None,
-) -> State:
+    audio_codes: Callable[[AnyState, int, int], np.ndarray] | None = None,
+) -> AnyState:
     """Generates up to ``max_length`` columns.
 
     Args:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from ..input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ..modeling_flax_outputs import FlaxModelOutput
 from .arrays import cut, on_device, padded
+from .beam_search import advance_beams, finish_beams, start_beams
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
 from .decoding import FREE, Decoder, Request, State, advance, repeat, start
@@ -43,6 +44,36 @@ class FlaxGreedySearchOutput(FlaxModelOutput):
 @flax.struct.dataclass
 class FlaxSampleOutput(FlaxGreedySearchOutput):
     """Output of sampling, ``(batch * num_return_sequences, ...)``; the rest as :class:`FlaxGreedySearchOutput`."""
+
+
+@flax.struct.dataclass
+class FlaxBeamSearchOutput(FlaxGreedySearchOutput):
+    """Output of beam search, ``(batch * num_return_sequences, ...)``, the best hypothesis of each row first.
+
+    ``scores`` (processed log-probabilities), ``logits``, ``attentions`` and ``hidden_states`` are those of the
+    ``batch * num_beams`` running beams in every step that was made.
+
+    Attributes:
+        sequences_scores: sums of log-probabilities divided by ``new tokens ** length_penalty``.
+        beam_indices: which beam (``row * num_beams + beam``) every new token continued, -1 after the end.
+    """
+
+    sequences_scores: jax.Array | None = None
+    beam_indices: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class FlaxBeamSampleOutput(FlaxBeamSearchOutput):
+    """Output of beam search with sampling; as :class:`FlaxBeamSearchOutput`."""
+
+
+OUTPUTS = {
+    (False, False): FlaxGreedySearchOutput,
+    (False, True): FlaxSampleOutput,
+    (True, False): FlaxBeamSearchOutput,
+    (True, True): FlaxBeamSampleOutput,
+}
+"""The class of outputs by whether there are beams and whether tokens are drawn."""
 
 
 class FlaxGenerationMixin:
@@ -136,14 +167,11 @@ class FlaxGenerationMixin:
             plan, input_ids, attention_mask, prng_key, capacity_of(plan, is_tracing(input_ids, params))
         )
         with jax.disable_jit(not trace):
-            state = self.decode(plan, request, length, params, streamer)
-        if is_traced(state.sequences):
-            reached, sequences = plan.max_length, state.sequences
-        else:
-            reached = int(state.lengths.max())
-            sequences = cut(state.sequences, reached)
-        output_class = FlaxSampleOutput if plan.sampling.do_sample else FlaxGreedySearchOutput
-        return output_class(sequences=sequences, **unrolled(state.records, length, reached))
+            state, more = self.decode(plan, request, length, params, streamer)
+        sequences = state.sequences
+        if not is_traced(sequences):
+            sequences = cut(sequences, int(state.lengths.max()))
+        return OUTPUTS[plan.num_beams > 1, plan.sampling.do_sample](sequences=sequences, **more)
 
     def warmup(
         self, batch_size: int = 1, prompt_length: int = 1, max_new_tokens: int | None = None, **options: Any
@@ -196,24 +224,31 @@ class FlaxGenerationMixin:
         params: Any | None = None,
         streamer: Any | None = None,
         audio_codes: Callable | None = None,
-    ) -> State:
-        """Runs the programs of a request; returns the last state."""
+    ) -> tuple[State, dict[str, Any]]:
+        """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
         params = self.params if params is None else params
         traced = is_tracing(request, params)
         if traced:
             for name, value in (("streamer", streamer), ("max_time", plan.max_time)):
                 if value is not None:
                     raise ValueError(f"`{name}` cannot be used inside of `jax.jit`: call `generate` eagerly.")
+        if streamer is not None and plan.num_beams > 1:
+            raise ValueError(
+                f"`streamer` cannot be used with `num_beams={plan.num_beams}`, as no token is final before the end: "
+                "leave one of them out."
+            )
         new_tokens = plan.max_length - prompt_length
         names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
         recording = Recording(names, bucket(new_tokens) if names else 0)
         chunk = prompt_length - 1 if traced else prefill_chunk(prompt_length - 1)
         chunk = min(chunk, request.input_ids.shape[1])
         state = self.compiled(start, chunk=chunk, recording=recording)(params, request)
+        if plan.num_beams > 1:
+            return self.decode_beams(plan, request, state, prompt_length, params, recording)
         if plan.num_return_sequences > 1:
             request, state = self.compiled(repeat, copies=plan.num_return_sequences)(request, state)
         program = self.compiled(advance, (2,), recording=recording)
-        return run(
+        state = run(
             lambda state, until: program(params, request, state, on_device(until, np.int32)),
             state,
             prompt_length,
@@ -222,6 +257,32 @@ class FlaxGenerationMixin:
             plan.max_time,
             audio_codes,
         )
+        reached = plan.max_length if is_traced(state.lengths) else int(state.lengths.max())
+        return state, dict(unrolled(state.records, prompt_length, reached))
+
+    def decode_beams(
+        self, plan: Plan, request: Request, state: State, prompt_length: int, params: Any, recording: Recording
+    ) -> tuple[State, dict[str, Any]]:
+        """Beam search from the state after the prompt on; returns as :meth:`decode` does."""
+        length_penalty = on_device(plan.length_penalty, np.float32)
+        request, state = start_beams(request, state, num_beams=plan.num_beams)
+        program = self.compiled(advance_beams, (3,), early_stopping=plan.early_stopping, recording=recording)
+        state = run(
+            lambda state, until: program(params, request, length_penalty, state, on_device(until, np.int32)),
+            state,
+            prompt_length,
+            plan.max_length,
+            max_time=plan.max_time,
+        )
+        state, scores, beam_indices = finish_beams(
+            request, length_penalty, state, num_return_sequences=plan.num_return_sequences
+        )
+        searched = reached = plan.max_length
+        if not is_traced(scores):
+            searched, reached = int(state.position), int(state.lengths.max())
+            beam_indices = cut(beam_indices, reached - prompt_length)
+        more = unrolled(state.records, prompt_length, searched)
+        return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
 
 
 def end_tokens(ids: tuple[int, ...]) -> np.ndarray:

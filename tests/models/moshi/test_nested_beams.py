@@ -16,6 +16,7 @@ from tests.configs import tiny_moshi_config
 from tests.torch_oracle import make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation.sampling import Sampling, select_token
+from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
 
 VOCAB, AUDIO_VOCAB = 17, 16
 BATCH, FRAMES = 2, 24
@@ -72,8 +73,7 @@ class Oracle:
             )
         )
         silence = jnp.zeros((1, 1, model.config.audio_encoder_config.frame_size))
-        codes = model.module.apply({"params": model.params}, silence, method=model.module.encode_audio)
-        self.blank = np.asarray(codes)[0]
+        self.blank = np.asarray(model.compiled(encode_audio)(model.params, silence))[0]
 
     def continue_all(
         self, hypotheses: list[Hypothesis], user: np.ndarray, mask: np.ndarray, rows: int

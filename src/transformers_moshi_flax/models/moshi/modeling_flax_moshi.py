@@ -21,7 +21,6 @@ from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
 from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
 from ...generation.decoding import FREE
-from ...generation.recording import unrolled
 from ...generation.sampling import Sampling
 from ...generation.utils import capacity_of, check_sizes, one_token
 from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
@@ -810,7 +809,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             ),
             depth_sampling=depth_sampling,
         )
-        state = self.decode(
+        state, more = self.decode(
             plan,
             request,
             length,
@@ -827,10 +826,10 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if return_audio_waveforms:
             # all frames, so that the program does not depend on where the rows ended
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)
-        sequences, lengths, reached = state.sequences, state.lengths, plan.max_length
+        sequences, lengths = state.sequences, state.lengths
         if not is_traced(sequences):
-            reached, frames = int(lengths.max()), int(audio_lengths.max())
-            sequences = cut(sequences, reached)
+            sequences = cut(sequences, int(lengths.max()))
+            frames = int(audio_lengths.max())
             if audio is not None:
                 audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
             codes = cut(codes, frames)
@@ -842,7 +841,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             audio_codes=codes if return_audio_codes else None,
             sequence_lengths=lengths,
             audio_lengths=audio_lengths,
-            **unrolled(state.records, length, reached),
+            **more,
         )
 
     def warmup(

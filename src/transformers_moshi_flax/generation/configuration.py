@@ -419,7 +419,7 @@ def resolve_plan(
     batch_size: int,
     attention_mask: jax.Array | None = None,
     stop_lengths: Any = None,
-    logits_processor: Callable | None = None,
+    logits_processor: Any = None,
 ) -> Plan:
     """Resolves the options of the text stream.
 

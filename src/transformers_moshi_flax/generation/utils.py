@@ -82,7 +82,7 @@ class FlaxGenerationMixin:
         prng_key: jax.Array | None = None,
         trace: bool = True,
         params: Any | None = None,
-        logits_processor: Callable | None = None,
+        logits_processor: Callable | list[Callable] | None = None,
         **kwargs: Any,
     ) -> FlaxGreedySearchOutput | FlaxSampleOutput:
         """Generates text ids, greedily or by sampling.

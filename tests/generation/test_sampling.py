@@ -28,7 +28,7 @@ from transformers_moshi_flax.generation.sampling import (
 VOCAB, PROMPT, CAPACITY, ROWS = 20, 3, 8, 2
 
 process = jax.jit(process_logits)
-select = jax.jit(select_token, static_argnames="stream")
+select = jax.jit(select_token)
 
 
 def sampling(top_k: int | None = None, bound: int = 64, **numbers: Any) -> Sampling:
@@ -73,7 +73,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 def test_list_equals_upstream(theirs: MoshiForCausalLM) -> None:
     """Options are drawn few at a time; eager on our side, as nearly every draw would be another program."""
 
-    @settings(derandomize=True, deadline=None, max_examples=100, database=None)
+    @settings(derandomize=True, deadline=None, max_examples=70, database=None)
     @given(st.data(), st.integers(0, 2**32 - 1), st.integers(PROMPT, CAPACITY - 1), st.booleans())
     def check(data: Any, seed: int, cur_len: int, sample: bool) -> None:
         names = data.draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=5, unique=True))
@@ -117,8 +117,9 @@ FILTERS: dict[str, Sampling] = {
 NOBODY = jnp.zeros((1, 1), jnp.int32)
 
 
-@pytest.mark.parametrize("vocab_size", [50, 600])
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(
+    ("name", "vocab_size"), [*((name, 600) for name in FILTERS), ("top-p", 50), ("everything", 50)]
+)
 def test_draws_have_the_probabilities(name: str, vocab_size: int) -> None:
     number = 4000
     logits = jax.random.normal(jax.random.key(vocab_size), (1, vocab_size)) * 2.5
@@ -159,7 +160,7 @@ def test_more_ties_than_the_bound() -> None:
     assert drawn.max() == 63 and len(np.unique(drawn)) > 55
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", ["none", "top-p", "everything"])
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     rows = 5
     scale = jnp.array([0.01, 3.0, 1.0, 8.0, 2.0])[:, None]
@@ -167,8 +168,10 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     keys = row_keys(jax.random.key(3), rows)
     history = jnp.zeros((rows, 1), jnp.int32)
     together = select(logits, history, 1, keys, 2, FILTERS[name])
-    alone = [select(logits[i : i + 1], NOBODY, 1, keys[i : i + 1], 2, FILTERS[name])[0] for i in range(rows)]
-    np.testing.assert_array_equal(together, alone)
+    for row in range(rows):
+        # other neighbours, another slot
+        tokens = select(jnp.tile(logits[row], (rows, 1)), history, 1, jnp.roll(keys, 3 - row), 2, FILTERS[name])
+        assert tokens[3] == together[row]
     other = [select(logits, history, 1, keys, stream, FILTERS[name]) for stream in (0, 1)]
     assert any((np.asarray(tokens) != np.asarray(together)).any() for tokens in other)
 

@@ -39,6 +39,7 @@ from .checkpoints.loading import main_dtype, to_device
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
 from .model_card import model_card
+from .param_shapes import param_shapes
 from .partitioning import resolve_shardings
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ class FlaxPreTrainedModel:
         self._module = self._build_module()
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
         self._is_initialized = _do_init
-        self._params_shape_tree = jax.eval_shape(self._random_params, self.key)
+        self._params_shape_tree = param_shapes(self._random_params, self.key)
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
         if _do_init:

@@ -35,7 +35,7 @@ from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
 from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
 from .checkpoints.fitting import fit
-from .checkpoints.loading import main_dtype, to_device
+from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
 from .model_card import model_card
@@ -539,10 +539,11 @@ def _load(
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
 
-    def convert(path: str, leaf: np.ndarray) -> jax.Array:
-        return to_device(leaf, dtype, shardings.get(path))
-
-    loaded, surplus = fit(model, layout, tensors, convert)
+    with Transfers() as transfers:
+        loaded, surplus = fit(
+            model, layout, tensors, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path))
+        )
+        loaded.params = {path: transfer.result() for path, transfer in loaded.params.items()}
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
     head = {path for path in paths if base and not path.startswith(f"{base}/")}

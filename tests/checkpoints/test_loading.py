@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import MoshiConfig
 
-from transformers_moshi_flax.checkpoints.loading import main_dtype, to_device
+from transformers_moshi_flax.checkpoints.loading import Transfers, main_dtype, to_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +45,16 @@ def test_double_is_never_cut_in_silence():
     with pytest.raises(ValueError, match="float64: enable jax_enable_x64 or pass dtype"):
         to_device(np.ones(3), None)
     assert to_device(np.ones(3), jnp.float32).dtype == jnp.float32
+
+
+def test_transfers_follow_the_settings_of_the_caller():
+    with jax.enable_x64(True), Transfers() as transfers:
+        started = [transfers.start(np.arange(4.0).reshape(2, 2).T, dtype, None) for dtype in (None, jnp.bfloat16)]
+        double, half = (transfer.result() for transfer in started)
+        assert double.dtype == jnp.float64 and half.dtype == jnp.bfloat16
+        assert (double == np.array([[0, 2], [1, 3]])).all()
+    with Transfers() as transfers, pytest.raises(ValueError, match="float64: enable jax_enable_x64"):
+        transfers.start(np.ones(3), None, None).result()
 
 
 def test_main_dtype_is_that_of_most_numbers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -45,6 +46,35 @@ def _put(leaf: np.ndarray, dtype: np.dtype, place: jax.sharding.Sharding | None)
     if device.platform == "cpu" and array.unsafe_buffer_pointer() == source.ctypes.data:
         array = jax.device_put(array, may_alias=False)
     return jax.block_until_ready(array)  # or the host copies of several casts would be there at once
+
+
+class Transfers:
+    """Runs :func:`to_device` for two leaves at a time, with the JAX settings of the thread that makes it.
+
+    XLA leaves most of the work on one leaf to the thread that asks for it, and more than two at a time would hold
+    more copies than the bound on memory allows, where leaves are cast.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="load")
+        # settings by context manager are the thread's own
+        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+
+    def __enter__(self) -> Transfers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(
+        self, leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None
+    ) -> Future[jax.Array]:
+        """The result to come of ``to_device``, errors included."""
+        return self._pool.submit(self._run, leaf, dtype, sharding)
+
+    def _run(self, *arguments: Any) -> jax.Array:
+        with jax.enable_x64(self._x64), jax.default_device(self._device):
+            return to_device(*arguments)
 
 
 def main_dtype(params: Mapping[Any, Any]) -> jnp.dtype:

@@ -1,6 +1,7 @@
 """FlaxPreTrainedModel on a toy model: loading, saving, refusing. What real models must do is in the common tests."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +15,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig, MimiConfig, MoshiConfig
 
-from transformers_moshi_flax import FlaxPreTrainedModel
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, FlaxPreTrainedModel
 from transformers_moshi_flax.checkpoints import Rule
 from transformers_moshi_flax.checkpoints.formats import TensorFile
+from transformers_moshi_flax.param_shapes import param_shapes
 
 from .configs import tiny_mimi_config, tiny_moshi_config
 
@@ -467,3 +469,87 @@ def test_without_init_nothing_is_allocated(config):
     assert jax.tree.structure(shapes) == jax.tree.structure(model.params_shape_tree)
     created = [array for array in jax.live_arrays() if id(array) not in before]
     assert sum(array.nbytes for array in created) <= 16, "no more than random keys"
+
+
+# The shapes of the parameters
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_shapes_are_those_of_the_whole_trace(seed: int, gradient_checkpointing: bool):
+    draw = np.random.default_rng(seed)
+    config = tiny_moshi_config(
+        num_hidden_layers=int(draw.integers(1, 5)),
+        num_key_value_heads=int(draw.choice([1, 2, 4])),
+        num_codebooks=int(draw.integers(2, 6)),
+        depth_decoder_config={"num_hidden_layers": int(draw.integers(1, 4)), "ffn_dim": int(draw.choice([64, 72]))},
+        audio_encoder_config={
+            "num_hidden_layers": int(draw.integers(1, 4)),
+            "num_residual_layers": int(draw.integers(1, 3)),
+            "num_semantic_quantizers": int(draw.integers(1, 3)),
+        },
+    )
+    model = FlaxMoshiForConditionalGeneration(config, _do_init=False, gradient_checkpointing=gradient_checkpointing)
+    traced = 0
+
+    def init(rng):
+        nonlocal traced
+        traced += 1
+        return model._random_params(rng)
+
+    assert model.params_shape_tree == jax.eval_shape(init, model.key) and traced == 1
+
+
+class Counted(nn.Module):
+    """Has parameters of its own, in children, and in one that ``setup`` makes."""
+
+    features: int
+    note: Callable[[str], None]
+
+    def setup(self):
+        self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        self.dense = Inner(self.features, self.note)
+
+    def __call__(self, x):
+        return self.dense(x) + self.bias
+
+
+class Inner(nn.Module):
+    features: int
+    note: Callable[[str], None]
+
+    @nn.compact
+    def __call__(self, x, wide: bool = False):
+        self.note("/".join(self.path))
+        features = self.features * 2 if wide else self.features
+        return nn.Dense(features, name="wide" if wide else "dense")(x)
+
+
+class Stack(nn.Module):
+    note: Callable[[str], None]
+
+    @nn.compact
+    def __call__(self, x):
+        shared = Inner(4, self.note, name="shared")
+        x = shared(shared(x))
+        for index in range(3):
+            x = Counted(4, self.note, name=f"counted{index}")(x)
+        x = Inner(6, self.note, name="other_fields")(x)
+        x = Inner(6, self.note, name="other_inputs")(x)
+        x = Inner(6, self.note, name="other_arguments")(x, True)
+        return Inner(6, self.note, name="other_arguments_too")(x[:, :6], wide=True)
+
+
+def test_only_the_first_of_equal_calls_is_traced():
+    traced = []
+
+    def init(rng):
+        return Stack(traced.append).init(rng, jnp.zeros((2, 4)))["params"]
+
+    shapes = param_shapes(init, jax.random.key(0))
+    few = traced.copy()
+    traced.clear()
+    assert shapes == jax.eval_shape(init, jax.random.key(0))
+    other = ["other_fields", "other_inputs", "other_arguments", "other_arguments_too"]
+    assert few == ["shared", "shared", *other]
+    assert traced == ["shared", "shared", *(f"counted{index}/dense" for index in range(3)), *other]

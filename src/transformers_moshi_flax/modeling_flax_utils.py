@@ -35,10 +35,11 @@ from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
 from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
 from .checkpoints.fitting import fit
-from .checkpoints.loading import main_dtype, to_device
+from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
 from .model_card import model_card
+from .param_shapes import param_shapes
 from .partitioning import resolve_shardings
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ class FlaxPreTrainedModel:
         self._module = self._build_module()
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
         self._is_initialized = _do_init
-        self._params_shape_tree = jax.eval_shape(self._random_params, self.key)
+        self._params_shape_tree = param_shapes(self._random_params, self.key)
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
         if _do_init:
@@ -538,10 +539,11 @@ def _load(
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
 
-    def convert(path: str, leaf: np.ndarray) -> jax.Array:
-        return to_device(leaf, dtype, shardings.get(path))
-
-    loaded, surplus = fit(model, layout, tensors, convert)
+    with Transfers() as transfers:
+        loaded, surplus = fit(
+            model, layout, tensors, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path))
+        )
+        loaded.params = {path: transfer.result() for path, transfer in loaded.params.items()}
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
     head = {path for path in paths if base and not path.startswith(f"{base}/")}

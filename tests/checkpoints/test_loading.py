@@ -8,23 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from transformers import MoshiConfig
 
-from transformers_moshi_flax.checkpoints import loading
-from transformers_moshi_flax.checkpoints.loading import main_dtype, to_device
+from transformers_moshi_flax.checkpoints.loading import Transfers, main_dtype, to_device
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("small", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("source", [np.float32, ml_dtypes.bfloat16, np.int32, np.bool_])
-def test_values_are_exact(small: int, dtype: type | None, source: type, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loading, "SMALL", small)
+def test_values_are_exact(dtype: type | None, source: type):
     array = (np.arange(24) % 5 * 0.4).astype(source).reshape(2, 3, 4)
     for leaf in (array, array.transpose(2, 1, 0), array[1], array[1].T, array[:, :, 0], array[0, 0, 1:2].reshape(())):
         result = to_device(leaf, dtype)
@@ -36,7 +34,9 @@ def test_values_are_exact(small: int, dtype: type | None, source: type, monkeypa
 def test_arrays_do_not_depend_on_the_file(tmp_path: Path):
     np.ones((1024, 512), np.float32).tofile(tmp_path / "data")
     mapped = np.memmap(tmp_path / "data", np.float32, "r+", shape=(1024, 512))
-    arrays = [to_device(np.asarray(leaf), None) for leaf in (mapped, mapped.T, mapped[:2])]
+    leaves = [np.asarray(leaf) for leaf in (mapped, mapped.T, mapped[:2], mapped[0, :16])]
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = [to_device(leaf, None, sharding) for leaf in leaves for sharding in (None, whole)]
     mapped[:] = 2
     assert all((array == 1).all() for array in arrays)
 
@@ -45,6 +45,16 @@ def test_double_is_never_cut_in_silence():
     with pytest.raises(ValueError, match="float64: enable jax_enable_x64 or pass dtype"):
         to_device(np.ones(3), None)
     assert to_device(np.ones(3), jnp.float32).dtype == jnp.float32
+
+
+def test_transfers_follow_the_settings_of_the_caller():
+    with jax.enable_x64(True), Transfers() as transfers:
+        started = [transfers.start(np.arange(4.0).reshape(2, 2).T, dtype, None) for dtype in (None, jnp.bfloat16)]
+        double, half = (transfer.result() for transfer in started)
+        assert double.dtype == jnp.float64 and half.dtype == jnp.bfloat16
+        assert (double == np.array([[0, 2], [1, 3]])).all()
+    with Transfers() as transfers, pytest.raises(ValueError, match="float64: enable jax_enable_x64"):
+        transfers.start(np.ones(3), None, None).result()
 
 
 def test_main_dtype_is_that_of_most_numbers():

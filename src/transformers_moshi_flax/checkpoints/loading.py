@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 
@@ -16,7 +17,7 @@ def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.
     """One leaf as a JAX array of its own memory; the file's pages are read once and no host copy stays.
 
     Args:
-        leaf: a view of the mapped file, in any memory order.
+        leaf: a view of the mapped file, in any memory order. XLA transposes it on the way to the device, on all cores.
         dtype: to cast floating leaves to, None leaves them.
         sharding: where it is to lie (default: whole on the default device). Each device gets its slice alone.
 
@@ -27,24 +28,53 @@ def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.
     if leaf.dtype == np.float64 and dtype is None and not jax.config.jax_enable_x64:
         raise ValueError("the checkpoint is in float64: enable jax_enable_x64 or pass dtype=jnp.float32")
     target = np.dtype(dtype) if dtype is not None and floating else leaf.dtype
-    if sharding is not None:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index].astype(target))
-    if leaf.nbytes < SMALL or leaf.dtype == np.float64:
-        return jnp.array(leaf.astype(target))
-    # As it lies in the file: on CPUs the device array is the mapped file itself, until the copy below is made. XLA
-    # transposes several times as fast as NumPy.
-    order = tuple(int(axis) for axis in np.argsort([-stride for stride in leaf.strides], kind="stable"))
-    on_device = jax.device_put(leaf.transpose(order))
-    return jax.block_until_ready(_copy(on_device, tuple(int(axis) for axis in np.argsort(order)), target))
+
+    if sharding is None:
+        return _put(leaf, target, None)
+    parts = [
+        _put(leaf[index], target, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=target)
 
 
-SMALL = 1 << 20
-"""Bytes below which a leaf isn't worth a program of its own shape."""
+def _put(leaf: np.ndarray, dtype: np.dtype, place: jax.sharding.Sharding | None) -> jax.Array:
+    source = leaf.astype(dtype, copy=False)  # keeps the memory order, so that only XLA transposes
+    array = jax.device_put(source, place)
+    (device,) = array.devices()
+    # On CPUs an array that needs no transposition may be the mapped file itself, even with may_alias=False.
+    if device.platform == "cpu" and array.unsafe_buffer_pointer() == source.ctypes.data:
+        array = jax.device_put(array, may_alias=False)
+    return jax.block_until_ready(array)  # or the host copies of several casts would be there at once
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _copy(array: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    return jnp.copy(array.transpose(axes).astype(dtype))
+class Transfers:
+    """Runs :func:`to_device` for two leaves at a time, with the JAX settings of the thread that makes it.
+
+    XLA leaves most of the work on one leaf to the thread that asks for it, and more than two at a time would hold
+    more copies than the bound on memory allows, where leaves are cast.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="load")
+        # settings by context manager are the thread's own
+        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+
+    def __enter__(self) -> Transfers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(
+        self, leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None
+    ) -> Future[jax.Array]:
+        """The result to come of ``to_device``, errors included."""
+        return self._pool.submit(self._run, leaf, dtype, sharding)
+
+    def _run(self, *arguments: Any) -> jax.Array:
+        with jax.enable_x64(self._x64), jax.default_device(self._device):
+            return to_device(*arguments)
 
 
 def main_dtype(params: Mapping[Any, Any]) -> jnp.dtype:

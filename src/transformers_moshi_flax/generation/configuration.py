@@ -420,7 +420,7 @@ def resolve_plan(
     batch_size: int,
     attention_mask: Any = None,
     stop_lengths: Any = None,
-    logits_processor: Callable | None = None,
+    logits_processor: Any = None,
 ) -> Plan:
     """Resolves the options of the text stream.
 

@@ -177,6 +177,19 @@ def filter_top_p(
     return jnp.where(jnp.put_along_axis(kept, ids, kept, axis=-1, inplace=False), scores, filter_value)
 
 
+def in_blocks(scores: Scores) -> Float[Array, "rows blocks block"]:
+    """The columns in blocks of ``BLOCK_SIZE``, the last one filled up with ``-inf``."""
+    padding = ((0, 0), (0, -scores.shape[-1] % BLOCK_SIZE))
+    return jnp.pad(scores, padding, constant_values=NEGATIVE_INFINITY).reshape(scores.shape[0], -1, BLOCK_SIZE)
+
+
+def argmax(scores: Scores) -> Int[Array, "rows"]:
+    """The first token with the largest score of each row."""
+    if scores.shape[-1] < MIN_BLOCKS * BLOCK_SIZE:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return largest(scores, 1)[1][:, 0]
+
+
 def largest(scores: Scores, number: int) -> tuple[Float[Array, "rows number"], Int[Array, "rows number"]]:
     """The ``number`` largest scores, descending, and their tokens.
 
@@ -185,9 +198,8 @@ def largest(scores: Scores, number: int) -> tuple[Float[Array, "rows number"], I
     """
     rows, vocab_size = scores.shape
     if vocab_size < MIN_BLOCKS * BLOCK_SIZE or number * BLOCK_SIZE > vocab_size // 2:
-        return lax.top_k(scores, number)
-    padding = -vocab_size % BLOCK_SIZE
-    blocks = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=NEGATIVE_INFINITY).reshape(rows, -1, BLOCK_SIZE)
+        return tuple(lax.top_k(scores, number))
+    blocks = in_blocks(scores)
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), number)
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
     ids = chosen[:, :, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE, dtype=chosen.dtype)

@@ -5,9 +5,10 @@ in the batch. All numbers are operands of the compiled program; which filters th
 part of it.
 
 After top-k or top-p few tokens are left. Only these candidates are filtered further and drawn from: sorting a
-vocabulary of 32,000 takes 10 ms on a CPU, finding the largest 64 of it 0.03 ms. In the rare case that the candidates
-do not hold all that is kept (more tokens than the bound are equal to the k-th, or the probability is spread widely),
-the vocabulary is sorted after all.
+vocabulary of 32,000 takes 10 ms on a CPU, finding the largest 64 of it 0.03 ms. Where the candidates do not hold all
+that is kept, because the probability is spread widely, the vocabulary is sorted after all. The one exception are draws
+with top-k where more than ``top_k_bound`` tokens would be left because they equal the k-th: the last ones of these
+never come. Sorting for them too would double what sampling takes to compile, and a frame of Moshi has nine draws.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .logits_process import FlaxLogitsProcessorList
 
 # of top-p without top-k
 TOP_P_CANDIDATES = 1024
+# drawn from in two steps
+MANY_COLUMNS = 256
 
 Candidates = Float[Array, "rows candidates"]
 CandidateIds = Int[Array, "rows candidates"]
@@ -112,7 +115,7 @@ def process_logits(logits: Scores, input_ids: History, cur_len: Length, sampling
             rows = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None]
             return nothing.at[rows, ids].set(candidates, mode="drop")
 
-        scores = after_filters(scores, sampling, scatter, lambda filtered: filtered)
+        scores = after_filters(scores, sampling, scatter, lambda filtered: filtered, all_ties=True)
     return jax.nn.log_softmax(scores, axis=-1) if sampling.renormalize else scores
 
 
@@ -132,17 +135,29 @@ def select_token(
         stream: which of the step's draws this is (0: text, 1 + k: codebook k).
     """
     if not sampling.do_sample:
-        return jnp.argmax(process_logits(logits, input_ids, cur_len, sampling), axis=-1).astype(jnp.int32)
+        return filters.argmax(process_logits(logits, input_ids, cur_len, sampling))
     scores = before_filters(logits, input_ids, cur_len, sampling)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
 
-    def draw(scores: Scores) -> Int[Array, "rows"]:
-        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-
     def draw_candidate(candidates: Candidates, ids: CandidateIds) -> Int[Array, "rows"]:
-        return jnp.take_along_axis(ids, draw(candidates)[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(ids, draw(keys, candidates)[:, None], axis=-1)[:, 0]
 
-    return after_filters(scores, sampling, draw_candidate, draw)
+    return after_filters(scores, sampling, draw_candidate, lambda filtered: draw(keys, filtered), all_ties=False)
+
+
+def draw(keys: Key[Array, "rows"], scores: Scores) -> Int[Array, "rows"]:
+    """A column of each row, drawn with the probabilities ``softmax(scores)``.
+
+    Random bits are the costly part, 0.05 µs each on a CPU. So in long rows a block of columns is drawn first, and then
+    a column of the block.
+    """
+    if scores.shape[-1] <= MANY_COLUMNS:
+        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+    blocks = filters.in_blocks(scores)
+    first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
+    block = draw(first, jax.nn.logsumexp(blocks, axis=-1))
+    inside = draw(second, jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
+    return block * filters.BLOCK_SIZE + inside
 
 
 def before_filters(logits: Scores, input_ids: History, cur_len: Length, sampling: Sampling) -> Scores:
@@ -158,6 +173,7 @@ def after_filters(
     sampling: Sampling,
     of_candidates: Callable[[Candidates, CandidateIds], Array],
     of_vocabulary: Callable[[Scores], Array],
+    all_ties: bool,
 ) -> Array:
     """What one of two functions makes of the scores after all filters.
 
@@ -167,6 +183,7 @@ def after_filters(
         of_candidates: called with the scores of those tokens, from the largest, that hold all that is kept, and with
             their ids; both ``(rows, candidates)``. Gives an array with one entry per row.
         of_vocabulary: called with all scores, where there is neither top-k nor top-p.
+        all_ties: whether the candidates hold all tokens that equal the k-th, be they more than the bound.
     """
     if sampling.top_k is None and sampling.top_p is None:
         return of_vocabulary(filter_further(scores, sampling))
@@ -182,6 +199,8 @@ def after_filters(
     largest, ids = filters.largest(scores, bound)
     candidates, complete = filter_candidates(scores, largest, sampling)
     result = of_candidates(candidates, ids)
+    if sampling.top_k is not None and not all_ties:
+        return result
 
     def sort_where_needed() -> Array:
         # rows that are complete keep what they have: neighbours in the batch must not change it

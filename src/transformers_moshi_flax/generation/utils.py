@@ -114,7 +114,7 @@ class FlaxGenerationMixin:
         prng_key: jax.Array | None = None,
         trace: bool = True,
         params: Any | None = None,
-        logits_processor: Any | None = None,
+        logits_processor: Callable | list[Callable] | None = None,
         streamer: Any | None = None,
         **kwargs: Any,
     ) -> FlaxGreedySearchOutput | FlaxSampleOutput:

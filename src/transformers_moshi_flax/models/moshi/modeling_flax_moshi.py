@@ -822,17 +822,15 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             plan.num_return_sequences,
         )
         codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
+        sequences, lengths, frames = state.sequences, state.lengths, codes.shape[-1]
+        if not traced:
+            frames = int(audio_lengths.max())
+            sequences, codes = cut(sequences, int(lengths.max())), cut(codes, min(bucket(frames), codes.shape[-1]))
         audio = None
         if return_audio_waveforms:
-            # all frames, so that the program does not depend on where the rows ended
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)
-        sequences, lengths = state.sequences, state.lengths
-        if not is_traced(sequences):
-            sequences = cut(sequences, int(lengths.max()))
-            frames = int(audio_lengths.max())
-            if audio is not None:
-                audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
-            codes = cut(codes, frames)
+            audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
+        codes = cut(codes, frames)
         if not text_prompt:
             sequences, lengths = sequences[:, length:], lengths - length
         return FlaxMoshiGenerateOutput(

@@ -776,9 +776,12 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         xp = jnp if traced else np
         text_prompt = input_ids is not None
         # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
-        input_ids = xp.asarray(input_ids if text_prompt else np.full(prompt_shape, config.vocab_size))
-        user_audio_codes, moshi_audio_codes = xp.asarray(user_audio_codes), xp.asarray(moshi_audio_codes)
-        attention_mask = xp.asarray(np.ones(prompt_shape) if attention_mask is None else attention_mask)
+        input_ids = input_ids if text_prompt else np.full(prompt_shape, config.vocab_size)
+        attention_mask = np.ones(prompt_shape) if attention_mask is None else attention_mask
+        input_ids, user_audio_codes, moshi_audio_codes, attention_mask = (
+            xp.asarray(stream).astype(np.int32)
+            for stream in (input_ids, user_audio_codes, moshi_audio_codes, attention_mask)
+        )
         if concat_unconditional_inputs:
             start = self.get_unconditional_inputs(batch_size)
             input_ids = xp.concatenate([start.input_ids, input_ids], axis=-1)
@@ -789,7 +792,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         capacity = capacity_of(plan, traced)
         forced_ids = None
         if forced_text_ids is not None:
-            forced = xp.concatenate([np.full((batch_size, length), FREE), xp.asarray(forced_text_ids)], axis=1)
+            free = np.full((batch_size, length), FREE, dtype=np.int32)
+            forced = xp.concatenate([free, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
             forced_ids = on_device(padded(forced, capacity, FREE), np.int32)
         request = self.make_request(
             plan,

@@ -264,6 +264,15 @@ class TestLoop:
             for one, other in zip(both, alone):
                 np.testing.assert_array_equal(one[3 * row : 3 * row + 3], other[3 * row : 3 * row + 3])
 
+    def test_caches_stay_in_place(self, pair: Pair) -> None:
+        request = beam_request(1, prompt=4, capacity=4096, sampling=Sampling())
+        state = pair.ours.compiled(start, chunk=0, recording=Recording())(pair.ours.params, request)
+        request, state = start_beams(request, state, num_beams=3)
+        advance = pair.ours.compiled(advance_beams, (3,), early_stopping=False, recording=Recording())
+        lowered = advance.lower(pair.ours.params, request, jnp.float32(1), state, jnp.int32(9))
+        temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert temporaries < state.running.cache.keys[0].nbytes, "there is room for a copy of a cache"
+
     def test_forced_tokens(self, pair: Pair) -> None:
         """Forced tokens stand in every hypothesis, and their log-probabilities in the score."""
         forced = np.full((2, 16), -1)

@@ -15,6 +15,11 @@ def is_traced(*arrays) -> bool:
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+def is_tracing(*trees) -> bool:
+    """Whether this runs inside of ``jax.jit`` (where every new array is a tracer) or a leaf of ``trees`` is traced."""
+    return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
+
+
 def check_rank(name: str, array, axes: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``array`` has one dimension per name in ``axes``."""
     if np.ndim(array) != len(axes):

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_moshi_flax.cli import main
+from transformers_moshi_flax.cli import generate, main
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor fill the user's cache of compiled programs."""
+    monkeypatch.setattr(generate, "use_compilation_cache", lambda: None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +18,11 @@ from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import check_output, read_audio, write_audio
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype, read_config
+from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
 from transformers_moshi_flax.cli.timing import compilation_time
+from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
 # Moshi's text stream: 3 fills the frames without a new word piece, 0 announces the next word
 END_OF_PAD, PAD = 0, 3
@@ -58,6 +62,7 @@ def generate(
     samples = read_audio(user_audio, rate)
 
     notes = Console(stderr=True, highlight=False)
+    use_compilation_cache()
     with progress_bar(notes) as bar:
         stage = bar.add_task(f"loading {name_of(source)}", total=None)
         speaker = Speaker.load(source, dtype)
@@ -161,6 +166,7 @@ class Reply:
         audio: ``(samples,)`` float32.
         seconds: wall time of the generation, without compilation.
         compile_seconds: wall time of the compilation; 0 if the program was there already.
+        interrupted: whether Ctrl-C ended it.
     """
 
     text: str
@@ -169,6 +175,7 @@ class Reply:
     audio: Float[np.ndarray, "samples"]
     seconds: float
     compile_seconds: float
+    interrupted: bool
 
 
 @dataclass(frozen=True)
@@ -234,8 +241,11 @@ class Speaker:
         max_new_frames: int,
         sampling: dict[str, Any],
         seed: int,
+        advance: Callable[[int], Any],
     ) -> Reply:
         """Answer the user's ``samples``. Moshi's own stream is silent, but for ``text_prompt``, while the user speaks.
+
+        ``advance`` is told of every frame. Ctrl-C ends the reply early.
 
         Raises:
             UserMistake: the prompt or an option does not fit the model.
@@ -245,8 +255,13 @@ class Speaker:
         prompt_frames = math.ceil(len(samples) / self.frame_size)
         user = samples[None, None]
         ids = self.prompt_ids(prompt_frames, text_prompt)
+        watcher = Watcher(advance)
         start = time.perf_counter()
-        with as_mistake("cannot generate", ValueError), compilation_time() as compilation:
+        with (
+            as_mistake("cannot generate", ValueError),
+            compilation_time() as compilation,
+            stopped_by_interrupt(watcher),
+        ):
             output = self.model.generate(
                 input_ids=ids,
                 user_input_values=user,
@@ -254,6 +269,7 @@ class Speaker:
                 max_new_tokens=max_new_frames,
                 return_audio_codes=True,
                 prng_key=jax.random.PRNGKey(seed),
+                streamer=watcher,
                 **sampling,
             )
             jax.block_until_ready(output.audio_sequences)
@@ -268,6 +284,7 @@ class Speaker:
             audio=np.asarray(output.audio_sequences, np.float32)[0, 0, prompt_frames * self.frame_size :],
             seconds=seconds - compilation.seconds,
             compile_seconds=compilation.seconds,
+            interrupted=watcher.interrupted,
         )
 
 
@@ -282,9 +299,10 @@ def _turn(
     notes: Console,
 ) -> None:
     """Generate one reply, print its text and write its files."""
+    notes.print(f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is")
     with progress_bar(notes) as bar:
-        stage = bar.add_task(f"generating {max_new_frames} frames (the first time also compiles)", total=None)
-        reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed)
+        stage = bar.add_task("frames", total=max_new_frames)
+        reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed, partial(bar.advance, stage))
         bar.remove_task(stage)
     typer.echo(reply.text)
     frames = len(reply.text_ids)
@@ -300,6 +318,7 @@ def _turn(
         "frames_per_second": frames / reply.seconds,
         "seed": seed,
         "text_prompt": text_prompt,
+        "interrupted": reply.interrupted,
     }
     transcript = output.with_suffix(".json")
     with as_mistake(f"--output: cannot write {str(output)!r}", OSError):

@@ -2,7 +2,7 @@
 
 A field either has its effect or raises, naming itself. Fields that only choose the PyTorch runtime (the cache's
 class, ``torch.compile``) have nothing to choose here and are accepted, since the published generation configurations
-set them.
+set them. Fields that are unset take upstream's defaults, ``GenerationConfig._get_default_generation_params()``.
 """
 
 from __future__ import annotations
@@ -11,59 +11,167 @@ import copy
 import dataclasses
 import difflib
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import GenerationConfig
 
+from ..input_checks import is_traced
+from .arrays import on_device
+from .logits_process import (
+    FlaxExponentialDecayLengthPenalty,
+    FlaxForcedBOSTokenLogitsProcessor,
+    FlaxForcedEOSTokenLogitsProcessor,
+    FlaxInfNanRemoveLogitsProcessor,
+    FlaxLogitsProcessorList,
+    FlaxMinLengthLogitsProcessor,
+    FlaxMinNewTokensLengthLogitsProcessor,
+    FlaxNoBadWordsLogitsProcessor,
+    FlaxNoRepeatNGramLogitsProcessor,
+    FlaxRepetitionPenaltyLogitsProcessor,
+    FlaxSequenceBiasLogitsProcessor,
+    FlaxSuppressTokensAtBeginLogitsProcessor,
+    FlaxSuppressTokensLogitsProcessor,
+    bad_words,
+    biased_sequences,
+    decay,
+    is_real,
+    is_whole,
+    token_list,
+    top_k_bound,
+)
 from .sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
-SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p")
-LENGTH_FIELDS = ("max_length", "max_new_tokens")
+SAMPLING_FIELDS = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "renormalize_logits",
+)
+# what the logits processors before sampling are made of
+PROCESSOR_FIELDS = (
+    "sequence_bias",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+LENGTH_FIELDS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time")
+BEAM_FIELDS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
+OUTPUT_FIELDS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 TOKEN_FIELDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 # chosen by upstream's runtime, without a counterpart in one compiled program
-RUNTIME_FIELDS = ("cache_implementation", "cache_config", "compile_config", "disable_compile", "use_cache")
+RUNTIME_FIELDS = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "return_legacy_cache",
+    "prefill_chunk_size",
+    "compile_config",
+    "disable_compile",
+    "use_cache",
+)
 # results are always objects, so asking for one changes nothing
-OUTPUT_FIELDS = ("return_dict_in_generate",)
+RESULT_FIELDS = ("return_dict_in_generate",)
 METADATA_FIELDS = ("transformers_version", "depth_decoder_config")
-# fields whose neutral value is not None
-NEUTRAL = {
+SUPPORTED_FIELDS = (
+    *SAMPLING_FIELDS, *PROCESSOR_FIELDS, *LENGTH_FIELDS, *BEAM_FIELDS, *OUTPUT_FIELDS, *TOKEN_FIELDS,
+    *RUNTIME_FIELDS, *RESULT_FIELDS, *METADATA_FIELDS,
+)  # fmt: skip
+# fields without an effect here, and besides None the values that ask for none
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "stop_strings": (),
+    "top_h": (),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "low_memory": (False,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "constraints": (),
+    "force_words_ids": (),
+    "forced_decoder_ids": (),
+    "decoder_start_token_id": (),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "continuous_batching_config": (),
+    # assisted decoding; its numbers are set by default and mean nothing without it
+    "use_mtp": (False,),
+    "is_assistant": (False,),
+    "num_assistant_tokens": (20,),
+    "num_assistant_tokens_schedule": ("constant",),
+    "assistant_confidence_threshold": (0.4,),
+    "assistant_early_exit": (),
+    "assistant_lookbehind": (10,),
+    "target_lookbehind": (10,),
+    "assistant_ensemble_weight": (),
+    "prompt_lookup_num_tokens": (),
+    "max_matching_ngram_size": (),
+    "speculation_type": (),
+}
+DEFAULTS: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
     "num_beams": 1,
     "num_return_sequences": 1,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "repetition_penalty": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
     "early_stopping": False,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "low_memory": False,
-    "token_healing": False,
-    "is_assistant": False,
-    "use_mambapy": False,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
-    "assistant_lookbehind": 10,
-    "target_lookbehind": 10,
-    "decoder_start_token_id": None,
-    "forced_decoder_ids": None,
 }
-DEFAULT_TOP_K = 50
 DEFAULT_NEW_TOKENS = 20
+
+
+def whole_from(minimum: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: is_whole(value) and value >= minimum, f"a whole number of at least {minimum}"
+
+
+def real_that(good: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], bool], str]:
+    # the values of tracers are not known
+    return lambda value: is_real(value) and (is_traced(value) or bool(good(value))), f"a number {rule}"
+
+
+BOOLEAN = (lambda value: isinstance(value, bool | np.bool_), "True or False")
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": BOOLEAN,
+    "temperature": real_that(lambda t: t > 0, "above 0 (for greedy search use `do_sample=False`)"),
+    "top_k": (lambda k: is_real(k) and int(k) == k and k >= 0, "a whole number, 0 for no limit"),
+    "top_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
+    "min_p": real_that(lambda p: 0 <= p <= 1, "in [0, 1]"),
+    "typical_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
+    "epsilon_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
+    "eta_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
+    "renormalize_logits": BOOLEAN,
+    "repetition_penalty": real_that(lambda p: p > 0, "above 0, 1 for none"),
+    "no_repeat_ngram_size": whole_from(0),
+    "remove_invalid_values": BOOLEAN,
+    "max_length": whole_from(1),
+    "max_new_tokens": whole_from(1),
+    "min_length": whole_from(0),
+    "min_new_tokens": whole_from(0),
+    "max_time": real_that(lambda seconds: seconds > 0, "of seconds above 0"),
+    "num_beams": whole_from(1),
+    "num_return_sequences": whole_from(1),
+    "length_penalty": real_that(np.isfinite, "that is finite"),
+    "early_stopping": (lambda e: isinstance(e, bool) or e == "never", 'True, False or "never"'),
+    **dict.fromkeys(OUTPUT_FIELDS, BOOLEAN),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +183,32 @@ class Plan:
         max_length: length of the sequences, prompt included.
         eos_token_ids: what ends a row.
         pad_token_id: what follows the end of a row.
+        stop_lengths: the length, prompt included, at which each row ends at the latest, ``(batch,)`` int32, or None.
+        max_time: seconds after which generation ends, or None.
+        num_beams: 1 for no beam search.
+        num_return_sequences: results for each row of the prompt; at most ``num_beams`` if there are beams.
+        length_penalty: exponent of the length by which beam search divides the sum of log-probabilities.
+        early_stopping: when beam search ends: True, False or "never".
+        output_scores: return the processed scores of each step.
+        output_logits: return the logits of each step.
+        output_hidden_states: return the hidden states of each step.
+        output_attentions: return the attentions of each step.
     """
 
     sampling: Sampling
     max_length: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    stop_lengths: jax.Array | None = None
+    max_time: float | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    output_scores: bool = False
+    output_logits: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
 
 
 def merge_generation_config(
@@ -92,89 +220,267 @@ def merge_generation_config(
         default: the model's generation configuration.
         given: the call's, or None.
         kwargs: keyword arguments of the call.
-        extra: names of model inputs among them, which are returned apart.
+        extra: names of arguments among them that are no fields, which are returned apart.
 
     Raises:
-        ValueError: for a keyword that is neither a field nor a model input, with the nearest name.
+        ValueError: for a keyword that is neither a field nor in ``extra``, with the nearest name; for a field that is
+            set and has no effect here.
     """
     config = copy.deepcopy(default)
-    if given is not None:
-        for name, value in given.to_dict().items():
-            if value is not None:
-                setattr(config, name, copy.deepcopy(value))
+    if hasattr(config, "temp"):
+        config.temperature = read_temp(vars(config)).get("temperature")
+        del config.temp
     inputs = {name: kwargs[name] for name in extra if name in kwargs}
-    known = {*config.to_dict(), *vars(config), *NEUTRAL}
-    for name, value in kwargs.items():
-        if name in inputs:
-            continue
+    kwargs = {name: value for name, value in kwargs.items() if name not in inputs}
+    known = {*config.to_dict(), *vars(config), *SUPPORTED_FIELDS, *UNSUPPORTED_FIELDS}
+    for name in kwargs:
         if name not in known or name.startswith("_"):
             near = difflib.get_close_matches(name, [*known, *extra], n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise ValueError(f"`generate` has no argument `{name}`.{hint}")
-        setattr(config, name, value)
-    # the later of the two lengths wins, as a keyword over a default
-    if kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is None:
-        config.max_new_tokens = None
-    refuse_unsupported(config)
+    values = {} if given is None else {name: value for name, value in given.to_dict().items() if value is not None}
+    for layer in (read_temp(values), kwargs):
+        # a length that is given later is meant, in whichever of the two ways it is given
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if layer.get(total) is not None and layer.get(new) is None:
+                setattr(config, new, None)
+        for name, value in layer.items():
+            setattr(config, name, value)
+    refuse_unsupported(vars(config))
     return config, inputs
 
 
-def refuse_unsupported(config: GenerationConfig) -> None:
+def read_temp(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``values`` with ``temp`` as ``temperature``: the published conversion writes this name, which nothing reads."""
+    if "temp" not in values:
+        return values
+    logger.warning(f"`{prefix}temp` in a generation configuration is read as `{prefix}temperature`")
+    values = dict(values)
+    temp = values.pop("temp")
+    return {**values, "temperature": temp if values.get("temperature") is None else values["temperature"]}
+
+
+def refuse_unsupported(
+    values: dict[str, Any], prefix: str = "", supported: tuple[str, ...] = SUPPORTED_FIELDS
+) -> None:
     """Raises ``ValueError`` for the first field that is set and has no effect here."""
-    supported = {
-        *SAMPLING_FIELDS, *LENGTH_FIELDS, *TOKEN_FIELDS, *RUNTIME_FIELDS, *OUTPUT_FIELDS, *METADATA_FIELDS
-    }  # fmt: skip
-    for name, value in vars(config).items():
-        if name.startswith("_") or name in supported or value is None or value == NEUTRAL.get(name):
+    for name, value in values.items():
+        if name.startswith("_") or name in supported or value is None:
             continue
-        raise ValueError(f"`{name}={value!r}` is not supported by `generate` here: leave it unset.")
+        # besides None these values ask for nothing
+        neutral = isinstance(value, bool | int | float | str) and value in UNSUPPORTED_FIELDS.get(name, ())
+        if not neutral:
+            raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
 
 
-def resolve_sampling(values: dict[str, Any], prefix: str = "") -> Sampling:
+def check_values(values: dict[str, Any], prefix: str = "") -> None:
+    """Raises ``ValueError`` for the first value out of range; names carry ``prefix``."""
+    for name, (good, rule) in RULES.items():
+        value = values.get(name)
+        if value is not None and not good(value):
+            raise ValueError(f"`{prefix}{name}` must be {rule}, but is {value!r}.")
+
+
+def active(value: Any, *neutral: Any) -> bool:
+    """Whether an option is set to something else than its neutral values."""
+    return value is not None and (is_traced(value) or value not in neutral)
+
+
+def scalar(value: Any) -> jax.Array:
+    return jnp.asarray(value).astype(jnp.float32)
+
+
+def resolve_sampling(
+    values: dict[str, Any], processors: FlaxLogitsProcessorList | None = None, prefix: str = "", keep: int = 1
+) -> Sampling:
     """The sampling options among ``values``; unset ones take upstream's defaults.
 
+    Args:
+        values: fields of a generation configuration.
+        processors: what comes before sampling.
+        prefix: of the names in errors.
+        keep: tokens that every filter keeps.
+
     Raises:
-        ValueError: for values out of range; names carry ``prefix``.
+        ValueError: for values out of range.
     """
-
-    def check(name: str, good: bool, rule: str) -> None:
-        if not good:
-            raise ValueError(f"`{prefix}{name}` must be {rule}, but is {values[name]!r}.")
-
-    do_sample = values.get("do_sample")
-    check("do_sample", do_sample is None or isinstance(do_sample, bool), "True or False")
-    temperature, top_k, top_p = (values.get(name) for name in ("temperature", "top_k", "top_p"))
-    check("temperature", temperature is None or temperature > 0, "above 0 (for greedy search use `do_sample=False`)")
-    check("top_k", top_k is None or (int(top_k) == top_k and top_k >= 0), "a whole number, 0 for no limit")
-    check("top_p", top_p is None or 0 < top_p <= 1, "in (0, 1]")
-    if not do_sample:
-        return Sampling()
-    top_k = DEFAULT_TOP_K if top_k is None else int(top_k)
+    check_values(values, prefix)
+    processors = FlaxLogitsProcessorList() if processors is None else processors
+    renormalize = bool(values.get("renormalize_logits"))
+    if not values.get("do_sample"):
+        return Sampling(processors=processors, renormalize=renormalize)
+    temperature, top_k = (
+        DEFAULTS[name] if values.get(name) is None else values[name] for name in ("temperature", "top_k")
+    )
+    top_k = max(int(top_k), keep) if top_k else None
+    neutral = {"top_p": (1,), "min_p": (), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,)}
+    filters = {name: scalar(values[name]) for name, none in neutral.items() if active(values.get(name), *none)}
     return Sampling(
-        temperature=jnp.asarray(1.0 if temperature is None else temperature, dtype=jnp.float32),
-        top_p=None if top_p in (None, 1.0) else jnp.asarray(top_p, dtype=jnp.float32),
+        processors=processors,
+        temperature=scalar(temperature),
+        top_k=None if top_k is None else jnp.int32(top_k),
+        **filters,
         do_sample=True,
-        top_k=top_k or None,
+        top_k_bound=64 if top_k is None else top_k_bound(top_k),
+        min_tokens_to_keep=keep,
+        renormalize=renormalize,
     )
 
 
-def resolve_plan(config: GenerationConfig, prompt_length: int, vocab_size: int) -> Plan:
+def resolve_processors(
+    values: dict[str, Any],
+    prompt_length: int,
+    max_length: int,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...] = (),
+    padding_lengths: jax.Array | None = None,
+    prefix: str = "",
+) -> FlaxLogitsProcessorList:
+    """The processors that ``values`` ask for, in upstream's order.
+
+    Args:
+        values: fields of a generation configuration.
+        prompt_length: tokens of the prompt.
+        max_length: of the sequences, prompt included.
+        vocab_size: number of scores.
+        eos_token_ids: what ends a row.
+        padding_lengths: leading columns of each row that the repetition penalty leaves out, ``(batch,)``, or None.
+        prefix: of the names in errors.
+
+    Raises:
+        ValueError: for values out of range, ids outside the vocabulary, and options that need an end and have none.
+    """
+    check_values(values, prefix)
+
+    def given(name: str) -> Any:
+        return values.get(name)
+
+    def ids(name: str) -> list[int]:
+        return token_list(f"{prefix}{name}", values[name], vocab_size)
+
+    check_forced_and_suppressed(values, prefix)
+    processors = FlaxLogitsProcessorList()
+    if given("sequence_bias") is not None:
+        bias = biased_sequences(f"{prefix}sequence_bias", values["sequence_bias"], vocab_size)
+        processors.append(FlaxSequenceBiasLogitsProcessor(bias))
+    if active(given("repetition_penalty"), 1):
+        processors.append(FlaxRepetitionPenaltyLogitsProcessor(values["repetition_penalty"], padding_lengths))
+    if given("no_repeat_ngram_size"):
+        processors.append(FlaxNoRepeatNGramLogitsProcessor(int(values["no_repeat_ngram_size"])))
+    if given("bad_words_ids") is not None:
+        words = bad_words(f"{prefix}bad_words_ids", values["bad_words_ids"], vocab_size)
+        processors.append(FlaxNoBadWordsLogitsProcessor(words, eos_token_ids or None))
+    if eos_token_ids and given("min_new_tokens"):
+        processors.append(
+            FlaxMinNewTokensLengthLogitsProcessor(prompt_length, values["min_new_tokens"], eos_token_ids)
+        )
+    elif eos_token_ids and given("min_length"):
+        processors.append(FlaxMinLengthLogitsProcessor(values["min_length"], eos_token_ids))
+    if given("forced_bos_token_id") is not None:
+        processors.append(FlaxForcedBOSTokenLogitsProcessor(ids("forced_bos_token_id")))
+    if given("forced_eos_token_id") is not None:
+        processors.append(FlaxForcedEOSTokenLogitsProcessor(max_length, ids("forced_eos_token_id")))
+    if given("remove_invalid_values"):
+        processors.append(FlaxInfNanRemoveLogitsProcessor())
+    if given("exponential_decay_length_penalty") is not None:
+        name = "exponential_decay_length_penalty"
+        decay(f"{prefix}{name}", values[name])
+        if not eos_token_ids:
+            raise ValueError(f"`{prefix}{name}` favours the end, but there is none: set `{prefix}eos_token_id`.")
+        processors.append(FlaxExponentialDecayLengthPenalty(values[name], eos_token_ids, prompt_length))
+    if given("suppress_tokens") is not None:
+        processors.append(FlaxSuppressTokensLogitsProcessor(ids("suppress_tokens")))
+    if given("begin_suppress_tokens") is not None:
+        forced_first = prompt_length <= 1 and given("forced_bos_token_id") is not None
+        begin = prompt_length + int(forced_first)
+        processors.append(FlaxSuppressTokensAtBeginLogitsProcessor(ids("begin_suppress_tokens"), begin))
+    return processors
+
+
+def check_forced_and_suppressed(values: dict[str, Any], prefix: str = "") -> None:
+    """Raises ``ValueError`` if a token is forced and suppressed, which would leave no token at all."""
+    if values.get("suppress_tokens") is None:
+        return
+    suppressed = set(token_list(f"{prefix}suppress_tokens", values["suppress_tokens"]))
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if values.get(name) is None:
+            continue
+        forced = set(token_list(f"{prefix}{name}", values[name]))
+        if forced <= suppressed:
+            raise ValueError(
+                f"`{prefix}{name}` is {values[name]}, which `{prefix}suppress_tokens` forbids: remove it from one of "
+                "the two."
+            )
+
+
+def resolve_plan(
+    config: GenerationConfig,
+    prompt_length: int,
+    vocab_size: int,
+    batch_size: int,
+    attention_mask: Any = None,
+    stop_lengths: Any = None,
+    logits_processor: Any = None,
+) -> Plan:
     """Resolves the options of the text stream.
 
     Args:
         config: merged configuration.
         prompt_length: tokens of the prompt.
         vocab_size: for the check of the token ids.
+        batch_size: rows of the prompt.
+        attention_mask: of the prompt, or of its last columns, ``(batch, frames)``; the repetition penalty leaves out
+            the padding before the first token. None if there is no padding.
+        stop_lengths: new tokens after which each row ends at the latest, ``(batch,)``, or None.
+        logits_processor: of the call, one or a list; after those of ``config``, in the place of one of the same class.
 
     Raises:
-        ValueError: for lengths that leave nothing to generate and ids outside the vocabulary.
+        ValueError: for values out of range, lengths that leave nothing to generate and ids outside the vocabulary.
     """
-    if config.max_new_tokens is not None:
-        if int(config.max_new_tokens) != config.max_new_tokens or config.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be a whole number of at least 1, but is {config.max_new_tokens}.")
-        max_length = prompt_length + int(config.max_new_tokens)
-    elif config.max_length is not None:
-        max_length = int(config.max_length)
+    values = {name: getattr(config, name, None) for name in (*SUPPORTED_FIELDS, *DEFAULTS)}
+    check_values(values)
+    max_length = resolve_max_length(values, prompt_length)
+    eos = values["eos_token_id"]
+    eos_token_ids = () if eos is None else tuple(token_list("eos_token_id", eos, vocab_size + 1))
+    pad = values["pad_token_id"]
+    if pad is not None and not (is_whole(pad) and 0 <= pad <= vocab_size):
+        raise ValueError(f"`pad_token_id` must be in [0, {vocab_size}], but is {pad!r}.")
+    num_beams, num_return_sequences = resolve_counts(values)
+    processors = resolve_processors(
+        values, prompt_length, max_length, vocab_size, eos_token_ids, padding_lengths(attention_mask, prompt_length)
+    )
+    keep = len(eos_token_ids) + 1 if eos_token_ids else 2
+    return Plan(
+        sampling=resolve_sampling(
+            values, with_custom(processors, logits_processor), keep=keep if num_beams > 1 else 1
+        ),
+        max_length=max_length,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=int(pad) if pad is not None else (eos_token_ids[0] if eos_token_ids else 0),
+        stop_lengths=resolve_stop_lengths(stop_lengths, batch_size, prompt_length, max_length),
+        max_time=None if values["max_time"] is None else float(values["max_time"]),
+        num_beams=num_beams,
+        num_return_sequences=num_return_sequences,
+        length_penalty=float(or_default(values, "length_penalty")),
+        early_stopping=or_default(values, "early_stopping"),
+        **{name: bool(values[name]) for name in OUTPUT_FIELDS},
+    )
+
+
+def or_default(values: dict[str, Any], name: str) -> Any:
+    return DEFAULTS[name] if values[name] is None else values[name]
+
+
+def resolve_max_length(values: dict[str, Any], prompt_length: int) -> int:
+    """Tokens of the sequences, prompt included.
+
+    Raises:
+        ValueError: if nothing is left to generate, or less than the minimum.
+    """
+    if values["max_new_tokens"] is not None:
+        max_length = prompt_length + int(values["max_new_tokens"])
+    elif values["max_length"] is not None:
+        max_length = int(values["max_length"])
         if max_length <= prompt_length:
             raise ValueError(
                 f"`max_length` is {max_length}, but the prompt alone has {prompt_length} tokens: `max_length` counts "
@@ -182,15 +488,110 @@ def resolve_plan(config: GenerationConfig, prompt_length: int, vocab_size: int) 
             )
     else:
         max_length = prompt_length + DEFAULT_NEW_TOKENS
-    eos = config.eos_token_id
-    eos_token_ids = () if eos is None else tuple(int(i) for i in (eos if isinstance(eos, list | tuple) else [eos]))
-    for name, token in [("eos_token_id", i) for i in eos_token_ids] + [("pad_token_id", config.pad_token_id)]:
-        if token is not None and not 0 <= token <= vocab_size:
-            raise ValueError(f"`{name}` must be in [0, {vocab_size}], but is {token}.")
-    pad = config.pad_token_id
-    return Plan(
-        sampling=resolve_sampling({name: getattr(config, name, None) for name in SAMPLING_FIELDS}),
-        max_length=max_length,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=int(pad) if pad is not None else (eos_token_ids[0] if eos_token_ids else 0),
-    )
+    name = "min_length" if values["min_new_tokens"] is None else "min_new_tokens"
+    least = int(values[name] or 0) + (prompt_length if name == "min_new_tokens" else 0)
+    if least > max_length:
+        raise ValueError(
+            f"`{name}` is {values[name]}, but the sequences have only {max_length} tokens, {prompt_length} of them "
+            "the prompt: lower it or raise `max_new_tokens`."
+        )
+    return max_length
+
+
+def resolve_counts(values: dict[str, Any]) -> tuple[int, int]:
+    """``num_beams`` and ``num_return_sequences``.
+
+    Raises:
+        ValueError: for more results than there are beams, or several of greedy search.
+    """
+    num_beams, num_return_sequences = (int(or_default(values, name)) for name in ("num_beams", "num_return_sequences"))
+    if num_beams > 1 and num_return_sequences > num_beams:
+        raise ValueError(
+            f"`num_return_sequences` is {num_return_sequences}, but there are only {num_beams} beams: lower it or "
+            "raise `num_beams`."
+        )
+    if num_beams == 1 and num_return_sequences > 1 and not values["do_sample"]:
+        raise ValueError(
+            f"`num_return_sequences` is {num_return_sequences}, but greedy search has one result: set "
+            "`do_sample=True` or `num_beams`."
+        )
+    return num_beams, num_return_sequences
+
+
+def padding_lengths(attention_mask: Any, prompt_length: int) -> jax.Array | None:
+    """Columns of the prompt before the first one of each row that is attended, ``(batch,)``; None without a mask."""
+    if attention_mask is None:
+        return None
+    xp = jnp if is_traced(attention_mask) else np
+    first = xp.argmax(xp.asarray(attention_mask) != 0, axis=-1)
+    return on_device(first + prompt_length - np.shape(attention_mask)[1], np.int32)
+
+
+def resolve_stop_lengths(stop_lengths: Any, batch_size: int, prompt_length: int, max_length: int) -> jax.Array | None:
+    """Lengths with the prompt from numbers of new tokens; int32.
+
+    Raises:
+        ValueError: for a wrong shape, numbers that are not whole, below 1 or beyond the length of the sequences.
+    """
+    if stop_lengths is None:
+        return None
+    if not is_traced(stop_lengths):
+        stop_lengths = np.asarray(stop_lengths)
+    if stop_lengths.shape != (batch_size,) or not np.issubdtype(stop_lengths.dtype, np.integer):
+        raise ValueError(
+            f"`stop_lengths` must be one whole number per row, ({batch_size},), but has the shape "
+            f"{stop_lengths.shape} and the dtype {stop_lengths.dtype}."
+        )
+    new_tokens = max_length - prompt_length
+    if not is_traced(stop_lengths) and ((stop_lengths < 1) | (stop_lengths > new_tokens)).any():
+        wrong = stop_lengths[(stop_lengths < 1) | (stop_lengths > new_tokens)][0]
+        raise ValueError(
+            f"`stop_lengths` must be in [1, {new_tokens}], the new tokens of a row, but has {wrong}: change it or "
+            "`max_new_tokens`."
+        )
+    return on_device(stop_lengths + prompt_length, np.int32)
+
+
+def with_custom(processors: FlaxLogitsProcessorList, custom: Any) -> FlaxLogitsProcessorList:
+    """``processors`` and those of the call.
+
+    Raises:
+        ValueError: for what cannot be called.
+    """
+    if custom is None:
+        return processors
+    custom = list(custom) if isinstance(custom, list | tuple) else [custom]
+    for processor in custom:
+        if not callable(processor):
+            raise ValueError(
+                f"`logits_processor` must be a function `(input_ids, scores, cur_len) -> scores` or a list of such, "
+                f"but has {processor!r}."
+            )
+    return processors.merged_with(custom)
+
+
+def resolve_nested_sampling(values: dict[str, Any], prefix: str, max_length: int, vocab_size: int) -> Sampling:
+    """How an inner decoder chooses its tokens, of which it makes a fixed number after a prompt of one token.
+
+    Args:
+        values: fields of a generation configuration.
+        prefix: of the names in errors.
+        max_length: tokens in all; other lengths are refused.
+        vocab_size: number of scores.
+
+    Raises:
+        ValueError: for fields without an effect here, such as those of beam search, and values out of range.
+    """
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    values = read_temp(values, prefix)
+    for name in ("min_length", "max_length"):
+        if values.pop(name, None) not in (None, max_length):
+            raise ValueError(f"`{prefix}{name}` must be {max_length} (the prompt and all new tokens).")
+    for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
+        if values.get(name) == DEFAULTS[name]:
+            values.pop(name)
+    values = {name: value for name, value in values.items() if not (name in OUTPUT_FIELDS and value is False)}
+    supported = (*SAMPLING_FIELDS, *PROCESSOR_FIELDS, *RUNTIME_FIELDS, *RESULT_FIELDS, *METADATA_FIELDS)
+    refuse_unsupported(values, prefix, supported)
+    processors = resolve_processors(values, 1, max_length, vocab_size, prefix=prefix)
+    return resolve_sampling(values, processors, prefix)

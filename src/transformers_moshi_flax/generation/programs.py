@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ..input_checks import is_traced
+from ..input_checks import is_tracing
 
 
 class Program:
@@ -17,20 +16,23 @@ class Program:
 
     JAX takes such options for whole programs only: called inside of another ``jax.jit``, the function becomes a part
     of that program, with that one's options.
+
+    Args:
+        function: of arrays.
+        donated: positions of arguments whose memory the results may take; they are gone after the call.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...] = ()):
         self._inlined = jax.jit(function)
         self._function = function
+        self._donated = donated
 
     @functools.cached_property
     def _whole(self) -> Callable[..., Any]:
-        return jax.jit(self._function, compiler_options=compiler_options())
+        return jax.jit(self._function, compiler_options=compiler_options(), donate_argnums=self._donated)
 
     def __call__(self, *args: Any) -> Any:
-        # inside of jit every new array is a tracer, whatever the arguments are
-        nested = is_traced(*jax.tree.leaves(args), jnp.zeros(()))
-        return (self._inlined if nested else self._whole)(*args)
+        return (self._inlined if is_tracing(args) else self._whole)(*args)
 
     def lower(self, *args: Any) -> Any:
         """As the method of ``jax.jit``."""

@@ -1,4 +1,4 @@
-"""``FlaxGenerationMixin``: text generation as one compiled program, prefill and time loop included."""
+"""``FlaxGenerationMixin``: what ``generate`` of all models does around the compiled programs."""
 
 from __future__ import annotations
 
@@ -7,73 +7,105 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
-from ..input_checks import check_ids, check_mask, check_rank, is_traced
+from ..input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ..modeling_flax_outputs import FlaxModelOutput
-from .configuration import merge_generation_config, resolve_plan
+from .arrays import cut, on_device, padded
+from .beam_search import advance_beams, finish_beams, start_beams
+from .buckets import bucket, prefill_chunk
+from .configuration import Plan, merge_generation_config, resolve_plan
+from .decoding import FREE, Decoder, Request, State, advance, repeat, start
 from .programs import Program
-from .sampling import row_keys, select_token
+from .recording import FRAME_NAMES, STEP_NAMES, Recording, unrolled
+from .running import run
+from .sampling import row_keys
 
 
 @flax.struct.dataclass
 class FlaxGreedySearchOutput(FlaxModelOutput):
-    """``sequences``: prompt and generated ids, ``(batch, length)`` int32."""
+    """Output of greedy search.
+
+    Attributes:
+        sequences: prompt and generated ids, ``(batch, length)`` int32.
+        scores, logits: processed and raw logits of every new token, each ``(batch, vocab_size)``.
+        attentions, hidden_states: of every new token, tuples over the layers; the first those of the whole prompt.
+    """
 
     sequences: jax.Array | None = None
+    scores: tuple[jax.Array, ...] | None = None
+    logits: tuple[jax.Array, ...] | None = None
+    attentions: tuple[tuple[jax.Array, ...], ...] | None = None
+    hidden_states: tuple[tuple[jax.Array, ...], ...] | None = None
 
 
 @flax.struct.dataclass
-class FlaxSampleOutput(FlaxModelOutput):
-    """``sequences``: prompt and sampled ids, ``(batch, length)`` int32."""
-
-    sequences: jax.Array | None = None
+class FlaxSampleOutput(FlaxGreedySearchOutput):
+    """Output of sampling, ``(batch * num_return_sequences, ...)``; the rest as :class:`FlaxGreedySearchOutput`."""
 
 
-def cut(array: jax.Array, length: int) -> jax.Array:
-    """The first ``length`` entries of the last axis, cut on the host: XLA would compile a program for each length."""
-    return array if array.shape[-1] == length else jnp.asarray(np.asarray(array)[..., :length])
+@flax.struct.dataclass
+class FlaxBeamSearchOutput(FlaxGreedySearchOutput):
+    """Output of beam search, ``(batch * num_return_sequences, ...)``, the best hypothesis of each row first.
+
+    ``scores`` (processed log-probabilities), ``logits``, ``attentions`` and ``hidden_states`` are those of the
+    ``batch * num_beams`` running beams in every step that was made.
+
+    Attributes:
+        sequences_scores: sums of log-probabilities divided by ``new tokens ** length_penalty``.
+        beam_indices: which beam (``row * num_beams + beam``) every new token continued, -1 after the end.
+    """
+
+    sequences_scores: jax.Array | None = None
+    beam_indices: jax.Array | None = None
 
 
-def is_in(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Which tokens are among ``ids``."""
-    found = jnp.zeros(tokens.shape, dtype=bool)
-    for token in ids:
-        found |= tokens == token
-    return found
+@flax.struct.dataclass
+class FlaxBeamSampleOutput(FlaxBeamSearchOutput):
+    """Output of beam search with sampling; as :class:`FlaxBeamSearchOutput`."""
 
 
-def fold_step(keys: jax.Array, step: Any) -> jax.Array:
-    """The keys of one step. Steps count from the first generated token, so that padding does not change them."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+OUTPUTS = {
+    (False, False): FlaxGreedySearchOutput,
+    (False, True): FlaxSampleOutput,
+    (True, False): FlaxBeamSearchOutput,
+    (True, True): FlaxBeamSampleOutput,
+}
+"""The class of outputs by whether there are beams and whether tokens are drawn."""
 
 
 class FlaxGenerationMixin:
-    """``generate`` for models whose call takes ``input_ids`` and a cache of ``init_cache``.
+    """``generate`` for models with a :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
 
-    The compiled programs are kept on the model, one per shapes and options; generation itself keeps nothing there.
+    The compiled programs are kept on the model, one per shapes and static options; generation itself keeps nothing
+    there.
     """
 
     _generates = True
 
-    def compiled(self, function: Callable, **static: Any) -> Program:
-        """The program of ``function(module, ..., **static)``, made once per model and static options."""
-        programs = self.__dict__.setdefault("_programs", {})
-        key = (function, id(self.module), *sorted(static.items()))
-        if key not in programs:
-            module = self.module
+    def make_decoder(self) -> Decoder:
+        """The decoder of the model's present module."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_decoder")
+
+    def compiled(self, function: Callable, donated: tuple[int, ...] = (), **static: Any) -> Program:
+        """The program of ``function(decoder, ..., **static)``, made once per model and static options.
+
+        ``donated`` are positions among the arguments after the decoder.
+        """
+        if getattr(self, "_programs_of", None) is not self.module:
+            self._programs_of, self._programs, self._decoder = self.module, {}, self.make_decoder()
+        key = (function, *sorted(static.items()))
+        if key not in self._programs:
+            decoder = self._decoder
 
             def program(*args):
-                return function(module, *args, **static)
+                return function(decoder, *args, **static)
 
             program.__name__ = function.__name__
-            # the module is kept with its program, so that its id is not used again
-            programs[key] = (Program(program), module)
-        return programs[key][0]
+            self._programs[key] = Program(program, donated)
+        return self._programs[key]
 
     def generate(
         self,
@@ -82,13 +114,15 @@ class FlaxGenerationMixin:
         prng_key: jax.Array | None = None,
         trace: bool = True,
         params: Any | None = None,
-        logits_processor: Callable | None = None,
+        logits_processor: Callable | list[Callable] | None = None,
+        streamer: Any | None = None,
         **kwargs: Any,
     ) -> FlaxGreedySearchOutput | FlaxSampleOutput:
-        """Generates text ids, greedily or by sampling.
+        """Generates text ids: greedily, by sampling, or with beams.
 
-        Prefill and loop are one XLA program, compiled once per shapes and options. Inside ``jax.jit`` the sequences
-        have ``max_length`` columns; called eagerly they are cut after the longest row.
+        Prompt and loop are two XLA programs, compiled once per batch size, capacity (prompt and new tokens, rounded
+        up) and kind of options; numbers among the options compile nothing. Inside ``jax.jit`` the sequences have
+        ``max_length`` columns; called eagerly they are cut after the longest row.
 
         Args:
             input_ids: the prompt, ``(batch, length)``, left-padded if rows differ.
@@ -97,10 +131,13 @@ class FlaxGenerationMixin:
                 its own key only.
             trace: False runs without compilation, for debugging.
             params: the parameters (default: the model's own).
-            logits_processor: ``processor(sequences, scores, length) -> scores``, applied to the logits of each step
-                before sampling; ``sequences`` is ``(batch, max_length)`` with ``length`` columns in use.
-            **kwargs: fields of ``GenerationConfig`` and ``attention_mask`` ``(batch, length)``. Without a mask,
-                ``pad_token_id`` in the prompt is masked unless it is also an end or the start token.
+            logits_processor: ``processor(sequences, scores, length) -> scores`` or a list of such, applied to the
+                scores of each step before sampling; ``sequences`` has ``length`` columns in use.
+            streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the ids of the
+                prompt and then of every new column ``(batch,)`` while generation goes on. Not under ``jax.jit``.
+            **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
+                ``(batch,)``, after how many new tokens each row ends at the latest. Without a mask, ``pad_token_id``
+                in the prompt is masked unless it is also an end or the start token.
 
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
@@ -114,87 +151,158 @@ class FlaxGenerationMixin:
         vocab_size = self.config.vocab_size
         check_ids("input_ids", input_ids, vocab_size + 1)
         config, inputs = merge_generation_config(
-            self.generation_config, generation_config, kwargs, extra=("attention_mask",)
+            self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
         )
-        plan = resolve_plan(config, length, vocab_size)
-        input_ids = jnp.asarray(input_ids).astype(jnp.int32)
         attention_mask = inputs.get("attention_mask")
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
-            attention_mask = jnp.asarray(attention_mask).astype(bool)
         else:
-            attention_mask = jnp.ones(input_ids.shape, dtype=bool)
-            pad = config.pad_token_id
-            if pad is not None and pad != vocab_size and pad not in plan.eos_token_ids:
-                attention_mask = input_ids != pad
-        keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size)
-        program = self.compiled(
-            generate_text,
-            make_cache=self.init_cache,
-            max_length=plan.max_length,
-            eos_token_ids=plan.eos_token_ids,
-            pad_token_id=plan.pad_token_id,
-            logits_processor=logits_processor,
+            pad, eos = config.pad_token_id, config.eos_token_id
+            unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])
+            attention_mask = np.ones(np.shape(input_ids), dtype=bool) if unmasked else input_ids != pad
+        plan = resolve_plan(
+            config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
         )
-        params = self.params if params is None else params
+        request = self.make_request(
+            plan, input_ids, attention_mask, prng_key, capacity_of(plan, is_tracing(input_ids, params))
+        )
         with jax.disable_jit(not trace):
-            sequences, ends = program(params, input_ids, attention_mask, keys, plan.sampling)
-        if not is_traced(sequences) and plan.eos_token_ids:
-            sequences = cut(sequences, int(ends.max()))
-        output_class = FlaxSampleOutput if plan.sampling.do_sample else FlaxGreedySearchOutput
-        return output_class(sequences=sequences)
+            state, more = self.decode(plan, request, length, params, streamer)
+        sequences = state.sequences
+        if not is_traced(sequences):
+            sequences = cut(sequences, int(state.lengths.max()))
+        return OUTPUTS[plan.num_beams > 1, plan.sampling.do_sample](sequences=sequences, **more)
 
+    def warmup(
+        self, batch_size: int = 1, prompt_length: int = 1, max_new_tokens: int | None = None, **options: Any
+    ) -> None:
+        """Compiles the programs that ``generate`` will need, ahead of time.
 
-def generate_text(
-    module,
-    params,
-    input_ids,
-    attention_mask,
-    keys,
-    sampling,
-    *,
-    make_cache: Callable,
-    max_length: int,
-    eos_token_ids: tuple[int, ...],
-    pad_token_id: int,
-    logits_processor: Callable | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The program of ``generate``: the sequences ``(batch, max_length)`` and where each row ends, ``(batch,)``."""
-    batch_size, prompt_length = input_ids.shape
+        Args:
+            batch_size: rows of the prompt.
+            prompt_length: its tokens; other lengths of the same buckets share the programs.
+            max_new_tokens: as of :meth:`generate`; ``max_length`` among the options does as well.
+            **options: the other options of the calls to come. Only their kinds matter, not their numbers.
 
-    sequences = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
-    sequences = lax.dynamic_update_slice_in_dim(sequences, input_ids, 0, axis=1)
-    attended = jnp.ones((batch_size, max_length), dtype=bool)
-    attended = lax.dynamic_update_slice_in_dim(attended, attention_mask, 0, axis=1)
+        Raises:
+            ValueError: as :meth:`generate`, or a size is below 1.
+        """
+        check_sizes(batch_size=batch_size, prompt_length=prompt_length)
+        ids = np.full((batch_size, prompt_length), self.config.vocab_size)
+        options = one_token(options, batch_size, max_new_tokens)
+        jax.block_until_ready(self.generate(ids, **options))
 
-    def feed(cache, ids, mask):
-        return module.apply(
-            {"params": params}, input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+    def make_request(
+        self,
+        plan: Plan,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike,
+        prng_key: jax.Array | None,
+        capacity: int,
+        **extra: Any,
+    ) -> Request:
+        """The operands of the programs; ids and mask are padded to ``capacity`` columns."""
+        batch_size, length = np.shape(input_ids)
+        limits = np.full((batch_size,), plan.max_length) if plan.stop_lengths is None else plan.stop_lengths
+        return Request(
+            input_ids=on_device(padded(input_ids, capacity, plan.pad_token_id), np.int32),
+            attention_mask=on_device(padded(attention_mask, capacity, True), bool),
+            prompt_length=on_device(length, np.int32),
+            limits=on_device(limits, np.int32),
+            keys=row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size),
+            sampling=plan.sampling,
+            eos_token_ids=on_device(end_tokens(plan.eos_token_ids), np.int32),
+            pad_token_id=on_device(plan.pad_token_id, np.int32),
+            **extra,
         )
 
-    # all tokens of the prompt but the last, which begins the loop; the last token of all is never fed
-    cache = make_cache(batch_size, max_length - 1)
-    if prompt_length > 1:
-        cache = feed(cache, input_ids[:, :-1], attention_mask[:, :-1]).past_key_values
+    def decode(
+        self,
+        plan: Plan,
+        request: Request,
+        prompt_length: int,
+        params: Any | None = None,
+        streamer: Any | None = None,
+        audio_codes: Callable | None = None,
+    ) -> tuple[State, dict[str, Any]]:
+        """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
+        params = self.params if params is None else params
+        traced = is_tracing(request, params)
+        if traced:
+            for name, value in (("streamer", streamer), ("max_time", plan.max_time)):
+                if value is not None:
+                    raise ValueError(f"`{name}` cannot be used inside of `jax.jit`: call `generate` eagerly.")
+        if streamer is not None and plan.num_beams > 1:
+            raise ValueError(
+                f"`streamer` cannot be used with `num_beams={plan.num_beams}`, as no token is final before the end: "
+                "leave one of them out."
+            )
+        new_tokens = plan.max_length - prompt_length
+        names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
+        recording = Recording(names, bucket(new_tokens) if names else 0)
+        chunk = prompt_length - 1 if traced else prefill_chunk(prompt_length - 1)
+        chunk = min(chunk, request.input_ids.shape[1])
+        state = self.compiled(start, chunk=chunk, recording=recording)(params, request)
+        if plan.num_beams > 1:
+            return self.decode_beams(plan, request, state, prompt_length, params, recording)
+        if plan.num_return_sequences > 1:
+            request, state = self.compiled(repeat, copies=plan.num_return_sequences)(request, state)
+        program = self.compiled(advance, (2,), recording=recording)
+        state = run(
+            lambda state, until: program(params, request, state, on_device(until, np.int32)),
+            state,
+            prompt_length,
+            plan.max_length,
+            streamer,
+            plan.max_time,
+            audio_codes,
+        )
+        reached = plan.max_length if is_traced(state.lengths) else int(state.lengths.max())
+        return state, dict(unrolled(state.records, prompt_length, reached))
 
-    def unfinished(state):
-        position, _, _, _, finished = state
-        return (position < max_length) & ~jnp.all(finished)
+    def decode_beams(
+        self, plan: Plan, request: Request, state: State, prompt_length: int, params: Any, recording: Recording
+    ) -> tuple[State, dict[str, Any]]:
+        """Beam search from the state after the prompt on; returns as :meth:`decode` does."""
+        length_penalty = on_device(plan.length_penalty, np.float32)
+        request, state = start_beams(request, state, num_beams=plan.num_beams)
+        program = self.compiled(advance_beams, (3,), early_stopping=plan.early_stopping, recording=recording)
+        state = run(
+            lambda state, until: program(params, request, length_penalty, state, on_device(until, np.int32)),
+            state,
+            prompt_length,
+            plan.max_length,
+            max_time=plan.max_time,
+        )
+        state, scores, beam_indices = finish_beams(
+            request, length_penalty, state, num_return_sequences=plan.num_return_sequences
+        )
+        searched = reached = plan.max_length
+        if not is_traced(scores):
+            searched, reached = int(state.position), int(state.lengths.max())
+            beam_indices = cut(beam_indices, reached - prompt_length)
+        more = unrolled(state.records, prompt_length, searched)
+        return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
 
-    def step(state):
-        position, cache, sequences, ends, finished = state
-        last, mask = (lax.dynamic_slice_in_dim(array, position - 1, 1, axis=1) for array in (sequences, attended))
-        outputs = feed(cache, last, mask)
-        logits = outputs.logits[:, -1]
-        if logits_processor is not None:
-            logits = logits_processor(sequences, logits, position)
-        token = select_token(logits, fold_step(keys, position - prompt_length), 0, sampling)
-        token = jnp.where(finished, pad_token_id, token)
-        sequences = lax.dynamic_update_slice_in_dim(sequences, token[:, None], position, axis=1)
-        ends = jnp.where(finished, ends, position + 1)
-        return position + 1, outputs.past_key_values, sequences, ends, finished | is_in(token, eos_token_ids)
 
-    ends, nobody = jnp.zeros((batch_size,), dtype=jnp.int32), jnp.zeros((batch_size,), dtype=bool)
-    state = (jnp.int32(prompt_length), cache, sequences, ends, nobody)
-    _, _, sequences, ends, _ = lax.while_loop(unfinished, step, state)
-    return sequences, ends
+def end_tokens(ids: tuple[int, ...]) -> np.ndarray:
+    """``ids`` with what is no token behind them, so that requests of few or no ends share programs."""
+    return np.array([*ids, *[FREE] * (-len(ids) % 4 if ids else 4)])
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ``ValueError`` for the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {size}.")
+
+
+def one_token(options: dict[str, Any], batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:
+    """Options of a call that compiles what the given ones need and generates one token only."""
+    options = {"stop_lengths": np.ones(batch_size, dtype=np.int32), **options}
+    return options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+
+
+def capacity_of(plan: Plan, traced: bool) -> int:
+    """Columns of the programs: a bucket, so that they are shared; exactly what is needed inside another program."""
+    return plan.max_length if traced else bucket(plan.max_length)

@@ -140,7 +140,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "depth top-k": ({"depth_decoder_do_sample": True, "depth_decoder_top_k": -3}, "`depth_decoder_top_k`"),
     "end outside the vocabulary": ({"eos_token_id": 61}, "`eos_token_id`"),
     "padding outside the vocabulary": ({"eos_token_id": 5, "pad_token_id": -1}, "`pad_token_id`"),
-    "not supported": ({"num_beams": 3}, "num_beams"),
+    "not supported": ({"num_beam_groups": 3}, "num_beam_groups"),
     "keys for another batch": ({"do_sample": True, "prng_key": jax.random.split(jax.random.key(0), 3)}, "`prng_key`"),
     "numbers for a key": ({"do_sample": True, "prng_key": jnp.zeros(2)}, "`prng_key`.*float32"),
 }

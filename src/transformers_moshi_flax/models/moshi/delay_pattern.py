@@ -5,6 +5,8 @@ Pure functions over codes ``(batch, codebooks, frames)``; Moshi (Défossez et al
 """
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 
@@ -45,6 +47,15 @@ def apply_delay_pattern_mask(
     """Puts the fixed codes of the mask over ``input_ids``, which stay where the mask is -1."""
     mask = decoder_pad_token_mask[..., : input_ids.shape[-1]]
     return jnp.where(mask == -1, input_ids, mask)
+
+
+def delay(
+    codes: Int[ArrayLike, "batch codebooks length"], start_code: int
+) -> Int[ArrayLike, "batch codebooks length"]:
+    """Moves all codebooks but the first one frame to the right, ``start_code`` before them; NumPy stays NumPy."""
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    first = xp.full((codes.shape[0], codes.shape[1] - 1, 1), start_code, dtype=codes.dtype)
+    return xp.concatenate([codes[:, :1], xp.concatenate([first, codes[:, 1:, :-1]], axis=2)], axis=1)
 
 
 def undelay(codes: Int[Array, "batch codebooks length"]) -> Int[Array, "batch codebooks length-1"]:

@@ -1,4 +1,4 @@
-"""Nested generation: text and audio, frame by frame, in one XLA program.
+"""Moshi's decoders for the loop of generation: text alone, and text and audio frame by frame.
 
 One frame (see the diagram in ``docs/architecture.md``)::
 
@@ -6,24 +6,29 @@ One frame (see the diagram in ``docs/architecture.md``)::
                                                                        |                |
                                                                        +--> depth decoder: codes 0, 1, … of t+1
 
-:func:`frame_step` is that frame; the time loop runs it, and so can streaming. Prefill fills the cache with all frames
-of the prompt but the last.
+``generation/decoding.py`` has the loop, :class:`FrameDecoder` what one frame does.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from ...generation.arrays import on_device, padded
+from ...generation.decoding import FREE, Request, State, columns, write_column
 from ...generation.sampling import Sampling, select_token
-from ...generation.utils import fold_step, is_in
+from ...input_checks import is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
-from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask, undelay
+from .delay_pattern import delay, undelay
 
 
 @flax.struct.dataclass
@@ -33,34 +38,29 @@ class FlaxMoshiGenerateOutput(FlaxModelOutput):
     Attributes:
         audio_sequences: waveform, ``(batch, 1, samples)`` float32 at 24 kHz, silent after a row's end.
         sequences: text ids of prompt and generated frames, ``(batch, length)`` int32.
+        sequences_scores: of the beams, ``(batch,)``: sums of the text's log-probabilities over a power of the length.
+        scores, logits: processed and raw text logits of every new frame, each ``(batch, vocab_size)``.
+        beam_indices: which beam every new text id came from, ``(batch, new frames)``, -1 after a row's end.
+        attentions, hidden_states: of the backbone for every new frame, tuples over the layers; the first those of the
+            whole prompt.
         audio_codes: undelayed codes, ``(batch, num_codebooks, frames)`` int32, ``audio_vocab_size`` after a row's end.
         sequence_lengths: text ids of each row up to and with its end, ``(batch,)``.
         audio_lengths: audio frames of each row, ``(batch,)``.
+
+    "batch" is that of the prompt times ``num_return_sequences``.
     """
 
     audio_sequences: jax.Array | None = None
     sequences: jax.Array | None = None
+    sequences_scores: jax.Array | None = None
+    scores: tuple[jax.Array, ...] | None = None
+    logits: tuple[jax.Array, ...] | None = None
+    beam_indices: jax.Array | None = None
+    attentions: tuple[tuple[jax.Array, ...], ...] | None = None
+    hidden_states: tuple[tuple[jax.Array, ...], ...] | None = None
     audio_codes: jax.Array | None = None
     sequence_lengths: jax.Array | None = None
     audio_lengths: jax.Array | None = None
-
-
-@flax.struct.dataclass
-class FrameOutput:
-    """What one frame step chose.
-
-    Attributes:
-        text: the text token of the next frame, ``(batch,)``.
-        codes: the codes of the next frame, ``(batch, codebooks)``; as inputs, they are delayed already.
-        hidden_state: of the backbone, ``(batch, hidden_size)``.
-        text_logits: ``(batch, vocab_size)``.
-    """
-
-    # Any: under jax.eval_shape the leaves are shapes
-    text: Any
-    codes: Any
-    hidden_state: Any
-    text_logits: Any
 
 
 def depth_step(
@@ -77,183 +77,190 @@ def depth_step(
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
     cache = make_depth_cache(hidden_state.shape[0])
-    codes = []
-    token = text
+    history = text[:, None]
     for codebook in range(module.config.num_codebooks):
         outputs = module.apply(
-            {"params": params}, token[:, None], hidden_state[:, None], cache, method=module.decode_codebook
+            {"params": params}, history[:, -1:], hidden_state[:, None], cache, method=module.decode_codebook
         )
-        token = select_token(outputs.logits[:, -1], keys, 1 + codebook, sampling)
         cache = outputs.past_key_values
-        codes.append(token)
-    return jnp.stack(codes, axis=1)
+        code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
+        history = jnp.concatenate([history, code[:, None]], axis=1)
+    return history[:, 1:]
 
 
-def frame_step(
-    module,
-    params,
-    cache,
-    make_depth_cache,
-    inputs_embeds: Float[Array, "batch 1 hidden"],
-    attention_mask,
-    keys: Key[Array, "batch"],
-    text_sampling: Sampling,
-    depth_sampling: Sampling,
-) -> tuple[Any, FrameOutput]:
-    """Feeds one frame to the backbone and chooses text and codes of the next frame.
+@flax.struct.dataclass
+class FrameInputs:
+    """``Request.streams`` of nested generation.
 
-    Args:
-        module: a ``FlaxMoshiForConditionalGenerationModule``.
-        params: its parameters.
-        cache: a ``FlaxMoshiCache`` with room for the frame.
-        make_depth_cache: makes the empty cache of the depth decoder for a batch size.
-        inputs_embeds: ``module.embed`` of the frame's delayed streams.
-        attention_mask: ``(batch, 1)`` or None.
-        keys: a key per row, of this step.
-        text_sampling, depth_sampling: how text tokens and codes are chosen.
-
-    Returns:
-        The updated cache and the chosen tokens.
+    Attributes:
+        user_codes: what is heard, delayed, ``(batch, codebooks, capacity)``.
+        fixed_codes: Moshi's codes that are not chosen (prompt, start, forced ones), delayed, ``FREE`` elsewhere,
+            ``(batch, codebooks, capacity)``.
+        inputs_embeds: instead of the embeddings of the prompt, ``(batch, capacity, hidden_size)``, or None.
     """
-    outputs = module.apply({"params": params}, inputs_embeds, attention_mask, cache, method=module.decode_frame)
-    hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
-    text = select_token(logits, keys, 0, text_sampling)
-    codes = depth_step(module, params, make_depth_cache, hidden_state, text, keys, depth_sampling)
-    return outputs.past_key_values, FrameOutput(text, codes, hidden_state, logits)
+
+    user_codes: Any
+    fixed_codes: Any
+    inputs_embeds: Any = None
 
 
-def generate_frames(
-    module,
-    params,
-    input_ids: Int[Array, "batch prompt"] | None,
-    user_codes: Int[Array, "batch codebooks heard"],
-    moshi_codes: Int[Array, "batch codebooks prompt"],
-    blank_codes: Int[Array, "1 codebooks 1"],
-    inputs_embeds: Float[Array, "batch prompt hidden"] | None,
-    attention_mask,
-    keys: Key[Array, "batch"],
-    text_sampling: Sampling,
-    depth_sampling: Sampling,
+def frame_inputs(
+    user_codes: Int[ArrayLike, "batch codebooks heard"],
+    moshi_codes: Int[ArrayLike, "batch codebooks prompt"],
+    blank_codes: Int[ArrayLike, "1 codebooks 1"],
+    inputs_embeds: Float[ArrayLike, "batch prompt hidden"] | None,
+    forced_codes: Int[ArrayLike, "batch codebooks forced"] | None,
     *,
-    make_cache,
-    make_depth_cache,
-    max_length: int,
-    eos_token_ids: tuple[int, ...],
-    pad_token_id: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The program of nested ``generate``.
+    capacity: int,
+    start_code: int,
+) -> FrameInputs:
+    """Lays out the streams over ``capacity`` columns, on the host unless they are traced.
 
     Args:
-        module, params: as in :func:`frame_step`.
-        input_ids: text of the prompt, start frame included; None if only ``inputs_embeds`` stand for it.
-        user_codes: the user's undelayed codes, at least as many frames as the prompt; what is heard after them is
-            silence.
+        user_codes: the user's undelayed codes; after them there is silence.
         moshi_codes: Moshi's undelayed codes of the prompt.
         blank_codes: the codes of one frame of silence.
         inputs_embeds: instead of the embeddings of the prompt.
-        attention_mask: of the prompt.
-        keys: a key per row.
-        text_sampling, depth_sampling: how text tokens and codes are chosen.
-        make_cache, make_depth_cache: make the empty caches.
-        max_length: frames in all.
-        eos_token_ids, pad_token_id: what ends a row, and what follows.
-
-    Returns:
-        Text ids ``(batch, max_length)``, their lengths, undelayed codes ``(batch, codebooks, max_length - 1)``
-        beginning with the first frame that is no start frame, and their lengths.
+        forced_codes: Moshi's undelayed codes after the prompt as far as they are not to be chosen, else ``FREE``.
+        capacity: columns.
+        start_code: stands where the delay leaves nothing.
     """
-    start = module.config.audio_vocab_size
-    batch_size, _, prompt_length = moshi_codes.shape
-    prompt, moshi_mask = build_delay_pattern_mask(moshi_codes, start, start, max_length)
-    heard, user_mask = build_delay_pattern_mask(user_codes[:, :, : max_length - 1], start, start, max_length)
-    user_stream = apply_delay_pattern_mask(jnp.broadcast_to(blank_codes, user_mask.shape), user_mask)
+    xp = jnp if is_traced(user_codes, moshi_codes, blank_codes, forced_codes) else np
+    heard = xp.asarray(user_codes)[:, :, :capacity]
+    silent = (*heard.shape[:2], capacity - heard.shape[2])
+    user = xp.concatenate([heard, xp.broadcast_to(xp.asarray(blank_codes), silent)], axis=2)
+    fixed = [xp.asarray(codes) for codes in (moshi_codes, forced_codes) if codes is not None]
+    fixed = padded(xp.concatenate(fixed, axis=2)[:, :, :capacity], capacity, FREE)
+    return FrameInputs(
+        user_codes=on_device(delay(user, start_code), np.int32),
+        fixed_codes=on_device(delay(fixed, start_code), np.int32),
+        inputs_embeds=None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1)),
+    )
 
-    text_ids = jnp.full((batch_size, max_length), pad_token_id, dtype=jnp.int32)
-    if input_ids is not None:
-        text_ids = lax.dynamic_update_slice_in_dim(text_ids, input_ids, 0, axis=1)
-    codes = jnp.full(moshi_mask.shape, start, dtype=jnp.int32)
-    codes = lax.dynamic_update_slice_in_dim(codes, prompt, 0, axis=2)
-    attended = jnp.ones((batch_size, max_length), dtype=bool)
-    if attention_mask is not None:
-        attended = lax.dynamic_update_slice_in_dim(attended, attention_mask, 0, axis=1)
 
-    # all frames of the prompt but the last, which begins the loop; the last frame of all is never fed
-    cache = make_cache(batch_size, max_length - 1)
-    prompt_embeds = inputs_embeds
-    if prompt_embeds is None:
-        prompt_embeds = module.apply(
-            {"params": params}, input_ids, heard[:, :, :prompt_length], prompt, method=module.embed
-        )
-    if prompt_length > 1:
-        before = slice(0, prompt_length - 1)
-        prefill = module.apply(
-            {"params": params}, prompt_embeds[:, before], attended[:, before], cache, method=module.decode_frame
-        )
-        cache = prefill.past_key_values
+@dataclasses.dataclass(frozen=True)
+class TextDecoder:
+    """Text alone: a ``FlaxMoshiForCausalLMModule`` as a :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
 
-    def unfinished(state):
-        position, _, _, _, _, finished = state
-        return (position < max_length) & ~jnp.all(finished)
+    Attributes:
+        module: the module.
+        init_cache: makes an empty cache.
+    """
 
-    def step(state):
-        position, cache, text_ids, codes, lengths, finished = state
+    module: Any
+    init_cache: Callable[[int, int], Any]
 
-        def at(stream, position):
-            return lax.dynamic_slice_in_dim(stream, position, 1, axis=-1)
+    def init_streams(self, request: Request) -> None:
+        return None
 
-        previous = position - 1
-        inputs = module.apply(
+    def feed(self, params, request: Request, state: State, start, length: int):
+        return self.module.apply(
             {"params": params},
-            at(text_ids, previous),
-            at(user_stream, previous),
-            at(codes, previous),
-            method=module.embed,
+            input_ids=columns(state.sequences, start, length),
+            attention_mask=columns(request.attention_mask, start, length),
+            past_key_values=state.cache,
+            logits_to_keep=1,
         )
-        if inputs_embeds is not None:
-            inputs = jnp.where(previous < prompt_length, inputs_embeds[:, -1:].astype(inputs.dtype), inputs)
-        cache, frame = frame_step(
-            module,
-            params,
-            cache,
-            make_depth_cache,
+
+    def follow(self, params, request: Request, state: State, hidden_state, tokens, keys) -> None:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameDecoder:
+    """Text and audio: a ``FlaxMoshiForConditionalGenerationModule`` as a
+    :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
+
+    The request's ``streams`` are :class:`FrameInputs`, the state's Moshi's delayed codes, ``(batch, codebooks,
+    capacity)``.
+
+    Attributes:
+        module: the module.
+        init_cache, init_depth_cache: make empty caches, the second for one frame of a batch.
+    """
+
+    module: Any
+    init_cache: Callable[[int, int], Any]
+    init_depth_cache: Callable[[int], Any]
+
+    def init_streams(self, request: Request) -> Int[Array, "batch codebooks capacity"]:
+        fixed = request.streams.fixed_codes
+        return jnp.where(fixed == FREE, self.module.config.audio_vocab_size, fixed)
+
+    def feed(self, params, request: Request, state: State, start, length: int):
+        inputs = self.module.apply(
+            {"params": params},
+            columns(state.sequences, start, length),
+            columns(request.streams.user_codes, start, length),
+            columns(state.streams, start, length),
+            method=self.module.embed,
+        )
+        given = request.streams.inputs_embeds
+        if given is not None:
+            given = lax.dynamic_slice_in_dim(given, start, length, axis=1).astype(inputs.dtype)
+            in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
+            inputs = jnp.where(in_prompt[None, :, None], given, inputs)
+        return self.module.apply(
+            {"params": params},
             inputs,
-            at(attended, previous),
-            fold_step(keys, position - prompt_length),
-            text_sampling,
-            depth_sampling,
+            columns(request.attention_mask, start, length),
+            state.cache,
+            method=self.module.decode_frame,
         )
-        text = jnp.where(finished, pad_token_id, frame.text)
-        text_ids = lax.dynamic_update_slice_in_dim(text_ids, text[:, None], position, axis=1)
-        chosen = apply_delay_pattern_mask(frame.codes[:, :, None], at(moshi_mask, position))
-        codes = lax.dynamic_update_slice_in_dim(codes, chosen, position, axis=2)
-        lengths = jnp.where(finished, lengths, position + 1)
-        return position + 1, cache, text_ids, codes, lengths, finished | is_in(text, eos_token_ids)
 
-    nobody = jnp.zeros((batch_size,), dtype=bool)
-    state = (jnp.int32(prompt_length), cache, text_ids, codes, jnp.zeros((batch_size,), dtype=jnp.int32), nobody)
-    _, _, text_ids, codes, lengths, _ = lax.while_loop(unfinished, step, state)
+    def follow(self, params, request: Request, state: State, hidden_state, tokens, keys):
+        codes = depth_step(
+            self.module, params, self.init_depth_cache, hidden_state, tokens, keys, request.depth_sampling
+        )
+        fixed = columns(request.streams.fixed_codes, state.position, 1)[..., 0]
+        return write_column(state.streams, jnp.where(fixed == FREE, codes, fixed), state.position)
 
-    # the audio of a row begins after its start frames and ends one frame before its text
-    starts = jnp.sum(moshi_codes[:, 0] == start, axis=-1, dtype=jnp.int32)
-    audio_lengths = jnp.maximum(lengths - 1 - starts, 0)
-    frames = jnp.arange(max_length - 1, dtype=jnp.int32)
-    indices = jnp.minimum(frames[None] + starts[:, None], max_length - 2)
+
+def finish_audio(
+    decoder: FrameDecoder,
+    codes: Int[Array, "batch codebooks capacity"],
+    lengths: Int[Array, "batch"],
+    starts: Int[Array, "batch"],
+) -> tuple[Int[Array, "batch codebooks frames"], Int[Array, "batch"]]:
+    """Undelayed codes from the first frame that is no start frame on, and how many frames each row has.
+
+    Args:
+        decoder: the model.
+        codes: delayed.
+        lengths: text ids of each row.
+        starts: how many start frames each row begins with. Its audio ends one frame before its text.
+    """
+    lengths = jnp.maximum(lengths - 1 - starts, 0)
+    frames = jnp.arange(codes.shape[-1] - 1, dtype=jnp.int32)
+    indices = jnp.minimum(frames[None] + starts[:, None], codes.shape[-1] - 2)
     audio = jnp.take_along_axis(undelay(codes), indices[:, None], axis=-1)
-    audio = jnp.where((frames[None] < audio_lengths[:, None])[:, None], audio, start)
-    return text_ids, lengths, audio, audio_lengths
+    inside = (frames[None] < lengths[:, None])[:, None]
+    return jnp.where(inside, audio, decoder.module.config.audio_vocab_size), lengths
 
 
-def decode_audio(module, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
+def new_audio_codes(state: State, begin: int, end: int, filler: int) -> np.ndarray:
+    """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of columns, copied to the host.
+
+    ``filler`` stands after a row's end; the column ``end`` must be there, as it has the delayed ones.
+    """
+    codes, lengths = np.array(state.streams[:, :, : end + 1]), np.array(state.lengths)
+    audio = np.concatenate([codes[:, :1, begin:end], codes[:, 1:, begin + 1 : end + 1]], axis=1)
+    inside = np.arange(begin, end)[None] < lengths[:, None] - 1
+    return np.where(inside[:, None], audio, filler)
+
+
+def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
     """The waveform of undelayed codes, silent after each row's end (Mimi is causal: what follows changes nothing)."""
     frames = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)
     inside = frames[None] < audio_lengths[:, None]
     audio_codes = jnp.where(inside[:, None], audio_codes, 0)
+    module = decoder.module
     audio = module.apply({"params": params}, audio_codes, method=module.decode_audio)
     samples_per_frame = audio.shape[-1] // audio_codes.shape[-1]
     inside = jnp.repeat(inside, samples_per_frame, axis=-1)[:, None]
     return jnp.where(inside, audio, jnp.zeros((), audio.dtype)).astype(jnp.float32)
 
 
-def encode_audio(module, params, input_values) -> Int[Array, "batch codebooks frames"]:
+def encode_audio(decoder: FrameDecoder, params, input_values) -> Int[Array, "batch codebooks frames"]:
     """The codes of a waveform."""
-    return module.apply({"params": params}, input_values, method=module.encode_audio)
+    return decoder.module.apply({"params": params}, input_values, method=decoder.module.encode_audio)

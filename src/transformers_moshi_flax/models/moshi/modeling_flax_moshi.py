@@ -6,6 +6,7 @@ step and the generation program.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,27 +15,29 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig, MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
-from transformers.utils import logging
 
 from ...generation import FlaxGenerationMixin
-from ...generation.configuration import (
-    METADATA_FIELDS,
-    NEUTRAL,
-    OUTPUT_FIELDS,
-    RUNTIME_FIELDS,
-    SAMPLING_FIELDS,
-    merge_generation_config,
-    resolve_plan,
-    resolve_sampling,
-)
-from ...generation.sampling import Sampling, row_keys
-from ...generation.utils import cut
-from ...input_checks import check_ids, check_mask, check_rank, is_traced
+from ...generation.arrays import cut, on_device, padded
+from ...generation.buckets import bucket
+from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
+from ...generation.decoding import FREE
+from ...generation.sampling import Sampling
+from ...generation.utils import capacity_of, check_sizes, one_token
+from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
-from .generation_flax_moshi import FlaxMoshiGenerateOutput, decode_audio, encode_audio, generate_frames
+from .generation_flax_moshi import (
+    FlaxMoshiGenerateOutput,
+    FrameDecoder,
+    TextDecoder,
+    decode_audio,
+    encode_audio,
+    finish_audio,
+    frame_inputs,
+    new_audio_codes,
+)
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
 from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
 from .modules_flax_moshi import (
@@ -45,8 +48,6 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
-
-logger = logging.get_logger(__name__)
 
 
 class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
@@ -228,6 +229,9 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
 
     module_class = FlaxMoshiForCausalLMModule
     checkpoint_prefixes = ("", "decoder.")
+
+    def make_decoder(self) -> TextDecoder:
+        return TextDecoder(self.module, self.init_cache)
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
@@ -656,13 +660,17 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         generation_config: GenerationConfig | None = None,
         prng_key: jax.Array | None = None,
         params: Any | None = None,
+        forced_text_ids: ArrayLike | None = None,
+        forced_audio_codes: ArrayLike | None = None,
+        streamer: Any | None = None,
         **kwargs: Any,
     ) -> FlaxMoshiGenerateOutput:
         """Generates text and audio, frame by frame; ``docs/architecture.md`` has the diagram.
 
-        Prefill, time loop and codebook loop are one XLA program, compiled once per shapes and options and kept on the
-        model; audio is encoded before and decoded after it. Inside ``jax.jit`` outputs keep the full length; called
-        eagerly they are cut after the longest row.
+        The prompt is one XLA program, time loop and codebook loop another. They are compiled once per batch size,
+        capacity (prompt and new frames, rounded up) and kind of options, and kept on the model; audio is encoded
+        before and decoded after them. Inside ``jax.jit`` outputs keep the full length; called eagerly they are cut
+        after the longest row.
 
         Args:
             input_ids: text ids of the prompt, ``(batch, frames)``. Without any input the start frame is the prompt.
@@ -679,9 +687,17 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             generation_config: options; what is None in it comes from the model's ``generation_config``.
             prng_key: a key, or one per row, for sampling (default: ``jax.random.key(0)``).
             params: the parameters (default: the model's own).
+            forced_text_ids: what Moshi is to say, ``(batch, frames)`` for the new frames from the first on, at most
+                all of them; -1 where the model chooses.
+            forced_audio_codes: likewise its undelayed codes, ``(batch, num_codebooks, frames)``.
+            streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the text ids of
+                the prompt and then of every new frame ``(batch,)`` while generation goes on; if it has
+                ``put_audio_codes``, that gets the undelayed codes ``(batch, num_codebooks, frames)`` of new frames.
+                Not under ``jax.jit``.
             **kwargs: fields of ``GenerationConfig`` for the text (``max_new_tokens``, ``do_sample``, ``temperature``,
-                ``top_k``, ``top_p``, ``eos_token_id``, …), with the prefix ``depth_decoder_`` for the audio, and
-                ``attention_mask`` ``(batch, frames)``. ``max_length`` counts the prompt and the start frame.
+                ``top_k``, ``top_p``, ``eos_token_id``, …), with the prefix ``depth_decoder_`` for the audio;
+                ``attention_mask`` ``(batch, frames)``; ``stop_lengths`` ``(batch,)``, after how many new frames each
+                row ends at the latest. ``max_length`` counts the prompt and the start frame.
 
         Returns:
             ``sequences`` have the prompt (after the start frame, if it is concatenated) and the new tokens.
@@ -697,10 +713,10 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if "depth_decoder_config" in depth_kwargs:
             kwargs["depth_decoder_config"] = depth_kwargs.pop("depth_decoder_config")
         options, inputs = merge_generation_config(
-            self.generation_config, generation_config, kwargs, extra=("attention_mask",)
+            self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
         )
         depth_sampling = resolve_depth_sampling(
-            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks
+            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
         )
         attention_mask = inputs.get("attention_mask")
 
@@ -735,11 +751,11 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         self._check_streams(audio, text_name, batch_size, length, user_may_go_on=True)
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
-            attention_mask = jnp.asarray(attention_mask).astype(bool)
-        keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size)
-
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
-        plan = resolve_plan(options, length + int(concat_unconditional_inputs), config.vocab_size)
+        prompt_shape = (batch_size, length)
+        length += int(concat_unconditional_inputs)
+        plan = resolve_plan(options, length, config.vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"))
+        self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
             raise ValueError(
                 "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
@@ -747,55 +763,79 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             )
 
         params = self.params if params is None else params
-        encode = self.compiled(encode_audio)
-        input_ids, inputs_embeds = as_int32(input_ids), as_array(inputs_embeds)
-        user_audio_codes, moshi_audio_codes = as_int32(user_audio_codes), as_int32(moshi_audio_codes)
         if user_audio_codes is None:
-            user_audio_codes = encode(params, jnp.asarray(user_input_values))
+            user_audio_codes = self._encode(params, user_input_values)
         if moshi_audio_codes is None:
-            moshi_audio_codes = encode(params, jnp.asarray(moshi_input_values))
+            moshi_audio_codes = self._encode(params, moshi_input_values)
         codec = config.audio_encoder_config
-        blank_codes = encode(params, jnp.zeros((1, codec.audio_channels, codec.frame_size), dtype=self.dtype))
+        silence = np.zeros((1, codec.audio_channels, codec.frame_size), dtype=self.dtype)
+        blank_codes = self.compiled(encode_audio)(params, silence)
 
+        # on the host if that is possible: XLA would compile a program for every length of every stream
+        traced = is_tracing(input_ids, inputs_embeds, user_audio_codes, moshi_audio_codes, params)
+        xp = jnp if traced else np
+        text_prompt = input_ids is not None
+        # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
+        input_ids = input_ids if text_prompt else np.full(prompt_shape, config.vocab_size)
+        attention_mask = np.ones(prompt_shape) if attention_mask is None else attention_mask
+        input_ids, user_audio_codes, moshi_audio_codes, attention_mask = (
+            xp.asarray(stream).astype(np.int32)
+            for stream in (input_ids, user_audio_codes, moshi_audio_codes, attention_mask)
+        )
         if concat_unconditional_inputs:
             start = self.get_unconditional_inputs(batch_size)
-            input_ids = jnp.concatenate([start.input_ids, input_ids], axis=-1)
-            user_audio_codes = jnp.concatenate([start.user_audio_codes, user_audio_codes], axis=-1)
-            moshi_audio_codes = jnp.concatenate([start.moshi_audio_codes, moshi_audio_codes], axis=-1)
-            if attention_mask is not None:
-                attention_mask = jnp.concatenate([start.attention_mask.astype(bool), attention_mask], axis=-1)
+            input_ids = xp.concatenate([start.input_ids, input_ids], axis=-1)
+            user_audio_codes = xp.concatenate([start.user_audio_codes, user_audio_codes], axis=-1)
+            moshi_audio_codes = xp.concatenate([start.moshi_audio_codes, moshi_audio_codes], axis=-1)
+            attention_mask = xp.concatenate([start.attention_mask, attention_mask], axis=-1)
 
-        program = self.compiled(
-            generate_frames,
-            make_cache=self.init_cache,
-            make_depth_cache=self._make_depth_cache,
-            max_length=plan.max_length,
-            eos_token_ids=plan.eos_token_ids,
-            pad_token_id=plan.pad_token_id,
-        )
-        sequences, lengths, codes, audio_lengths = program(
-            params,
+        capacity = capacity_of(plan, traced)
+        forced_ids = None
+        if forced_text_ids is not None:
+            free = np.full((batch_size, length), FREE, dtype=np.int32)
+            forced = xp.concatenate([free, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
+            forced_ids = on_device(padded(forced, capacity, FREE), np.int32)
+        request = self.make_request(
+            plan,
             input_ids,
-            user_audio_codes,
-            moshi_audio_codes,
-            blank_codes,
-            inputs_embeds,
             attention_mask,
-            keys,
-            plan.sampling,
-            depth_sampling,
+            prng_key,
+            capacity,
+            forced_ids=forced_ids,
+            streams=frame_inputs(
+                user_audio_codes,
+                moshi_audio_codes,
+                blank_codes,
+                inputs_embeds,
+                forced_audio_codes,
+                capacity=capacity,
+                start_code=config.audio_vocab_size,
+            ),
+            depth_sampling=depth_sampling,
         )
+        state, more = self.decode(
+            plan,
+            request,
+            length,
+            params,
+            streamer=streamer,
+            audio_codes=partial(new_audio_codes, filler=config.audio_vocab_size),
+        )
+        starts = xp.repeat(
+            xp.sum(moshi_audio_codes[:, 0] == config.audio_vocab_size, axis=-1, dtype=np.int32),
+            plan.num_return_sequences,
+        )
+        codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
+        sequences, lengths, frames = state.sequences, state.lengths, codes.shape[-1]
+        if not traced:
+            frames = int(audio_lengths.max())
+            sequences, codes = cut(sequences, int(lengths.max())), cut(codes, min(bucket(frames), codes.shape[-1]))
         audio = None
         if return_audio_waveforms:
-            # all frames, so that the program does not depend on where the rows ended
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)
-        if not is_traced(sequences):
-            sequences = cut(sequences, int(lengths.max()))
-            frames = int(audio_lengths.max())
-            if audio is not None:
-                audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
-            codes = cut(codes, frames)
-        if input_ids is None:
+            audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
+        codes = cut(codes, frames)
+        if not text_prompt:
             sequences, lengths = sequences[:, length:], lengths - length
         return FlaxMoshiGenerateOutput(
             audio_sequences=audio,
@@ -803,7 +843,69 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             audio_codes=codes if return_audio_codes else None,
             sequence_lengths=lengths,
             audio_lengths=audio_lengths,
+            **more,
         )
+
+    def warmup(
+        self,
+        batch_size: int = 1,
+        prompt_frames: int = 0,
+        max_new_tokens: int | None = None,
+        waveforms: bool = True,
+        **options: Any,
+    ) -> None:
+        """Compiles the programs that :meth:`generate` will need, ahead of time.
+
+        Args:
+            batch_size: rows of the prompt; 1 without a prompt.
+            prompt_frames: its frames, 0 to generate from nothing; other lengths of the same buckets share the
+                programs.
+            max_new_tokens: as of :meth:`generate`; ``max_length`` among the options does as well.
+            waveforms: whether the user's and Moshi's streams of the prompt come as waveforms, not as codes.
+            **options: the other options of the calls to come. Only their kinds matter, not their numbers.
+
+        Raises:
+            ValueError: as :meth:`generate`, or a size is too small.
+        """
+        check_sizes(batch_size=batch_size)
+        config = self.config
+        prompt: dict[str, Any] = {}
+        if prompt_frames:
+            check_sizes(prompt_frames=prompt_frames)
+            prompt["input_ids"] = np.full((batch_size, prompt_frames), config.vocab_size)
+            codec = config.audio_encoder_config
+            samples = np.zeros((batch_size, codec.audio_channels, prompt_frames * codec.frame_size), np.float32)
+            codes = np.zeros((batch_size, config.num_codebooks, prompt_frames), dtype=np.int32)
+            name, stream = ("input_values", samples) if waveforms else ("audio_codes", codes)
+            prompt |= {f"user_{name}": stream, f"moshi_{name}": stream}
+        elif batch_size > 1:
+            raise ValueError(
+                f"`batch_size` is {batch_size}, but without a prompt there is one row: set `prompt_frames`."
+            )
+        jax.block_until_ready(self.generate(**prompt, **one_token(options, batch_size, max_new_tokens)))
+
+    def _encode(self, params, values):
+        """The codes of a waveform, which is padded to a bucket where the codec's causality makes that invisible."""
+        frame_size = self.config.audio_encoder_config.frame_size
+        samples = np.shape(values)[-1]
+        if is_traced(values) or samples % frame_size:
+            return self.compiled(encode_audio)(params, jnp.asarray(values))
+        frames = samples // frame_size
+        codes = self.compiled(encode_audio)(params, padded(values, bucket(frames) * frame_size, 0.0))
+        return codes[..., :frames] if is_traced(codes) else np.asarray(codes)[..., :frames]
+
+    def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:
+        """Checks what is to be said: ids of new frames, ``FREE`` where they are to be chosen."""
+        config = self.config
+        free = "-1 leaves the choice to the model."
+        if text_ids is not None:
+            check_rank("forced_text_ids", text_ids, ("batch", "new frames"))
+            check_ids("forced_text_ids", text_ids, config.vocab_size, allowed=(FREE,), remedy=free)
+            check_forced_frames("forced_text_ids", text_ids, (batch_size,), new_frames)
+        if audio_codes is not None:
+            check_rank("forced_audio_codes", audio_codes, ("batch", "num_codebooks", "new frames"))
+            check_ids("forced_audio_codes", audio_codes, config.audio_vocab_size, allowed=(FREE,), remedy=free)
+            check_forced_frames("forced_audio_codes", audio_codes, (batch_size, config.num_codebooks), new_frames)
 
     def _check_prompt(self, input_ids, inputs_embeds) -> tuple[int, int]:
         """Batch size and frames of the prompt."""
@@ -823,9 +925,22 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             raise ValueError("The prompt is empty: pass at least one frame, or no input at all.")
         return batch_size, length
 
+    def make_decoder(self) -> FrameDecoder:
+        return FrameDecoder(self.module, self.init_cache, self._make_depth_cache)
+
     def _make_depth_cache(self, batch_size: int) -> FlaxMoshiDepthCache:
         config = self.config.depth_decoder_config
         return FlaxMoshiDepthCache.create(config, batch_size, config.num_codebooks, self.dtype)
+
+
+def check_forced_frames(name: str, forced, leading: tuple[int, ...], new_frames: int) -> None:
+    """Raises ``ValueError`` unless ``forced`` is ``(*leading, at most new_frames)``."""
+    shape = np.shape(forced)
+    if shape[:-1] != leading or not 0 < shape[-1] <= new_frames:
+        raise ValueError(
+            f"`{name}` must have the shape ({', '.join(map(str, leading))}, 1 to {new_frames} new frames), but has "
+            f"the shape {shape}: pass fewer frames or raise `max_new_tokens`."
+        )
 
 
 def check_waveform(name: str, audio, channels: int) -> None:
@@ -843,28 +958,18 @@ def check_waveform(name: str, audio, channels: int) -> None:
             raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")
 
 
-def resolve_depth_sampling(depth_config: Any, kwargs: dict[str, Any], num_codebooks: int) -> Sampling:
+def resolve_depth_sampling(
+    depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
+) -> Sampling:
     """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
 
+    The history of its processors is the text token of the frame and the codes so far.
+
     Raises:
-        ValueError: for options without an effect, or a length other than one text token and all codebooks.
+        ValueError: for options without an effect, values out of range, or a length other than one text token and all
+            codebooks.
     """
     prefix = "depth_decoder_"
-    values = dict(depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {})
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
-    if "temp" in values:
-        # the published conversion writes a name that nothing reads
-        logger.warning("the generation configuration of the depth decoder says `temp`: read as `temperature`")
-        values.setdefault("temperature", values.pop("temp"))
-    for name, value in kwargs.items():
-        values[name.removeprefix(prefix)] = value
-    for name, value in values.items():
-        if name in ("min_length", "max_length"):
-            if value not in (None, num_codebooks + 1):
-                raise ValueError(
-                    f"`{prefix}{name}` must be {num_codebooks + 1} (a text token and all codebooks), but is {value}."
-                )
-        elif name not in (*SAMPLING_FIELDS, *RUNTIME_FIELDS, *METADATA_FIELDS, *OUTPUT_FIELDS):
-            if value is not None and value != NEUTRAL.get(name):
-                raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
-    return resolve_sampling(values, prefix)
+    values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
+    given = {name.removeprefix(prefix): value for name, value in kwargs.items()}
+    return resolve_nested_sampling({**values, **given}, prefix, num_codebooks + 1, audio_vocab_size)

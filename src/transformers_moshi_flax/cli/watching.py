@@ -1,0 +1,50 @@
+"""Generation that is watched: a bar moves with the frames, and Ctrl-C keeps what there is."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from transformers_moshi_flax.generation import StopGeneration
+
+
+class Watcher:
+    """A streamer of ``generate`` that counts frames and can end generation.
+
+    Args:
+        advance: told how many frames there are more.
+    """
+
+    def __init__(self, advance: Callable[[int], Any]):
+        self._advance = advance
+        self.interrupted = False
+
+    def put(self, value: np.ndarray) -> None:
+        """Takes the ids of the prompt, ``(batch, frames)``, and then of every new frame, ``(batch,)``."""
+        if value.ndim == 2:
+            return
+        self._advance(1)
+        if self.interrupted:
+            raise StopGeneration
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+
+@contextmanager
+def stopped_by_interrupt(watcher: Watcher) -> Iterator[None]:
+    """While the block runs, the first Ctrl-C ends generation after the present frame; the second one is as always."""
+
+    def handle(number: int, frame: Any) -> None:
+        watcher.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,242 @@
+"""The loop of generation for any decoder: prefill in chunks, then one token after another until every row has ended.
+
+Two programs share the work: :func:`start` runs the prompt and returns a :class:`State`, :func:`advance` takes it on up
+to a column. All lengths, limits and token ids are operands, so requests of one capacity share both programs, and the
+caller may come back between calls of :func:`advance` (a streamer, a time limit). What the models differ in is a
+:class:`Decoder`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from ..modeling_flax_outputs import FlaxCausalLMOutputWithPast
+from .recording import Recording, empty_records, record_frames, record_step
+from .sampling import Sampling, process_logits, select_token
+
+FREE = -1
+"""Marks the places of forced tokens that are free, as upstream's delay pattern mask does."""
+
+
+@flax.struct.dataclass
+class Request:
+    """What is to be generated; nothing in it is static.
+
+    Attributes:
+        input_ids: the prompt and room behind it, ``(batch, capacity)`` int32; what stands in the room is returned in
+            columns that no row reaches.
+        attention_mask: ``(batch, capacity)`` bool, true behind the prompt.
+        prompt_length: columns of the prompt, a scalar.
+        limits: columns at which each row ends at the latest, ``(batch,)``.
+        keys: a key per row.
+        sampling: how tokens are chosen.
+        eos_token_ids: the tokens that end a row, ``(any number,)``.
+        pad_token_id: what follows the end of a row, a scalar.
+        forced_ids: tokens that are not chosen, ``(batch, capacity)``, ``FREE`` where they are; or None.
+        streams: further inputs of the decoder, a pytree of arrays ``(batch, ...)``.
+        depth_sampling: how the codes of a frame are chosen, for decoders that have any.
+    """
+
+    # Any: under jax.eval_shape the leaves are shapes
+    input_ids: Any
+    attention_mask: Any
+    prompt_length: Any
+    limits: Any
+    keys: Any
+    sampling: Sampling
+    eos_token_ids: Any
+    pad_token_id: Any
+    forced_ids: Any = None
+    streams: Any = None
+    depth_sampling: Sampling | None = None
+
+
+@flax.struct.dataclass
+class State:
+    """Where generation is. ``lengths`` and ``finished`` are those of the rows, ``position`` the columns in use.
+
+    Attributes:
+        position: scalar int32.
+        cache: keys and values of the columns before the last.
+        sequences: ``(batch, capacity)`` int32.
+        lengths: ``(batch,)`` int32, up to and with the end.
+        finished: ``(batch,)`` bool.
+        streams: what the decoder generates beside the text, a pytree of arrays ``(batch, ...)``.
+        records: what was asked to be recorded, by name; arrays ``(batch, ...)``.
+    """
+
+    position: Any
+    cache: Any
+    sequences: Any
+    lengths: Any
+    finished: Any
+    streams: Any
+    records: dict[str, Any]
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What a model supplies; hashable, as programs are kept by it."""
+
+    def init_cache(self, batch_size: int, max_length: int) -> Any:
+        """An empty cache with a field ``length``."""
+
+    def init_streams(self, request: Request) -> Any:
+        """The initial ``State.streams``."""
+
+    def feed(
+        self, params: Any, request: Request, state: State, start: Int[Array, ""], length: int
+    ) -> FlaxCausalLMOutputWithPast:
+        """Runs ``length`` columns from ``start`` on with ``state.cache``; logits of the last one only."""
+
+    def follow(
+        self, params: Any, request: Request, state: State, hidden_state: Array, tokens: Int[Array, "batch"], keys: Any
+    ) -> Any:
+        """``State.streams`` with the column ``state.position``, whose tokens are chosen, filled in."""
+
+
+def columns(array: Array, start: Int[Array, ""], length: int) -> Array:
+    """``length`` entries of the last axis."""
+    return lax.dynamic_slice_in_dim(array, start, length, axis=-1)
+
+
+def write_column(array: Array, column: Array, position: Int[Array, ""]) -> Array:
+    """Puts ``column``, which lacks the last axis, at ``position`` of it."""
+    return lax.dynamic_update_slice_in_dim(array, column[..., None], position, axis=array.ndim - 1)
+
+
+def is_in(tokens: Int[Array, "batch"], ids: Int[Array, "ids"]) -> Bool[Array, "batch"]:
+    """Which tokens are among ``ids``."""
+    return jnp.any(tokens[:, None] == ids[None], axis=-1)
+
+
+def fold_step(keys: jax.Array, step: Any) -> jax.Array:
+    """The keys of one step. Steps count from the first generated token, so that padding does not change them."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
+def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, recording: Recording) -> State:
+    """The program of the prompt: fills the cache with all its columns but the last, which begins the loop.
+
+    Args:
+        decoder: the model.
+        params: its parameters.
+        request: what is to be generated.
+        chunk: columns that are run at once; 0 if the prompt is a single column. The last chunk is moved to the left
+            if it would not fit: what was there is written again, and what lies behind the prompt is overwritten
+            before anything can attend to it.
+        recording: what to record.
+    """
+    batch_size, capacity = request.input_ids.shape
+    state = State(
+        position=request.prompt_length,
+        cache=decoder.init_cache(batch_size, capacity),
+        sequences=request.input_ids,
+        lengths=jnp.broadcast_to(request.prompt_length, (batch_size,)),
+        finished=jnp.zeros((batch_size,), dtype=bool),
+        streams=decoder.init_streams(request),
+        records={},
+    )
+
+    def feed(state: State, start: Int[Array, ""], length: int) -> FlaxCausalLMOutputWithPast:
+        return decoder.feed(params, request, state.replace(cache=state.cache.replace(length=start)), start, length)
+
+    if recording.names:
+        outputs = jax.eval_shape(lambda: dict(feed(state, jnp.int32(0), 1).items()))
+        state = state.replace(records=empty_records(recording, outputs, capacity))
+    if not chunk:
+        return state
+    last = request.prompt_length - 1
+
+    def run_chunk(carry):
+        begin, state = carry
+        fitting = jnp.minimum(begin, capacity - chunk)
+        outputs = feed(state, fitting, chunk)
+        records = record_frames(recording, state.records, outputs, fitting)
+        return begin + chunk, state.replace(cache=outputs.past_key_values, records=records)
+
+    _, state = lax.while_loop(lambda carry: carry[0] < last, run_chunk, (jnp.int32(0), state))
+    return state.replace(cache=state.cache.replace(length=last))
+
+
+def advance(
+    decoder: Decoder,
+    params: Any,
+    request: Request,
+    state: State,
+    until: Int[Array, ""],
+    *,
+    recording: Recording,
+) -> State:
+    """The program of the loop: generates until ``until`` columns are in use or all rows have ended.
+
+    Args:
+        decoder, params, request, recording: as of :func:`start`.
+        state: the state so far.
+        until: at most the capacity.
+    """
+
+    def unfinished(state: State) -> Bool[Array, ""]:
+        return (state.position < until) & ~jnp.all(state.finished)
+
+    def step(state: State) -> State:
+        position = state.position
+        outputs = decoder.feed(params, request, state, position - 1, 1)
+        hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
+        records = record_frames(recording, state.records, outputs, position - 1)
+        records = record_step(recording, records, "logits", logits, position - request.prompt_length)
+        keys = fold_step(request.keys, position - request.prompt_length)
+        if "scores" in recording.names:
+            scores = process_logits(logits, state.sequences, position, request.sampling)
+            records = record_step(recording, records, "scores", scores, position - request.prompt_length)
+        tokens = select_token(logits, state.sequences, position, keys, 0, request.sampling)
+        if request.forced_ids is not None:
+            forced = columns(request.forced_ids, position, 1)[:, 0]
+            tokens = jnp.where(forced == FREE, tokens, forced)
+        tokens = jnp.where(state.finished, request.pad_token_id, tokens)
+        streams = decoder.follow(params, request, state, hidden_state, tokens, keys)
+        length = position + 1
+        return State(
+            position=length,
+            cache=outputs.past_key_values,
+            sequences=write_column(state.sequences, tokens, position),
+            lengths=jnp.where(state.finished, state.lengths, length),
+            finished=state.finished | is_in(tokens, request.eos_token_ids) | (length >= request.limits),
+            streams=streams,
+            records=records,
+        )
+
+    return lax.while_loop(unfinished, step, state)
+
+
+def repeat_rows(tree: Any, batch_size: int, copies: int) -> Any:
+    """Every row ``copies`` times, neighbours; leaves are ``(batch, ...)`` or ``(batch * heads, ...)``, or scalars."""
+
+    def repeat(leaf: Array) -> Array:
+        if leaf.ndim == 0:
+            return leaf
+        rows = leaf.reshape(batch_size, leaf.shape[0] // batch_size, *leaf.shape[1:])
+        return jnp.repeat(rows, copies, axis=0).reshape(copies * leaf.shape[0], *leaf.shape[1:])
+
+    return jax.tree.map(repeat, tree)
+
+
+def repeat(decoder: Decoder, request: Request, state: State, *, copies: int) -> tuple[Request, State]:
+    """The program of ``num_return_sequences``: after the prompt, every row goes on several times.
+
+    The copies of a row have keys of their own, made of the row's key. It is the same for all decoders.
+    """
+    batch_size = request.input_ids.shape[0]
+    keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(copies)))(request.keys)
+    rows = repeat_rows(
+        {name: getattr(request, name) for name in ("input_ids", "attention_mask", "limits", "forced_ids", "streams")},
+        batch_size,
+        copies,
+    )
+    return request.replace(**rows, keys=keys.reshape(-1)), repeat_rows(state, batch_size, copies)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,11 +240,11 @@ class Speaker:
         max_new_frames: int,
         sampling: dict[str, Any],
         seed: int,
-        advance: Callable[[int], Any],
+        watcher: Watcher,
     ) -> Reply:
         """Answer the user's ``samples``. Moshi's own stream is silent, but for ``text_prompt``, while the user speaks.
 
-        ``advance`` is told of every frame. Ctrl-C ends the reply early.
+        ``watcher`` hears of every frame and may end the reply early.
 
         Raises:
             UserMistake: the prompt or an option does not fit the model.
@@ -255,13 +254,8 @@ class Speaker:
         prompt_frames = math.ceil(len(samples) / self.frame_size)
         user = samples[None, None]
         ids = self.prompt_ids(prompt_frames, text_prompt)
-        watcher = Watcher(advance)
         start = time.perf_counter()
-        with (
-            as_mistake("cannot generate", ValueError),
-            compilation_time() as compilation,
-            stopped_by_interrupt(watcher),
-        ):
+        with as_mistake("cannot generate", ValueError), compilation_time() as compilation:
             output = self.model.generate(
                 input_ids=ids,
                 user_input_values=user,
@@ -299,10 +293,15 @@ def _turn(
     notes: Console,
 ) -> None:
     """Generate one reply, print its text and write its files."""
-    notes.print(f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is")
     with progress_bar(notes) as bar:
         stage = bar.add_task("frames", total=max_new_frames)
-        reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed, partial(bar.advance, stage))
+        watcher = Watcher(partial(bar.advance, stage))
+        with stopped_by_interrupt(watcher):
+            notes.print(
+                f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is",
+                soft_wrap=True,
+            )
+            reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed, watcher)
         bar.remove_task(stage)
     typer.echo(reply.text)
     frames = len(reply.text_ids)

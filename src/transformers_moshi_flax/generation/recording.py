@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ..input_checks import is_traced
+from ..precision import at_least_float32
 
 STEP_NAMES = ("scores", "logits")
 FRAME_NAMES = ("hidden_states", "attentions")
@@ -40,7 +41,7 @@ def empty_records(recording: Recording, outputs: Mapping[str, Any], capacity: in
             batch_size, _, vocab_size = outputs["logits"].shape
             shape, dtype = (batch_size, recording.steps, vocab_size), outputs["logits"].dtype
             if name == "scores":
-                dtype = jnp.promote_types(dtype, jnp.float32)
+                dtype = at_least_float32(dtype)
         else:
             layers = outputs[name]
             first = layers[0]

@@ -9,6 +9,7 @@ stacked weights in every frame.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -241,6 +242,34 @@ def attention_mask_of(
     return ((distance >= 0) & (distance < sliding_window))[None] & key_mask[:, None, :]
 
 
+SLOTS_IN_USE = 256
+"""Where at most so many slots of a large cache are in use, attention leaves out the others. It copies those in use on
+the way, so that more of them, or several such steps, cost more than they spare (``docs/benchmarks.md``)."""
+
+LARGE_CACHE = 1024
+"""Slots of a large cache."""
+
+
+def attention_weights(
+    query: Float[Array, "batch_groups queries head_dim"],
+    key: Float[Array, "batch_groups slots head_dim"],
+    mask: Bool[Array, "batch seq slots"],
+) -> Float[Array, "batch heads seq slots"]:
+    """Softmax in at least float32 of the scaled products, in the dtype of ``query``.
+
+    Args:
+        query: the queries of one group of heads beside each other, ``queries = heads / groups * seq``.
+        key: of the groups.
+        mask: True where a query may attend a slot.
+    """
+    batch_size, length, slots = mask.shape
+    wide = at_least_float32(query.dtype)
+    scores = jnp.einsum("xqd,xsd->xqs", query, key, preferred_element_type=wide) * (1 / math.sqrt(query.shape[-1]))
+    scores = scores.reshape(batch_size, -1, length, slots)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(wide).min)
+    return nn.softmax(scores, axis=-1).astype(query.dtype)
+
+
 class FlaxMoshiAttention(nn.Module):
     """Causal self-attention with grouped key-value heads and a sliding window; upstream ``MoshiAttention``."""
 
@@ -322,16 +351,21 @@ class FlaxMoshiAttention(nn.Module):
                 layer_cache[1], value.astype(layer_cache[1].dtype), cache_index, axis=1
             )
             layer_cache = (key, value)
-        slots = attention_mask.shape[-1]
-        key, value = key[:, :slots].astype(self.dtype), value[:, :slots].astype(self.dtype)
 
-        wide = at_least_float32(self.dtype)
-        scores = jnp.einsum("xqd,xsd->xqs", query, key, preferred_element_type=wide) * (1 / math.sqrt(head_dim))
-        scores = scores.reshape(batch_size, config.num_attention_heads, length, slots)
-        scores = jnp.where(attention_mask[:, None], scores, jnp.finfo(wide).min)
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-        dropped = self.dropout(weights, deterministic=deterministic)
-        output = jnp.einsum("xqs,xsd->xqd", dropped.reshape(batch_size * kv_heads, -1, slots), value)
+        def attend(slots: int) -> tuple[Array, Array]:
+            """Over the first ``slots``; the others get no weight."""
+            weights = attention_weights(query, key[:, :slots].astype(self.dtype), attention_mask[..., :slots])
+            dropped = self.dropout(weights, deterministic=deterministic)
+            dropped = dropped.reshape(batch_size * kv_heads, -1, slots)
+            output = jnp.einsum("xqs,xsd->xqd", dropped, value[:, :slots].astype(self.dtype))
+            return output, jnp.pad(weights, [(0, 0)] * 3 + [(0, attention_mask.shape[-1] - slots)])
+
+        slots = attention_mask.shape[-1]
+        if layer_cache is None or not deterministic or slots < LARGE_CACHE:
+            output, weights = attend(slots)
+        else:
+            few = cache_index + length <= SLOTS_IN_USE
+            output, weights = lax.cond(few, partial(attend, SLOTS_IN_USE), partial(attend, slots))
         output = output.reshape(batch_size, -1, length, head_dim).transpose(0, 2, 1, 3)
         output = self.o_proj(output.reshape(batch_size, length, -1), codebook_idx)
         return output, weights, layer_cache

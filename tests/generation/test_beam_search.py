@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transformers import MoshiForCausalLM
+from transformers import MoshiForCausalLM, TextStreamer
 
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, numpy
@@ -361,6 +361,24 @@ class TestGenerate:
                 assert np.isin(behind, [-1, VOCAB]).all()
             np.testing.assert_allclose(inside, outside, rtol=1e-5)
 
+    def test_scores_and_zeros_behind_the_end(self, pair: Pair) -> None:
+        """Both differ from upstream, see ``docs/differences.md``."""
+        output = pair.ours.generate(
+            **draw_prompt(3, 4),
+            num_beams=3,
+            num_return_sequences=3,
+            early_stopping=True,
+            max_new_tokens=12,
+            eos_token_id=list(range(5, VOCAB)),
+            pad_token_id=0,
+            do_sample=False,
+        )
+        sequences, indices = np.asarray(output.sequences), np.asarray(output.beam_indices)
+        assert output.sequences_scores.shape == sequences.shape[:1] and (np.asarray(output.sequences_scores) < 0).all()
+        behind = indices == -1
+        assert behind.any(), "all end together: the test would prove nothing"
+        assert (sequences[:, -indices.shape[1] :][behind] == 0).all()
+
     def test_within_time(self, pair: Pair) -> None:
         options = {"num_beams": 3, "max_new_tokens": 30, "do_sample": False, "early_stopping": "never"}
         output = pair.ours.generate(**draw_prompt(2, 4), **options, max_time=1e-9)
@@ -369,4 +387,4 @@ class TestGenerate:
 
     def test_streamer_is_refused(self, pair: Pair) -> None:
         with pytest.raises(ValueError, match="`streamer` cannot be used with `num_beams=2`"):
-            pair.ours.generate(**draw_prompt(2, 4), num_beams=2, streamer=object())
+            pair.ours.generate(**draw_prompt(2, 4), num_beams=2, streamer=TextStreamer(None))

@@ -163,9 +163,9 @@ class FlaxGenerationMixin:
         plan = resolve_plan(
             config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
         )
-        request = self.make_request(
-            plan, input_ids, attention_mask, prng_key, capacity_of(plan, is_tracing(input_ids, params))
-        )
+        traced = is_tracing(input_ids, params)
+        check_watching(plan, streamer, traced)
+        request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity_of(plan, traced))
         with jax.disable_jit(not trace):
             state, more = self.decode(plan, request, length, params, streamer)
         sequences = state.sequences
@@ -228,15 +228,6 @@ class FlaxGenerationMixin:
         """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
         params = self.params if params is None else params
         traced = is_tracing(request, params)
-        if traced:
-            for name, value in (("streamer", streamer), ("max_time", plan.max_time)):
-                if value is not None:
-                    raise ValueError(f"`{name}` cannot be used inside of `jax.jit`: call `generate` eagerly.")
-        if streamer is not None and plan.num_beams > 1:
-            raise ValueError(
-                f"`streamer` cannot be used with `num_beams={plan.num_beams}`, as no token is final before the end: "
-                "leave one of them out."
-            )
         new_tokens = plan.max_length - prompt_length
         names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
         recording = Recording(names, bucket(new_tokens) if names else 0)
@@ -283,6 +274,26 @@ class FlaxGenerationMixin:
             beam_indices = cut(beam_indices, reached - prompt_length)
         more = unrolled(state.records, prompt_length, searched)
         return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
+
+
+def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:
+    """Raises ``ValueError`` if generation cannot be run in pieces as ``streamer`` or ``max_time`` want it."""
+    if traced:
+        for name, value in (("streamer", streamer), ("max_time", plan.max_time)):
+            if value is not None:
+                raise ValueError(f"`{name}` cannot be used inside of `jax.jit`: call `generate` eagerly.")
+    if streamer is None:
+        return
+    for method in ("put", "end"):
+        if not callable(getattr(streamer, method, None)):
+            raise ValueError(
+                f"`streamer` must have a method `{method}`, as transformers' streamers, but is {streamer!r}."
+            )
+    if plan.num_beams > 1:
+        raise ValueError(
+            f"`streamer` cannot be used with `num_beams={plan.num_beams}`, as no token is final before the end: "
+            "leave one of them out."
+        )
 
 
 def end_tokens(ids: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ from ...generation.buckets import bucket
 from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
 from ...generation.decoding import FREE
 from ...generation.sampling import Sampling
-from ...generation.utils import capacity_of, check_sizes, one_token
+from ...generation.utils import capacity_of, check_sizes, check_watching, one_token
 from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
@@ -756,6 +756,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         length += int(concat_unconditional_inputs)
         plan = resolve_plan(options, length, config.vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"))
         self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
+        check_watching(plan, streamer, is_tracing(input_ids, inputs_embeds, params))
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
             raise ValueError(
                 "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "

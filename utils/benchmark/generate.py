@@ -38,6 +38,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ from utils.benchmark.settings import BATCHES, CONTEXTS, DECODINGS, SIZES, Settin
 if TYPE_CHECKING:
     from utils.benchmark.checkpoints import Checkpoint
     from utils.benchmark.report import Measurement
-    from utils.benchmark.sides import Side
+    from utils.benchmark.sides import Run, Side
 
 SIDES = ("ours", "upstream", "kyutai", "mlx")
 FIRST_CALL_SIZE = "523M"
@@ -108,6 +109,15 @@ def chosen_settings(size: str, options: argparse.Namespace) -> list[Setting]:
     ]
 
 
+def take_turns(runs: dict[str, Callable[[], Run]], measurement: Measurement, options: argparse.Namespace) -> None:
+    """Runs every side up to ``options.repeats`` times, or two times if that took ``options.seconds``."""
+    for _ in range(options.repeats):
+        for key, run in runs.items():
+            done = measurement.runs.setdefault(key, [])
+            if len(done) < LEAST_RUNS or sum(result.seconds for result in done) < options.seconds:
+                done.append(run())
+
+
 def measure_setting(
     setting: Setting, sides: dict[str, Side], checkpoint: Checkpoint, options: argparse.Namespace
 ) -> Measurement:
@@ -130,11 +140,7 @@ def measure_setting(
                     runs[key] = stack.enter_context(side.prepared(setting, prompt))
                 except Unsupported as reason:
                     measurement.missing[key] = str(reason)
-            for _ in range(options.repeats):
-                for key, run in runs.items():
-                    done = measurement.runs.setdefault(key, [])
-                    if len(done) < LEAST_RUNS or sum(result.seconds for result in done) < options.seconds:
-                        done.append(run())
+            take_turns(runs, measurement, options)
         runs.clear()
         gc.collect()
     print(f"{setting}: {measurement.summary()}; {time.monotonic() - begin:.0f} s", flush=True)

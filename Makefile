@@ -22,7 +22,7 @@ quality: $(VENV)/.quality  ## check without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.test  ## frames/s next to PyTorch; wants an idle machine
+bench: $(VENV)/.bench  ## frames/s next to PyTorch and Kyutai's packages; wants an idle machine and 15 minutes
 	$(BIN)/python utils/benchmark/generate.py
 
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
@@ -46,6 +46,11 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e ".[test]"
 	# Kyutai's own package, the second oracle; without the pins that would replace torch and NumPy
 	$(PIP) --no-deps "moshi>=0.2.13,<0.3"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	# one more side; where there is no wheel of it, the table says that it is not installed
+	-$(PIP) --no-deps "moshi_mlx>=0.3,<0.4" "mlx>=0.32,<0.33" "mlx-cpu>=0.32,<0.33"
 	@touch $@
 
 $(VENV)/.quality: | $(VENV)/bin/python

@@ -1,24 +1,31 @@
-"""Frames per second of nested generation: this library, upstream PyTorch and the limit that memory sets, in one run.
+"""Frames per second of nested generation: this library and its peers beside the limit that memory sets, in one run.
 
-What is measured, for every size of ``--sizes``:
+Sides: this library, upstream PyTorch (``transformers``), Kyutai's ``moshi`` and ``moshi_mlx`` as far as they are
+installed and have a way. For every model one random checkpoint (``--seed``) is written, which all of them load; they
+run in float32 on the CPU with ``--threads`` threads: torch by ``set_num_threads``, the others by the affinity of the
+process.
 
-* One random checkpoint (``--seed``), written by upstream's ``save_pretrained``; both sides run these weights in
-  float32 on the CPU with ``--threads`` threads: torch by ``set_num_threads``, XLA by the affinity of the process.
-* One call of ``MoshiForConditionalGeneration.generate`` (``torch.inference_mode``, upstream's defaults) against one of
-  ``FlaxMoshiForConditionalGeneration.generate``: greedy, from nothing (the start frame is the prompt), without
-  waveforms. Mimi only encodes one silent frame of 1920 samples a call, on both sides; that is part of the time.
-* frames/s = batch × frames / seconds of the whole call, until the tokens are on the host. The first call of each side
-  (compilation, warm-up) is reported apart and never counted. Then the sides take turns ``--repeats`` times, so that
-  noise hits both. Upstream makes fewer frames, for time's sake: its cost per frame grows with the length, so this
-  favours it slightly, while the silent frame weighs a little more.
-* The text tokens of both sides are compared over the common frames. Greedy choice among the near-equal logits of
-  random weights may part after a while without an error on either side: the count is information, not a test.
-* The memory limit: bandwidth / bytes of weights read per frame. The bytes are those of the backbone's layers, norm and
-  head and of the depth decoder's layers, norms, projections and heads of all codebooks, each once; embedding rows and
-  caches are left out. The bandwidth is the best of several ways to read a large array, with the same threads, before
-  and after the models ran. Where the weights fit in the processor's cache this is no limit, and none is given.
+Every setting is a model, a batch, a context, and greedy choice or sampling with the defaults (temperature 1, the best
+50, text and codes). All sides get the same random prompt of as many frames as the context; then the frames after it
+are timed, without waveforms:
 
-Run it on an idle machine: under load, upstream suffers more than this library, and the ratio means nothing. ::
+* this library: the program of the loop that ``generate`` runs, in one call, until its state is there;
+* upstream: a whole ``generate``, timed by a stopping criterion from the first new token on, so without the prompt;
+* Kyutai's: that many calls of ``LMGen.step``, eager. The prompt is run in chunks through the streaming backbone, and
+  the offsets of its state are set back for the next run.
+
+Each side runs once for nothing, then they take turns ``--repeats`` times, so that noise hits all of them; a side that
+has used ``--seconds`` is done after two runs. Where the caches of a setting need more than a gigabyte, one side is
+done before the next begins. A run gives milliseconds a frame; the table has the least and the median of the runs.
+
+The limit: bytes that a frame must read over the bandwidth of memory reads, which is measured before and after with
+the same threads. The bytes are those of the weights (both decoders' layers, norms, projections and heads, each once,
+without embeddings) and of the keys and values of the frames in use. Where the weights fit in the processor's cache
+this is no limit, and none is given.
+
+Beside it: seconds of compilation, memory of the compiled loop, and the first frame of fresh processes.
+
+Run it on an idle machine: under load, torch suffers more than XLA, and the ratios mean nothing. ::
 
     python utils/benchmark/generate.py --threads 2 --output benchmark.md
 """
@@ -28,115 +35,28 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-SMALL_MIMI = {
-    "hidden_size": 32,
-    "num_filters": 2,
-    "codebook_dim": 8,
-    "vector_quantization_hidden_dimension": 8,
-    "upsample_groups": 32,
-    "num_hidden_layers": 1,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+from utils.benchmark.settings import BATCHES, CONTEXTS, DECODINGS, SIZES, Setting, settings_of
 
+if TYPE_CHECKING:
+    from utils.benchmark.checkpoints import Checkpoint
+    from utils.benchmark.report import Measurement
+    from utils.benchmark.sides import Run, Side
 
-@dataclass(frozen=True)
-class Size:
-    """A configuration to measure.
-
-    Attributes:
-        config: fields of ``MoshiConfig``; Mimi is full-size where ``audio_encoder_config`` only names its type.
-        frames, upstream_frames: frames of one call by default.
-        memory_bound: whether the weights are too large for the processor's cache.
-    """
-
-    config: dict[str, Any]
-    frames: int
-    upstream_frames: int
-    memory_bound: bool
-
-
-SIZES = {
-    "0.7M": Size(
-        config={
-            "vocab_size": 1024,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 256,
-            "num_codebooks": 4,
-            "audio_encoder_config": {"model_type": "mimi", "codebook_size": 512, **SMALL_MIMI},
-            "depth_decoder_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-            | {"ffn_dim": 128, "max_position_embeddings": 5, "sliding_window": 5},
-        },
-        frames=1000,
-        upstream_frames=100,
-        memory_bound=False,
-    ),
-    "523M": Size(
-        config={
-            "vocab_size": 32_000,
-            "hidden_size": 1024,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 16,
-            "ffn_dim": 5632,
-            "num_codebooks": 8,
-            "audio_encoder_config": {"model_type": "mimi"},
-            "depth_decoder_config": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
-            | {"ffn_dim": 2816, "max_position_embeddings": 9, "sliding_window": 9},
-        },
-        frames=64,
-        upstream_frames=20,
-        memory_bound=True,
-    ),
-}
-
-
-@dataclass
-class Timing:
-    """Seconds of one side: the first call, and the calls that count."""
-
-    frames: int
-    batch: int
-    first: float
-    seconds: list[float]
-
-    @property
-    def best(self) -> float:
-        """Frames per second of the fastest call."""
-        return self.batch * self.frames / min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        """Frames per second of the median call."""
-        return self.batch * self.frames / statistics.median(self.seconds)
-
-
-@dataclass
-class Result:
-    """What was measured of one size; the bytes are those that a frame reads."""
-
-    name: str
-    parameters: int
-    with_mimi: int
-    bytes_per_frame: int
-    ours: Timing
-    upstream: Timing
-    agreeing: int
-    memory_bound: bool
+SIDES = ("ours", "upstream", "kyutai", "mlx")
+FIRST_CALL_SIZE = "523M"
+LEAST_RUNS = 2
+LARGE_CACHES = 1e9
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,21 +64,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--full", action="store_true", help="the whole grid: hours instead of a quarter of an hour")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models to measure")
-    parser.add_argument("--frames", type=int, help="frames of one call of ours; None means 1000 for 0.7M, 64 for 523M")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="implementations to measure")
+    parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES), help="only these")
+    parser.add_argument("--contexts", nargs="+", type=int, choices=CONTEXTS, default=list(CONTEXTS), help="only these")
+    parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), help="only these")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side that count")
     parser.add_argument(
-        "--upstream-frames", type=int, help="frames of one call of upstream; None means 100 and 20, at most --frames"
+        "--seconds", type=float, default=10.0, help="after which a side of a setting has two runs only"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="calls that count, of each side")
-    parser.add_argument("--threads", type=int, default=2, help="threads of both sides")
-    parser.add_argument("--batch", type=int, default=1, help="rows generated at once")
+    parser.add_argument("--first-calls", type=int, default=2, help="fresh processes of each kind; 0 for none")
+    parser.add_argument("--threads", type=int, default=2, help="threads of all sides")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     options = parser.parse_args(arguments)
-    for name in ("frames", "upstream_frames", "repeats", "threads", "batch"):
+    for name, least in (("repeats", 1), ("threads", 1), ("first_calls", 0)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+        if value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {value}")
     cores = len(os.sched_getaffinity(0))
     if options.threads > cores:
         parser.error(f"--threads must be at most the {cores} core(s) of this process, but is {options.threads}")
@@ -166,227 +90,103 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def limit_threads(threads: int) -> None:
-    """Both libraries to ``threads`` threads; call it before JAX is imported, as XLA counts the cores only once."""
+    """All sides to ``threads`` threads; call it before JAX is imported, as XLA counts the cores only once."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads)}
     import torch
 
     torch.set_num_threads(threads)
 
 
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-def read_bandwidth(threads: int, gigabytes: float = 1.0, repeats: int = 5) -> tuple[float, str]:
-    """Bytes per second read from memory, by the fastest of several ways, and the name of that way."""
-    import jax
-    import torch
-
-    columns = 4096
-    matrix = np.ones((int(gigabytes * 1e9) // (4 * columns), columns), dtype=np.float32)
-    in_torch, in_jax = torch.from_numpy(matrix), jax.numpy.asarray(matrix)
-    torch_vector, jax_vector = torch.ones(columns), jax.numpy.ones(columns)
-    matvec, total = jax.jit(lambda a, b: a @ b), jax.jit(lambda a: a.sum())
-    chunks = np.array_split(matrix.reshape(-1), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        readers: dict[str, Callable[[], Any]] = {
-            "torch sum": in_torch.sum,
-            "torch matrix-vector product": lambda: torch.mv(in_torch, torch_vector),
-            "XLA sum": lambda: total(in_jax).block_until_ready(),
-            "XLA matrix-vector product": lambda: matvec(in_jax, jax_vector).block_until_ready(),
-            "NumPy maximum": lambda: list(pool.map(np.max, chunks)),
-        }
-        best = {name: matrix.nbytes / min(seconds_of(read) for _ in range(repeats)) for name, read in readers.items()}
-    name = max(best, key=best.__getitem__)
-    return best[name], name
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-# ------------------------------------------------------------------------------------------------------- models
-
-
-def build_upstream(size: Size, seed: int):
-    """Upstream's model with random weights, float32, without dropout."""
-    import torch
-    from transformers import MoshiConfig, MoshiForConditionalGeneration
-
-    torch.manual_seed(seed)
-    # the constructor fills in the sub-configurations in place
-    config = MoshiConfig(**{k: dict(v) if isinstance(v, dict) else v for k, v in size.config.items()})
-    if config.audio_encoder_config.frame_size != 1920:
-        raise ValueError(f"Mimi must have 1920 samples a frame, but has {config.audio_encoder_config.frame_size}.")
-    return MoshiForConditionalGeneration(config).float().eval()
-
-
-def count_parameters(model) -> tuple[int, int, int]:
-    """Parameters without Mimi and with it, and the bytes of weights that a frame reads.
-
-    Mimi's codebooks don't count: upstream holds them as buffers.
-    """
-    without_mimi = total = read = 0
-    for name, weight in model.named_parameters():
-        total += weight.numel()
-        if name.startswith("audio_encoder."):
-            continue
-        without_mimi += weight.numel()
-        if "embed_tokens" not in name:
-            read += weight.numel() * weight.element_size()
-    return without_mimi, total, read
-
-
-def start_frames(model, batch: int) -> dict[str, Any]:
-    """Arguments of ``generate``, of either side: none for one row, for more the start frame of each."""
-    if batch == 1:
-        return {}
-    start = model.get_unconditional_inputs(num_samples=batch)
-    return {
-        "input_ids": start.input_ids,
-        "user_audio_codes": start.user_audio_codes,
-        "moshi_audio_codes": start.moshi_audio_codes,
-        "attention_mask": start.attention_mask,
-        "concat_unconditional_inputs": False,
-    }
-
-
-def upstream_call(model, batch: int, frames: int) -> Callable[[], np.ndarray]:
-    """A call that generates with upstream and returns the new text tokens, ``(batch, frames)``."""
-    import torch
-
-    inputs = start_frames(model, batch)
-
-    def call() -> np.ndarray:
-        with torch.inference_mode():
-            outputs = model.generate(
-                **inputs,
-                max_new_tokens=frames,
-                do_sample=False,
-                depth_decoder_do_sample=False,
-                return_audio_waveforms=False,
-                return_audio_codes=True,
-            )
-        return check_length(outputs.sequences.numpy(), frames)
-
-    return call
-
-
-def our_call(model, batch: int, frames: int) -> Callable[[], np.ndarray]:
-    """The same with this library."""
-    inputs = start_frames(model, batch)
-
-    def call() -> np.ndarray:
-        outputs = model.generate(
-            **inputs,
-            max_new_tokens=frames,
-            do_sample=False,
-            depth_decoder_do_sample=False,
-            return_audio_waveforms=False,
-            return_audio_codes=True,
-        )
-        np.asarray(outputs.audio_codes)
-        return check_length(np.asarray(outputs.sequences), frames)
-
-    return call
-
-
-def check_length(sequences: np.ndarray, frames: int) -> np.ndarray:
-    """The new tokens; a call that ended early, or a prompt that was not one frame, would falsify the figure."""
-    if sequences.shape[1] != frames + 1:
-        raise RuntimeError(f"expected the start frame and {frames} new ones, but got {sequences.shape[1]} in all")
-    return sequences[:, 1:]
-
-
-def measure(name: str, options: argparse.Namespace) -> Result:
-    """Builds one size on both sides and times it."""
-    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
-
-    size = SIZES[name]
-    frames = options.frames or size.frames
-    upstream_frames = options.upstream_frames or min(size.upstream_frames, frames)
-    upstream = build_upstream(size, options.seed)
-    with tempfile.TemporaryDirectory(prefix="moshi-benchmark-") as folder:
-        upstream.save_pretrained(folder)
-        ours = FlaxMoshiForConditionalGeneration.from_pretrained(folder)
-        parameters, with_mimi, read = count_parameters(upstream)
-        print(f"{name}: {parameters:,} parameters, {with_mimi:,} with Mimi; a frame reads {read / 1e9:.4g} GB")
-        calls = {
-            "upstream": upstream_call(upstream, options.batch, upstream_frames),
-            "ours": our_call(ours, options.batch, frames),
-        }
-        tokens, timings = {}, {}
-        for side, call in calls.items():
-            start = time.perf_counter()
-            tokens[side] = call()
-            first = time.perf_counter() - start
-            timings[side] = Timing(upstream_frames if side == "upstream" else frames, options.batch, first, [])
-            print(f"{name}: {side}, first call {first:.2f} s")
-        for repeat in range(options.repeats):
-            for side, call in calls.items():
-                timings[side].seconds.append(seconds_of(call))
-                print(f"{name}: {side}, call {repeat + 1} of {options.repeats}: {timings[side].seconds[-1]:.3f} s")
-
-    common = min(frames, upstream_frames)
-    equal = (tokens["ours"][:, :common] == tokens["upstream"][:, :common]).all(axis=0)
-    agreeing = common if equal.all() else int(equal.argmin())
-    return Result(name, parameters, with_mimi, read, timings["ours"], timings["upstream"], agreeing, size.memory_bound)
-
-
-# ------------------------------------------------------------------------------------------------------- report
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def report(
-    results: list[Result], bandwidth: tuple[float, str], options: argparse.Namespace, load: tuple[float, float]
-) -> str:
-    """The figures as markdown."""
-    import flax
-    import jax
-    import torch
-    import transformers
-
-    speed, way = bandwidth
-    lines = [
-        f"float32, greedy, no input, no waveforms, batch {options.batch}, {options.threads} thread(s) on both sides, "
-        f"{options.repeats} counted call(s) each in turns; {processor()}; "
-        f"memory reads {speed / 1e9:.1f} GB/s ({way}); "
-        f"load average {load[0]:.2f} before, {load[1]:.2f} after; jax {jax.__version__}, flax {flax.__version__}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}.",
-        "",
-        "| model | side | frames a call | first call, s | frames/s, median | frames/s, best | of the memory limit |",
-        "|---|---|---|---|---|---|---|",
+def chosen_settings(size: str, options: argparse.Namespace) -> list[Setting]:
+    """The settings of a model that the options leave."""
+    return [
+        setting
+        for setting in settings_of(size, options.full)
+        if setting.batch in options.batches
+        and setting.context in options.contexts
+        and setting.decoding in options.decodings
     ]
-    for result in results:
-        limit = options.batch * speed / result.bytes_per_frame
-        for side, timing in (("upstream", result.upstream), ("this library", result.ours)):
-            share = f"{timing.best / limit:.0%} (best)" if result.memory_bound else "-"
-            lines.append(
-                f"| {result.name} | {side} | {timing.frames} | {timing.first:.1f} | {timing.median:,.1f} "
-                f"| {timing.best:,.1f} | {share} |"
-            )
-        medians, bests = result.ours.median / result.upstream.median, result.ours.best / result.upstream.best
-        lines.append(f"| {result.name} | **ratio** | | | **{medians:.2f}** | **{bests:.2f}** | |")
-    lines.append("")
-    for result in results:
-        limit = options.batch * speed / result.bytes_per_frame
-        common = min(result.ours.frames, result.upstream.frames)
-        lines.append(
-            f"- {result.name}: {result.parameters / 1e6:,.2f} M parameters, {result.with_mimi / 1e6:,.2f} M with "
-            f"Mimi; a frame reads {result.bytes_per_frame / 1e6:,.2f} MB of weights"
-            + (f", so memory allows {limit:,.1f} frames/s" if result.memory_bound else ", which fit in the cache")
-            + f"; the text agrees over {result.agreeing} of {common} common frames."
-        )
-    return "\n".join(lines) + "\n"
+
+
+def take_turns(runs: dict[str, Callable[[], Run]], measurement: Measurement, options: argparse.Namespace) -> None:
+    """Runs every side up to ``options.repeats`` times, or two times if that took ``options.seconds``."""
+    for _ in range(options.repeats):
+        for key, run in runs.items():
+            done = measurement.runs.setdefault(key, [])
+            if len(done) < LEAST_RUNS or sum(result.seconds for result in done) < options.seconds:
+                done.append(run())
+
+
+def measure_setting(
+    setting: Setting, sides: dict[str, Side], checkpoint: Checkpoint, options: argparse.Namespace
+) -> Measurement:
+    """Runs the sides of a setting, in turns unless memory forbids it."""
+    from utils.benchmark.checkpoints import draw_prompt
+    from utils.benchmark.report import Measurement
+    from utils.benchmark.sides import Unsupported
+
+    begin = time.monotonic()
+    measurement = Measurement(setting, checkpoint.weight_bytes, checkpoint.cache_bytes(setting))
+    prompt = draw_prompt(checkpoint, setting)
+    if setting.capacity is not None:  # only this library has a choice
+        sides = {key: side for key, side in sides.items() if key == "ours"}
+    together = measurement.cache_bytes < LARGE_CACHES
+    for group in [sides] if together else [{key: side} for key, side in sides.items()]:
+        with ExitStack() as stack:
+            runs = {}
+            for key, side in group.items():
+                try:
+                    runs[key] = stack.enter_context(side.prepared(setting, prompt))
+                except Unsupported as reason:
+                    measurement.missing[key] = str(reason)
+            take_turns(runs, measurement, options)
+        runs.clear()
+        gc.collect()
+    print(f"{setting}: {measurement.summary()}; {time.monotonic() - begin:.0f} s", flush=True)
+    return measurement
+
+
+def measure(options: argparse.Namespace) -> str:
+    """Measures what the options ask for; returns the report as markdown."""
+    from utils.benchmark import sides as implementations
+    from utils.benchmark.checkpoints import write_checkpoint
+    from utils.benchmark.first_call import measure_first_calls
+    from utils.benchmark.limit import read_bandwidth
+    from utils.benchmark.report import Report
+
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"warning: the load average is {load:.2f}: the machine isn't idle, so the ratios will mean little")
+    report = Report(options, time.monotonic(), [load], [read_bandwidth(options.threads)])
+    for size in options.sizes:
+        settings = chosen_settings(size, options)
+        if not settings:
+            continue
+        with tempfile.TemporaryDirectory(prefix="moshi-benchmark-") as folder:
+            checkpoint = report.checkpoints[size] = write_checkpoint(size, options.seed, Path(folder))
+            gc.collect()
+            if size == FIRST_CALL_SIZE and options.first_calls:
+                report.first_calls = measure_first_calls(Path(folder), options.threads, options.first_calls)
+            sides: dict[str, Side] = {}
+            missing: dict[str, str] = {}
+            for key in options.sides:
+                try:
+                    sides[key] = implementations.SIDES[key](checkpoint)
+                except implementations.Unsupported as reason:
+                    missing[key] = str(reason)
+            for setting in settings:
+                measurement = measure_setting(setting, sides, checkpoint, options)
+                if setting.capacity is None:
+                    measurement.missing |= missing
+                report.measurements.append(measurement)
+            if "ours" in sides:
+                report.costs |= sides["ours"].costs
+            sides.clear()
+        gc.collect()  # models have reference cycles: the next one needs the memory
+    report.bandwidths.append(read_bandwidth(options.threads))
+    report.loads.append(os.getloadavg()[0])
+    return report.markdown()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -396,15 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"warning: the load average is {load:.2f}: the machine isn't idle, so the ratio will mean little")
-    bandwidths, results = [read_bandwidth(options.threads)], []
-    for name in options.sizes:
-        results.append(measure(name, options))
-        gc.collect()  # models have reference cycles: the next one needs the memory
-    bandwidths.append(read_bandwidth(options.threads))
-    text = report(results, max(bandwidths), options, (load, os.getloadavg()[0]))
+    text = measure(options)
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")

@@ -1,0 +1,88 @@
+"""The benchmark of generation on a tiny model: all sides run and generate the same text; times are not judged."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the sides, is not installed")
+from utils.benchmark import first_call, generate, limit
+from utils.benchmark.checkpoints import write_checkpoint
+from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
+
+FRAMES = 6
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 88,
+    "num_codebooks": 3,
+    "audio_encoder_config": {"model_type": "mimi", "codebook_size": 32, **SMALL_MIMI},
+    "depth_decoder_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 88}
+    | {"max_position_embeddings": 4, "sliding_window": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tiny", Size(TINY, frames=FRAMES))
+    monkeypatch.setattr(limit, "read_bandwidth", partial(limit.read_bandwidth, gigabytes=0.01, repeats=1))
+
+
+def test_sides_agree(capsys: pytest.CaptureFixture) -> None:
+    arguments = "--full --sizes tiny --sides ours upstream kyutai --batches 4 --contexts 16 --repeats 2 --threads 1"
+    report = generate.measure(generate.parse_arguments(arguments.split()))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    header = next(line for line in lines if "side" in line)
+    runs = [
+        dict(reversed([*zip(header, line, strict=True)]))
+        for line in lines
+        if line[0] == "tiny" and len(line) == len(header)
+    ]
+    sides = [run["side"].split(":")[0] for run in runs]
+    assert sides == 2 * ["this library", "upstream PyTorch", "Kyutai's moshi", "limit"]
+    assert [run["decoding"] for run in runs] == 4 * ["greedy"] + 4 * ["sampling"]
+    assert [run["same text, frames"] for run in runs[:4]] == ["", str(FRAMES), str(FRAMES), ""]
+    assert all(0 < float(run["ms a frame, min"]) <= float(run["median"]) for run in runs if run["runs"])
+    # two programs of each setting
+    assert sum(line[1] in ("start", "advance") for line in lines) == 4
+
+
+def test_what_a_frame_reads(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint("tiny", 0, tmp_path)
+    backbone = 2 * (4 * 16 * 16 + 16 * 88 + 44 * 16 + 2 * 16) + 16 + 16 * 50
+    depth = 3 * (4 * 16 * 16 + 16 * 88 + 44 * 16) + 2 * 16 + 3 * (16 * 16 + 16 * 32)
+    assert checkpoint.weight_bytes == 4 * (backbone + depth)
+    # keys and values of 2 layers of 16; the first timed frame reads 16 frames, the last one 21
+    assert checkpoint.cache_bytes(Setting("tiny", batch=4)) == 2 * 4 * 4 * 2 * 16 * 18.5
+    # no more than the window
+    assert checkpoint.cache_bytes(Setting("tiny", context=3000)) == 2 * 4 * 2 * 16 * 3000
+
+
+@pytest.mark.parametrize("side", ["ours", "upstream"])
+def test_first_call(side: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_checkpoint("tiny", 0, tmp_path)
+    capsys.readouterr()
+    first_call.main(side, str(tmp_path), 1, time.time())
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < report["until loaded"] < report["seconds"]
+    assert report["peak_bytes"] > 1e8
+    if side == "ours":
+        assert report["XLA"] > 0 and report["tracing"] > 0 and report["lowering"] > 0
+
+
+def test_grid() -> None:
+    assert len(settings_of("523M", full=True)) == 3 * 4 * 2 + 1
+    assert set(settings_of("523M", full=False)) <= set(settings_of("523M", full=True))
+    assert settings_of("68M", full=False) == [Setting("68M")]
+
+
+def test_arguments(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        generate.parse_arguments(["--threads", "9999"])
+    assert "--threads must be at most" in capsys.readouterr().err

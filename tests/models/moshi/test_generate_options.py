@@ -297,10 +297,10 @@ class TestStreamer:
         assert capsys.readouterr().out.split() == [str(token) for token in np.asarray(out.sequences)[0, 3:]]
 
     def test_without_its_methods(self, pair: Pair) -> None:
-        with pytest.raises(ValueError, match="`streamer` must have `put`"):
+        with pytest.raises(ValueError, match="`streamer` must have a method `put`"):
             pair.ours.generate(**GREEDY, streamer=print)
 
-    @pytest.mark.parametrize("option", [{"streamer": Listener()}, {"max_time": 1.0}], ids=str)
+    @pytest.mark.parametrize("option", [{"streamer": Listener()}, {"max_time": 1.0}], ids=["streamer", "max_time"])
     def test_not_under_jit(self, text_pair: Pair, option: dict[str, Any]) -> None:
         (name,) = option
         with pytest.raises(ValueError, match=f"`{name}` cannot be used inside of `jax.jit`"):

@@ -49,7 +49,7 @@ def test_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
 
 
 def test_second_interrupt_is_as_always() -> None:
-    watcher = Watcher(lambda frames: None)
+    watcher = Watcher(lambda: None, lambda frames: None)
     before = signal.getsignal(signal.SIGINT)
     with stopped_by_interrupt(watcher):
         assert not watcher.interrupted
@@ -62,11 +62,12 @@ def test_second_interrupt_is_as_always() -> None:
 
 def test_watcher_counts_frames_but_not_the_prompt() -> None:
     counted: list[int] = []
-    watcher = Watcher(counted.append)
+    began: list[bool] = []
+    watcher = Watcher(lambda: began.append(True), counted.append)
     watcher.put(np.zeros((1, 7), np.int32))
     for _ in range(3):
         watcher.put(np.zeros((1,), np.int32))
-    assert sum(counted) == 3
+    assert began == [True] and sum(counted) == 3
     watcher.interrupted = True
     with pytest.raises(StopGeneration):
         watcher.put(np.zeros((1,), np.int32))

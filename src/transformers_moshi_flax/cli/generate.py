@@ -295,12 +295,9 @@ def _turn(
     """Generate one reply, print its text and write its files."""
     with progress_bar(notes) as bar:
         stage = bar.add_task("frames", total=max_new_frames)
-        watcher = Watcher(partial(bar.advance, stage))
+        note = f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is"
+        watcher = Watcher(partial(notes.print, note, soft_wrap=True), partial(bar.advance, stage))
         with stopped_by_interrupt(watcher):
-            notes.print(
-                f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is",
-                soft_wrap=True,
-            )
             reply = speaker.reply(samples, text_prompt, max_new_frames, sampling, seed, watcher)
         bar.remove_task(stage)
     typer.echo(reply.text)

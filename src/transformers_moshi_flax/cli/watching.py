@@ -16,16 +16,19 @@ class Watcher:
     """A streamer of ``generate`` that counts frames and can end generation.
 
     Args:
+        begin: called when the prompt has been heard.
         advance: told how many frames there are more.
     """
 
-    def __init__(self, advance: Callable[[int], Any]):
+    def __init__(self, begin: Callable[[], Any], advance: Callable[[int], Any]):
+        self._begin = begin
         self._advance = advance
         self.interrupted = False
 
     def put(self, value: np.ndarray) -> None:
         """Takes the ids of the prompt, ``(batch, frames)``, and then of every new frame, ``(batch,)``."""
         if value.ndim == 2:
+            self._begin()
             return
         self._advance(1)
         if self.interrupted:

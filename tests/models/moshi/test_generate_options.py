@@ -172,6 +172,14 @@ class TestLengths:
         np.testing.assert_array_equal(short, long[:, : short.shape[1]])
 
 
+def test_logits_processor_of_the_text(pair: Pair) -> None:
+    inputs = prompt(pair.ours.config, batch=2, frames=3)
+    out = pair.ours.generate(
+        **inputs, **CODES_ONLY, max_new_tokens=6, logits_processor=lambda ids, scores, length: scores.at[:, 7].set(1e9)
+    )
+    assert (np.asarray(out.sequences)[:, 4:] == 7).all()
+
+
 class TestForced:
     def test_text_and_codes(self, pair: Pair) -> None:
         """Forced frames stand where they are asked for; what follows is as if they had been in the prompt."""

@@ -697,7 +697,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             **kwargs: fields of ``GenerationConfig`` for the text (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_k``, ``top_p``, ``eos_token_id``, …), with the prefix ``depth_decoder_`` for the audio;
                 ``attention_mask`` ``(batch, frames)``; ``stop_lengths`` ``(batch,)``, after how many new frames each
-                row ends at the latest. ``max_length`` counts the prompt and the start frame.
+                row ends at the latest; ``logits_processor`` for the text, ``processor(sequences, scores, length) ->
+                scores`` or a list of such. ``max_length`` counts the prompt and the start frame.
 
         Returns:
             ``sequences`` have the prompt (after the start frame, if it is concatenated) and the new tokens.
@@ -712,9 +713,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         # `depth_decoder_config` is a field of the generation configuration, not an option of the depth decoder
         if "depth_decoder_config" in depth_kwargs:
             kwargs["depth_decoder_config"] = depth_kwargs.pop("depth_decoder_config")
-        options, inputs = merge_generation_config(
-            self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
-        )
+        extra = ("attention_mask", "stop_lengths", "logits_processor")
+        options, inputs = merge_generation_config(self.generation_config, generation_config, kwargs, extra)
         depth_sampling = resolve_depth_sampling(
             getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
         )
@@ -754,7 +754,15 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
         prompt_shape = (batch_size, length)
         length += int(concat_unconditional_inputs)
-        plan = resolve_plan(options, length, config.vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"))
+        plan = resolve_plan(
+            options,
+            length,
+            config.vocab_size,
+            batch_size,
+            attention_mask,
+            inputs.get("stop_lengths"),
+            inputs.get("logits_processor"),
+        )
         self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
         check_watching(plan, streamer, is_tracing(input_ids, inputs_embeds, params))
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:

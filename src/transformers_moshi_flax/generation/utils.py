@@ -163,7 +163,7 @@ class FlaxGenerationMixin:
         plan = resolve_plan(
             config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
         )
-        traced = is_tracing(input_ids, params)
+        traced = is_tracing(input_ids, attention_mask, params, prng_key, plan.sampling)
         check_watching(plan, streamer, traced)
         request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity_of(plan, traced))
         with jax.disable_jit(not trace):

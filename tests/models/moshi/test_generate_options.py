@@ -172,6 +172,28 @@ class TestLengths:
         np.testing.assert_array_equal(short, long[:, : short.shape[1]])
 
 
+def test_mapped_over_keys(pair: Pair, text_pair: Pair) -> None:
+    """``jax.vmap`` traces the key alone; the outputs are as inside of ``jax.jit``."""
+    keys = jax.random.split(jax.random.key(2), 2)
+    inputs = prompt(pair.ours.config, batch=1, frames=3)
+
+    def speak(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = pair.ours.generate(**inputs, **SAMPLE, max_new_tokens=5, prng_key=key, return_audio_waveforms=False)
+        return out.sequences, out.audio_codes
+
+    def write(key: jax.Array) -> jax.Array:
+        return text_pair.ours.generate(ids(1, 3), do_sample=True, max_new_tokens=5, prng_key=key).sequences
+
+    text, codes = jax.vmap(speak)(keys)
+    written = jax.vmap(write)(keys)
+    assert text.shape == (2, 1, 9) and written.shape == (2, 1, 8)
+    for number, key in enumerate(keys):
+        alone, its_codes = speak(key)
+        np.testing.assert_array_equal(text[number], alone)
+        np.testing.assert_array_equal(codes[number][..., : its_codes.shape[-1]], its_codes)
+        np.testing.assert_array_equal(written[number], write(key))
+
+
 def test_logits_processor_of_the_text(pair: Pair) -> None:
     inputs = prompt(pair.ours.config, batch=2, frames=3)
     out = pair.ours.generate(

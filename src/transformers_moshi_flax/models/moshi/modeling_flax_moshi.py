@@ -764,7 +764,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             inputs.get("logits_processor"),
         )
         self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
-        check_watching(plan, streamer, is_tracing(input_ids, inputs_embeds, params))
+        operands = (prng_key, plan.sampling, depth_sampling, attention_mask, forced_text_ids, forced_audio_codes)
+        traced = is_tracing(input_ids, inputs_embeds, audio, params, operands)
+        check_watching(plan, streamer, traced)
         if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
             raise ValueError(
                 "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
@@ -781,7 +783,6 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         blank_codes = self.compiled(encode_audio)(params, silence)
 
         # on the host if that is possible: XLA would compile a program for every length of every stream
-        traced = is_tracing(input_ids, inputs_embeds, user_audio_codes, moshi_audio_codes, params)
         xp = jnp if traced else np
         text_prompt = input_ids is not None
         # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history

@@ -36,3 +36,21 @@ def test_angles_are_finer_in_double(x64: None):
 def test_scaled_frequencies_are_refused():
     with pytest.raises(ValueError, match=r"`rope_parameters`.*'yarn'.*'default'"):
         rotary_embedding(jnp.arange(4), 8, {"rope_type": "yarn", "rope_theta": 1e4}, jnp.float32)
+
+
+@pytest.mark.parametrize("begin", [0, 1_000_000, 2**32 - 40])
+def test_unsigned_positions_never_wear_out(begin: int):
+    """The angle between two positions is the same at the start, after a day, and where the count wraps around."""
+    parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    positions = (np.arange(begin, begin + 80) % 2**32).astype(np.uint32)
+    cos, sin = (np.asarray(x, np.float64) for x in rotary_embedding(jnp.asarray(positions), 8, parameters, "float32"))
+    turned = (cos + 1j * sin)[:, :4] * (cos - 1j * sin)[:1, :4]
+    angles = np.arange(80)[:, None] / 10000.0 ** (np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(turned, np.exp(1j * angles), atol=2e-6)
+
+
+def test_unsigned_positions_in_double(x64: None):
+    parameters = {"rope_type": "default", "rope_theta": 123.0}
+    expected = rotary_embedding(jnp.arange(3000), 8, parameters, jnp.float64)
+    actual = rotary_embedding(jnp.arange(3000, dtype=jnp.uint32), 8, parameters, jnp.float64)
+    assert_close(actual, [np.asarray(x) for x in expected], 1e-11)

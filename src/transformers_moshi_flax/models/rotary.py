@@ -7,16 +7,20 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from ..precision import at_least_float32
 
 
 def rotary_embedding(
-    position_ids: Int[Array, "*shape"], head_dim: int, rope_parameters: Mapping[str, Any], dtype: DTypeLike
+    position_ids: Int[Array, "*shape"] | UInt[Array, "*shape"], head_dim: int, rope_parameters: Mapping[str, Any], dtype: DTypeLike
 ) -> tuple[Float[Array, "*shape {head_dim}"], Float[Array, "*shape {head_dim}"]]:
     """Cosines and sines, angles in at least float32; upstream ``MoshiRotaryEmbedding`` and ``MimiRotaryEmbedding``.
+
+    Positions of an unsigned dtype are those of an endless stream: counted modulo 2**32, and as exact after a year as
+    after a second.
 
     Raises:
         ValueError: ``rope_parameters`` asks for scaled frequencies.
@@ -27,9 +31,27 @@ def rotary_embedding(
     wide = at_least_float32(dtype)
     exponents = np.arange(0, head_dim, 2, dtype=wide) / head_dim
     inverse_frequencies = (1.0 / rope_parameters["rope_theta"] ** exponents).astype(wide)
-    angles = position_ids[..., None].astype(wide) * inverse_frequencies
+    if jnp.issubdtype(position_ids.dtype, jnp.unsignedinteger):
+        angles = wrapped_angles(position_ids, inverse_frequencies)
+    else:
+        angles = position_ids[..., None].astype(wide) * inverse_frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def wrapped_angles(
+    position_ids: UInt[Array, "*shape"], frequencies: Float[np.ndarray, "angles"]
+) -> Float[Array, "*shape angles"]:
+    """``position * frequency`` modulo a turn, in the dtype of ``frequencies``.
+
+    Angles are whole numbers, fractions of a turn, that wrap around as the position does. So the angle between two
+    positions depends on their distance alone, wherever they are; the product in floats is off by 0.1 rad after a day.
+    """
+    signed, unsigned = (jnp.int32, jnp.uint32) if frequencies.dtype == np.float32 else (jnp.int64, jnp.uint64)
+    turn = 2.0 ** jnp.iinfo(unsigned).bits
+    steps = [round(float(frequency) / (2 * np.pi) * turn) for frequency in frequencies]
+    phases = position_ids[..., None].astype(unsigned) * jnp.array(steps, dtype=unsigned)
+    return lax.bitcast_convert_type(phases, signed).astype(frequencies.dtype) * (2 * np.pi / turn)
 
 
 def apply_rotary_pos_emb(

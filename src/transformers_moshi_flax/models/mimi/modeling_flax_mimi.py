@@ -26,17 +26,31 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import MimiConfig
 from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
 
+from ...generation.programs import Program
 from ...input_checks import check_ids, check_rank, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
+from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
 from .checkpoint_flax_mimi import MIMI_RULES
 from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
+from .streaming_flax_mimi import (
+    FlaxMimiDecoderState,
+    FlaxMimiEncoderState,
+    Histories,
+    check_rows,
+    check_state,
+    resamples,
+    samples_per_frame,
+    steps_per_frame,
+)
 
 Params = Any
 Lengths = Int[Array, "batch"] | None
+# keys and values of one layer, (batch * kv_heads, slots, head_dim), and the slot of the next step, (batch,)
+Ring = tuple[Array, Array, Array]
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -60,12 +74,16 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
 
     Attributes:
         latents: ``(batch, hidden_size, frames)``.
+        past_key_values: of the transformer, where the call was part of a stream.
+        padding_cache: what the convolutions remember, where the call was part of a stream.
         hidden_states: input and output of every transformer layer, each ``(batch, steps, hidden_size)``, where steps
             come before the downsampling (two a frame in the released Mimi).
         attentions: weights of every transformer layer, each ``(batch, heads, steps, steps)``.
     """
 
     latents: jax.Array | None = None
+    past_key_values: RingCache | None = None
+    padding_cache: tuple[jax.Array, ...] | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
@@ -73,19 +91,23 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
 @flax.struct.dataclass
 class FlaxMimiEncoderOutput(FlaxModelOutput):
     """Output of ``encode``: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32, the rest as in
-    :class:`FlaxMimiEncoderModelOutput`."""
+    :class:`FlaxMimiEncoderModelOutput` (whose ``past_key_values`` are ``encoder_past_key_values`` here)."""
 
     audio_codes: jax.Array | None = None
+    encoder_past_key_values: RingCache | None = None
+    padding_cache: tuple[jax.Array, ...] | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
 
 @flax.struct.dataclass
 class FlaxMimiDecoderOutput(FlaxModelOutput):
-    """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the rest as in
+    """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the state after it as
+    ``decoder_past_key_values`` where the call was part of a stream, the rest as in
     :class:`FlaxMimiEncoderModelOutput`."""
 
     audio_values: jax.Array | None = None
+    decoder_past_key_values: FlaxMimiDecoderState | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
@@ -148,7 +170,10 @@ class FlaxMimiConv1d(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch frames in_channels"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch frames in_channels"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch frames_out out_channels"]:
         mode = self.config.pad_mode if self.pad_mode is None else self.pad_mode
         if mode not in PAD_MODES:
@@ -166,8 +191,12 @@ class FlaxMimiConv1d(nn.Module):
             self.dtype,
             name="conv",
         )()
-        right = 0 if self.config.use_causal_conv else total // 2
-        x = pad_frames(x.astype(self.dtype), total - right, right, self.stride, mode, lengths)
+        x = x.astype(self.dtype)
+        if histories is None:
+            right = 0 if self.config.use_causal_conv else total // 2
+            x = pad_frames(x, total - right, right, self.stride, mode, lengths)
+        else:
+            x = histories.extend(x, total, mode)
         x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
         return x if bias is None else x + bias
 
@@ -190,7 +219,10 @@ class FlaxMimiConvTranspose1d(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch frames in_channels"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch frames in_channels"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch frames*{self.stride} out_channels"]:
         causal, ratio = self.config.use_causal_conv, self.config.trim_right_ratio
         if not causal and ratio != 1.0:
@@ -213,6 +245,9 @@ class FlaxMimiConvTranspose1d(nn.Module):
         if lengths is not None:
             # a padding frame must not reach back into the row
             x = jnp.where(jnp.arange(frames)[:, None] < lengths[:, None, None], x, 0)
+        if histories is not None:
+            behind = frames_out(total, self.stride)
+            x, left = histories.extend(x, behind), behind * self.stride
         x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
         return x if bias is None else x + bias
 
@@ -230,16 +265,16 @@ class FlaxMimiResnetBranch(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None
+        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None, histories: Histories | None = None
     ) -> Float[Array, "batch frames dim"]:
         hidden = self.dim // self.config.compress
         width = self.config.residual_kernel_size
         first, second = self.dilations
         x = FlaxMimiConv1d(self.config, self.dim, hidden, width, dilation=first, dtype=self.dtype, name="1")(
-            nn.elu(x), lengths
+            nn.elu(x), lengths, histories
         )
         return FlaxMimiConv1d(self.config, hidden, self.dim, 1, dilation=second, dtype=self.dtype, name="3")(
-            nn.elu(x), lengths
+            nn.elu(x), lengths, histories
         )
 
 
@@ -253,15 +288,15 @@ class FlaxMimiResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None
+        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None, histories: Histories | None = None
     ) -> Float[Array, "batch frames dim"]:
         residual = x
         if self.config.use_conv_shortcut:
             residual = FlaxMimiConv1d(self.config, self.dim, self.dim, 1, dtype=self.dtype, name="shortcut")(
-                x, lengths
+                x, lengths, histories
             )
         return residual + FlaxMimiResnetBranch(self.config, self.dim, self.dilations, self.dtype, name="block")(
-            x, lengths
+            x, lengths, histories
         )
 
 
@@ -273,24 +308,28 @@ class FlaxMimiEncoderLayers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch samples channels"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch samples channels"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch steps hidden_size"]:
         config, dtype = self.config, self.dtype
         dim, index = config.num_filters, 1
-        x = FlaxMimiConv1d(config, config.audio_channels, dim, config.kernel_size, dtype=dtype, name="0")(x, lengths)
+        first = FlaxMimiConv1d(config, config.audio_channels, dim, config.kernel_size, dtype=dtype, name="0")
+        x = first(x, lengths, histories)
         for ratio in reversed(config.upsampling_ratios):
             for block in range(config.num_residual_layers):
                 dilations = (config.dilation_growth_rate**block, 1)
-                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths)
+                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths, histories)
                 index += 1
             conv = FlaxMimiConv1d(config, dim, 2 * dim, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
-            x = conv(nn.elu(x), lengths)
+            x = conv(nn.elu(x), lengths, histories)
             lengths = None if lengths is None else frames_out(lengths, ratio)
             dim, index = 2 * dim, index + 2
         last = FlaxMimiConv1d(
             config, dim, config.hidden_size, config.last_kernel_size, dtype=dtype, name=str(index + 1)
         )
-        return last(nn.elu(x), lengths)
+        return last(nn.elu(x), lengths, histories)
 
 
 class FlaxMimiEncoder(nn.Module):
@@ -301,9 +340,12 @@ class FlaxMimiEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch samples channels"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch samples channels"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch steps hidden_size"]:
-        return FlaxMimiEncoderLayers(self.config, self.dtype, name="layers")(x, lengths)
+        return FlaxMimiEncoderLayers(self.config, self.dtype, name="layers")(x, lengths, histories)
 
 
 class FlaxMimiDecoderLayers(nn.Module):
@@ -314,24 +356,28 @@ class FlaxMimiDecoderLayers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch steps hidden_size"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch samples channels"]:
         config, dtype = self.config, self.dtype
         dim, index = 2 ** len(config.upsampling_ratios) * config.num_filters, 1
-        x = FlaxMimiConv1d(config, config.hidden_size, dim, config.kernel_size, dtype=dtype, name="0")(x, lengths)
+        first = FlaxMimiConv1d(config, config.hidden_size, dim, config.kernel_size, dtype=dtype, name="0")
+        x = first(x, lengths, histories)
         for ratio in config.upsampling_ratios:
             conv = FlaxMimiConvTranspose1d(config, dim, dim // 2, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
-            x = conv(nn.elu(x), lengths)
+            x = conv(nn.elu(x), lengths, histories)
             lengths = None if lengths is None else lengths * ratio
             dim, index = dim // 2, index + 2
             for block in range(config.num_residual_layers):
                 dilations = (config.dilation_growth_rate**block, 1)
-                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths)
+                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths, histories)
                 index += 1
         last = FlaxMimiConv1d(
             config, dim, config.audio_channels, config.last_kernel_size, dtype=dtype, name=str(index + 1)
         )
-        return last(nn.elu(x), lengths)
+        return last(nn.elu(x), lengths, histories)
 
 
 class FlaxMimiDecoder(nn.Module):
@@ -342,9 +388,12 @@ class FlaxMimiDecoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch steps hidden_size"], lengths: Lengths = None
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
     ) -> Float[Array, "batch samples channels"]:
-        return FlaxMimiDecoderLayers(self.config, self.dtype, name="layers")(x, lengths)
+        return FlaxMimiDecoderLayers(self.config, self.dtype, name="layers")(x, lengths, histories)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -397,11 +446,12 @@ class FlaxMimiAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "steps 1 head_dim"],
-        sin: Float[Array, "steps 1 head_dim"],
-        mask: Bool[Array, "steps steps"],
+        cos: Float[Array, "... steps 1 head_dim"],
+        sin: Float[Array, "... steps 1 head_dim"],
+        mask: Bool[Array, "... steps keys"],
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
+        ring: Ring | None = None,
+    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps keys"], Ring | None]:
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         if config.hidden_size % heads:
@@ -420,6 +470,9 @@ class FlaxMimiAttention(nn.Module):
         key = project("k_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
         value = project("v_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
         query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
+        if ring is not None:
+            mixed, weights, ring = self._attend_ring(query, key, value, mask, ring)
+            return project("o_proj", config.hidden_size)(mixed), weights, ring
 
         # [batch, kv_heads, heads of the group, queries, keys]
         query = query.reshape(batch, steps, kv_heads, heads // kv_heads, head_dim)
@@ -428,7 +481,28 @@ class FlaxMimiAttention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = nn.Dropout(float(config.attention_dropout))(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, steps, heads * head_dim)
-        return project("o_proj", config.hidden_size)(mixed), weights.reshape(batch, heads, steps, steps)
+        return project("o_proj", config.hidden_size)(mixed), weights.reshape(batch, heads, steps, steps), None
+
+    def _attend_ring(self, query, key, value, mask, ring):
+        """Writes the new keys and values into the ring, and attends over it, with one batch axis: otherwise XLA's CPU
+        backend copies the whole ring."""
+        config = self.config
+        keys, values, slot = ring
+        batch, steps, heads, head_dim = query.shape
+        kv_heads = config.num_key_value_heads
+
+        def by_head(array: Array) -> Array:
+            # [batch * kv_heads, heads of the group * steps, head_dim]
+            return array.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
+
+        keys, values = write_steps(keys, by_head(key), slot), write_steps(values, by_head(value), slot)
+        scores = jnp.einsum("xqd,xsd->xqs", by_head(query), keys) * (1 / math.sqrt(head_dim))
+        scores = scores.reshape(batch, heads, steps, -1)
+        scores = jnp.where(mask[:, None], scores.astype(at_least_float32(self.dtype)), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("xqs,xsd->xqd", weights.reshape(batch * kv_heads, -1, weights.shape[-1]), values)
+        mixed = mixed.reshape(batch, heads, steps, head_dim).transpose(0, 2, 1, 3)
+        return mixed.reshape(batch, steps, heads * head_dim), weights, (keys, values, slot)
 
 
 class FlaxMimiTransformerLayer(nn.Module):
@@ -441,23 +515,24 @@ class FlaxMimiTransformerLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "steps 1 head_dim"],
-        sin: Float[Array, "steps 1 head_dim"],
-        mask: Bool[Array, "steps steps"],
+        cos: Float[Array, "... steps 1 head_dim"],
+        sin: Float[Array, "... steps 1 head_dim"],
+        mask: Bool[Array, "... steps keys"],
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps steps"]]:
+        ring: Ring | None = None,
+    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps keys"], Ring | None]:
         config, dtype = self.config, self.dtype
 
         def norm(name: str):
             # the fast variance E[x²] - E[x]² cancels
             return nn.LayerNorm(config.norm_eps, dtype, use_fast_variance=False, name=name)
 
-        mixed, weights = FlaxMimiAttention(config, dtype, name="self_attn")(
-            norm("input_layernorm")(x), cos, sin, mask, deterministic
+        mixed, weights, ring = FlaxMimiAttention(config, dtype, name="self_attn")(
+            norm("input_layernorm")(x), cos, sin, mask, deterministic, ring
         )
         x = x + FlaxMimiLayerScale(config, dtype, name="self_attn_layer_scale")(mixed)
         hidden = FlaxMimiMLP(config, dtype, name="mlp")(norm("post_attention_layernorm")(x))
-        return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights
+        return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights, ring
 
 
 class FlaxMimiTransformerLayers(nn.Module):
@@ -468,16 +543,19 @@ class FlaxMimiTransformerLayers(nn.Module):
     gradient_checkpointing: bool = False
 
     @nn.compact
-    def __call__(self, x, cos, sin, mask, deterministic: bool = True):
+    def __call__(self, x, cos, sin, mask, deterministic: bool = True, rings: tuple[Ring, ...] | None = None):
+        """With ``rings``, one per layer, the transformer attends over them; they are returned updated."""
         layer_class = FlaxMimiTransformerLayer
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing and rings is None:
             layer_class = nn.remat(layer_class, static_argnums=(5,))
-        states, attentions = [x], []
+        states, attentions, updated = [x], [], []
         for index in range(self.config.num_hidden_layers):
-            x, weights = layer_class(self.config, self.dtype, name=str(index))(x, cos, sin, mask, deterministic)
+            layer = layer_class(self.config, self.dtype, name=str(index))
+            x, weights, ring = layer(x, cos, sin, mask, deterministic, None if rings is None else rings[index])
             states.append(x)
             attentions.append(weights)
-        return tuple(states), tuple(attentions)
+            updated.append(ring)
+        return tuple(states), tuple(attentions), tuple(updated)
 
 
 class FlaxMimiTransformerModel(nn.Module):
@@ -487,7 +565,9 @@ class FlaxMimiTransformerModel(nn.Module):
     dtype: DTypeLike = jnp.float32
     gradient_checkpointing: bool = False
 
-    @nn.compact
+    def setup(self):
+        self.layers = FlaxMimiTransformerLayers(self.config, self.dtype, self.gradient_checkpointing)
+
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
@@ -499,13 +579,42 @@ class FlaxMimiTransformerModel(nn.Module):
         positions = jnp.arange(steps)[:, None]  # the heads come after the steps
         cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_parameters, self.dtype)
         mask = sliding_window_mask(steps, self.config.sliding_window)
-        layers = FlaxMimiTransformerLayers(self.config, self.dtype, self.gradient_checkpointing, name="layers")
-        states, attentions = layers(x.astype(self.dtype), cos, sin, mask, deterministic)
+        states, attentions, _ = self.layers(x.astype(self.dtype), cos, sin, mask, deterministic)
         return FlaxMimiTransformerOutput(
             last_hidden_state=states[-1],
             hidden_states=states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
+
+    def step(
+        self,
+        cache: RingCache,
+        x: Float[Array, "batch steps hidden_size"],
+        active: Bool[Array, "batch"],
+    ) -> tuple[RingCache, Float[Array, "batch steps hidden_size"]]:
+        """The last states of the next frames of a stream: of one frame, or of several, one after another."""
+        per_frame = steps_per_frame(self.config)
+        batch, steps, hidden = x.shape
+        x = x.astype(self.dtype)
+        if steps == per_frame:
+            return self._frame(cache, x, active)
+        frames = jnp.moveaxis(x.reshape(batch, -1, per_frame, hidden), 1, 0)
+        scan = nn.scan(
+            lambda module, cache, frame: module._frame(cache, frame, active),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        cache, frames = scan(self, cache, frames)
+        return cache, jnp.moveaxis(frames, 0, 1).reshape(batch, steps, hidden)
+
+    def _frame(self, cache: RingCache, x: Array, active: Array) -> tuple[RingCache, Array]:
+        config, steps = self.config, x.shape[1]
+        positions = cache.positions(steps)[..., None]
+        cos, sin = rotary_embedding(positions, config.head_dim, config.rope_parameters, self.dtype)
+        rings = tuple((keys, values, cache.slot) for keys, values in zip(cache.keys, cache.values))
+        states, _, rings = self.layers(x, cos, sin, cache.mask(steps, config.sliding_window), True, rings)
+        keys, values, _ = zip(*rings)
+        return cache.replace(keys=keys, values=values).advance(steps, active), states[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- quantizer
@@ -665,15 +774,9 @@ class FlaxMimiSplitResidualVectorQuantizer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ halves
 
 
-def _resamples(config: MimiConfig) -> bool:
-    """Whether the frames of the codes come at another rate than SEANet's."""
-    return config.frame_rate != config.encodec_frame_rate
-
-
 def encoded_length(config: MimiConfig, samples):
     """Frames that ``samples`` samples become (int or integer array): every layer rounds up."""
-    hop = math.prod(config.upsampling_ratios) * (config.latent_stride if _resamples(config) else 1)
-    return frames_out(samples, hop)
+    return frames_out(samples, samples_per_frame(config))
 
 
 def _row_lengths(padding_mask: Bool[Array, "batch ..."] | None) -> Lengths:
@@ -684,6 +787,20 @@ def _row_lengths(padding_mask: Bool[Array, "batch ..."] | None) -> Lengths:
     return mask.sum(axis=-1, dtype=jnp.int32)
 
 
+def _require_encoder(config: MimiConfig) -> None:
+    if config.encoder_config is None:
+        raise ValueError("this Mimi has no encoder (`encoder_config=None`): load one that has it to encode audio.")
+
+
+def _require_decoder(config: MimiConfig) -> None:
+    if config.decoder_config is None:
+        raise ValueError("this Mimi has no decoder (`decoder_config=None`): load one that has it to decode codes.")
+
+
+def _all_rows(state: FlaxMimiEncoderState | FlaxMimiDecoderState) -> Bool[Array, "batch"]:
+    return jnp.ones((state.batch_size,), dtype=bool)
+
+
 class _EncoderHalf:
     """SEANet encoder, transformer and downsampling, for the two modules that hold them under the same names."""
 
@@ -691,7 +808,7 @@ class _EncoderHalf:
         config, dtype = self.config, self.dtype
         self.encoder = FlaxMimiEncoder(config, dtype)
         self.encoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
-        if _resamples(config):
+        if resamples(config):
             stride, dim = config.latent_stride, config.hidden_size
             self.downsample = FlaxMimiConv1d(
                 config, dim, dim, 2 * stride, stride, pad_mode="replicate", use_bias=False, dtype=dtype
@@ -703,11 +820,21 @@ class _EncoderHalf:
         x = self.encoder(input_values.swapaxes(1, 2), lengths)
         outputs = self.encoder_transformer(x, output_attentions, output_hidden_states, deterministic)
         x = outputs.last_hidden_state
-        if _resamples(self.config):
+        if resamples(self.config):
             if lengths is not None:
                 lengths = frames_out(lengths, math.prod(self.config.upsampling_ratios))
             x = self.downsample(x, lengths)
         return x, outputs
+
+    def _step_latents(self, state, input_values, active):
+        """The next state, and the latents, channels last, of the next frames of a stream."""
+        active = _all_rows(state) if active is None else active
+        histories = state.histories_of(active)
+        x = self.encoder(input_values.swapaxes(1, 2), None, histories)
+        cache, x = self.encoder_transformer.step(state.cache, x, active)
+        if resamples(self.config):
+            x = self.downsample(x, None, histories)
+        return state.replace(histories=tuple(histories.after), cache=cache), x
 
 
 class _DecoderHalf:
@@ -715,7 +842,7 @@ class _DecoderHalf:
 
     def _setup_decoder(self):
         config, dtype = self.config, self.dtype
-        if _resamples(config):
+        if resamples(config):
             stride, dim = config.latent_stride, config.hidden_size
             self.upsample = FlaxMimiConvTranspose1d(
                 config, dim, dim, 2 * stride, stride, config.upsample_groups, use_bias=False, dtype=dtype
@@ -730,7 +857,7 @@ class _DecoderHalf:
             # A row without padding keeps frames beyond the mask, which says only where to cut the audio.
             padded = lengths < padding_mask.shape[-1]
             lengths = jnp.where(padded, jnp.minimum(encoded_length(self.config, lengths), x.shape[1]), x.shape[1])
-        if _resamples(self.config):
+        if resamples(self.config):
             x = self.upsample(x, lengths)
             lengths = None if lengths is None else lengths * self.config.latent_stride
         outputs = self.decoder_transformer(x, output_attentions, output_hidden_states, deterministic)
@@ -740,6 +867,16 @@ class _DecoderHalf:
         return FlaxMimiDecoderOutput(
             audio_values=audio, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _step_audio(self, state, x, active):
+        """The next state, and the audio of the next frames of a stream, whose latents are channels last."""
+        active = _all_rows(state) if active is None else active
+        histories = state.histories_of(active)
+        if resamples(self.config):
+            x = self.upsample(x, None, histories)
+        cache, x = self.decoder_transformer.step(state.cache, x, active)
+        audio = self.decoder(x, None, histories).swapaxes(1, 2)
+        return state.replace(histories=tuple(histories.after), cache=cache), audio
 
 
 class FlaxMimiEncoderModule(_EncoderHalf, nn.Module):
@@ -767,6 +904,16 @@ class FlaxMimiEncoderModule(_EncoderHalf, nn.Module):
             latents=latents.swapaxes(1, 2), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def encode_step(
+        self,
+        state: FlaxMimiEncoderState,
+        input_values: Float[Array, "batch channels samples"],
+        active: Bool[Array, "batch"] | None = None,
+    ) -> tuple[FlaxMimiEncoderState, Float[Array, "batch hidden_size frames"]]:
+        """The next state, and the latents of the next whole frames of a stream; see :class:`FlaxMimiModule`."""
+        state, latents = self._step_latents(state, input_values, active)
+        return state, latents.swapaxes(1, 2)
+
 
 class FlaxMimiDecoderModule(_DecoderHalf, nn.Module):
     """From latents to audio; upstream ``MimiDecoderModel``."""
@@ -788,6 +935,15 @@ class FlaxMimiDecoderModule(_DecoderHalf, nn.Module):
     ) -> FlaxMimiDecoderOutput:
         latents = latents.swapaxes(1, 2)
         return self._decode_latents(latents, padding_mask, output_attentions, output_hidden_states, deterministic)
+
+    def decode_step(
+        self,
+        state: FlaxMimiDecoderState,
+        latents: Float[Array, "batch hidden_size frames"],
+        active: Bool[Array, "batch"] | None = None,
+    ) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+        """The next state, and the audio of the next frames of a stream; see :class:`FlaxMimiModule`."""
+        return self._step_audio(state, latents.swapaxes(1, 2), active)
 
 
 class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
@@ -814,8 +970,7 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         deterministic: bool = True,
     ) -> FlaxMimiEncoderOutput:
         """Codes of audio; ValueError if the configuration drops the encoder."""
-        if self.config.encoder_config is None:
-            raise ValueError("this Mimi has no encoder (`encoder_config=None`): load one that has it to encode audio.")
+        _require_encoder(self.config)
         latents, outputs = self._encode_latents(
             input_values, padding_mask, output_attentions, output_hidden_states, deterministic
         )
@@ -834,10 +989,36 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         deterministic: bool = True,
     ) -> FlaxMimiDecoderOutput:
         """Audio of codes; ValueError if the configuration drops the decoder."""
-        if self.config.decoder_config is None:
-            raise ValueError("this Mimi has no decoder (`decoder_config=None`): load one that has it to decode codes.")
+        _require_decoder(self.config)
         latents = self.quantizer.decode(audio_codes).astype(self.dtype)
         return self._decode_latents(latents, padding_mask, output_attentions, output_hidden_states, deterministic)
+
+    def encode_step(
+        self,
+        state: FlaxMimiEncoderState,
+        input_values: Float[Array, "batch channels samples"],
+        active: Bool[Array, "batch"] | None = None,
+        num_quantizers: int | None = None,
+    ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch num_quantizers frames"]]:
+        """The next state, and the codes of the next whole frames of a stream.
+
+        Rows that are not ``active`` keep their state (but for the ring's slot that their next step writes), and their
+        codes mean nothing.
+        """
+        _require_encoder(self.config)
+        state, latents = self._step_latents(state, input_values, active)
+        return state, self.quantizer.encode(latents, num_quantizers)
+
+    def decode_step(
+        self,
+        state: FlaxMimiDecoderState,
+        audio_codes: Int[Array, "batch num_quantizers frames"],
+        active: Bool[Array, "batch"] | None = None,
+    ) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+        """The next state, and the audio of the next frames of a stream; ``active`` as for :meth:`encode_step`."""
+        _require_decoder(self.config)
+        latents = self.quantizer.decode(audio_codes).astype(self.dtype)
+        return self._step_audio(state, latents, active)
 
     def __call__(
         self,
@@ -874,7 +1055,8 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
 # ------------------------------------------------------------------------------------------------- the public models
 
 
-def _checked_audio(config: MimiConfig, input_values: ArrayLike) -> jax.Array:
+def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> jax.Array:
+    """``rows``: those whose values count."""
     check_rank("input_values", input_values, ("batch", "channels", "samples"))
     _, channels, samples = np.shape(input_values)
     if channels != config.audio_channels:
@@ -887,12 +1069,13 @@ def _checked_audio(config: MimiConfig, input_values: ArrayLike) -> jax.Array:
     audio = jnp.asarray(input_values)
     if not jnp.issubdtype(audio.dtype, jnp.floating):
         raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
-    if not is_traced(audio) and not np.isfinite(np.asarray(audio, dtype=np.float64)).all():
+    if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio, dtype=np.float64)[rows]).all():
         raise ValueError("`input_values` has NaN or infinite samples: remove them, every later frame would be NaN.")
     return audio
 
 
-def _checked_codes(config: MimiConfig, audio_codes: ArrayLike) -> jax.Array:
+def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) -> jax.Array:
+    """``rows``: those whose values count."""
     check_rank("audio_codes", audio_codes, ("batch", "num_quantizers", "frames"))
     batch, number, frames = np.shape(audio_codes)
     least, most = config.num_semantic_quantizers, config.num_quantizers
@@ -903,8 +1086,35 @@ def _checked_codes(config: MimiConfig, audio_codes: ArrayLike) -> jax.Array:
         )
     if not batch or not frames:
         raise ValueError(f"`audio_codes` is empty, its shape is {(batch, number, frames)}: give at least one frame.")
-    check_ids("audio_codes", audio_codes, config.codebook_size)
+    looked_at = audio_codes if is_traced(audio_codes, rows) else np.asarray(audio_codes)[rows]
+    check_ids("audio_codes", looked_at, config.codebook_size)
     return jnp.asarray(audio_codes, jnp.int32)
+
+
+def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:
+    """Whether a call is part of a stream: it was asked for, or is given what the chunk before returned."""
+    given = any(state is not None for state in states)
+    if given and asked is False:
+        raise ValueError(f"`{name}` is False, but the state of a stream is given: leave one of them out.")
+    return given or (default if asked is None else asked)
+
+
+def _refuse_in_stream(arguments: dict[str, Any], padding_mask: ArrayLike | None) -> None:
+    """Raises ``ValueError`` for what has no meaning in a stream, or is not kept there."""
+    wrong = [name for name, value in arguments.items() if value]
+    if padding_mask is not None and (is_traced(padding_mask) or not np.asarray(padding_mask).all()):
+        wrong.append("padding_mask")
+    if wrong:
+        names = ", ".join(f"`{name}`" for name in wrong)
+        raise ValueError(f"{names} cannot be combined with a stream: leave it out, or code the whole at once.")
+
+
+def _check_batch(name: str, array: ArrayLike, state: FlaxMimiEncoderState | FlaxMimiDecoderState) -> None:
+    if np.shape(array)[0] != state.batch_size:
+        raise ValueError(
+            f"`{name}` has {np.shape(array)[0]} rows, but the state has {state.batch_size}: give all of them, and "
+            "say in `active` which go on."
+        )
 
 
 def _checked_mask(padding_mask: ArrayLike | None, batch: int, samples: int | None = None) -> jax.Array | None:
@@ -957,11 +1167,9 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         for itself, would take many times as long."""
         if train and self.config.attention_dropout and dropout_rng is None:
             raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
-        # the module is rebuilt when gradient checkpointing is switched
-        if getattr(self, "_programs_of", None) is not self.module:
-            self._programs_of, self._programs = self.module, {}
+        programs = self._compiled()
         key = (method, train, *sorted(options.items()))
-        if key not in self._programs:
+        if key not in programs:
             module = self.module
 
             def program(params, rngs, inputs):
@@ -969,11 +1177,118 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
                     {"params": params}, **inputs, **options, deterministic=not train, rngs=rngs, method=method
                 )
 
-            self._programs[key] = jax.jit(program)
+            programs[key] = jax.jit(program)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        outputs = self._programs[key](self.params if params is None else params, rngs, inputs)
+        outputs = programs[key](self.params if params is None else params, rngs, inputs)
+        return self._returned(outputs, return_dict)
+
+    def _compiled(self) -> dict[Any, Any]:
+        """The programs of the present module, which is rebuilt when gradient checkpointing is switched."""
+        if getattr(self, "_programs_of", None) is not self.module:
+            self._programs_of, self._programs = self.module, {}
+        return self._programs
+
+    def _returned(self, outputs: FlaxModelOutput, return_dict: bool | None) -> FlaxModelOutput | tuple:
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def _step(
+        self,
+        method: str,
+        state: Any,
+        inputs: jax.Array,
+        active: ArrayLike | None = None,
+        params: Params | None = None,
+        donated: bool = True,
+        **options: Any,
+    ) -> tuple[Any, jax.Array]:
+        """The next state and output of a stream, compiled once per shapes and options.
+
+        ``state``, ``inputs`` and ``active`` have been checked. ``donated`` lets the result take the state's memory.
+        """
+        programs = self._compiled()
+        key = (method, donated, *sorted(options.items()))
+        if key not in programs:
+            module = self.module
+
+            def program(params, state, inputs, active):
+                return module.apply({"params": params}, state, inputs, active, **options, method=method)
+
+            program.__name__ = method
+            programs[key] = Program(program, (1,) if donated else ())
+        active = np.ones(inputs.shape[0], dtype=bool) if active is None else active
+        return programs[key](self.params if params is None else params, state, inputs, active)
+
+    def _checked_state(self, name: str, state: Any, state_class: type) -> Any:
+        if not isinstance(state, state_class):
+            raise ValueError(f"`{name}` must be a {state_class.__name__}, but is a {type(state).__name__}.")
+        programs, batch_size = self._compiled(), state.batch_size
+        key = (state_class, batch_size)
+        if key not in programs:
+            programs[key] = jax.eval_shape(lambda: state_class.create(self.config, batch_size, self.dtype))
+        check_state(name, state, programs[key])
+        return state
+
+    def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> jax.Array:
+        """Audio for a step from ``state``: whole frames, as many rows."""
+        check_rank("input_values", audio, ("batch", "channels", "samples"))
+        _check_batch("input_values", audio, state)
+        audio = _checked_audio(self.config, audio, rows)
+        size = samples_per_frame(self.config)
+        if audio.shape[-1] % size:
+            raise ValueError(
+                f"`input_values` has {audio.shape[-1]} samples, but a stream is coded in whole frames of {size}: keep "
+                "the rest for the next call."
+            )
+        return audio
+
+    def _encode_chunk(
+        self,
+        input_values: ArrayLike,
+        padding_mask: ArrayLike | None,
+        past: tuple[str, RingCache | None],
+        padding_cache: tuple[jax.Array, ...] | None,
+        params: Params | None,
+        refused: dict[str, Any],
+        **options: Any,
+    ) -> tuple[FlaxMimiEncoderState, jax.Array]:
+        """A step with upstream's arguments; ``past`` is the name of the one for the transformer, and its value."""
+        name, cache = past
+        _refuse_in_stream(refused, padding_mask)
+        if (cache is None) != (padding_cache is None):
+            given, lacking = (name, "padding_cache") if padding_cache is None else ("padding_cache", name)
+            raise ValueError(
+                f"`{given}` is given without `{lacking}`: pass on both, as the chunk before returned them."
+            )
+        if cache is None:
+            check_rank("input_values", input_values, ("batch", "channels", "samples"))
+            state = FlaxMimiEncoderState.create(self.config, np.shape(input_values)[0], self.dtype)
+        else:
+            state = FlaxMimiEncoderState(histories=padding_cache, cache=cache)
+            state = self._checked_state(f"{name}` and `padding_cache", state, FlaxMimiEncoderState)
+        audio = self._checked_chunk(state, input_values)
+        return self._step("encode_step", state, audio, params=params, donated=False, **options)
+
+    def _decode_chunk(
+        self,
+        inputs: jax.Array,
+        padding_mask: ArrayLike | None,
+        past: tuple[str, FlaxMimiDecoderState | None],
+        params: Params | None,
+        return_dict: bool | None,
+        refused: dict[str, Any],
+    ) -> FlaxMimiDecoderOutput | tuple:
+        """As :meth:`_encode_chunk`, of checked codes or latents."""
+        name, state = past
+        _refuse_in_stream(refused, padding_mask)
+        if state is None:
+            state = FlaxMimiDecoderState.create(self.config, inputs.shape[0], self.dtype)
+        else:
+            state = self._checked_state(name, state, FlaxMimiDecoderState)
+        _check_batch("audio_codes" if name.startswith("decoder") else "latents", inputs, state)
+        state, audio = self._step("decode_step", state, inputs, params=params, donated=False)
+        outputs = FlaxMimiDecoderOutput(audio_values=audio, decoder_past_key_values=state)
+        return self._returned(outputs, return_dict)
 
     def _flags(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
         config = self.config
@@ -1024,6 +1339,9 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
         self,
         input_values: ArrayLike,
         padding_mask: ArrayLike | None = None,
+        past_key_values: RingCache | None = None,
+        padding_cache: tuple[jax.Array, ...] | None = None,
+        use_streaming: bool | None = None,
         *,
         params: Params | None = None,
         dropout_rng: jax.Array | None = None,
@@ -1039,11 +1357,25 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
             padding_mask: ``(batch, samples)`` or ``(batch, channels, samples)``, 1 for audio and 0 for padding, which
                 must be on the right. The latents of a row's own frames are those of the row alone; frames after its
                 end are returned too and mean nothing (:meth:`get_audio_codes_mask` tells which count).
+            past_key_values, padding_cache: as the chunk before returned them, for the next chunk of a stream. Both or
+                none.
+            use_streaming: True for the first chunk of a stream, which then is in whole frames; the configuration's if
+                None.
 
         Raises:
             ValueError: wrong rank or channels; empty, integer or non-finite audio; a mask of another shape or with
-                padding on the left. Values are not checked where they are traced.
+                padding on the left. Values are not checked where they are traced. In a stream: no whole frames, a
+                configuration that cannot be streamed, caches of another model or batch size, and arguments that have
+                no meaning there.
         """
+        if _streams("use_streaming", use_streaming, self.config.use_streaming, past_key_values, padding_cache):
+            refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
+            past = ("past_key_values", past_key_values)
+            state, latents = self._encode_chunk(input_values, padding_mask, past, padding_cache, params, refused)
+            outputs = FlaxMimiEncoderModelOutput(
+                latents=latents, past_key_values=state.cache, padding_cache=state.histories
+            )
+            return self._returned(outputs, return_dict)
         audio = _checked_audio(self.config, input_values)
         mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
         flags = self._flags(output_attentions, output_hidden_states)
@@ -1065,7 +1397,9 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
         self,
         latents: ArrayLike,
         padding_mask: ArrayLike | None = None,
+        past_key_values: FlaxMimiDecoderState | None = None,
         *,
+        use_cache: bool | None = None,
         params: Params | None = None,
         dropout_rng: jax.Array | None = None,
         train: bool = False,
@@ -1078,9 +1412,11 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
         Args:
             latents: ``(batch, hidden_size, frames)``.
             padding_mask: as in :meth:`FlaxMimiModel.decode`.
+            past_key_values, use_cache: as ``decoder_past_key_values`` and ``use_cache`` there.
 
         Raises:
-            ValueError: wrong rank or size; no frames; a mask of another batch size or with padding on the left.
+            ValueError: wrong rank or size; no frames; a mask of another batch size or with padding on the left; in a
+                stream, as for :meth:`FlaxMimiModel.decode`.
         """
         check_rank("latents", latents, ("batch", "hidden_size", "frames"))
         latents = jnp.asarray(latents)
@@ -1089,8 +1425,11 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
                 f"`latents` must have the shape (batch, {self.config.hidden_size}, frames) with at least one frame, "
                 f"but has the shape {latents.shape}."
             )
-        inputs = {"latents": latents, "padding_mask": _checked_mask(padding_mask, latents.shape[0])}
         flags = self._flags(output_attentions, output_hidden_states)
+        if _streams("use_cache", use_cache, self.config.use_cache, past_key_values):
+            past, refused = ("past_key_values", past_key_values), {"train": train, **flags}
+            return self._decode_chunk(latents, padding_mask, past, params, return_dict, refused)
+        inputs = {"latents": latents, "padding_mask": _checked_mask(padding_mask, latents.shape[0])}
         return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
 
 
@@ -1107,6 +1446,9 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         input_values: ArrayLike,
         padding_mask: ArrayLike | None = None,
         num_quantizers: int | None = None,
+        encoder_past_key_values: RingCache | None = None,
+        padding_cache: tuple[jax.Array, ...] | None = None,
+        use_streaming: bool | None = None,
         *,
         params: Params | None = None,
         dropout_rng: jax.Array | None = None,
@@ -1120,10 +1462,24 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
 
         Args:
             num_quantizers: how many codebooks, the semantic ones first; all if None.
+            encoder_past_key_values, padding_cache, use_streaming: for a stream, as there. :meth:`encode_step` does the
+                same in place.
 
         Raises:
             ValueError: also ``num_quantizers`` that do not exist, or no encoder.
         """
+        given = (encoder_past_key_values, padding_cache)
+        if _streams("use_streaming", use_streaming, self.config.use_streaming, *given):
+            _require_encoder(self.config)
+            past = ("encoder_past_key_values", encoder_past_key_values)
+            refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
+            state, codes = self._encode_chunk(
+                input_values, padding_mask, past, padding_cache, params, refused, num_quantizers=num_quantizers
+            )
+            outputs = FlaxMimiEncoderOutput(
+                audio_codes=codes, encoder_past_key_values=state.cache, padding_cache=state.histories
+            )
+            return self._returned(outputs, return_dict)
         audio = _checked_audio(self.config, input_values)
         mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
         inputs = {"input_values": audio, "padding_mask": mask}
@@ -1136,7 +1492,9 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         self,
         audio_codes: ArrayLike,
         padding_mask: ArrayLike | None = None,
+        decoder_past_key_values: FlaxMimiDecoderState | None = None,
         *,
+        use_cache: bool | None = None,
         params: Params | None = None,
         dropout_rng: jax.Array | None = None,
         train: bool = False,
@@ -1151,15 +1509,100 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
                 give a coarser sound.
             padding_mask: of the samples, as for :meth:`encode`. The audio is cut to its length, and the samples of a
                 padded row are those of the row alone.
+            decoder_past_key_values: as the chunk before returned them, for the next chunk of a stream: all of the
+                state, that of the convolutions too. :meth:`decode_step` does the same in place.
+            use_cache: True for the first chunk of a stream; the configuration's if None.
 
         Raises:
             ValueError: wrong rank or number of codebooks, no frames, codes outside the codebook (traced ones are
-                clamped, and ``checkify`` reports them), a bad mask, or no decoder.
+                clamped, and ``checkify`` reports them), a bad mask, or no decoder. In a stream: a configuration that
+                cannot be streamed, a state of another model or batch size, and arguments that have no meaning there.
         """
         codes = _checked_codes(self.config, audio_codes)
-        inputs = {"audio_codes": codes, "padding_mask": _checked_mask(padding_mask, codes.shape[0])}
         flags = self._flags(output_attentions, output_hidden_states)
+        if _streams("use_cache", use_cache, self.config.use_cache, decoder_past_key_values):
+            _require_decoder(self.config)
+            past, refused = ("decoder_past_key_values", decoder_past_key_values), {"train": train, **flags}
+            return self._decode_chunk(codes, padding_mask, past, params, return_dict, refused)
+        inputs = {"audio_codes": codes, "padding_mask": _checked_mask(padding_mask, codes.shape[0])}
         return self._run("decode", inputs, params, return_dict, train, dropout_rng, **flags)
+
+    def init_encoder_state(self, batch_size: int) -> FlaxMimiEncoderState:
+        """What :meth:`encode_step` begins with: ``batch_size`` rows that have heard nothing.
+
+        Raises:
+            ValueError: no encoder, no rows, or a configuration that cannot be streamed
+                (:meth:`FlaxMimiEncoderState.create`).
+        """
+        _require_encoder(self.config)
+        return FlaxMimiEncoderState.create(self.config, batch_size, self.dtype)
+
+    def init_decoder_state(self, batch_size: int) -> FlaxMimiDecoderState:
+        """What :meth:`decode_step` begins with; see :meth:`init_encoder_state`."""
+        _require_decoder(self.config)
+        return FlaxMimiDecoderState.create(self.config, batch_size, self.dtype)
+
+    def encode_step(
+        self,
+        state: FlaxMimiEncoderState,
+        audio: ArrayLike,
+        active: ArrayLike | None = None,
+        num_quantizers: int | None = None,
+        params: Params | None = None,
+    ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch num_quantizers frames"]]:
+        """The codes of the next frames of every row: those that :meth:`encode` gives for the whole.
+
+        One program per shapes, updating the state in place: ``state`` is consumed, and may not be used again. Errors
+        come before that.
+
+        Args:
+            state: from :meth:`init_encoder_state`, or from the step before.
+            audio: ``(batch, channels, samples)``, floating, in [-1, 1]; one or more whole frames
+                (``config.frame_size`` samples).
+            active: ``(batch,)`` bool, rows that go on; all if None. The others keep their state, whatever their audio,
+                and their codes mean nothing.
+            num_quantizers: how many codebooks, the semantic ones first; all if None.
+
+        Returns:
+            The next state, and the codes, int32.
+
+        Raises:
+            ValueError: no whole frames; wrong rank, rows or channels; integer or non-finite audio in an active row;
+                ``active`` of another shape or dtype; a state of another configuration or batch size, or one that was
+                consumed; ``num_quantizers`` that do not exist. Traced values are not checked.
+        """
+        state = self._checked_state("state", state, FlaxMimiEncoderState)
+        active = None if active is None else check_rows("active", active, state.batch_size)
+        audio = self._checked_chunk(state, audio, ... if active is None else active)
+        return self._step("encode_step", state, audio, active, params, num_quantizers=num_quantizers)
+
+    def decode_step(
+        self,
+        state: FlaxMimiDecoderState,
+        codes: ArrayLike,
+        active: ArrayLike | None = None,
+        params: Params | None = None,
+    ) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+        """The audio of the next frames of every row: that of :meth:`decode` for the whole.
+
+        Args:
+            state: from :meth:`init_decoder_state`, or from the step before; consumed as by :meth:`encode_step`.
+            codes: ``(batch, num_quantizers, frames)`` in ``[0, codebook_size)``, one or more frames.
+            active: as for :meth:`encode_step`.
+
+        Returns:
+            The next state, and the audio.
+
+        Raises:
+            ValueError: wrong rank, rows or number of codebooks; no frames; codes of an active row outside the
+                codebook; the rest as for :meth:`encode_step`.
+        """
+        state = self._checked_state("state", state, FlaxMimiDecoderState)
+        active = None if active is None else check_rows("active", active, state.batch_size)
+        check_rank("audio_codes", codes, ("batch", "num_quantizers", "frames"))
+        _check_batch("audio_codes", codes, state)
+        codes = _checked_codes(self.config, codes, ... if active is None else active)
+        return self._step("decode_step", state, codes, active, params)
 
     def __call__(
         self,

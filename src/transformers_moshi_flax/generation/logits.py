@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 Scores = Float[Array, "rows vocab"]
 History = Int[Array, "rows capacity"]
 Length = int | Int[Array, ""]
-Scalar = float | Float[Array, ""]
+Scalar = float | Float[Array, ""] | Float[Array, "rows 1"]
 
 NEGATIVE_INFINITY = float("-inf")
 # of the search for the largest of a row
@@ -146,9 +146,12 @@ def filter_top_k(scores: Scores, top_k: Length, bound: int, filter_value: Scalar
     return jnp.where(scores < kth_largest(largest, top_k), filter_value, scores)
 
 
-def kth_largest(descending: Float[Array, "rows bound"], k: Length) -> Float[Array, "rows 1"]:
+def kth_largest(descending: Float[Array, "rows bound"], k: Length | Int[Array, "rows 1"]) -> Float[Array, "rows 1"]:
     """The k-th of each row; the last one if there are fewer."""
-    return lax.dynamic_slice_in_dim(descending, jnp.minimum(k, descending.shape[-1]) - 1, 1, axis=1)
+    column = jnp.minimum(k, descending.shape[-1]) - 1
+    if column.ndim:
+        return jnp.take_along_axis(descending, column, axis=1)
+    return lax.dynamic_slice_in_dim(descending, column, 1, axis=1)
 
 
 def keep_top_p(

@@ -38,7 +38,8 @@ CandidateIds = Int[Array, "rows candidates"]
 
 @flax.struct.dataclass
 class Sampling:
-    """What turns logits into a token. Numbers are scalars, operands of the program; None leaves the step out.
+    """What turns logits into a token. Numbers are scalars, or one per row as ``(rows, 1)``, operands of the program;
+    None leaves the step out.
 
     Attributes:
         processors: what comes before sampling, and for greedy search too.
@@ -232,7 +233,7 @@ def filter_candidates(
         if sampling.top_k is None and not everything:
             probabilities = jnp.exp(largest - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
             missing = 1 - jnp.sum(probabilities, axis=-1, keepdims=True)
-            complete = missing[:, 0] <= 1 - sampling.top_p.astype(scores.dtype)
+            complete = (missing <= 1 - sampling.top_p.astype(scores.dtype))[:, 0]
         kept = filters.keep_top_p(probabilities, sampling.top_p, sampling.min_tokens_to_keep, missing)
         largest = jnp.where(kept, largest, NEGATIVE_INFINITY)
     return filter_further(largest, sampling), complete

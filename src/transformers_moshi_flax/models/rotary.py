@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Integer, UInt
 
 from ..precision import at_least_float32
 
 
 def rotary_embedding(
-    position_ids: Int[Array, "*shape"] | UInt[Array, "*shape"], head_dim: int, rope_parameters: Mapping[str, Any], dtype: DTypeLike
+    position_ids: Integer[Array, "*shape"],
+    head_dim: int,
+    rope_parameters: Mapping[str, Any],
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "*shape {head_dim}"], Float[Array, "*shape {head_dim}"]]:
     """Cosines and sines, angles in at least float32; upstream ``MoshiRotaryEmbedding`` and ``MimiRotaryEmbedding``.
 

@@ -22,8 +22,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
+from transformers import GenerationConfig
 
 from ...generation.arrays import on_device, padded
+from ...generation.configuration import resolve_nested_sampling
 from ...generation.decoding import FREE, Request, State, columns, write_column
 from ...generation.sampling import Sampling, select_token
 from ...input_checks import is_traced
@@ -71,8 +73,9 @@ def depth_step(
     text: Int[Array, "batch"],
     keys: Key[Array, "batch"],
     sampling: Sampling,
+    fixed: Int[Array, "batch codebooks"],
 ) -> Int[Array, "batch codebooks"]:
-    """Chooses the codes of one frame, one codebook after another.
+    """Chooses the codes of one frame, one codebook after another, as far as they are not ``fixed`` but ``FREE``.
 
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
@@ -84,6 +87,7 @@ def depth_step(
         )
         cache = outputs.past_key_values
         code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
+        code = jnp.where(fixed[:, codebook] == FREE, code, fixed[:, codebook])
         history = jnp.concatenate([history, code[:, None]], axis=1)
     return history[:, 1:]
 
@@ -209,11 +213,11 @@ class FrameDecoder:
         )
 
     def follow(self, params, request: Request, state: State, hidden_state, tokens, keys):
-        codes = depth_step(
-            self.module, params, self.init_depth_cache, hidden_state, tokens, keys, request.depth_sampling
-        )
         fixed = columns(request.streams.fixed_codes, state.position, 1)[..., 0]
-        return write_column(state.streams, jnp.where(fixed == FREE, codes, fixed), state.position)
+        codes = depth_step(
+            self.module, params, self.init_depth_cache, hidden_state, tokens, keys, request.depth_sampling, fixed
+        )
+        return write_column(state.streams, codes, state.position)
 
 
 def finish_audio(
@@ -264,3 +268,23 @@ def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> F
 def encode_audio(decoder: FrameDecoder, params, input_values) -> Int[Array, "batch codebooks frames"]:
     """The codes of a waveform."""
     return decoder.module.apply({"params": params}, input_values, method=decoder.module.encode_audio)
+
+
+DEPTH_PREFIX = "depth_decoder_"
+"""Of arguments for the depth decoder."""
+
+
+def resolve_depth_sampling(
+    depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
+) -> Sampling:
+    """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
+
+    The history of its processors is the text token of the frame and the codes so far.
+
+    Raises:
+        ValueError: for options without an effect, values out of range, or a length other than one text token and all
+            codebooks.
+    """
+    values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
+    given = {name.removeprefix(DEPTH_PREFIX): value for name, value in kwargs.items()}
+    return resolve_nested_sampling({**values, **given}, DEPTH_PREFIX, num_codebooks + 1, audio_vocab_size)

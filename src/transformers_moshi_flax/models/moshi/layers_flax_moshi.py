@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
@@ -26,6 +26,7 @@ from ...input_checks import is_traced
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
+from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
 
 IGNORE_INDEX = -100
@@ -250,6 +251,15 @@ LARGE_CACHE = 1024
 """Slots of a large cache."""
 
 
+def write_slots(
+    cached: Float[Array, "batch_heads slots head_dim"], new: Float[Array, "batch_heads seq head_dim"], index: Any
+) -> Float[Array, "batch_heads slots head_dim"]:
+    """Puts ``new`` into the slots from ``index`` on, a scalar, or one per row."""
+    if np.ndim(index):
+        return write_steps(cached, new, index)
+    return lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), index, axis=1)
+
+
 def attention_weights(
     query: Float[Array, "batch_groups queries head_dim"],
     key: Float[Array, "batch_groups slots head_dim"],
@@ -307,7 +317,7 @@ class FlaxMoshiAttention(nn.Module):
         self,
         hidden_states: Float[Array, "batch seq hidden"],
         attention_mask: Bool[Array, "batch seq slots"],
-        position_ids: Int[Array, "#batch seq"] | None = None,
+        position_ids: Integer[Array, "#batch seq"] | None = None,
         layer_cache: LayerCache | None = None,
         cache_index: Any = 0,
         codebook_idx: Any = None,
@@ -320,7 +330,7 @@ class FlaxMoshiAttention(nn.Module):
             attention_mask: True where a query may attend a key slot.
             position_ids: positions for the rotary embedding (unused without it).
             layer_cache: keys and values of this layer.
-            cache_index: the slot of the first new key.
+            cache_index: the slot of the first new key, a scalar, or one per row, ``(batch,)``.
             codebook_idx: the ``layer_idx`` of the per-codebook linears.
             deterministic: no dropout.
 
@@ -344,13 +354,10 @@ class FlaxMoshiAttention(nn.Module):
         query = query.reshape(batch_size * kv_heads, -1, head_dim)
         key, value = (array.reshape(batch_size * kv_heads, length, head_dim) for array in (key, value))
         if layer_cache is not None:
-            key = lax.dynamic_update_slice_in_dim(
-                layer_cache[0], key.astype(layer_cache[0].dtype), cache_index, axis=1
+            layer_cache = tuple(
+                write_slots(cached, new, cache_index) for cached, new in zip(layer_cache, (key, value))
             )
-            value = lax.dynamic_update_slice_in_dim(
-                layer_cache[1], value.astype(layer_cache[1].dtype), cache_index, axis=1
-            )
-            layer_cache = (key, value)
+            key, value = layer_cache
 
         def attend(slots: int) -> tuple[Array, Array]:
             """Over the first ``slots``; the others get no weight."""
@@ -364,7 +371,7 @@ class FlaxMoshiAttention(nn.Module):
         if layer_cache is None or not deterministic or slots < LARGE_CACHE:
             output, weights = attend(slots)
         else:
-            few = cache_index + length <= SLOTS_IN_USE
+            few = ~jnp.any(attention_mask[..., SLOTS_IN_USE:])
             output, weights = lax.cond(few, partial(attend, SLOTS_IN_USE), partial(attend, slots))
         output = output.reshape(batch_size, -1, length, head_dim).transpose(0, 2, 1, 3)
         output = self.o_proj(output.reshape(batch_size, length, -1), codebook_idx)
@@ -390,7 +397,7 @@ class FlaxMoshiDecoderLayer(nn.Module):
         self,
         hidden_states: Float[Array, "batch seq hidden"],
         attention_mask: Bool[Array, "batch seq slots"],
-        position_ids: Int[Array, "#batch seq"] | None = None,
+        position_ids: Integer[Array, "#batch seq"] | None = None,
         layer_cache: LayerCache | None = None,
         cache_index: Any = 0,
         codebook_idx: Any = None,
@@ -434,9 +441,10 @@ class FlaxMoshiLayers(nn.Module):
 
     def __call__(
         self, hidden_states, attention_mask, position_ids, cache, codebook_idx, deterministic
-    ) -> tuple[Array, FlaxMoshiCache | FlaxMoshiDepthCache | None, tuple[Array, ...], tuple[Array, ...]]:
+    ) -> tuple[Array, FlaxMoshiCache | FlaxMoshiDepthCache | RingCache | None, tuple[Array, ...], tuple[Array, ...]]:
         """Returns the last hidden state, the updated cache, the input of every layer and all attention weights."""
         inputs, attentions, layer_caches = [], [], []
+        cache_index = cache.slot if isinstance(cache, RingCache) else call_length(cache)
         for index, block in enumerate(self.blocks):
             inputs.append(hidden_states)
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
@@ -445,7 +453,7 @@ class FlaxMoshiLayers(nn.Module):
                 attention_mask,
                 position_ids,
                 layer_cache,
-                0 if cache is None else cache.length,
+                cache_index,
                 codebook_idx,
                 deterministic,
             )

@@ -1,7 +1,7 @@
 """The public Moshi models: arguments, checks and outputs as in ``transformers``, around the linen modules.
 
 ``layers_flax_moshi.py`` has the parts, ``modules_flax_moshi.py`` the modules, ``generation_flax_moshi.py`` the frame
-step and the generation program.
+step of ``generate``, ``streaming_flax_moshi.py`` the endless dialogue.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 from ...generation import FlaxGenerationMixin
 from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
-from ...generation.configuration import merge_generation_config, resolve_nested_sampling, resolve_plan
+from ...generation.configuration import merge_generation_config, resolve_plan
 from ...generation.decoding import FREE
-from ...generation.sampling import Sampling
 from ...generation.utils import capacity_of, check_sizes, check_watching, one_token
 from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
@@ -37,6 +36,7 @@ from .generation_flax_moshi import (
     finish_audio,
     frame_inputs,
     new_audio_codes,
+    resolve_depth_sampling,
 )
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
 from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
@@ -48,6 +48,7 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
+from .streaming_flax_moshi import FlaxMoshiStream
 
 
 class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
@@ -894,6 +895,20 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             )
         jax.block_until_ready(self.generate(**prompt, **one_token(options, batch_size, max_new_tokens)))
 
+    def streaming(
+        self,
+        batch_size: int = 1,
+        generation_config: GenerationConfig | None = None,
+        params: Any | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        ignore_first_user_frame: bool = False,
+        return_audio_waveforms: bool = True,
+        **kwargs: Any,
+    ) -> FlaxMoshiStream:
+        """Endless dialogues, 80 ms at a time; see
+        :class:`~transformers_moshi_flax.models.moshi.streaming_flax_moshi.FlaxMoshiStream`."""
+        return FlaxMoshiStream(self, batch_size, generation_config, params, mesh, ignore_first_user_frame, **kwargs)
+
     def _encode(self, params, values):
         """The codes of a waveform, which is padded to a bucket where the codec's causality makes that invisible."""
         frame_size = self.config.audio_encoder_config.frame_size
@@ -966,20 +981,3 @@ def check_waveform(name: str, audio, channels: int) -> None:
             raise ValueError(f"`{name}` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
         if not np.isfinite(audio.astype(np.float32)).all():
             raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")
-
-
-def resolve_depth_sampling(
-    depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
-) -> Sampling:
-    """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
-
-    The history of its processors is the text token of the frame and the codes so far.
-
-    Raises:
-        ValueError: for options without an effect, values out of range, or a length other than one text token and all
-            codebooks.
-    """
-    prefix = "depth_decoder_"
-    values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
-    given = {name.removeprefix(prefix): value for name, value in kwargs.items()}
-    return resolve_nested_sampling({**values, **given}, prefix, num_codebooks + 1, audio_vocab_size)

@@ -23,6 +23,8 @@ from ...modeling_flax_outputs import (
     FlaxModelOutput,
 )
 from ..mimi.modeling_flax_mimi import FlaxMimiModule
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
     IGNORE_INDEX,
@@ -67,22 +69,27 @@ class FlaxMoshiModule(nn.Module):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: FlaxMoshiCache | None = None,
+        past_key_values: FlaxMoshiCache | RingCache | None = None,
         inputs_embeds=None,
         deterministic: bool = True,
     ) -> FlaxBaseModelOutputWithPast:
+        """With a :class:`RingCache`, the rows are at places of their own; the caller advances it."""
         hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         batch_size, length, _ = hidden_states.shape
-        slots = call_length(past_key_values) + jnp.arange(length, dtype=jnp.int32)
-        if position_ids is None:
-            position_ids = slots[None]
-        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
-        mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
+        if isinstance(past_key_values, RingCache):
+            position_ids = past_key_values.positions(length)
+            mask = past_key_values.mask(length, self.config.sliding_window)
+        else:
+            slots = call_length(past_key_values) + jnp.arange(length, dtype=jnp.int32)
+            if position_ids is None:
+                position_ids = slots[None]
+            key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
+            mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
         hidden_states, past_key_values, inputs, attentions = self.layers(
             hidden_states, mask, position_ids, past_key_values, None, deterministic
         )
         hidden_states = self.norm(hidden_states)
-        if past_key_values is not None:
+        if isinstance(past_key_values, FlaxMoshiCache):
             past_key_values = past_key_values.replace(length=past_key_values.length + length)
         return FlaxBaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -108,7 +115,7 @@ class FlaxMoshiForCausalLMModule(nn.Module):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: FlaxMoshiCache | None = None,
+        past_key_values: FlaxMoshiCache | RingCache | None = None,
         inputs_embeds=None,
         labels=None,
         logits_to_keep: int = 0,
@@ -307,6 +314,24 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         self, audio_codes: Int[Array, "batch codebooks frames"]
     ) -> Float[Array, "batch channels samples"]:
         return self.audio_encoder.decode(audio_codes).audio_values
+
+    def encode_audio_step(
+        self,
+        state: FlaxMimiEncoderState,
+        input_values: Float[Array, "batch channels samples"],
+        active: Bool[Array, "batch"],
+    ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks frames"]]:
+        """As :meth:`encode_audio`, of the next frames of a stream."""
+        return self.audio_encoder.encode_step(state, input_values, active, self.config.num_codebooks)
+
+    def decode_audio_step(
+        self,
+        state: FlaxMimiDecoderState,
+        audio_codes: Int[Array, "batch codebooks frames"],
+        active: Bool[Array, "batch"],
+    ) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+        """As :meth:`decode_audio`, of the next frames of a stream."""
+        return self.audio_encoder.decode_step(state, audio_codes, active)
 
     def embed(
         self, input_ids=None, user_audio_codes=None, moshi_audio_codes=None

@@ -1,0 +1,788 @@
+"""Moshi as an endless dialogue, 80 ms at a time, many dialogues at once.
+
+A stream has a number of slots, the rows of its batch. Each holds a dialogue of its own age, which never ends and takes
+no more memory with time. All of it is in a :class:`StreamState`; a step takes one and returns the next.
+
+Three compiled programs make a step: Mimi's encoder for the user's audio, one column of Moshi, Mimi's decoder for
+Moshi's audio. A column is what ``generate`` does for a frame; which frames meet in it is drawn in
+``docs/streaming.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from transformers import GenerationConfig
+
+from ...checkpoints.formats import open_safetensors
+from ...checkpoints.verifying import file_checksums, refuse_damage
+from ...checkpoints.writing import write_safetensors
+from ...generation.arrays import on_device
+from ...generation.decoding import FREE
+from ...generation.programs import Program
+from ...generation.sampling import Sampling, row_keys, select_token
+from ...input_checks import check_ids, is_traced
+from ...modeling_flax_outputs import FlaxModelOutput
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
+from ..ring_cache import RingCache
+from .generation_flax_moshi import DEPTH_PREFIX, depth_step
+from .stream_options import checked_numbers, resolve_stream_sampling
+
+NOTHING = -1
+"""Stands for ids and codes in the frames of slots that have none."""
+
+
+@flax.struct.dataclass
+class DialogueState:
+    """Where Moshi is in each dialogue; all leaves have the slots as their first axis.
+
+    Attributes:
+        cache: of the backbone.
+        text_ids: the text token of the next column, ``(batch,)`` int32.
+        audio_codes: Moshi's codes of the next column, delayed, ``(batch, codebooks)`` int32.
+        user_codes: the user's last frame, whose delayed codes are heard in the next column, ``(batch, codebooks)``.
+        forced_codes: what was forced of the last chosen frame and belongs into the column after the next, ``(batch,
+            codebooks)``, ``FREE`` where nothing was.
+        columns: how many there were, modulo 2**32, ``(batch,)`` uint32.
+        keys: a key per slot.
+        numbers: of sampling, by the names of :meth:`FlaxMoshiStream.configure`, each ``(batch, 1)``.
+    """
+
+    # Any: under jax.eval_shape the leaves are shapes
+    cache: RingCache
+    text_ids: Any
+    audio_codes: Any
+    user_codes: Any
+    forced_codes: Any
+    columns: Any
+    keys: Any
+    numbers: dict[str, Any]
+
+
+@flax.struct.dataclass
+class StreamState:
+    """Everything that a stream knows, a pytree; all leaves have the slots as their first axis.
+
+    Attributes:
+        dialogue: of Moshi.
+        encoder, decoder: of Mimi, None where the model or the stream is without that half.
+        origin: tells the configuration that the state belongs to.
+    """
+
+    dialogue: DialogueState
+    encoder: FlaxMimiEncoderState | None
+    decoder: FlaxMimiDecoderState | None
+    origin: str = flax.struct.field(pytree_node=False)
+
+    @property
+    def batch_size(self) -> int:
+        return self.dialogue.text_ids.shape[0]
+
+
+@flax.struct.dataclass
+class FlaxMoshiFrame(FlaxModelOutput):
+    """What a step returns: Moshi's side of the 80 ms whose user's side was passed.
+
+    Attributes:
+        audio: ``(batch, channels, frame_size)`` float32, silent where the frame is not valid; None with
+            ``return_audio_waveforms=False``.
+        audio_codes: its codes, undelayed, ``(batch, codebooks)`` int32, -1 where the frame is not valid.
+        text_ids: its text token, ``(batch,)`` int32, -1 where the frame is not valid.
+        valid: whether the slot has a frame: it is active, and the delay of its first frame has passed; ``(batch,)``.
+        text_logits: of the text token that this step chose, the next frame's, ``(batch, vocab_size)``.
+        last_hidden_state: of the backbone in this step, ``(batch, hidden_size)``.
+    """
+
+    # Any: callers map them to NumPy
+    audio: Any = None
+    audio_codes: Any = None
+    text_ids: Any = None
+    valid: Any = None
+    text_logits: Any = None
+    last_hidden_state: Any = None
+
+
+def next_column(
+    module: Any,
+    make_depth_cache: Callable[[int], Any],
+    sampling: Sampling,
+    depth_sampling: Sampling,
+    params: Any,
+    state: DialogueState,
+    user_codes: Int[Array, "batch codebooks"],
+    active: Bool[Array, "batch"],
+    forced_ids: Int[Array, "batch"],
+    forced_codes: Int[Array, "batch codebooks"],
+) -> tuple[DialogueState, FlaxMoshiFrame]:
+    """Runs one column: hears the user's frame, chooses the next text token and codes.
+
+    Column 0 of a dialogue is the start frame, in which nothing is heard or said. Column ``k + 1`` has frame ``k``'s
+    text token and semantic codes and, delayed, the other codes of frame ``k - 1``; so what is chosen in it completes
+    frame ``k``, which is returned.
+
+    Args:
+        module, make_depth_cache: the model's.
+        sampling, depth_sampling: how text and codes are chosen; the numbers come from the state.
+        params: of the module.
+        state: the state so far.
+        user_codes: the frame that is heard, undelayed.
+        active: slots that take part; the others keep their state.
+        forced_ids, forced_codes: text and undelayed codes of the frame after the one that is returned, ``FREE`` where
+            they are to be chosen.
+    """
+    start_code = module.config.audio_vocab_size
+    first = state.cache.filled == 0
+
+    def delayed(now: Int[Array, "batch codebooks"], before: Int[Array, "batch codebooks"]):
+        return jnp.concatenate([now[:, :1], before[:, 1:]], axis=1)
+
+    heard = jnp.where(first[:, None], start_code, delayed(user_codes, state.user_codes))
+    inputs = module.apply(
+        {"params": params},
+        state.text_ids[:, None],
+        heard[..., None],
+        state.audio_codes[..., None],
+        method=module.embed,
+    )
+    outputs = module.apply({"params": params}, inputs, None, state.cache, method=module.decode_frame)
+    hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
+
+    keys = fold_rows(state.keys, state.columns)
+    numbers = split_numbers(state.numbers)
+    text_ids = select_token(logits, state.text_ids[:, None], 0, keys, 0, sampling.replace(**numbers[0]))
+    text_ids = jnp.where(forced_ids == FREE, text_ids, forced_ids)
+    fixed = delayed(forced_codes, jnp.where(first[:, None], start_code, state.forced_codes))
+    audio_codes = depth_step(
+        module, params, make_depth_cache, hidden_state, text_ids, keys, depth_sampling.replace(**numbers[1]), fixed
+    )
+
+    valid = active & ~first
+    frame = FlaxMoshiFrame(
+        audio_codes=jnp.where(valid[:, None], delayed(state.audio_codes, audio_codes), NOTHING),
+        text_ids=jnp.where(valid, state.text_ids, NOTHING),
+        valid=valid,
+        text_logits=logits,
+        last_hidden_state=hidden_state,
+    )
+    after = {
+        "text_ids": text_ids,
+        "audio_codes": audio_codes,
+        "user_codes": jnp.where(first[:, None], start_code, user_codes),
+        "forced_codes": forced_codes,
+        "columns": state.columns + jnp.uint32(1),
+    }
+    kept = {
+        name: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, getattr(state, name))
+        for name, new in after.items()
+    }
+    return state.replace(cache=outputs.past_key_values.advance(1, active), **kept), frame
+
+
+def fold_rows(keys: Key[Array, "batch"], data: UInt[Array, "batch"]) -> Key[Array, "batch"]:
+    """Every row's key folded with its number; of column k, what ``generate`` draws with in step k."""
+    return jax.vmap(jax.random.fold_in)(keys, data)
+
+
+def split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The numbers of the text's and of the codes' sampling."""
+    text = {name: value for name, value in numbers.items() if not name.startswith(DEPTH_PREFIX)}
+    return text, {
+        name.removeprefix(DEPTH_PREFIX): value for name, value in numbers.items() if name.startswith(DEPTH_PREFIX)
+    }
+
+
+class FlaxMoshiStream:
+    """Endless dialogues with a model; made by ``model.streaming``. It holds no state of theirs.
+
+    Every method that takes a :class:`StreamState` and returns one consumes it: its memory becomes that of the result.
+    Arguments are checked before that, so after an error the state is still good for the next frame. (:meth:`get_slot`
+    and :meth:`save_state` leave it as it is.)
+
+    Args:
+        model: a ``FlaxMoshiForConditionalGeneration``.
+        batch_size: slots.
+        generation_config: how tokens are chosen; what is None in it comes from the model's. Lengths and ends of a
+            configuration have no meaning in a stream.
+        params: the parameters (default: the model's).
+        mesh: devices with an axis ``data``, over which the slots are spread; ``batch_size`` must be a multiple.
+        ignore_first_user_frame: begin a dialogue as Kyutai's ``LMGen`` does: the first step of a slot runs the start
+            frame, so the user's frame that it is given is lost and it returns none. By default :meth:`init` and
+            :meth:`reset` run the start frame.
+        return_audio_waveforms: False leaves out Mimi's decoder, where the codes are enough.
+        **kwargs: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``epsilon_cutoff``,
+            ``eta_cutoff``, ``suppress_tokens``, ``remove_invalid_values`` for the text, and with the prefix
+            ``depth_decoder_`` these and all other processors for the codes of a frame. Numbers are those that slots
+            begin with.
+
+    Attributes:
+        batch_size: slots.
+        frame_size: samples of a frame.
+        sampling_rate: samples a second.
+        frame_rate: frames a second.
+        num_codebooks: codes of a frame.
+
+    Raises:
+        ValueError: unknown options, or options without an effect in a stream; a mesh that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int = 1,
+        generation_config: GenerationConfig | None = None,
+        params: Any | None = None,
+        mesh: Mesh | None = None,
+        ignore_first_user_frame: bool = False,
+        return_audio_waveforms: bool = True,
+        **kwargs: Any,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        config, codec = model.config, model.config.audio_encoder_config
+        self.config = config
+        self.batch_size = batch_size
+        self.frame_size = samples_per_frame(codec)
+        self.sampling_rate = codec.sampling_rate
+        self.frame_rate = codec.sampling_rate / self.frame_size
+        self.num_codebooks = config.num_codebooks
+        self.channels = codec.audio_channels
+        self.mesh = checked_mesh(mesh, batch_size)
+        self.ignore_first_user_frame = ignore_first_user_frame
+        if return_audio_waveforms and codec.decoder_config is None:
+            raise ValueError(
+                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
+                "`return_audio_waveforms=False`."
+            )
+        self.return_audio_waveforms = return_audio_waveforms
+        self._sampling, self._depth_sampling, self._numbers = resolve_stream_sampling(
+            model.generation_config, generation_config, kwargs, config
+        )
+        self._dtype = model.dtype
+        self._origin = digest(config, model.dtype)
+        params = model.params if params is None else params
+        if self.mesh is not None:
+            params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        self._codec_params = {"audio_encoder": params["audio_encoder"]}
+        self._params = {name: part for name, part in params.items() if name != "audio_encoder"}
+
+        module, row = model.module, PartitionSpec("data")
+        self._encode = self._program(partial(encode_frame_audio, module))
+        self._decode = self._program(partial(decode_frame_audio, module))
+        self._column = self._program(
+            partial(next_column, module, model._make_depth_cache, self._sampling, self._depth_sampling)
+        )
+        placed = None if self.mesh is None else NamedSharding(self.mesh, row)
+        self._create = jax.jit(self._empty_state, static_argnums=1, out_shardings=placed)
+        self._restart = Program(
+            partial(restart, start_id=config.vocab_size, start_code=config.audio_vocab_size), donated=(0,)
+        )
+        self._rekey = Program(rekey, donated=(0,))
+        self._configure = Program(configure, donated=(0,))
+        self._take = Program(take_slot)
+        self._put = Program(put_slot, donated=(0,))
+        free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
+        self._all = self._on_devices(np.ones(batch_size, dtype=bool))
+        self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
+        self._blank = self._on_devices(np.zeros_like(free))
+
+    def _program(self, function: Callable[..., Any]) -> Program:
+        """``function(params, state, ...)`` as a program that takes the state's memory, spread over the mesh."""
+        if self.mesh is not None:
+            row = PartitionSpec("data")
+
+            def spread(params, *args):
+                specs = (PartitionSpec(), *[row] * len(args))
+                mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=row, check_vma=False)
+                return mapped(params, *args)
+
+            return Program(spread, donated=(1,))
+        return Program(function, donated=(1,))
+
+    def _on_devices(self, array: np.ndarray) -> jax.Array:
+        if self.mesh is None:
+            return on_device(array)
+        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def _empty_state(self, keys: jax.Array, batch_size: int) -> StreamState:
+        config, codec = self.config, self.config.audio_encoder_config
+        codes = jnp.full((batch_size, config.num_codebooks), config.audio_vocab_size, dtype=jnp.int32)
+        dialogue = DialogueState(
+            cache=RingCache.create(config, batch_size, self._dtype),
+            text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
+            audio_codes=codes,
+            user_codes=codes,
+            forced_codes=jnp.full_like(codes, FREE),
+            columns=jnp.zeros((batch_size,), dtype=jnp.uint32),
+            keys=keys,
+            numbers={name: jnp.full((batch_size, 1), value) for name, value in self._numbers.items()},
+        )
+        encoder = decoder = None
+        if codec.encoder_config is not None:
+            encoder = FlaxMimiEncoderState.create(codec, batch_size, self._dtype)
+        if self.return_audio_waveforms:
+            decoder = FlaxMimiDecoderState.create(codec, batch_size, self._dtype)
+        return StreamState(dialogue, encoder, decoder, self._origin)
+
+    # --------------------------------------------------------------------------------------------- dialogues
+
+    def init(
+        self,
+        prng_key: jax.Array | None = None,
+        forced_text_ids: ArrayLike | None = None,
+        forced_audio_codes: ArrayLike | None = None,
+    ) -> StreamState:
+        """All slots at the beginning of a dialogue.
+
+        Args:
+            prng_key: a key, or one per slot, ``(batch,)`` (default: ``jax.random.key(0)``). What a slot draws depends
+                on its own key only.
+            forced_text_ids, forced_audio_codes: of the first frame, as in :meth:`step`.
+
+        Raises:
+            ValueError: as :meth:`step`.
+        """
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        if self.ignore_first_user_frame and (forced_text_ids is not None or forced_audio_codes is not None):
+            raise ValueError(
+                "`forced_text_ids` and `forced_audio_codes` of the first frame go with the first step of a stream "
+                "with `ignore_first_user_frame=True`: leave them out of `init`."
+            )
+        keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, self.batch_size)
+        return self._run_start(self._create(keys, self.batch_size), self._all, forced)
+
+    def reset(
+        self,
+        state: StreamState,
+        rows: ArrayLike,
+        prng_key: jax.Array | None = None,
+        forced_text_ids: ArrayLike | None = None,
+        forced_audio_codes: ArrayLike | None = None,
+    ) -> StreamState:
+        """Begins a new dialogue in some slots. The others do not change, and nothing is compiled.
+
+        Args:
+            state: the state, which is consumed.
+            rows: which slots, ``(batch,)`` bool.
+            prng_key: as in :meth:`init`; by default the key of each slot is folded with its age. The numbers of
+                :meth:`configure` stay.
+            forced_text_ids, forced_audio_codes: of the first frame, as in :meth:`step`.
+
+        Raises:
+            ValueError: as :meth:`step`.
+        """
+        self._check_state(state)
+        rows = self._checked_rows("rows", rows)
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        state = self._restart(state, rows)
+        if prng_key is not None:
+            dialogue = self._rekey(state.dialogue, rows, row_keys(prng_key, self.batch_size))
+            state = state.replace(dialogue=dialogue)
+        return self._run_start(state, rows, forced)
+
+    def _run_start(self, state: StreamState, rows: ArrayLike, forced: tuple[Any, Any]) -> StreamState:
+        if self.ignore_first_user_frame:
+            return state
+        dialogue, _ = self._column(self._params, state.dialogue, self._blank, rows, *forced)
+        return state.replace(dialogue=dialogue)
+
+    def step(
+        self,
+        state: StreamState,
+        user_audio: ArrayLike | None = None,
+        user_audio_codes: ArrayLike | None = None,
+        active: ArrayLike | None = None,
+        forced_text_ids: ArrayLike | None = None,
+        forced_audio_codes: ArrayLike | None = None,
+    ) -> tuple[StreamState, FlaxMoshiFrame]:
+        """Hears 80 ms of every user and says 80 ms to each.
+
+        Args:
+            state: the state, which is consumed.
+            user_audio: ``(batch, channels, frame_size)`` floats in [-1, 1]; encoded by Mimi in a stream.
+            user_audio_codes: instead of it, the codes of a frame, ``(batch, num_codebooks)`` in ``[0,
+                audio_vocab_size)``. Mimi's encoder then stands still.
+            active: slots that take part, ``(batch,)`` bool; all by default. The others rest as they are, and what is
+                passed for them does not matter.
+            forced_text_ids: text tokens of the frame after the one that is returned, ``(batch,)``, -1 where Moshi
+                chooses.
+            forced_audio_codes: its codes, undelayed, ``(batch, num_codebooks)``, -1 where Moshi chooses.
+
+        Returns:
+            The next state, and Moshi's frame.
+
+        Raises:
+            ValueError: no user's frame or two; a wrong shape or dtype; samples that are not finite; ids out of range;
+                a state that was consumed, or is of another configuration or batch size. The state is not consumed.
+        """
+        self._check_state(state)
+        if (user_audio is None) == (user_audio_codes is None):
+            raise ValueError("Pass one of `user_audio` and `user_audio_codes` (silence is zeros of `user_audio`).")
+        active = self._all if active is None else self._checked_rows("active", active)
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        if user_audio is not None:
+            user_audio = self._checked_audio(user_audio)
+            encoder, user_codes = self._encode(self._codec_params, state.encoder, user_audio, active)
+            state = state.replace(encoder=encoder)
+        else:
+            user_codes = self._checked_codes("user_audio_codes", user_audio_codes)
+        dialogue, frame = self._column(self._params, state.dialogue, user_codes, active, *forced)
+        state = state.replace(dialogue=dialogue)
+        if state.decoder is not None:
+            decoder, audio = self._decode(self._codec_params, state.decoder, frame.audio_codes, frame.valid)
+            state, frame = state.replace(decoder=decoder), frame.replace(audio=audio)
+        return state, frame
+
+    def configure(self, state: StreamState, rows: ArrayLike | None = None, **numbers: Any) -> StreamState:
+        """Sets the numbers of sampling for some slots; nothing is compiled.
+
+        Args:
+            state: the state, which is consumed.
+            rows: which slots, ``(batch,)`` bool; all by default.
+            **numbers: ``temperature``, ``top_k`` and the others that the stream was made with, also with the prefix
+                ``depth_decoder_``; each a number, or one per slot.
+
+        Raises:
+            ValueError: numbers that the stream was made without or that are out of range, a ``top_k`` above the
+                stream's bound (a power of two above the one that it was made with, at least 64).
+        """
+        self._check_state(state)
+        rows = self._all if rows is None else self._checked_rows("rows", rows)
+        bounds = {"top_k": self._sampling.top_k_bound, f"{DEPTH_PREFIX}top_k": self._depth_sampling.top_k_bound}
+        numbers = checked_numbers(numbers, self._numbers, bounds, self.batch_size)
+        numbers = {name: self._on_devices(number) for name, number in numbers.items()}
+        return state.replace(dialogue=self._configure(state.dialogue, rows, numbers))
+
+    def warmup(self) -> None:
+        """Compiles everything that dialogues need, ahead of time."""
+        state = self.init(jax.random.key(0))
+        silence = np.zeros((self.batch_size, self.channels, self.frame_size), dtype=np.float32)
+        if state.encoder is not None:
+            state, _ = self.step(state, silence)
+        state, _ = self.step(state, user_audio_codes=np.zeros((self.batch_size, self.num_codebooks), np.int32))
+        state = self.reset(state, np.ones(self.batch_size, dtype=bool), jax.random.key(0))
+        state = self.configure(state, **self._numbers)
+        jax.block_until_ready(self.set_slot(state, 0, self.get_slot(state, 0)))
+
+    # ---------------------------------------------------------------------------------------- state as data
+
+    def get_slot(self, state: StreamState, slot: int | np.integer) -> StreamState:
+        """The dialogue of one slot, as a state of batch 1. The given state is not consumed.
+
+        Raises:
+            ValueError: a slot that is not there; as :meth:`step` for the state.
+        """
+        self._check_state(state)
+        return self._take(state, on_device(self._checked_slot(slot), np.int32))
+
+    def set_slot(self, state: StreamState, slot: int | np.integer, row: StreamState) -> StreamState:
+        """Puts a dialogue of :meth:`get_slot` or :meth:`load_state` into a slot; ``state`` is consumed.
+
+        Raises:
+            ValueError: a slot that is not there, a ``row`` of more than one dialogue; as :meth:`step` for the states.
+        """
+        self._check_state(state)
+        self._check_state(row, "row", batch_size=1)
+        slot = on_device(self._checked_slot(slot), np.int32)
+        if self.mesh is not None:
+            row = jax.device_put(row, NamedSharding(self.mesh, PartitionSpec()))
+        return self._put(state, slot, row)
+
+    def save_state(self, state: StreamState, path: str | os.PathLike) -> None:
+        """Writes a state, of all slots or of one, as a safetensors file, which is complete before it has its name.
+
+        The state is not consumed.
+
+        Raises:
+            ValueError: as :meth:`step` for the state.
+            OSError: the file cannot be written.
+        """
+        self._check_state(state, batch_size=state.batch_size)
+        tensors = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+        write_safetensors(Path(path), {**tensors, ORIGIN: origin_tensor(self._origin)}, STATE_FORMAT)
+
+    def load_state(self, path: str | os.PathLike, slot: int | np.integer | None = None) -> StreamState:
+        """Reads a state of :meth:`save_state`; the dialogues go on as if they had not been interrupted.
+
+        Args:
+            path: the file.
+            slot: read one slot of the file, whatever its batch size, for :meth:`set_slot`; by default all slots.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file that is damaged or no state, a state of another configuration or batch size, a slot that
+                is not in it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`path`: there is no file {path}.")
+        file = open_safetensors(path)
+        if file.metadata.get("format") != STATE_FORMAT or ORIGIN not in file:
+            raise ValueError(f"`path`: {path} is no state of a stream (see `save_state`).")
+        if set(file_checksums(file)) != set(file):
+            raise ValueError(f"`path`: {path} is damaged, it lacks checksums: use another copy.")
+        refuse_damage(file)
+        if not np.array_equal(file[ORIGIN], origin_tensor(self._origin)):
+            raise ValueError(
+                f"`path`: {path} has a state of another configuration or dtype: load it with the model that saved it."
+            )
+        text_ids = file.get(TEXT_IDS)
+        batch_size = 0 if text_ids is None or text_ids.ndim != 1 else text_ids.shape[0]
+        if slot is None and batch_size != self.batch_size:
+            raise ValueError(
+                f"`path`: {path} has a batch of {batch_size}, but the stream has {self.batch_size} slots: load single "
+                "dialogues with `slot=` and put them in with `set_slot`."
+            )
+        if slot is not None and not 0 <= slot < batch_size:
+            raise ValueError(f"`slot` is {slot}, but {path} has the slots 0 to {batch_size - 1}.")
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+        expected = jax.eval_shape(partial(self._empty_state, batch_size=batch_size), keys)
+        leaves = {}
+        for name, shape in named_leaves(expected).items():
+            array = file.get(name)
+            if array is None or array.shape != shape.shape or array.dtype != shape.dtype:
+                found = "is missing" if array is None else f"is {array.dtype} {array.shape}"
+                raise ValueError(f"`path`: {path} does not fit: {name} {found}, not {shape.dtype} {shape.shape}.")
+            count = shape.shape[0] // batch_size
+            leaves[name] = np.array(array if slot is None else array[slot * count : (slot + 1) * count])
+        self._refuse_senseless(path, leaves)
+        placed = self._on_devices if slot is None else on_device
+        return with_leaves(expected, {name: placed(leaf) for name, leaf in leaves.items()})
+
+    def _refuse_senseless(self, path: Path, leaves: dict[str, np.ndarray]) -> None:
+        """Raises ``ValueError`` for indices that JAX would clamp in silence."""
+        codes = self.config.audio_vocab_size + 1
+        sizes = {
+            TEXT_IDS: self.config.vocab_size + 1,
+            "dialogue.audio_codes": codes,
+            "dialogue.user_codes": codes,
+            "dialogue.cache.slot": self.config.sliding_window,
+            "dialogue.cache.filled": self.config.sliding_window + 1,
+        }
+        for name, size in sizes.items():
+            if ((leaves[name] < 0) | (leaves[name] >= size)).any():
+                raise ValueError(f"`path`: {path} is no good state: {name} must be in [0, {size}).")
+
+    # ----------------------------------------------------------------------------------------------- checks
+
+    def _check_state(self, state: Any, name: str = "state", batch_size: int | None = None) -> None:
+        if not isinstance(state, StreamState):
+            raise ValueError(f"`{name}` must be a state of `init`, but is {type(state).__name__}.")
+        if state.origin != self._origin:
+            raise ValueError(
+                f"`{name}` is of another configuration or dtype: use the stream of the model that made it."
+            )
+        expected = self.batch_size if batch_size is None else batch_size
+        if state.batch_size != expected:
+            raise ValueError(f"`{name}` has a batch of {state.batch_size}, but {expected} is needed here.")
+        text_ids = state.dialogue.text_ids
+        if isinstance(text_ids, jax.Array) and not is_traced(text_ids) and text_ids.is_deleted():
+            raise ValueError(f"`{name}` was consumed by an earlier call: go on with the state that this returned.")
+
+    def _checked_rows(self, name: str, rows: ArrayLike) -> ArrayLike:
+        dtype = rows.dtype if hasattr(rows, "dtype") else np.asarray(rows).dtype
+        if np.shape(rows) != (self.batch_size,) or dtype != np.bool_:
+            raise ValueError(
+                f"`{name}` must be booleans ({self.batch_size},), one for each slot, but has the shape "
+                f"{np.shape(rows)} and the dtype {dtype}."
+            )
+        return rows if is_traced(rows) else np.asarray(rows)
+
+    def _checked_slot(self, slot: Any) -> int:
+        if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < self.batch_size:
+            raise ValueError(f"`slot` is {slot!r}, but the stream has the slots 0 to {self.batch_size - 1}.")
+        return slot
+
+    def _checked_audio(self, audio: ArrayLike) -> ArrayLike:
+        if self.config.audio_encoder_config.encoder_config is None:
+            raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
+        shape = (self.batch_size, self.channels, self.frame_size)
+        if np.shape(audio) != shape:
+            raise ValueError(f"`user_audio` must be one frame, {shape}, but has the shape {np.shape(audio)}.")
+        traced = is_traced(audio)
+        audio = audio if traced else np.asarray(audio)
+        if not jnp.issubdtype(audio.dtype, jnp.floating):
+            raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
+        if not traced and not np.isfinite(audio).all():
+            raise ValueError("`user_audio` has samples that are not finite: replace NaN and infinity before.")
+        return audio.astype(self._dtype)
+
+    def _checked_codes(self, name: str, codes: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
+        shape = (self.batch_size, self.num_codebooks)
+        if np.shape(codes) != shape:
+            raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
+        remedy = "-1 leaves the choice to the model." if allowed else ""
+        check_ids(name, codes, self.config.audio_vocab_size, allowed, remedy)
+        return codes.astype(jnp.int32) if is_traced(codes) else np.asarray(codes, dtype=np.int32)
+
+    def _checked_forced(self, text_ids: ArrayLike | None, codes: ArrayLike | None) -> tuple[ArrayLike, ArrayLike]:
+        free_ids, free_codes = self._free
+        if text_ids is not None:
+            if np.shape(text_ids) != (self.batch_size,):
+                raise ValueError(
+                    f"`forced_text_ids` must be one token for each slot, ({self.batch_size},), but has the shape "
+                    f"{np.shape(text_ids)}."
+                )
+            remedy = "-1 leaves the choice to the model."
+            check_ids("forced_text_ids", text_ids, self.config.vocab_size, (FREE,), remedy)
+            text_ids = text_ids.astype(jnp.int32) if is_traced(text_ids) else np.asarray(text_ids, dtype=np.int32)
+        if codes is not None:
+            codes = self._checked_codes("forced_audio_codes", codes, (FREE,))
+        return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes
+
+
+# ------------------------------------------------------------------------------------------------- small programs
+
+
+def encode_frame_audio(
+    module: Any,
+    params: Any,
+    state: FlaxMimiEncoderState,
+    audio: Float[Array, "batch channels samples"],
+    active: Bool[Array, "batch"],
+) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks"]]:
+    """The codes of a frame."""
+    state, codes = module.apply({"params": params}, state, audio, active, method=module.encode_audio_step)
+    return state, codes[..., 0]
+
+
+def decode_frame_audio(
+    module: Any,
+    params: Any,
+    state: FlaxMimiDecoderState,
+    audio_codes: Int[Array, "batch codebooks"],
+    valid: Bool[Array, "batch"],
+) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+    """The waveform of a frame; slots without one stand still and are silent."""
+    codes = jnp.where(valid[:, None], audio_codes, 0)[..., None]
+    state, audio = module.apply({"params": params}, state, codes, valid, method=module.decode_audio_step)
+    return state, jnp.where(valid[:, None, None], audio, 0).astype(jnp.float32)
+
+
+def restart(state: StreamState, rows: Bool[Array, "batch"], *, start_id: int, start_code: int) -> StreamState:
+    """With ``rows`` before their start frame."""
+    dialogue = state.dialogue
+    return state.replace(
+        dialogue=dialogue.replace(
+            cache=dialogue.cache.reset(rows),
+            text_ids=jnp.where(rows, start_id, dialogue.text_ids),
+            audio_codes=jnp.where(rows[:, None], start_code, dialogue.audio_codes),
+            columns=jnp.where(rows, jnp.uint32(0), dialogue.columns),
+            keys=jnp.where(rows, fold_rows(dialogue.keys, dialogue.columns), dialogue.keys),
+        ),
+        encoder=None if state.encoder is None else state.encoder.reset(rows),
+        decoder=None if state.decoder is None else state.decoder.reset(rows),
+    )
+
+
+def rekey(dialogue: DialogueState, rows: Bool[Array, "batch"], keys: jax.Array) -> DialogueState:
+    """With new keys in ``rows``."""
+    return dialogue.replace(keys=jnp.where(rows, keys, dialogue.keys))
+
+
+def configure(dialogue: DialogueState, rows: Bool[Array, "batch"], numbers: dict[str, Array]) -> DialogueState:
+    """With other numbers in ``rows``."""
+    changed = {name: jnp.where(rows[:, None], value, dialogue.numbers[name]) for name, value in numbers.items()}
+    return dialogue.replace(numbers={**dialogue.numbers, **changed})
+
+
+def take_slot(state: StreamState, slot: Int[Array, ""]) -> StreamState:
+    """A state of one slot."""
+
+    def take(leaf: Array) -> Array:
+        count = leaf.shape[0] // state.batch_size
+        return jax.lax.dynamic_slice_in_dim(leaf, slot * count, count)
+
+    return jax.tree.map(take, state)
+
+
+def put_slot(state: StreamState, slot: Int[Array, ""], row: StreamState) -> StreamState:
+    """With another dialogue in a slot."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, new, slot * new.shape[0], axis=0)
+
+    return jax.tree.map(put, state, row)
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+STATE_FORMAT = "moshi-stream-state"
+ORIGIN = "origin"
+TEXT_IDS = "dialogue.text_ids"
+
+
+def digest(config: Any, dtype: Any) -> str:
+    """Tells configurations apart; what says nothing about the model is left out."""
+    metadata = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
+
+    def meaning(fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: meaning(value) for name, value in fields.items() if name not in metadata}
+
+    fields = {"config": meaning(config.to_dict()), "dtype": jnp.dtype(dtype).name}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def origin_tensor(origin: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(origin), dtype=np.uint8)
+
+
+def named_leaves(state: StreamState) -> dict[str, Any]:
+    """The leaves by their paths; keys as the numbers that they are made of."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): key_data(leaf) if is_key(leaf) else leaf
+        for path, leaf in leaves
+    }
+
+
+def with_leaves(shapes: StreamState, leaves: dict[str, jax.Array]) -> StreamState:
+    """The inverse of :func:`named_leaves`."""
+    return jax.tree.unflatten(
+        jax.tree.structure(shapes),
+        [
+            jax.random.wrap_key_data(leaf) if is_key(shape) else leaf
+            for leaf, shape in zip(leaves.values(), jax.tree.leaves(shapes), strict=True)
+        ],
+    )
+
+
+def is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def key_data(keys: Any) -> Any:
+    return (
+        jax.eval_shape(jax.random.key_data, keys)
+        if isinstance(keys, jax.ShapeDtypeStruct)
+        else (jax.random.key_data(keys))
+    )
+
+
+def checked_mesh(mesh: Mesh | None, batch_size: int) -> Mesh | None:
+    """Raises ``ValueError`` unless the slots can be spread over the axis ``data`` alone."""
+    if mesh is None:
+        return None
+    others = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
+    if "data" not in mesh.shape or others:
+        raise ValueError(f"`mesh` must have the axis 'data' and no other larger than 1, but has {dict(mesh.shape)}.")
+    if batch_size % mesh.shape["data"]:
+        raise ValueError(
+            f"`batch_size` is {batch_size}, but the axis 'data' of `mesh` has {mesh.shape['data']} devices: choose a "
+            "multiple."
+        )
+    return mesh

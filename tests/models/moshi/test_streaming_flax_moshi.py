@@ -448,7 +448,7 @@ class TestFaults:
             (model.streaming(1, ignore_first_user_frame=True).init(), "`state` has a batch of 1, but 2 is needed"),
             (
                 Moshi(tiny_moshi_config()).streaming(2, ignore_first_user_frame=True).init(),
-                "`state` is of another configuration",
+                r"`state` is of another configuration",
             ),
         ):
             for call in (

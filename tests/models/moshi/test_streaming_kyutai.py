@@ -32,7 +32,7 @@ def eager() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_are_equal(tmp_path: Path, name: str) -> None:
-    """Both beginnings: with the first frame ignored as there, and with a first frame for the oracle to ignore."""
+    """With a first frame for the oracle to ignore, and with the first frame ignored as there."""
     lm_kwargs, mimi_kwargs = CONFIGS[name]
     checkpoint = make_checkpoint(tmp_path / "source", lm_kwargs, mimi_kwargs, seed=11)
     ours = FlaxMoshiForConditionalGeneration.from_kyutai(checkpoint.directory)
@@ -40,7 +40,10 @@ def test_greedy_tokens_are_equal(tmp_path: Path, name: str) -> None:
     user = np.random.default_rng(0).integers(0, lm_kwargs["card"], (2, codebooks, STEPS))
     nothing = np.zeros((2, codebooks, 1), dtype=user.dtype)
     greedy: dict[str, Any] = {"do_sample": False, "depth_decoder_do_sample": False}
-    for ignored, heard_by_kyutai in ((True, user), (False, np.concatenate([nothing, user], axis=-1))):
+    beginnings = [(False, np.concatenate([nothing, user], axis=-1))]
+    if name == "tiny":
+        beginnings.append((True, user))
+    for ignored, heard_by_kyutai in beginnings:
         generator = LMGen(checkpoint.lm, use_sampling=False)
         expected = []
         with generator.streaming(2):

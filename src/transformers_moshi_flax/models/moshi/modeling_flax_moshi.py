@@ -907,7 +907,16 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
     ) -> FlaxMoshiStream:
         """Endless dialogues, 80 ms at a time; see
         :class:`~transformers_moshi_flax.models.moshi.streaming_flax_moshi.FlaxMoshiStream`."""
-        return FlaxMoshiStream(self, batch_size, generation_config, params, mesh, ignore_first_user_frame, **kwargs)
+        return FlaxMoshiStream(
+            self,
+            batch_size,
+            generation_config,
+            params,
+            mesh,
+            ignore_first_user_frame,
+            return_audio_waveforms,
+            **kwargs,
+        )
 
     def _encode(self, params, values):
         """The codes of a waveform, which is padded to a bucket where the codec's causality makes that invisible."""

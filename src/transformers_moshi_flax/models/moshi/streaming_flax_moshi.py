@@ -271,7 +271,7 @@ class FlaxMoshiStream:
             model.generation_config, generation_config, kwargs, config
         )
         self._dtype = model.dtype
-        self._origin = digest(config, model.dtype)
+        self._origin = digest(config, model.dtype, sorted(self._numbers), return_audio_waveforms)
         params = model.params if params is None else params
         if self.mesh is not None:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
@@ -536,7 +536,8 @@ class FlaxMoshiStream:
         refuse_damage(file)
         if not np.array_equal(file[ORIGIN], origin_tensor(self._origin)):
             raise ValueError(
-                f"`path`: {path} has a state of another configuration or dtype: load it with the model that saved it."
+                f"`path`: {path} has a state of another configuration, dtype or kind of stream (which numbers it "
+                "samples with, whether it returns waveforms): load it with a stream as the one that saved it."
             )
         text_ids = file.get(TEXT_IDS)
         batch_size = 0 if text_ids is None or text_ids.ndim != 1 else text_ids.shape[0]
@@ -582,7 +583,8 @@ class FlaxMoshiStream:
             raise ValueError(f"`{name}` must be a state of `init`, but is {type(state).__name__}.")
         if state.origin != self._origin:
             raise ValueError(
-                f"`{name}` is of another configuration or dtype: use the stream of the model that made it."
+                f"`{name}` is of another configuration, dtype or kind of stream (which numbers it samples with, whether "
+                "it returns waveforms): use a stream as the one that made it."
             )
         expected = self.batch_size if batch_size is None else batch_size
         if state.batch_size != expected:
@@ -724,8 +726,8 @@ ORIGIN = "origin"
 TEXT_IDS = "dialogue.text_ids"
 
 
-def digest(config: Any, dtype: Any) -> str:
-    """Tells configurations apart; what says nothing about the model is left out."""
+def digest(config: Any, dtype: Any, *options: Any) -> str:
+    """Tells configurations and kinds of streams apart; what says nothing about the model is left out."""
     metadata = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
 
     def meaning(fields: Any) -> Any:
@@ -733,7 +735,7 @@ def digest(config: Any, dtype: Any) -> str:
             return fields
         return {name: meaning(value) for name, value in fields.items() if name not in metadata}
 
-    fields = {"config": meaning(config.to_dict()), "dtype": jnp.dtype(dtype).name}
+    fields = {"config": meaning(config.to_dict()), "dtype": jnp.dtype(dtype).name, "options": options}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

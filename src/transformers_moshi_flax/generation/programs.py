@@ -32,7 +32,11 @@ class Program:
         return jax.jit(self._function, compiler_options=compiler_options(), donate_argnums=self._donated)
 
     def __call__(self, *args: Any) -> Any:
-        return (self._inlined if is_tracing(args) else self._whole)(*args)
+        return self.call(is_tracing(args), *args)
+
+    def call(self, traced: bool, *args: Any) -> Any:
+        """The same for callers who know whether they are inside of ``jax.jit``, and are in a hurry."""
+        return (self._inlined if traced else self._whole)(*args)
 
     def lower(self, *args: Any) -> Any:
         """As the method of ``jax.jit``."""

@@ -89,7 +89,7 @@ class FlaxGenerationMixin:
         """The decoder of the model's present module."""
         raise NotImplementedError(f"{type(self).__name__} must define make_decoder")
 
-    def compiled(self, function: Callable, donated: tuple[int, ...] = (), **static: Any) -> Program:
+    def compiled(self, function: Callable, donated: tuple[int, ...] = (), /, **static: Any) -> Program:
         """The program of ``function(decoder, ..., **static)``, made once per model and static options.
 
         ``donated`` are positions among the arguments after the decoder.

@@ -25,6 +25,8 @@ from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
     FlaxMoshiStream,
     StreamState,
     named_leaves,
+    next_column,
+    on_mesh,
 )
 
 Moshi = FlaxMoshiForConditionalGeneration
@@ -546,11 +548,12 @@ class TestPrograms:
     def test_a_step_copies_neither_weights_nor_caches(self, model: Moshi) -> None:
         stream = model.streaming(3, **GREEDY)
         state = stream.init()
-        program = stream._column.lower(
-            stream._params, state.dialogue, stream._blank, stream._all, *stream._free
-        ).compile()
+        shared = ({name: part for name, part in model.params.items() if name != "audio_encoder"}, stream._samplings)
+        leaves, structure = jax.tree.flatten((shared[0], tuple(shared[1])))
+        program = model.compiled(on_mesh, (1,), function=next_column, structure=structure, mesh=None)
+        program = program.lower(tuple(leaves), state.dialogue, stream._blank, stream._all, *stream._free).compile()
         cache = state.dialogue.cache
-        sizes = large_weights(stream._params) | {cache.keys[0].size}
+        sizes = large_weights(shared[0]) | {cache.keys[0].size}
         moves = [
             line
             for line in program.as_text().splitlines()

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from ...input_checks import check_ids, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
 from ..ring_cache import RingCache
-from .generation_flax_moshi import DEPTH_PREFIX, depth_step
+from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
 from .stream_options import checked_numbers, resolve_stream_sampling
 
 NOTHING = -1
@@ -116,11 +115,9 @@ class FlaxMoshiFrame(FlaxModelOutput):
 
 
 def next_column(
-    module: Any,
-    make_depth_cache: Callable[[int], Any],
-    sampling: Sampling,
-    depth_sampling: Sampling,
+    decoder: FrameDecoder,
     params: Any,
+    samplings: tuple[Sampling, Sampling],
     state: DialogueState,
     user_codes: Int[Array, "batch codebooks"],
     active: Bool[Array, "batch"],
@@ -134,15 +131,16 @@ def next_column(
     frame ``k``, which is returned.
 
     Args:
-        module, make_depth_cache: the model's.
-        sampling, depth_sampling: how text and codes are chosen; the numbers come from the state.
-        params: of the module.
+        decoder: the model.
+        params: its parameters.
+        samplings: how text and codes are chosen; the numbers come from the state.
         state: the state so far.
         user_codes: the frame that is heard, undelayed.
         active: slots that take part; the others keep their state.
         forced_ids, forced_codes: text and undelayed codes of the frame after the one that is returned, ``FREE`` where
             they are to be chosen.
     """
+    module = decoder.module
     start_code = module.config.audio_vocab_size
     first = state.cache.filled == 0
 
@@ -161,12 +159,12 @@ def next_column(
     hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
 
     keys = fold_rows(state.keys, state.columns)
-    numbers = split_numbers(state.numbers)
-    text_ids = select_token(logits, state.text_ids[:, None], 0, keys, 0, sampling.replace(**numbers[0]))
+    sampling, depth_sampling = with_numbers(samplings, state.numbers)
+    text_ids = select_token(logits, state.text_ids[:, None], 0, keys, 0, sampling)
     text_ids = jnp.where(forced_ids == FREE, text_ids, forced_ids)
     fixed = delayed(forced_codes, jnp.where(first[:, None], start_code, state.forced_codes))
     audio_codes = depth_step(
-        module, params, make_depth_cache, hidden_state, text_ids, keys, depth_sampling.replace(**numbers[1]), fixed
+        module, params, decoder.init_depth_cache, hidden_state, text_ids, keys, depth_sampling, fixed
     )
 
     valid = active & ~first
@@ -196,12 +194,38 @@ def fold_rows(keys: Key[Array, "batch"], data: UInt[Array, "batch"]) -> Key[Arra
     return jax.vmap(jax.random.fold_in)(keys, data)
 
 
-def split_numbers(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The numbers of the text's and of the codes' sampling."""
-    text = {name: value for name, value in numbers.items() if not name.startswith(DEPTH_PREFIX)}
-    return text, {
-        name.removeprefix(DEPTH_PREFIX): value for name, value in numbers.items() if name.startswith(DEPTH_PREFIX)
-    }
+def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) -> tuple[Sampling, Sampling]:
+    """The samplings of text and codes with the numbers of the slots."""
+    depth = {name.removeprefix(DEPTH_PREFIX): number for name, number in numbers.items() if DEPTH_PREFIX in name}
+    text = {name: number for name, number in numbers.items() if DEPTH_PREFIX not in name}
+    return samplings[0].replace(**text), samplings[1].replace(**depth)
+
+
+def encode_frame(
+    decoder: FrameDecoder,
+    params: Any,
+    state: FlaxMimiEncoderState,
+    audio: Float[Array, "batch channels samples"],
+    active: Bool[Array, "batch"],
+) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks"]]:
+    """The codes of a frame."""
+    module = decoder.module
+    state, codes = module.apply({"params": params}, state, audio, active, method=module.encode_audio_step)
+    return state, codes[..., 0]
+
+
+def decode_frame(
+    decoder: FrameDecoder,
+    params: Any,
+    state: FlaxMimiDecoderState,
+    audio_codes: Int[Array, "batch codebooks"],
+    valid: Bool[Array, "batch"],
+) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
+    """The waveform of a frame; slots without one stand still and are silent."""
+    module = decoder.module
+    codes = jnp.where(valid[:, None], audio_codes, 0)[..., None]
+    state, audio = module.apply({"params": params}, state, codes, valid, method=module.decode_audio_step)
+    return state, jnp.where(valid[:, None, None], audio, 0).astype(jnp.float32)
 
 
 class FlaxMoshiStream:
@@ -252,7 +276,11 @@ class FlaxMoshiStream:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
         config, codec = model.config, model.config.audio_encoder_config
-        self.config = config
+        if return_audio_waveforms and codec.decoder_config is None:
+            raise ValueError(
+                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
+                "`return_audio_waveforms=False`."
+            )
         self.batch_size = batch_size
         self.frame_size = samples_per_frame(codec)
         self.sampling_rate = codec.sampling_rate
@@ -261,80 +289,58 @@ class FlaxMoshiStream:
         self.channels = codec.audio_channels
         self.mesh = checked_mesh(mesh, batch_size)
         self.ignore_first_user_frame = ignore_first_user_frame
-        if return_audio_waveforms and codec.decoder_config is None:
-            raise ValueError(
-                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
-                "`return_audio_waveforms=False`."
-            )
         self.return_audio_waveforms = return_audio_waveforms
-        self._sampling, self._depth_sampling, self._numbers = resolve_stream_sampling(
+        *self._samplings, self._numbers = resolve_stream_sampling(
             model.generation_config, generation_config, kwargs, config
         )
+        # looked up once: reading a configuration takes longer than all else in `step`
+        self._hears = codec.encoder_config is not None
+        self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
+        self._slots = config.sliding_window
         self._dtype = model.dtype
         self._origin = digest(config, model.dtype, sorted(self._numbers), return_audio_waveforms)
+        self._compiled = model.compiled
+
         params = model.params if params is None else params
         if self.mesh is not None:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
-        self._codec_params = {"audio_encoder": params["audio_encoder"]}
-        self._params = {name: part for name, part in params.items() if name != "audio_encoder"}
-
-        module, row = model.module, PartitionSpec("data")
-        self._encode = self._program(partial(encode_frame_audio, module))
-        self._decode = self._program(partial(decode_frame_audio, module))
-        self._column = self._program(
-            partial(next_column, module, model._make_depth_cache, self._sampling, self._depth_sampling)
-        )
-        placed = None if self.mesh is None else NamedSharding(self.mesh, row)
-        self._create = jax.jit(self._empty_state, static_argnums=1, out_shardings=placed)
-        self._restart = Program(
-            partial(restart, start_id=config.vocab_size, start_code=config.audio_vocab_size), donated=(0,)
-        )
-        self._rekey = Program(rekey, donated=(0,))
-        self._configure = Program(configure, donated=(0,))
-        self._take = Program(take_slot)
-        self._put = Program(put_slot, donated=(0,))
+        codec_params = params["audio_encoder"]
+        halves = {name: {"audio_encoder": half_of(codec_params, name)} for name in ("encoder", "decoder")}
+        dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
+        self._encode = self._program(encode_frame, halves["encoder"])
+        self._column = self._program(next_column, dialogue, tuple(self._samplings))
+        self._decode = self._program(decode_frame, halves["decoder"])
         free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
         self._blank = self._on_devices(np.zeros_like(free))
+        self._starts = tuple(on_device(token, np.int32) for token in (config.vocab_size, config.audio_vocab_size))
 
-    def _program(self, function: Callable[..., Any]) -> Program:
-        """``function(params, state, ...)`` as a program that takes the state's memory, spread over the mesh."""
-        if self.mesh is not None:
-            row = PartitionSpec("data")
+    def _program(self, function: Callable[..., Any], *shared: Any) -> Callable[..., Any]:
+        """``program(traced, state, ...)`` for ``function(decoder, *shared, state, ...)``.
 
-            def spread(params, *args):
-                specs = (PartitionSpec(), *[row] * len(args))
-                mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=row, check_vma=False)
-                return mapped(params, *args)
-
-            return Program(spread, donated=(1,))
-        return Program(function, donated=(1,))
+        It is kept on the model, so that another stream compiles nothing. What is shared is flattened once, not in
+        every step, and lies on every device of the mesh, over which the rest is spread.
+        """
+        leaves, structure = jax.tree.flatten(shared)
+        program = self._compiled(on_mesh, (1,), function=function, structure=structure, mesh=self.mesh)
+        return lambda traced, *args: program.call(traced, tuple(leaves), *args)
 
     def _on_devices(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:
             return on_device(array)
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec("data")))
 
-    def _empty_state(self, keys: jax.Array, batch_size: int) -> StreamState:
-        config, codec = self.config, self.config.audio_encoder_config
-        codes = jnp.full((batch_size, config.num_codebooks), config.audio_vocab_size, dtype=jnp.int32)
-        dialogue = DialogueState(
-            cache=RingCache.create(config, batch_size, self._dtype),
-            text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
-            audio_codes=codes,
-            user_codes=codes,
-            forced_codes=jnp.full_like(codes, FREE),
-            columns=jnp.zeros((batch_size,), dtype=jnp.uint32),
-            keys=keys,
-            numbers={name: jnp.full((batch_size, 1), value) for name, value in self._numbers.items()},
+    def _create(self, keys: jax.Array) -> StreamState:
+        program = self._compiled(
+            empty_state,
+            hears=self._hears,
+            speaks=self.return_audio_waveforms,
+            dtype=jnp.dtype(self._dtype),
+            origin=self._origin,
+            mesh=self.mesh,
         )
-        encoder = decoder = None
-        if codec.encoder_config is not None:
-            encoder = FlaxMimiEncoderState.create(codec, batch_size, self._dtype)
-        if self.return_audio_waveforms:
-            decoder = FlaxMimiDecoderState.create(codec, batch_size, self._dtype)
-        return StreamState(dialogue, encoder, decoder, self._origin)
+        return program(keys, self._numbers)
 
     # --------------------------------------------------------------------------------------------- dialogues
 
@@ -361,7 +367,7 @@ class FlaxMoshiStream:
                 "with `ignore_first_user_frame=True`: leave them out of `init`."
             )
         keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, self.batch_size)
-        return self._run_start(self._create(keys, self.batch_size), self._all, forced)
+        return self._run_start(self._create(keys), self._all, forced)
 
     def reset(
         self,
@@ -386,16 +392,17 @@ class FlaxMoshiStream:
         self._check_state(state)
         rows = self._checked_rows("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes)
-        state = self._restart(state, rows)
+        state = RESTART(state, rows, *self._starts)
         if prng_key is not None:
-            dialogue = self._rekey(state.dialogue, rows, row_keys(prng_key, self.batch_size))
+            dialogue = REKEY(state.dialogue, rows, row_keys(prng_key, self.batch_size))
             state = state.replace(dialogue=dialogue)
         return self._run_start(state, rows, forced)
 
     def _run_start(self, state: StreamState, rows: ArrayLike, forced: tuple[Any, Any]) -> StreamState:
         if self.ignore_first_user_frame:
             return state
-        dialogue, _ = self._column(self._params, state.dialogue, self._blank, rows, *forced)
+        traced = is_traced(state.dialogue.text_ids, rows, *forced)
+        dialogue, _ = self._column(traced, state.dialogue, self._blank, rows, *forced)
         return state.replace(dialogue=dialogue)
 
     def step(
@@ -433,15 +440,17 @@ class FlaxMoshiStream:
         active = self._all if active is None else self._checked_rows("active", active)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes)
         if user_audio is not None:
-            user_audio = self._checked_audio(user_audio)
-            encoder, user_codes = self._encode(self._codec_params, state.encoder, user_audio, active)
-            state = state.replace(encoder=encoder)
+            heard = self._checked_audio(user_audio)
         else:
-            user_codes = self._checked_codes("user_audio_codes", user_audio_codes)
-        dialogue, frame = self._column(self._params, state.dialogue, user_codes, active, *forced)
+            heard = self._checked_codes("user_audio_codes", user_audio_codes)
+        traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
+        if user_audio is not None:
+            encoder, heard = self._encode(traced, state.encoder, heard, active)
+            state = state.replace(encoder=encoder)
+        dialogue, frame = self._column(traced, state.dialogue, heard, active, *forced)
         state = state.replace(dialogue=dialogue)
-        if state.decoder is not None:
-            decoder, audio = self._decode(self._codec_params, state.decoder, frame.audio_codes, frame.valid)
+        if self.return_audio_waveforms:
+            decoder, audio = self._decode(traced, state.decoder, frame.audio_codes, frame.valid)
             state, frame = state.replace(decoder=decoder), frame.replace(audio=audio)
         return state, frame
 
@@ -460,10 +469,11 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         rows = self._all if rows is None else self._checked_rows("rows", rows)
-        bounds = {"top_k": self._sampling.top_k_bound, f"{DEPTH_PREFIX}top_k": self._depth_sampling.top_k_bound}
+        text, depth = self._samplings
+        bounds = {"top_k": text.top_k_bound, f"{DEPTH_PREFIX}top_k": depth.top_k_bound}
         numbers = checked_numbers(numbers, self._numbers, bounds, self.batch_size)
         numbers = {name: self._on_devices(number) for name, number in numbers.items()}
-        return state.replace(dialogue=self._configure(state.dialogue, rows, numbers))
+        return state.replace(dialogue=CONFIGURE(state.dialogue, rows, numbers))
 
     def warmup(self) -> None:
         """Compiles everything that dialogues need, ahead of time."""
@@ -485,7 +495,7 @@ class FlaxMoshiStream:
             ValueError: a slot that is not there; as :meth:`step` for the state.
         """
         self._check_state(state)
-        return self._take(state, on_device(self._checked_slot(slot), np.int32))
+        return TAKE(state, on_device(self._checked_slot(slot), np.int32))
 
     def set_slot(self, state: StreamState, slot: int | np.integer, row: StreamState) -> StreamState:
         """Puts a dialogue of :meth:`get_slot` or :meth:`load_state` into a slot; ``state`` is consumed.
@@ -498,7 +508,7 @@ class FlaxMoshiStream:
         slot = on_device(self._checked_slot(slot), np.int32)
         if self.mesh is not None:
             row = jax.device_put(row, NamedSharding(self.mesh, PartitionSpec()))
-        return self._put(state, slot, row)
+        return PUT(state, slot, row)
 
     def save_state(self, state: StreamState, path: str | os.PathLike) -> None:
         """Writes a state, of all slots or of one, as a safetensors file, which is complete before it has its name.
@@ -549,7 +559,7 @@ class FlaxMoshiStream:
         if slot is not None and not 0 <= slot < batch_size:
             raise ValueError(f"`slot` is {slot}, but {path} has the slots 0 to {batch_size - 1}.")
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
-        expected = jax.eval_shape(partial(self._empty_state, batch_size=batch_size), keys)
+        expected = jax.eval_shape(self._create, keys)
         leaves = {}
         for name, shape in named_leaves(expected).items():
             array = file.get(name)
@@ -564,13 +574,13 @@ class FlaxMoshiStream:
 
     def _refuse_senseless(self, path: Path, leaves: dict[str, np.ndarray]) -> None:
         """Raises ``ValueError`` for indices that JAX would clamp in silence."""
-        codes = self.config.audio_vocab_size + 1
+        codes = self._audio_vocab_size + 1
         sizes = {
-            TEXT_IDS: self.config.vocab_size + 1,
+            TEXT_IDS: self._vocab_size + 1,
             "dialogue.audio_codes": codes,
             "dialogue.user_codes": codes,
-            "dialogue.cache.slot": self.config.sliding_window,
-            "dialogue.cache.filled": self.config.sliding_window + 1,
+            "dialogue.cache.slot": self._slots,
+            "dialogue.cache.filled": self._slots + 1,
         }
         for name, size in sizes.items():
             if ((leaves[name] < 0) | (leaves[name] >= size)).any():
@@ -583,8 +593,8 @@ class FlaxMoshiStream:
             raise ValueError(f"`{name}` must be a state of `init`, but is {type(state).__name__}.")
         if state.origin != self._origin:
             raise ValueError(
-                f"`{name}` is of another configuration, dtype or kind of stream (which numbers it samples with, whether "
-                "it returns waveforms): use a stream as the one that made it."
+                f"`{name}` is of another configuration, dtype or kind of stream (which numbers it samples with, "
+                "whether it returns waveforms): use a stream as the one that made it."
             )
         expected = self.batch_size if batch_size is None else batch_size
         if state.batch_size != expected:
@@ -608,7 +618,7 @@ class FlaxMoshiStream:
         return slot
 
     def _checked_audio(self, audio: ArrayLike) -> ArrayLike:
-        if self.config.audio_encoder_config.encoder_config is None:
+        if not self._hears:
             raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
         shape = (self.batch_size, self.channels, self.frame_size)
         if np.shape(audio) != shape:
@@ -626,7 +636,7 @@ class FlaxMoshiStream:
         if np.shape(codes) != shape:
             raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
         remedy = "-1 leaves the choice to the model." if allowed else ""
-        check_ids(name, codes, self.config.audio_vocab_size, allowed, remedy)
+        check_ids(name, codes, self._audio_vocab_size, allowed, remedy)
         return codes.astype(jnp.int32) if is_traced(codes) else np.asarray(codes, dtype=np.int32)
 
     def _checked_forced(self, text_ids: ArrayLike | None, codes: ArrayLike | None) -> tuple[ArrayLike, ArrayLike]:
@@ -638,7 +648,7 @@ class FlaxMoshiStream:
                     f"{np.shape(text_ids)}."
                 )
             remedy = "-1 leaves the choice to the model."
-            check_ids("forced_text_ids", text_ids, self.config.vocab_size, (FREE,), remedy)
+            check_ids("forced_text_ids", text_ids, self._vocab_size, (FREE,), remedy)
             text_ids = text_ids.astype(jnp.int32) if is_traced(text_ids) else np.asarray(text_ids, dtype=np.int32)
         if codes is not None:
             codes = self._checked_codes("forced_audio_codes", codes, (FREE,))
@@ -648,32 +658,66 @@ class FlaxMoshiStream:
 # ------------------------------------------------------------------------------------------------- small programs
 
 
-def encode_frame_audio(
-    module: Any,
-    params: Any,
-    state: FlaxMimiEncoderState,
-    audio: Float[Array, "batch channels samples"],
-    active: Bool[Array, "batch"],
-) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks"]]:
-    """The codes of a frame."""
-    state, codes = module.apply({"params": params}, state, audio, active, method=module.encode_audio_step)
-    return state, codes[..., 0]
+def on_mesh(
+    decoder: FrameDecoder, leaves: tuple[Array, ...], *args: Any, function: Any, structure: Any, mesh: Mesh | None
+) -> Any:
+    """``function(decoder, *shared, *args)`` on the slots of each device; ``leaves`` are those of what is shared."""
+
+    def call(leaves: tuple[Array, ...], *args: Any) -> Any:
+        return function(decoder, *jax.tree.unflatten(structure, leaves), *args)
+
+    if mesh is None:
+        return call(leaves, *args)
+    row = PartitionSpec("data")
+    specs = (PartitionSpec(), *[row] * len(args))
+    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=row, check_vma=False)(leaves, *args)
 
 
-def decode_frame_audio(
-    module: Any,
-    params: Any,
-    state: FlaxMimiDecoderState,
-    audio_codes: Int[Array, "batch codebooks"],
-    valid: Bool[Array, "batch"],
-) -> tuple[FlaxMimiDecoderState, Float[Array, "batch channels samples"]]:
-    """The waveform of a frame; slots without one stand still and are silent."""
-    codes = jnp.where(valid[:, None], audio_codes, 0)[..., None]
-    state, audio = module.apply({"params": params}, state, codes, valid, method=module.decode_audio_step)
-    return state, jnp.where(valid[:, None, None], audio, 0).astype(jnp.float32)
+def half_of(params: dict[str, Any], half: str) -> dict[str, Any]:
+    """What either half of Mimi needs."""
+    other = {"encoder": ("decoder", "upsample"), "decoder": ("encoder", "downsample")}[half]
+    return {name: part for name, part in params.items() if name.removesuffix("_transformer") not in other}
 
 
-def restart(state: StreamState, rows: Bool[Array, "batch"], *, start_id: int, start_code: int) -> StreamState:
+def empty_state(
+    decoder: FrameDecoder,
+    keys: Key[Array, "batch"],
+    numbers: dict[str, Any],
+    *,
+    hears: bool,
+    speaks: bool,
+    dtype: Any,
+    origin: str,
+    mesh: Mesh | None,
+) -> StreamState:
+    """All slots before their start frame, with a key each and the same numbers."""
+    config, batch_size = decoder.module.config, keys.shape[0]
+    codec = config.audio_encoder_config
+    codes = jnp.full((batch_size, config.num_codebooks), config.audio_vocab_size, dtype=jnp.int32)
+    dialogue = DialogueState(
+        cache=RingCache.create(config, batch_size, dtype),
+        text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
+        audio_codes=codes,
+        user_codes=codes,
+        forced_codes=jnp.full_like(codes, FREE),
+        columns=jnp.zeros((batch_size,), dtype=jnp.uint32),
+        keys=keys,
+        numbers={name: jnp.full((batch_size, 1), number) for name, number in numbers.items()},
+    )
+    state = StreamState(
+        dialogue=dialogue,
+        encoder=FlaxMimiEncoderState.create(codec, batch_size, dtype) if hears else None,
+        decoder=FlaxMimiDecoderState.create(codec, batch_size, dtype) if speaks else None,
+        origin=origin,
+    )
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def restart(
+    state: StreamState, rows: Bool[Array, "batch"], start_id: Int[Array, ""], start_code: Int[Array, ""]
+) -> StreamState:
     """With ``rows`` before their start frame."""
     dialogue = state.dialogue
     return state.replace(
@@ -718,6 +762,12 @@ def put_slot(state: StreamState, slot: Int[Array, ""], row: StreamState) -> Stre
 
     return jax.tree.map(put, state, row)
 
+
+RESTART = Program(restart, donated=(0,))
+REKEY = Program(rekey, donated=(0,))
+CONFIGURE = Program(configure, donated=(0,))
+TAKE = Program(take_slot)
+PUT = Program(put_slot, donated=(0,))
 
 # --------------------------------------------------------------------------------------------------------- files
 

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.configs import tiny_moshi_config
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.models.moshi.pcm import PcmBuffer, PcmDialogue, from_float
 
 FRAME = 4
@@ -254,3 +256,41 @@ def test_arguments_of_the_wrong_kind():
         PcmDialogue(EchoStream(), output_dtype=np.int32)
     with pytest.raises(ValueError, match=r"`active`.*\(2,\)"):
         PcmBuffer(2, FRAME).take(np.ones(3, bool))
+
+
+def test_with_the_real_stream():
+    """A dialogue that begins later, in another slot and in other chunks, hears and says the same."""
+    model = FlaxMoshiForConditionalGeneration(tiny_moshi_config())
+    stream = model.streaming(batch_size=2)
+    later, frames = 3, 8
+    size = stream.frame_size
+    speech = np.random.default_rng(0).integers(-9000, 9000, frames * size).astype(np.int16)
+
+    state, direct = stream.init(), []
+    for samples in (speech / np.float32(32768)).astype(np.float32).reshape(frames, 1, 1, size):
+        both = np.concatenate([samples, 0 * samples])
+        state, reply = stream.step(state, user_audio=both, active=np.array([True, False]))
+        direct.append((np.asarray(reply.audio)[0, 0], int(reply.text_ids[0])))
+
+    dialogue = PcmDialogue(stream, active=False)
+    dialogue.join(0)
+    said: list[list[tuple]] = [[], []]
+    chunks = {0: np.split(speech, frames), 1: np.array_split(speech, frames * 3)}
+    for step in range(later + frames):
+        if step == later:
+            dialogue.join(1)
+        for chunk in chunks[0][step : step + 1]:
+            dialogue.feed(chunk, 0)
+        for chunk in chunks[1][3 * (step - later) : 3 * (step - later + 1)] if step >= later else ():
+            dialogue.feed(chunk[None] / 32768, 1)
+        reply = dialogue.step()
+        for slot, samples in reply.audio.items():
+            said[slot].append((samples, reply.text_ids[slot]))
+    assert dialogue.input.missing_samples.tolist() == [later * size, 0]
+    assert dialogue.input.dropped_samples.tolist() == [0, 0]
+    assert len(said[0]) == later + frames and len(said[1]) == frames
+    for slot in (0, 1):
+        for (audio, text_id), (expected_audio, expected_id) in zip(said[slot], direct):
+            assert text_id == expected_id
+            np.testing.assert_allclose(audio, expected_audio, rtol=0, atol=1e-5)
+    assert max(np.abs(audio).max() for audio, _ in direct) > 1e-3

@@ -164,8 +164,8 @@ class PcmDialogue:
 
     Attributes:
         stream: the stream.
-        state: its state, for ``stream.configure``, ``save_state`` and the like; what waits in the buffer is not in
-            it. Every step replaces it.
+        state: its state; what waits in the buffer is not in it. Every step replaces it, and what the stream makes of
+            it is to be put back: ``dialogue.state = stream.configure(dialogue.state, ...)``, while nobody steps.
         input: the :class:`PcmBuffer`, which has the counts of missing and dropped samples.
 
     Raises:

@@ -49,6 +49,7 @@ _PUBLIC = {
         "FlaxMoshiModel",
         "FlaxMoshiPreTrainedModel",
     ],
+    "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_moshi_flax.cli import generate, main
+from transformers_moshi_flax.cli import converse, generate, main
 
 
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor fill the user's cache of compiled programs."""
-    monkeypatch.setattr(generate, "use_compilation_cache", lambda: None)
+    for command in (generate, converse):
+        monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
 
 
 @dataclass(frozen=True)

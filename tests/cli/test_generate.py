@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from transformers_moshi_flax.cli.audio import read_audio, write_audio
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype
-from transformers_moshi_flax.cli.generate import Speaker, sampling_options
+from transformers_moshi_flax.cli.generate import Speaker
+from transformers_moshi_flax.cli.options import sampling_options
 
 FRAME = 1920
 CODEBOOKS = 8

@@ -61,6 +61,15 @@ def assert_mistake(result, *words: str) -> None:
         (["generate", "--user-audio", "."], ["--user-audio"]),
         (["generate", "--output", "reply.txt"], ["--output", ".wav"]),
         (["generate", "--output", ""], ["--output"]),
+        (["converse", "--temperature", "0", "--top-k", "5"], ["--top-k", "--temperature 0"]),
+        (["converse", "--model", "missing"], ["--model", "missing"]),
+        (["converse", "--user-audio", "missing.wav"], ["--user-audio", "missing.wav"]),
+        (["converse", "--output", "reply.mp3"], ["--output", ".wav"]),
+        (["converse", "--text", "reply.txt"], ["--text", "reply.txt", ".srt or .json"]),
+        (["converse", "--text", ""], ["--text", ".srt"]),
+        (["converse", "--extra-seconds", "-1"], ["--extra-seconds"]),
+        (["converse", "--extra-seconds", "nan"], ["--extra-seconds"]),
+        (["converse", "--extra-seconds", "inf"], ["--extra-seconds"]),
         (["convert"], ["SRC"]),
         (["convert", "missing"], ["DST"]),
         (["convert", "./missing", "new"], ["SRC", "missing"]),
@@ -107,6 +116,22 @@ def test_audio_that_is_not_finite(moshi_flax, tmp_path: Path):
 
 def test_output_over_the_input(moshi_flax, speech: Path):
     assert_mistake(moshi_flax("generate", "--user-audio", speech, "--output", speech), "--output", "--user-audio")
+
+
+@pytest.mark.parametrize("option", ["--output", "--text"])
+def test_files_of_a_dialogue(moshi_flax, tmp_path: Path, speech: Path, option: str):
+    suffix = ".wav" if option == "--output" else ".srt"
+    there = tmp_path / f"there{suffix}"
+    there.write_text("mine")
+    assert_mistake(moshi_flax("converse", option, there), option, "--overwrite")
+    assert there.read_text() == "mine"
+    folder = tmp_path / f"folder{suffix}"
+    folder.mkdir()
+    assert_mistake(moshi_flax("converse", option, folder, "--overwrite"), option, "directory")
+    heard = speech.rename(tmp_path / f"heard{suffix}")
+    result = moshi_flax("converse", "--user-audio", heard, option, heard, "--overwrite")
+    assert_mistake(result, option, "--user-audio")
+    assert_mistake(moshi_flax("converse", option, there / f"reply{suffix}"), option, "directory")
 
 
 def test_output_under_a_file(moshi_flax, speech: Path):

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 import typer
 
-from transformers_moshi_flax.cli import convert, generate, inspect, verify
+from transformers_moshi_flax.cli import converse, convert, generate, inspect, verify
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 app = typer.Typer(
     name="moshi-flax",
-    help="Moshi in Flax: generate speech and text; convert, inspect and verify checkpoints.",
+    help="Moshi in Flax: generate speech and text; converse; convert, inspect and verify checkpoints.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.command("converse")(converse.converse)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from transformers_moshi_flax.cli.errors import UserMistake
+
+AUDIO_OUT = (".wav", ".flac")
+"""What audio can be written as."""
 
 
 def read_audio(path: Path, sampling_rate: int) -> Float[np.ndarray, "samples"]:
@@ -51,21 +55,39 @@ def check_output(path: Path) -> None:
     Raises:
         UserMistake: the suffix is not ``.wav`` or ``.flac``, or the place cannot be written to.
     """
-    if path.suffix.lower() not in (".wav", ".flac"):
-        raise UserMistake(f"--output: {str(path)!r} does not end in .wav or .flac; give such a name")
+    check_suffix("--output", path, AUDIO_OUT)
+    for file in (path, path.with_suffix(".json")):
+        check_place("--output", file)
+
+
+def check_suffix(option: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Raises :class:`UserMistake` unless ``path`` ends in one of ``suffixes``, in capitals or not."""
+    if path.suffix.lower() not in suffixes:
+        raise UserMistake(f"{option}: {str(path)!r} does not end in {' or '.join(suffixes)}; give such a name")
+
+
+def check_place(option: str, path: Path) -> None:
+    """Make sure that a file can be written at ``path``; missing parent directories are made.
+
+    Raises:
+        UserMistake: it cannot.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserMistake(f"--output: cannot make the directory {str(path.parent)!r} ({error})") from error
-    for file in (path, path.with_suffix(".json")):
-        if file.is_dir():
-            raise UserMistake(f"--output: {str(file)!r} is a directory; give the name of a file")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UserMistake(f"--output: no permission to write {str(file)!r}; give another place")
+        raise UserMistake(f"{option}: cannot make the directory {str(path.parent)!r} ({error})") from error
+    if path.is_dir():
+        raise UserMistake(f"{option}: {str(path)!r} is a directory; give the name of a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserMistake(f"{option}: no permission to write {str(path)!r}; give another place")
 
 
-def write_audio(path: Path, samples: Float[np.ndarray, "samples"], sampling_rate: int) -> None:
-    """Write 16-bit ``samples``; beyond [-1, 1] they are clipped, as the format demands."""
+def write_audio(path: Path, samples: Float[np.ndarray, "samples *channels"], sampling_rate: int) -> None:
+    """Write 16-bit ``samples``, atomically; beyond [-1, 1] they are clipped, as the format demands."""
     import soundfile
 
-    soundfile.write(path, np.clip(samples, -1.0, 1.0), sampling_rate, subtype="PCM_16")
+    from transformers_moshi_flax.checkpoints.writing import atomic_file
+
+    with atomic_file(path) as temporary:
+        kind = path.suffix[1:].upper()
+        soundfile.write(temporary, np.clip(samples, -1.0, 1.0), sampling_rate, subtype="PCM_16", format=kind)

@@ -20,35 +20,42 @@ from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODE
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
+from transformers_moshi_flax.cli.options import (
+    DepthTemperature,
+    DepthTopK,
+    DtypeOption,
+    Model,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    UserAudio,
+    sampling_options,
+)
 from transformers_moshi_flax.cli.timing import compilation_time
+from transformers_moshi_flax.cli.transcript import END_OF_PAD, PAD
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
-# Moshi's text stream: 3 fills the frames without a new word piece, 0 announces the next word
-END_OF_PAD, PAD = 0, 3
 RANDOM = "random weights: what it says is noise"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 
 
 def generate(
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, random weights.")
-    ] = None,
-    user_audio: Annotated[
-        Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: the embedded clip.")
-    ] = None,
+    model: Model = None,
+    user_audio: UserAudio = None,
     output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
     text_prompt: Annotated[str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end.")] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask turn by turn for a text prompt or an audio file.")
     ] = False,
     max_new_frames: Annotated[int, typer.Option(min=1, help="Frames to generate, 12.5 a second.")] = 125,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Of the text; 0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Of the text.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the text; above 0.")] = None,
-    depth_temperature: Annotated[float | None, typer.Option(min=0, help="Of the audio; 0 is greedy.")] = None,
-    depth_top_k: Annotated[int | None, typer.Option(min=1, help="Of the audio.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    depth_temperature: DepthTemperature = None,
+    depth_top_k: DepthTopK = None,
+    seed: Seed = 0,
+    dtype: DtypeOption = None,
 ) -> None:
     """Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text."""
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
@@ -94,42 +101,6 @@ def _lines(notes: Console):
             return
         if line:
             yield line
-
-
-def sampling_options(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    depth_temperature: float | None,
-    depth_top_k: int | None,
-) -> dict[str, Any]:
-    """The sampling options as arguments of ``generate``; what was not given is left to the generation config.
-
-    Raises:
-        UserMistake: a value is not finite or out of range, or has no effect because its stream is greedy.
-    """
-    for option, value in (("temperature", temperature), ("depth-temperature", depth_temperature)):
-        if value is not None and not math.isfinite(value):
-            raise UserMistake(f"--{option}: {value} is no temperature; give a finite number, 0 for greedy")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserMistake(f"--top-p: {top_p} is not in (0, 1]; give a probability above 0")
-    options: dict[str, Any] = {}
-    streams = (
-        ("", {"temperature": temperature, "top_k": top_k, "top_p": top_p}),
-        ("depth_decoder_", {"temperature": depth_temperature, "top_k": depth_top_k}),
-    )
-    for prefix, values in streams:
-        given = {name: value for name, value in values.items() if value is not None}
-        flag = "--depth-" if prefix else "--"
-        if given.get("temperature") == 0:
-            if len(given) > 1:
-                others = ", ".join(flag + name.replace("_", "-") for name in given if name != "temperature")
-                raise UserMistake(f"{others}: no effect with {flag}temperature 0 (greedy); leave one out")
-            options[f"{prefix}do_sample"] = False
-        elif given:
-            options[f"{prefix}do_sample"] = True
-            options |= {f"{prefix}{name}": value for name, value in given.items()}
-    return options
 
 
 def check_moshi(source: str) -> int:

@@ -1,0 +1,98 @@
+"""The inner monologue with its times."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.errors import one_line
+from transformers_moshi_flax.cli.transcript import (
+    END_OF_PAD,
+    PAD,
+    Timed,
+    subtitles,
+    timed_words,
+    to_record,
+    to_srt,
+)
+
+RATE = 12.5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+def frames_of(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_words_have_the_times_of_their_pieces(tokenizer):
+    hello, i_am = frames_of(tokenizer, "Hello,"), frames_of(tokenizer, "I am")
+    assert len(hello) == 4 and len(i_am) == 3
+    ids = [PAD, END_OF_PAD, *hello, PAD, PAD, END_OF_PAD, i_am[0], i_am[1], PAD, i_am[2], PAD]
+    words = timed_words(np.array(ids, np.int32), tokenizer, RATE)
+    assert words == [Timed("Hello,", 0.16, 0.48), Timed("I", 0.72, 0.8), Timed("am", 0.8, 1.04)]
+
+
+def test_what_is_no_piece_is_no_word(tokenizer):
+    ids = [PAD, END_OF_PAD, *tokenizer.all_special_ids, len(tokenizer), -1]
+    assert timed_words(np.array(ids, np.int32), tokenizer, RATE) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_words_together_are_the_decoded_text(tokenizer, seed: int):
+    ids = np.random.default_rng(seed).integers(0, len(tokenizer), 200, np.int32)
+    words = timed_words(ids, tokenizer, RATE)
+    pieces = [int(token) for token in ids if token not in (PAD, END_OF_PAD)]
+    assert " ".join(word.text for word in words) == one_line(tokenizer.decode(pieces, skip_special_tokens=True))
+    assert all(word.start < word.end for word in words)
+    assert all(one.end <= other.start for one, other in pairwise(words))
+
+
+def test_record_has_every_token(tokenizer):
+    ids = np.array([PAD, *frames_of(tokenizer, "I"), len(tokenizer)], np.int32)
+    record = to_record(ids, tokenizer, RATE)
+    assert record["text"] == "I"
+    assert record["words"] == [{"text": "I", "start": 0.08, "end": 0.16}]
+    assert record["tokens"] == [
+        {"frame": 0, "start": 0.0, "id": PAD, "piece": "<pad>"},
+        {"frame": 1, "start": 0.08, "id": int(ids[1]), "piece": "▁I"},
+        {"frame": 2, "start": 0.16, "id": len(tokenizer), "piece": None},
+    ]
+
+
+def test_lines_end_with_a_sentence_a_pause_or_when_full():
+    long = [Timed(word * 10, 20.0 + at, 20.5 + at) for at, word in enumerate("abcde")]
+    words = [
+        Timed("Well.", 0.0, 0.1),
+        Timed("I", 0.2, 0.3),
+        Timed("think", 1.0, 1.5),
+        Timed("so", 2.3, 2.4),
+        *long,
+        Timed("w" * 50, 25.2, 25.3),
+    ]
+    lines = subtitles(words, duration=25.9)
+    assert [line.text for line in lines] == [
+        "Well.",
+        "I think",
+        "so",
+        f"{'a' * 10} {'b' * 10} {'c' * 10}",
+        *[f"{'d' * 10} {'e' * 10}", "w" * 50],
+    ]
+    assert [line.start for line in lines] == [0.0, 0.2, 2.3, 20, 23, 25.2]
+    # a second longer than the last word, but neither into the next line nor beyond the end
+    assert [line.end for line in lines] == [0.2, 2.3, 3.4, 23, 25.2, 25.9]
+
+
+def test_srt():
+    lines = [Timed("Hello, I am", 0.16, 1.04), Timed("here", 3723.4567, 3724.0)]
+    assert to_srt(lines) == (
+        "1\n00:00:00,160 --> 00:00:01,040\nHello, I am\n\n2\n01:02:03,457 --> 01:02:04,000\nhere\n"
+    )
+    assert to_srt([]) == ""

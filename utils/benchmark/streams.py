@@ -63,7 +63,9 @@ class Stream:
 
     def stream(self, batch: int) -> FlaxMoshiStream:
         """That of a batch: always the same, whose programs are compiled once."""
-        return self.streams.setdefault(batch, self.model.streaming(batch, **GREEDY))
+        if batch not in self.streams:
+            self.streams[batch] = self.model.streaming(batch, **GREEDY)
+        return self.streams[batch]
 
     @contextmanager
     def codec(self, batch: int) -> Iterator[Runner]:

@@ -96,19 +96,13 @@ def take_turns(runners: dict[str, Runner], times: dict[str, Times], batch: int, 
                     break
 
 
-def measure_codec(sides: dict[str, StreamSide], batch: int, options: argparse.Namespace, report: StreamingReport):
+def measure_codec(
+    sides: dict[str, StreamSide], batch: int, options: argparse.Namespace, report: StreamingReport
+) -> None:
     """Mimi alone, all sides in turns."""
-    from utils.benchmark.streams import Unsupported
-
-    times = report.codecs.setdefault(batch, {})
     with ExitStack() as stack:
-        runners = {}
-        for side in sides.values():
-            try:
-                runners[side.name] = stack.enter_context(side.codec(batch))
-            except Unsupported as reason:
-                report.missing[side.name, "Mimi"] = str(reason)
-        take_turns(runners, times, batch, options)
+        runners = {side.name: stack.enter_context(side.codec(batch)) for side in sides.values()}
+        take_turns(runners, report.codecs.setdefault(batch, {}), batch, options)
 
 
 def measure_dialogue(
@@ -119,8 +113,6 @@ def measure_dialogue(
     report: StreamingReport,
 ) -> None:
     """The dialogues of a setting, in turns unless memory forbids it; paced as well where there is one row."""
-    from utils.benchmark.streams import Unsupported
-
     times = report.dialogues.setdefault(setting, {})
     window = Setting(setting.size, setting.batch, context=checkpoint.config.sliding_window)
     together = checkpoint.cache_bytes(window) < LARGE_CACHES
@@ -128,15 +120,12 @@ def measure_dialogue(
         with ExitStack() as stack:
             runners: dict[str, Runner] = {}
             for side in group.values():
-                try:
-                    found = stack.enter_context(side.dialogue(setting.batch))
-                except Unsupported as reason:
-                    report.missing[side.name, setting.size] = str(reason)
-                    continue
+                found = stack.enter_context(side.dialogue(setting.batch))
                 runners |= {", ".join(filter(None, (side.name, what))): run for what, run in found.items()}
             take_turns(runners, times, setting.batch, options)
             if options.paced and setting.batch == 1:
-                report.paced[setting.size] = report.paced.get(setting.size, {}) | measure_pace(group, runners, options)
+                report.paced.setdefault(setting.size, {}).update(measure_pace(group, runners, options))
+        runners.clear()
         gc.collect()
 
 

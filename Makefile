@@ -22,8 +22,9 @@ quality: $(VENV)/.quality  ## check without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench  ## frames/s next to PyTorch and Kyutai's packages; wants an idle machine and 15 minutes
+bench: $(VENV)/.bench  ## times next to PyTorch and Kyutai's packages; wants an idle machine and half an hour
 	$(BIN)/python utils/benchmark/generate.py
+	$(BIN)/python utils/benchmark/streaming.py
 
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 	$(BIN)/mkdocs build --strict --quiet
@@ -49,8 +50,9 @@ $(VENV)/.test: $(VENV)/.core
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	# one more side; where there is no wheel of it, the table says that it is not installed
+	# more sides; where there is no wheel of one, the tables say that it is not installed
 	-$(PIP) --no-deps "moshi_mlx>=0.3,<0.4" "mlx>=0.32,<0.33" "mlx-cpu>=0.32,<0.33"
+	-$(PIP) --no-deps "rustymimi>=0.4.1,<0.5"
 	@touch $@
 
 $(VENV)/.quality: | $(VENV)/bin/python

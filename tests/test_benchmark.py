@@ -1,16 +1,18 @@
-"""The benchmark of generation on a tiny model: all sides run and generate the same text; times are not judged."""
+"""The benchmarks on a tiny model: all sides run, and generate the same text; times are not judged."""
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the sides, is not installed")
-from utils.benchmark import first_call, generate, limit
+from utils.benchmark import first_call, generate, limit, steadiness, streaming
 from utils.benchmark.checkpoints import write_checkpoint
 from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
 
@@ -86,3 +88,56 @@ def test_arguments(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         generate.parse_arguments(["--threads", "9999"])
     assert "--threads must be at most" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        streaming.parse_arguments(["--steps", "1"])
+    assert "--steps must be at least 2, but is 1" in capsys.readouterr().err
+
+
+def test_streaming(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(steadiness, "WARM_UP", 2)
+    monkeypatch.setattr(steadiness, "RESETS", 5)
+    arguments = "--sizes tiny --batches 1 --rounds 2 --steps 3 --seconds 1000 --paced 2 --endurance 20 --threads 1"
+    report = streaming.measure(streaming.parse_arguments(arguments.split()))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    ours, in_parts, kyutai = "this library", "this library, in parts", "Kyutai's moshi"
+    parts = ["Mimi encode", "Mimi decode", "encode + decode"]
+    codec = [line for line in lines if line[0] == "1"]
+    assert [line[1:3] for line in codec] == [[side, part] for side in (ours, kyutai) for part in parts]
+    dialogue = [line for line in lines if line[:2] == ["tiny", "1"]]
+    assert [line[2:4] for line in dialogue] == [
+        *([ours, part] for part in ("step", "host time outside XLA")),
+        *([in_parts, part] for part in ("Mimi encode", "Moshi", "Mimi decode")),
+        *([kyutai, part] for part in ("Mimi encode", "Moshi", "Mimi decode", "step")),
+    ]
+    for counted, p50, p95, p99, most in [line[-7:-2] for line in codec + dialogue]:
+        assert counted == "6"
+        assert 0 < float(p50) <= float(p95) <= float(p99) <= float(most)
+    assert all(float(line[-1]) > 0 for line in codec + dialogue if kyutai in line)
+    assert [line[1:3] for line in lines if line[0] == "tiny" and len(line) == 9] == [[ours, "2"], [kyutai, "2"]]
+    long = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert long["compilations"] == "0"
+    assert len(set(long["JAX's arrays, number"].split(", "))) == 1
+    assert "Missing: rustymimi, tiny: " in report
+
+
+def test_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(steadiness, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=pass_time))
+    durations = iter([0.25, 2.5, 0.25, 0.25, 0.25, 0.75])
+    paced = steadiness.pace(lambda: pass_time(next(durations)), 6, period=1.0)
+    # frame 1 is ready after 2.5 s; frames 2 and 3 wait for it: 1.75 s and 1.0 s
+    assert paced.misses == 2
+    assert paced.latency.most == 2500
+    assert paced.latency.p50 == 1000
+    assert clock.now == 5.75
+
+
+def test_collections() -> None:
+    with steadiness.collections() as collected:
+        gc.collect(1)
+    assert [generation for generation, _ in collected if generation == 1] == [1]
+    assert all(seconds > 0 for _, seconds in collected)

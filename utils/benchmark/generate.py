@@ -78,11 +78,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads of all sides")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--output", type=Path, help="markdown file to write")
-    options = parser.parse_args(arguments)
-    for name, least in (("repeats", 1), ("threads", 1), ("first_calls", 0)):
+    return checked(parser, parser.parse_args(arguments), repeats=1, threads=1, first_calls=0)
+
+
+def checked(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> argparse.Namespace:
+    """``options``, unless one is less than its ``least`` or there are not so many cores: that ends the program."""
+    for name, bound in least.items():
         value = getattr(options, name)
-        if value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {value}")
+        if value < bound:
+            parser.error(f"--{name.replace('_', '-')} must be at least {bound}, but is {value}")
     cores = len(os.sched_getaffinity(0))
     if options.threads > cores:
         parser.error(f"--threads must be at most the {cores} core(s) of this process, but is {options.threads}")
@@ -92,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def limit_threads(threads: int) -> None:
     """All sides to ``threads`` threads; call it before JAX is imported, as XLA counts the cores only once."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads)}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     import torch
 
     torch.set_num_threads(threads)

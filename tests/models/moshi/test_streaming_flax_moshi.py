@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.configs import tiny_moshi_config
 from tests.models.moshi.test_compiled import large_weights
 from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.models.moshi import layers_flax_moshi
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
 from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
@@ -584,3 +586,64 @@ class TestPrograms:
 
 def shapes(line: str) -> list[str]:
     return re.findall(r"= \w+\[([\d,]*)\]", line)
+
+
+ON_FOUR_DEVICES = """
+import sys
+import jax
+import numpy as np
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+
+model = FlaxMoshiForConditionalGeneration.from_pretrained(sys.argv[1])
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+options = {"do_sample": True, "depth_decoder_do_sample": True}
+one, spread = model.streaming(8, **options), model.streaming(8, mesh=mesh, **options)
+states = [one.init(), spread.init()]
+
+
+def both(call):
+    states[:] = [call(stream, state) for stream, state in zip((one, spread), states)]
+
+
+rng = np.random.default_rng(0)
+for k in range(10):
+    audio, active = rng.uniform(-1, 1, (8, 1, one.frame_size)).astype(np.float32), rng.random(8) < 0.7
+    frames = []
+    for index, stream in enumerate((one, spread)):
+        states[index], frame = stream.step(states[index], audio, active=active)
+        frames.append(frame)
+    for name in ("text_ids", "audio_codes", "valid"):
+        np.testing.assert_array_equal(*(np.asarray(frame[name]) for frame in frames))
+    np.testing.assert_allclose(*(np.asarray(frame.audio) for frame in frames), atol=1e-5)
+    if k == 4:
+        both(lambda stream, state: stream.reset(state, np.arange(8) % 3 == 0))
+        both(lambda stream, state: stream.configure(state, np.arange(8) < 4, top_k=5))
+        both(lambda stream, state: stream.set_slot(state, 6, stream.get_slot(state, 1)))
+        spread.save_state(states[1], sys.argv[2])
+        states[1] = spread.load_state(sys.argv[2])
+    for leaf in jax.tree.leaves((states[1], frames[1])):
+        assert leaf.sharding.spec[0] == "data" and len(leaf.addressable_shards) == 4, leaf.sharding
+try:
+    model.streaming(6, mesh=mesh)
+except ValueError as error:
+    assert "`batch_size` is 6, but the axis 'data' of `mesh` has 4 devices" in str(error), error
+else:
+    raise AssertionError("six slots cannot be spread over four devices")
+"""
+
+
+def test_slots_on_four_devices(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, "-c", ON_FOUR_DEVICES, str(EMBEDDED_MODEL), str(tmp_path / "state.safetensors")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+
+
+def test_meshes_that_do_not_fit(model: Moshi) -> None:
+    device = np.array(jax.devices()[:1])
+    with pytest.raises(ValueError, match="`mesh` must have the axis 'data'"):
+        model.streaming(2, mesh=jax.sharding.Mesh(device, ("tensor",)))

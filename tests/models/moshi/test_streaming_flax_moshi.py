@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import normalization
 from transformers import GenerationConfig, MoshiForConditionalGeneration
 
 from tests.configs import tiny_moshi_config
-from tests.models.moshi.test_compiled import large_weights
+from tests.models.moshi.test_compiled import large_weights, tpu_module, with_promotion
 from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
@@ -564,6 +566,19 @@ class TestPrograms:
         ]
         assert moves == []
         assert program.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_lowers_for_tpus(self, model: Moshi, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without implicit promotion, but inside of flax's own LayerNorm; the state is in the model's dtype."""
+        for name in ("_compute_stats", "_normalize"):
+            monkeypatch.setattr(normalization, name, with_promotion(getattr(normalization, name)))
+        other = Moshi(model.config, dtype=dtype, _do_init=False)
+        stream = other.streaming(2, params=model.params, ignore_first_user_frame=True, top_p=0.9, **SAMPLE)
+        with jax.numpy_dtype_promotion("strict"):
+            assert "stablehlo" in tpu_module(stream.step, stream.init(), user_audio(2, 1))
+            state, frame = jax.eval_shape(stream.step, stream.init(), user_audio(2, 1))
+        assert {leaf.dtype for leaf in state.dialogue.cache.keys + state.encoder.histories} == {jnp.dtype(dtype)}
+        assert frame.audio.dtype == jnp.float32
 
     @pytest.mark.parametrize("half", ["encoder", "decoder"])
     def test_without_a_half_of_mimi(self, model: Moshi, half: str) -> None:

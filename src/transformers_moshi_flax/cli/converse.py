@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 from functools import partial
@@ -82,6 +83,8 @@ def converse(
             stream = speaker.model.streaming(batch_size=1, **sampling)
             stream.warmup()
         bar.remove_task(stage)
+    # what the libraries have made so far stays: looking through it again would hold up a step
+    gc.freeze()
     frame_rate = stream.sampling_rate / stream.frame_size
     pace = Pace(1 / frame_rate, realtime)
     moshi, text_ids = _dialogue(stream, samples, seed, pace, notes)

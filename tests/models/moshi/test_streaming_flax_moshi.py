@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import normalization
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig, MoshiForConditionalGeneration
 
 from tests.configs import tiny_moshi_config
+from tests.models.moshi.drawn import draw_config
 from tests.models.moshi.test_compiled import large_weights, tpu_module, with_promotion
 from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
@@ -176,6 +179,26 @@ class TestEqualToGenerate:
         _, frames = dialogue(greedy.init(), np.moveaxis(codes, -1, 0))
         _, expected = run(greedy, greedy.init(), codes)
         np.testing.assert_array_equal(np.moveaxis(np.asarray(frames.audio_codes), 0, -1), expected["audio_codes"])
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**16), draws=st.booleans(), batch=st.integers(1, 3))
+def test_drawn_configurations(seed: int, draws: bool, batch: int) -> None:
+    """Other sizes, one codebook, windows of a few frames: as ``generate``, which keeps every frame."""
+    model = Moshi(draw_config(seed), seed=seed)
+    # heads that choose among many tokens
+    model.params = jax.tree.map(lambda leaf: 5 * leaf if leaf.ndim == 2 else leaf, model.params)
+    config, frames, rng = model.config, 9, np.random.default_rng(seed)
+    codes = rng.integers(0, config.audio_vocab_size, (batch, config.num_codebooks, frames)).astype(np.int32)
+    options = {"do_sample": draws, "depth_decoder_do_sample": draws}
+    stream = model.streaming(batch, return_audio_waveforms=False, **options)
+    state, said = stream.init(jax.random.key(seed)), []
+    for k in range(frames):
+        state, frame = stream.step(state, user_audio_codes=codes[..., k])
+        said.append(np.concatenate([np.asarray(frame.text_ids)[:, None], frame.audio_codes], axis=1))
+    out = generated(model, codes, jax.random.key(seed), return_audio_waveforms=False, **options)
+    expected = np.concatenate([np.asarray(out.sequences)[:, None, 1 : frames + 1], out.audio_codes], axis=1)
+    np.testing.assert_array_equal(np.stack(said, -1), expected)
 
 
 @pytest.mark.parametrize("steps, large_cache", [(2000, 1024), (100, WINDOW)])

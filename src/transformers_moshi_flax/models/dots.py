@@ -1,4 +1,4 @@
-"""The product of one row with a large matrix, which generation spends its time on, as fast as memory can be read."""
+"""One or two rows times a large matrix, on which generation spends its time, as fast as memory can be read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def row_dot_general(
     preferred_element_type: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """``lax.dot_general`` for ``nn.Dense(dot_general=...)``; on CPUs, one row times a matrix is summed over chunks.
+    """``lax.dot_general`` for ``nn.Dense(dot_general=...)``; on CPUs, a row times a matrix is summed over chunks.
 
     XLA's CPU backend gives each thread a range of the *columns* of such a product, so that every thread reads a short
     piece of every row. As a batch of chunks of rows, each thread reads memory from end to end, which is up to 1.6
-    times as fast (``docs/benchmarks.md``). Other platforms and other shapes get the plain product.
+    times as fast (``docs/benchmarks.md``). Two rows are multiplied one after another, because more than one row makes
+    the library copy the matrix first; from three rows on, that pays. Other platforms and other shapes get the plain
+    product.
     """
 
     def plain(lhs, rhs):
@@ -35,21 +37,26 @@ def row_dot_general(
 
     inputs = rhs.shape[0]
     chunks = chunk_count(inputs, rhs.size * rhs.dtype.itemsize)
-    if lhs.size != inputs or chunks == 1 or dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())):
+    rows = lhs.size // inputs
+    if rows > 2 or rows * chunks == 1 or dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())):
         return plain(lhs, rhs)
 
-    def chunked(lhs, rhs):
+    def row_by_row(lhs, rhs):
+        products = [chunked(row, rhs) for row in lhs.reshape(rows, inputs)]
+        return jnp.stack(products).reshape(*lhs.shape[:-1], rhs.shape[1])
+
+    def chunked(row, rhs):
         products = lax.dot_general(
-            lhs.reshape(chunks, 1, -1),
+            row.reshape(chunks, 1, -1),
             rhs.reshape(chunks, inputs // chunks, -1),
             (((2,), (1,)), ((0,), (0,))),
             precision,
             preferred_element_type=preferred_element_type,
             **kwargs,
         )
-        return jnp.sum(products, axis=0).reshape(*lhs.shape[:-1], rhs.shape[1])
+        return jnp.sum(products, axis=0)[0]
 
-    return lax.platform_dependent(lhs, rhs, cpu=chunked, default=plain)
+    return lax.platform_dependent(lhs, rhs, cpu=row_by_row, default=plain)
 
 
 def chunk_count(inputs: int, size: int) -> int:

@@ -151,8 +151,8 @@ def test_residual_quantizer(inner: int, x64: None):
 
 
 def test_nearest_takes_the_first_of_equal_entries():
-    table = jnp.array([[3.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert flax_mimi.nearest(jnp.array([[0.9, 0.1], [0.5, 0.5]]), table).tolist() == [1, 1]
+    table = flax_mimi.Codebook(jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.array([1, 2.0, 1, 1]))
+    assert table.nearest(jnp.array([[0.9, 0.1], [0.5, 0.5]])).tolist() == [1, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- whole model

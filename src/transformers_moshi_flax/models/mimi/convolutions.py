@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..dots import row_dot_general
+
 PAD_MODES = ("constant", "replicate", "reflect")
 
 
@@ -89,7 +91,8 @@ def conv1d(
     patches = unfold(x, width, stride, dilation)
     batch, frames = patches.shape[:2]
     if groups == 1:
-        return patches.reshape(batch, frames, -1) @ kernel.reshape(-1, out_channels)
+        kernel = kernel.reshape(-1, out_channels)
+        return row_dot_general(patches.reshape(batch, frames, -1), kernel, (((2,), (0,)), ((), ())))
     patches = patches.reshape(batch, frames, width, groups, in_per_group)
     kernel = kernel.reshape(width, in_per_group, groups, out_channels // groups)
     return jnp.einsum("btwgi,wigo->btgo", patches, kernel).reshape(batch, frames, out_channels)
@@ -105,20 +108,41 @@ def conv_transpose1d(
 
     Every frame writes ``width`` samples, ``stride`` after those of the frame before; what overlaps is added.
     """
+    frames, width = x.shape[1], kernel.shape[0]
+    reach = frames_out(width, stride) - 1
+    x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
+    return conv_transpose1d_inside(x, kernel, stride, groups)[:, : (frames - 1) * stride + width]
+
+
+def conv_transpose1d_inside(
+    x: Float[Array, "batch frames in_channels"],
+    kernel: Float[Array, "width out_per_group in_channels"],
+    stride: int = 1,
+    groups: int = 1,
+) -> Float[Array, "batch samples out_channels"]:
+    """The samples of a transposed convolution that every frame which could write to them is there for."""
     batch, frames, in_channels = x.shape
     width, out_per_group, _ = kernel.shape
-    shifts = -(-width // stride)
-    kernel = jnp.pad(kernel, ((0, shifts * stride - width), (0, 0), (0, 0)))
+    shifts = frames_out(width, stride)
+    if shifts * stride != width:
+        kernel = jnp.pad(kernel, ((0, shifts * stride - width), (0, 0), (0, 0)))
+    frames -= shifts - 1
+    # inputs[s] is `s` frames behind the samples, to which it writes the s-th `stride` rows of the kernel
+    inputs = jnp.stack([x[:, shifts - 1 - shift :][:, :frames] for shift in range(shifts)])
+    kernel = kernel.reshape(shifts, stride, out_per_group, in_channels)
     if groups == in_channels and out_per_group == 1:
-        written = x[:, :, None] * kernel[:, 0]
-    elif groups == 1:
-        written = jnp.einsum("bti,woi->btwo", x, kernel)
+        written = jnp.sum(inputs[:, :, :, None] * kernel[:, None, None, :, 0], axis=0)
+    elif groups > 1:
+        inputs = inputs.reshape(shifts, batch, frames, groups, -1)
+        kernel = kernel.reshape(shifts, stride, out_per_group, groups, -1)
+        written = jnp.sum(jnp.einsum("sbtgi,swogi->sbtwgo", inputs, kernel), axis=0)
     else:
-        x = x.reshape(batch, frames, groups, in_channels // groups)
-        kernel = kernel.reshape(-1, out_per_group, groups, in_channels // groups)
-        written = jnp.einsum("btgi,wogi->btwgo", x, kernel)
-    written = written.reshape(batch, frames, shifts, stride, groups * out_per_group)
-    total = sum(
-        jnp.pad(written[:, :, shift], ((0, 0), (shift, shifts - 1 - shift), (0, 0), (0, 0))) for shift in range(shifts)
-    )
-    return total.reshape(batch, -1, groups * out_per_group)[:, : (frames - 1) * stride + width]
+        inputs = inputs.reshape(shifts, batch * frames, in_channels)
+        kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
+        if batch * frames < in_channels:
+            # With the kernel on the left, XLA's CPU backend reads it as it lies. (Transposed before the sum, the
+            # product would be turned around again, and the whole kernel with it.)
+            written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs.transpose(0, 2, 1)), axis=0).T
+        else:
+            written = jnp.sum(jnp.einsum("sic,skc->sik", inputs, kernel), axis=0)
+    return written.reshape(batch, frames * stride, groups * out_per_group)

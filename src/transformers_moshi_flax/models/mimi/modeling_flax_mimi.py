@@ -13,7 +13,7 @@ quantizer, and the mirror image of the first three. Names, argument order and pa
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -32,10 +32,11 @@ from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
+from ..dots import row_dot_general
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
 from .checkpoint_flax_mimi import MIMI_RULES
-from .convolutions import PAD_MODES, conv1d, conv_transpose1d, frames_out, pad_frames
+from .convolutions import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, frames_out, pad_frames
 from .streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -245,10 +246,11 @@ class FlaxMimiConvTranspose1d(nn.Module):
         if lengths is not None:
             # a padding frame must not reach back into the row
             x = jnp.where(jnp.arange(frames)[:, None] < lengths[:, None, None], x, 0)
-        if histories is not None:
-            behind = frames_out(total, self.stride)
-            x, left = histories.extend(x, behind), behind * self.stride
-        x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
+        if histories is None:
+            x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
+        else:
+            x = histories.extend(x, frames_out(total, self.stride))
+            x = conv_transpose1d_inside(x, kernel, self.stride, self.groups)
         return x if bias is None else x + bias
 
 
@@ -418,6 +420,11 @@ def sliding_window_mask(steps: int, window: int) -> Bool[Array, "steps steps"]:
     return (behind >= 0) & (behind < window)
 
 
+def dense(features: int, use_bias: bool, kernel_init: Any, dtype: DTypeLike, name: str) -> nn.Dense:
+    """A linear layer that is quick for the few steps of a frame."""
+    return nn.Dense(features, use_bias, dtype, kernel_init=kernel_init, dot_general=row_dot_general, name=name)
+
+
 class FlaxMimiMLP(nn.Module):
     """Two layers without bias; upstream ``MimiMLP``."""
 
@@ -427,9 +434,9 @@ class FlaxMimiMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         normal = nn.initializers.normal(self.config.initializer_range)
-        x = nn.Dense(self.config.intermediate_size, False, self.dtype, kernel_init=normal, name="fc1")(x)
+        x = dense(self.config.intermediate_size, False, normal, self.dtype, "fc1")(x)
         x = ACT2FN[self.config.hidden_act](x)
-        return nn.Dense(self.config.hidden_size, False, self.dtype, kernel_init=normal, name="fc2")(x)
+        return dense(self.config.hidden_size, False, normal, self.dtype, "fc2")(x)
 
 
 class FlaxMimiAttention(nn.Module):
@@ -463,7 +470,7 @@ class FlaxMimiAttention(nn.Module):
 
         def project(name: str, features: int):
             normal = nn.initializers.normal(config.initializer_range)
-            return nn.Dense(features, config.attention_bias, self.dtype, kernel_init=normal, name=name)
+            return dense(features, config.attention_bias, normal, self.dtype, name)
 
         batch, steps, _ = x.shape
         query = project("q_proj", heads * head_dim)(x).reshape(batch, steps, heads, head_dim)
@@ -620,11 +627,29 @@ class FlaxMimiTransformerModel(nn.Module):
 # --------------------------------------------------------------------------------------------------------- quantizer
 
 
-def nearest(x: Float[Array, "*shape dim"], table: Float[Array, "entries dim"]) -> Int[Array, "*shape"]:
-    """Index of the nearest entry of the table (Euclidean), the first of equally near ones; int32."""
-    # |x - e|² without |x|², which is the same for all entries
-    products = jnp.matmul(x, table.T, precision=lax.Precision.HIGHEST)
-    return jnp.argmin(jnp.sum(jnp.square(table), axis=-1) - 2 * products, axis=-1).astype(jnp.int32)
+class Codebook(NamedTuple):
+    """A table of entries as the files keep it: entry i is ``total[i] / usage[i]``.
+
+    What is computed from it divides afterwards: the whole table is larger than anything that a frame needs.
+    """
+
+    total: Float[Array, "entries dim"]
+    usage: Float[Array, "entries"]
+
+    def nearest(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
+        """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
+        # |x - e|² without |x|², which is the same for all entries
+        rows, dim = x.reshape(-1, x.shape[-1]), self.total.shape[-1]
+        highest, over_last = lax.Precision.HIGHEST, (((1,), (1,)), ((), ()))
+        # XLA's CPU backend: the table on the left of the product is not transposed, and a product sums faster
+        products = lax.dot_general(self.total, rows, over_last, precision=highest)  # [entries, rows]
+        squares = jnp.square(self.total) @ jnp.ones((dim, 1), self.total.dtype)
+        usage = self.usage[:, None]
+        distances = (squares / usage - 2 * products) / usage
+        return jnp.argmin(distances, axis=0).astype(jnp.int32).reshape(x.shape[:-1])
+
+    def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
+        return self.total[codes] / self.usage[codes][..., None]
 
 
 class FlaxMimiEuclideanCodebook(nn.Module):
@@ -639,14 +664,14 @@ class FlaxMimiEuclideanCodebook(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self) -> Float[Array, "entries dim"]:
-        """The entries in at least float32."""
+    def __call__(self) -> Codebook:
+        """The table in at least float32."""
         size, dim = self.config.codebook_size, self.config.codebook_dim
         self.param("initialized", nn.initializers.ones, (1,), jnp.float32)
         usage = self.param("cluster_usage", nn.initializers.ones, (size,), jnp.float32)
         total = self.param("embed_sum", nn.initializers.zeros, (size, dim), jnp.float32)
-        usage, total = (leaf.astype(at_least_float32(self.dtype)) for leaf in (usage, total))
-        return lax.stop_gradient(total / jnp.maximum(usage, self.epsilon)[:, None])
+        usage, total = (lax.stop_gradient(leaf.astype(at_least_float32(self.dtype))) for leaf in (usage, total))
+        return Codebook(total, jnp.maximum(usage, self.epsilon))
 
 
 class FlaxMimiVectorQuantization(nn.Module):
@@ -659,7 +684,7 @@ class FlaxMimiVectorQuantization(nn.Module):
         self.codebook = FlaxMimiEuclideanCodebook(self.config, self.dtype)
 
     def encode(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
-        return nearest(x, self.codebook())
+        return self.codebook().nearest(x)
 
     def decode(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
         return self.codebook()[codes]
@@ -673,7 +698,7 @@ class FlaxMimiQuantizerLayers(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "entries dim"], ...]:
+    def __call__(self) -> tuple[Codebook, ...]:
         stages = [
             FlaxMimiVectorQuantization(self.config, self.dtype, name=str(index))
             for index in range(self.num_quantizers)
@@ -716,7 +741,7 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
             residual = jnp.matmul(residual, projection, precision=lax.Precision.HIGHEST)
         codes = [jnp.zeros((latents.shape[0], 0, latents.shape[1]), jnp.int32)]
         for table in tables[:num_quantizers]:
-            chosen = nearest(residual, table)
+            chosen = table.nearest(residual)
             residual = residual - table[chosen]
             codes.append(chosen[:, None])
         return jnp.concatenate(codes, axis=1)
@@ -724,7 +749,7 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
     def decode(self, codes: Int[Array, "batch num_quantizers frames"]) -> Float[Array, "batch frames hidden_size"]:
         """The sum of the entries, projected back."""
         _, projection, tables = self._weights()
-        shape = (codes.shape[0], codes.shape[2], tables[0].shape[-1])
+        shape = (codes.shape[0], codes.shape[2], tables[0].total.shape[-1])
         total = jnp.zeros(shape, at_least_float32(self.dtype))
         for index in range(codes.shape[1]):
             total = total + tables[index][codes[:, index]]

@@ -229,7 +229,7 @@ def check_rows(name: str, rows: ArrayLike, batch_size: int) -> ArrayLike:
 
 
 def check_state(name: str, state: Any, expected: Any) -> None:
-    """Raises ``ValueError`` unless the leaves of ``state`` have the shapes and dtypes of ``expected``, and are alive."""
+    """Raises ``ValueError`` unless the leaves of ``state`` have the shapes and dtypes of ``expected`` and live."""
     leaves, structure = jax.tree.flatten(state)
     wanted, wanted_structure = jax.tree.flatten(expected)
     if structure != wanted_structure:

@@ -507,8 +507,3 @@ def test_bad_latents(pair: Pair):
 def test_bad_configuration(overrides: dict, match: str):
     with pytest.raises(ValueError, match=match):
         FlaxMimiModel(tiny_mimi_config(**overrides))
-
-
-def test_streaming_arguments_are_refused(pair: Pair):
-    with pytest.raises(TypeError, match="use_streaming"):
-        pair.ours.encode(SOUND, use_streaming=True)

@@ -231,7 +231,7 @@ def compare(
 def test_reset_touches_no_other_row(model: FlaxMimiModel):
     state, _ = model.encode_step(model.init_encoder_state(2), sound(2, 1, model.config))
     kept = remembered(state, 1)
-    state = state.reset([True, False])
+    state = state.reset(np.array([True, False]))
     assert int(state.cache.filled[0]) == 0 and not any(np.any(history[0]) for history in state.histories)
     for before, after in zip(kept, remembered(state, 1)):
         np.testing.assert_array_equal(before, after)
@@ -329,7 +329,7 @@ def test_compiled_once(model: FlaxMimiModel, count_compilations: Callable[[], in
 
     states = frames(model.init_encoder_state(2), model.init_decoder_state(2), None)
     count_compilations()
-    for active in (None, np.array([True, False]), [False, False]):
+    for active in (None, np.array([True, False]), np.zeros(2, bool)):
         states = frames(*states, active)
     assert count_compilations() == 0
 
@@ -414,7 +414,7 @@ def test_faults_leave_the_state_alive(model: FlaxMimiModel, method: str, inputs:
         (lambda m: m.decode_step(FlaxMimiDecoderState.create(m.config, 2, jnp.bfloat16), CODES), "bfloat16.*dtype"),
         (lambda m: m.encode_step(m.init_encoder_state(2).replace(histories=()), SOUND), "`state` has 7 arrays"),
         (lambda m: m.init_encoder_state(0), "`batch_size` is 0"),
-        (lambda m: m.init_encoder_state(2).reset([0, 1]), "`rows` must be one bool per row"),
+        (lambda m: m.init_encoder_state(2).reset(np.array([0, 1])), "`rows` must be one bool per row"),
         (lambda m: m.encode(SOUND[..., :9], use_streaming=True), "`input_values` has 9 samples"),
         (lambda m: m.encode(SOUND, np.arange(FRAME)[None].repeat(2, 0) < 9, use_streaming=True), "`padding_mask` can"),
         (lambda m: m.encode(SOUND, use_streaming=True, output_attentions=True), "`output_attentions` cannot"),

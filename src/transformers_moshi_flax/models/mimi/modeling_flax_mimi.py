@@ -1271,7 +1271,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         self,
         input_values: ArrayLike,
         padding_mask: ArrayLike | None,
-        past: tuple[str, RingCache | None],
+        past: tuple[str, Any],
         padding_cache: tuple[jax.Array, ...] | None,
         params: Params | None,
         refused: dict[str, Any],
@@ -1298,7 +1298,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         self,
         inputs: jax.Array,
         padding_mask: ArrayLike | None,
-        past: tuple[str, FlaxMimiDecoderState | None],
+        past: tuple[str, Any],
         params: Params | None,
         return_dict: bool | None,
         refused: dict[str, Any],
@@ -1422,7 +1422,7 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
         self,
         latents: ArrayLike,
         padding_mask: ArrayLike | None = None,
-        past_key_values: FlaxMimiDecoderState | None = None,
+        past_key_values: Any = None,
         *,
         use_cache: bool | None = None,
         params: Params | None = None,
@@ -1517,7 +1517,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         self,
         audio_codes: ArrayLike,
         padding_mask: ArrayLike | None = None,
-        decoder_past_key_values: FlaxMimiDecoderState | None = None,
+        decoder_past_key_values: Any = None,
         *,
         use_cache: bool | None = None,
         params: Params | None = None,
@@ -1569,7 +1569,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
 
     def encode_step(
         self,
-        state: FlaxMimiEncoderState,
+        state: Any,
         audio: ArrayLike,
         active: ArrayLike | None = None,
         num_quantizers: int | None = None,
@@ -1581,7 +1581,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         come before that.
 
         Args:
-            state: from :meth:`init_encoder_state`, or from the step before.
+            state: a :class:`FlaxMimiEncoderState` from :meth:`init_encoder_state`, or from the step before.
             audio: ``(batch, channels, samples)``, floating, in [-1, 1]; one or more whole frames
                 (``config.frame_size`` samples).
             active: ``(batch,)`` bool, rows that go on; all if None. The others keep their state, whatever their audio,
@@ -1603,7 +1603,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
 
     def decode_step(
         self,
-        state: FlaxMimiDecoderState,
+        state: Any,
         codes: ArrayLike,
         active: ArrayLike | None = None,
         params: Params | None = None,
@@ -1611,7 +1611,8 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         """The audio of the next frames of every row: that of :meth:`decode` for the whole.
 
         Args:
-            state: from :meth:`init_decoder_state`, or from the step before; consumed as by :meth:`encode_step`.
+            state: a :class:`FlaxMimiDecoderState` from :meth:`init_decoder_state`, or from the step before; consumed
+                as by :meth:`encode_step`.
             codes: ``(batch, num_quantizers, frames)`` in ``[0, codebook_size)``, one or more frames.
             active: as for :meth:`encode_step`.
 

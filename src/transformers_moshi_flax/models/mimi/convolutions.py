@@ -139,7 +139,10 @@ def conv_transpose1d_inside(
     else:
         inputs = inputs.reshape(shifts, batch * frames, in_channels)
         kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
-        if batch * frames < in_channels:
+        if batch * frames <= 2:
+            rows = [jnp.einsum("skc,sc->sk", kernel, inputs[:, row]) for row in range(batch * frames)]
+            written = jnp.stack([jnp.sum(row, axis=0) for row in rows])
+        elif batch * frames < in_channels:
             # With the kernel on the left, XLA's CPU backend reads it as it lies. (Transposed before the sum, the
             # product would be turned around again, and the whole kernel with it.)
             written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs.transpose(0, 2, 1)), axis=0).T

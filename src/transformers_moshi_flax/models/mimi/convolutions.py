@@ -127,9 +127,14 @@ def conv_transpose1d_inside(
     if shifts * stride != width:
         kernel = jnp.pad(kernel, ((0, shifts * stride - width), (0, 0), (0, 0)))
     frames -= shifts - 1
+    kernel = kernel.reshape(shifts, stride, out_per_group, in_channels)
+    if groups == 1 and batch * frames >= in_channels:
+        written = jnp.einsum("bti,swoi->btswo", x, kernel)
+        written = sum(written[:, shifts - 1 - shift :][:, :frames, shift] for shift in range(shifts))
+        return written.reshape(batch, frames * stride, out_per_group)
+
     # inputs[s] is `s` frames behind the samples, to which it writes the s-th `stride` rows of the kernel
     inputs = jnp.stack([x[:, shifts - 1 - shift :][:, :frames] for shift in range(shifts)])
-    kernel = kernel.reshape(shifts, stride, out_per_group, in_channels)
     if groups == in_channels and out_per_group == 1:
         written = jnp.sum(inputs[:, :, :, None] * kernel[:, None, None, :, 0], axis=0)
     elif groups > 1:
@@ -137,15 +142,13 @@ def conv_transpose1d_inside(
         kernel = kernel.reshape(shifts, stride, out_per_group, groups, -1)
         written = jnp.sum(jnp.einsum("sbtgi,swogi->sbtwgo", inputs, kernel), axis=0)
     else:
+        # few rows: with the kernel on the left, XLA's CPU backend reads it as it lies
         inputs = inputs.reshape(shifts, batch * frames, in_channels)
         kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
         if batch * frames <= 2:
             rows = [jnp.einsum("skc,sc->sk", kernel, inputs[:, row]) for row in range(batch * frames)]
             written = jnp.stack([jnp.sum(row, axis=0) for row in rows])
-        elif batch * frames < in_channels:
-            # With the kernel on the left, XLA's CPU backend reads it as it lies. (Transposed before the sum, the
-            # product would be turned around again, and the whole kernel with it.)
-            written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs.transpose(0, 2, 1)), axis=0).T
         else:
-            written = jnp.sum(jnp.einsum("sic,skc->sik", inputs, kernel), axis=0)
+            # transposed before the sum, the product would be turned around again, and the whole kernel with it
+            written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs.transpose(0, 2, 1)), axis=0).T
     return written.reshape(batch, frames * stride, groups * out_per_group)

@@ -125,19 +125,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
     num_layers: int
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
-        self.codebooks = [
-            nn.Dense(
-                self.output_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(1.0),
-                dot_general=row_dot_general,
-                name=str(index),
-            )
-            for index in range(self.num_layers)
-        ]
-
+    @nn.compact
     def __call__(
         self, x: Float[Array, "batch seq input_size"], layer_idx: int | tuple[int, ...] | Any | None = None
     ) -> Float[Array, "batch seq output_size"]:
@@ -154,27 +142,42 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 indices are clamped by JAX.
         """
         length = x.shape[1]
-        if self.is_initializing():
-            for codebook in self.codebooks:
-                codebook(x[:, :1])
         if layer_idx is None:
             layer_idx = tuple(range(self.num_layers))
-        elif is_traced(layer_idx):
-            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in self.codebooks])
+        traced = is_traced(layer_idx)
+        if not traced:
+            layer_idx = np.asarray(layer_idx)
+            if layer_idx.ndim == 0:
+                layer_idx = np.full((1 if length == 0 else length,), layer_idx)
+            if layer_idx.shape != (length,):
+                raise ValueError(
+                    f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
+                )
+            if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
+                raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
+        every = traced or self.is_initializing()
+        # no others: generation traces this hundreds of times, each for one codebook
+        codebooks = {
+            index: nn.Dense(
+                self.output_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(1.0),
+                dot_general=row_dot_general,
+                name=str(index),
+            )
+            for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
+        }
+        if self.is_initializing():
+            for codebook in codebooks.values():
+                codebook(x[:, :1])
+        if traced:
+            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in codebooks.values()])
             chosen = kernels[jnp.broadcast_to(layer_idx, (length,))]
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
-        layer_idx = np.asarray(layer_idx)
-        if layer_idx.ndim == 0:
-            layer_idx = np.full((1 if length == 0 else length,), layer_idx)
-        if layer_idx.shape != (length,):
-            raise ValueError(
-                f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
-            )
-        if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
-            raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
         if (layer_idx == layer_idx[0]).all():
-            return self.codebooks[layer_idx[0]](x)
-        return jnp.concatenate([self.codebooks[layer](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
+            return codebooks[int(layer_idx[0])](x)
+        return jnp.concatenate([codebooks[int(layer)](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
 
 
 class FlaxMoshiLinear(nn.Module):

@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.linen import normalization
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation import decoding
-from transformers_moshi_flax.models.moshi.layers_flax_moshi import LARGE_CACHE, SLOTS_IN_USE
+from transformers_moshi_flax.models.moshi.layers_flax_moshi import LARGE_CACHE, SLOTS_IN_USE, FlaxMoshiDecoderLayer
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,64 @@ def test_the_count_can_count() -> None:
 
     text = loop.lower(weights, jnp.ones((64, 1))).compile().as_text()
     assert weight_sized_moves(text, {64 * 64})
+
+
+def traced_layers(model: FlaxMoshiForConditionalGeneration, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the body of a decoder layer runs while generation of two frames is traced."""
+    calls = []
+    call = FlaxMoshiDecoderLayer.__call__
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0].path)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(FlaxMoshiDecoderLayer, "__call__", counting)
+    options = {"max_new_tokens": 2, "do_sample": False, "return_audio_waveforms": False}
+    jax.eval_shape(lambda params: model.generate(params=params, **options).sequences, model.params_shape_tree)
+    return len(calls)
+
+
+def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trace for all layers of the backbone, and one for all those of the depth decoder for each codebook."""
+    config = tiny_moshi_config(num_hidden_layers=3)
+    model = FlaxMoshiForConditionalGeneration(config, _do_init=False)
+    assert traced_layers(model, monkeypatch) == 1 + config.num_codebooks
+
+
+def test_interceptors_see_every_layer() -> None:
+    """Tools may treat layers by their paths: then they are traced one by one."""
+    model = FlaxMoshiForConditionalGeneration(tiny_moshi_config(), _do_init=False)
+    paths = set()
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.Dense):
+            paths.add("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    def generate(params: Any) -> jax.Array:
+        return model.generate(params=params, max_new_tokens=2, return_audio_waveforms=False).sequences
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(generate, model.params_shape_tree)
+    kernels = {"/".join(path[:-1]) for path in model.required_params if path[-1] == "kernel"}
+    assert {path for path in kernels if "layers" in path and "audio_encoder" not in path} <= paths
+
+
+def test_dropout_is_the_same_with_a_cache() -> None:
+    """Layers that draw numbers are traced one by one, with the same keys as anywhere else."""
+    model = FlaxMoshiForCausalLM(tiny_moshi_config(attention_dropout=0.5))
+    ids = jnp.arange(6, dtype=jnp.int32)[None]
+
+    @jax.jit
+    def logits(params: Any, cache: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(0)}
+        return model.module.apply(
+            {"params": params}, ids, past_key_values=cache, deterministic=False, rngs=rngs
+        ).logits
+
+    np.testing.assert_allclose(
+        logits(model.params, model.init_cache(1, 6)), logits(model.params, None), rtol=1e-5, atol=1e-6
+    )
 
 
 def tpu_module(function: Any, *args: Any) -> str:

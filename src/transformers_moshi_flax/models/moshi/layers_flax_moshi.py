@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
-from ...input_checks import is_traced
+from ...input_checks import is_traced, is_tracing
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
@@ -125,19 +125,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
     num_layers: int
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
-        self.codebooks = [
-            nn.Dense(
-                self.output_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(1.0),
-                dot_general=row_dot_general,
-                name=str(index),
-            )
-            for index in range(self.num_layers)
-        ]
-
+    @nn.compact
     def __call__(
         self, x: Float[Array, "batch seq input_size"], layer_idx: int | tuple[int, ...] | Any | None = None
     ) -> Float[Array, "batch seq output_size"]:
@@ -154,27 +142,42 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 indices are clamped by JAX.
         """
         length = x.shape[1]
-        if self.is_initializing():
-            for codebook in self.codebooks:
-                codebook(x[:, :1])
         if layer_idx is None:
             layer_idx = tuple(range(self.num_layers))
-        elif is_traced(layer_idx):
-            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in self.codebooks])
+        traced = is_traced(layer_idx)
+        if not traced:
+            layer_idx = np.asarray(layer_idx)
+            if layer_idx.ndim == 0:
+                layer_idx = np.full((1 if length == 0 else length,), layer_idx)
+            if layer_idx.shape != (length,):
+                raise ValueError(
+                    f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
+                )
+            if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
+                raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
+        every = traced or self.is_initializing()
+        # no others: generation traces this hundreds of times, each for one codebook
+        codebooks = {
+            index: nn.Dense(
+                self.output_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(1.0),
+                dot_general=row_dot_general,
+                name=str(index),
+            )
+            for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
+        }
+        if self.is_initializing():
+            for codebook in codebooks.values():
+                codebook(x[:, :1])
+        if traced:
+            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in codebooks.values()])
             chosen = kernels[jnp.broadcast_to(layer_idx, (length,))]
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
-        layer_idx = np.asarray(layer_idx)
-        if layer_idx.ndim == 0:
-            layer_idx = np.full((1 if length == 0 else length,), layer_idx)
-        if layer_idx.shape != (length,):
-            raise ValueError(
-                f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
-            )
-        if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
-            raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
         if (layer_idx == layer_idx[0]).all():
-            return self.codebooks[layer_idx[0]](x)
-        return jnp.concatenate([self.codebooks[layer](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
+            return codebooks[int(layer_idx[0])](x)
+        return jnp.concatenate([codebooks[int(layer)](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
 
 
 class FlaxMoshiLinear(nn.Module):
@@ -445,17 +448,17 @@ class FlaxMoshiLayers(nn.Module):
         """Returns the last hidden state, the updated cache, the input of every layer and all attention weights."""
         inputs, attentions, layer_caches = [], [], []
         cache_index = cache.slot if isinstance(cache, RingCache) else call_length(cache)
+
+        def layer(block: nn.Module, *arrays: Any) -> tuple[Array, Array, LayerCache | None]:
+            return block(*arrays, codebook_idx, deterministic)
+
+        if cache is not None and may_share_traces(self):
+            layer = nn.jit(layer)
         for index, block in enumerate(self.blocks):
             inputs.append(hidden_states)
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
-            hidden_states, weights, layer_cache = block(
-                hidden_states,
-                attention_mask,
-                position_ids,
-                layer_cache,
-                cache_index,
-                codebook_idx,
-                deterministic,
+            hidden_states, weights, layer_cache = layer(
+                block, hidden_states, attention_mask, position_ids, layer_cache, cache_index
             )
             attentions.append(weights)
             layer_caches.append(layer_cache)
@@ -463,6 +466,15 @@ class FlaxMoshiLayers(nn.Module):
             keys, values = zip(*layer_caches)
             cache = cache.replace(keys=tuple(keys), values=tuple(values))
         return hidden_states, cache, tuple(inputs), tuple(attentions)
+
+
+def may_share_traces(module: nn.Module) -> bool:
+    """Whether submodules that are called in the same way may share a trace, which spares two thirds of the tracing.
+
+    Not outside of ``jax.jit``, where it would compile them; nor if they may draw numbers or methods are intercepted,
+    as both can depend on a module's path.
+    """
+    return is_tracing() and not module.scope.rngs and not nn.module._global_interceptor_stack
 
 
 class FlaxMoshiEmbeddings(nn.Module):

@@ -193,8 +193,8 @@ def measure(options: argparse.Namespace) -> str:
     return report.markdown()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def report_to(options: argparse.Namespace, measure: Callable[[argparse.Namespace], str]) -> None:
+    """Measures with the threads that are asked for; prints the report and writes it to ``options.output``, if any."""
     limit_threads(options.threads)
     from transformers import logging
 
@@ -204,6 +204,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    report_to(parse_arguments(arguments), measure)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from utils.benchmark.generate import LARGE_CACHES, checked, limit_threads
+from utils.benchmark.generate import LARGE_CACHES, checked, report_to
 from utils.benchmark.settings import BATCHES, SIZES, Setting
 
 if TYPE_CHECKING:
@@ -182,16 +182,7 @@ def measure(options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    limit_threads(options.threads)
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    text = measure(options)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    report_to(parse_arguments(arguments), measure)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.models.moshi import layers_flax_moshi
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
+from transformers_moshi_flax.models.moshi.stream_files import named_leaves
+from transformers_moshi_flax.models.moshi.stream_state import StreamState
 from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
     FlaxMoshiFrame,
     FlaxMoshiStream,
-    StreamState,
-    named_leaves,
     next_column,
     on_mesh,
 )

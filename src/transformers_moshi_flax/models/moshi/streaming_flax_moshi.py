@@ -6,12 +6,12 @@ no more memory with time. All of it is in a :class:`StreamState`; a step takes o
 Three compiled programs make a step: Mimi's encoder for the user's audio, one column of Moshi, Mimi's decoder for
 Moshi's audio. A column is what ``generate`` does for a frame; which frames meet in it is drawn in
 ``docs/streaming.md``.
+
+``stream_state.py`` has the state, ``stream_options.py`` the options, ``stream_files.py`` what is written of a state.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int
 from transformers import GenerationConfig
 
 from ...checkpoints.formats import open_safetensors
@@ -31,64 +31,17 @@ from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
 from ...generation.decoding import FREE
-from ...generation.programs import Program
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
-from ..ring_cache import RingCache
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
+from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
+from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
 
 NOTHING = -1
 """Stands for ids and codes in the frames of slots that have none."""
-
-
-@flax.struct.dataclass
-class DialogueState:
-    """Where Moshi is in each dialogue; all leaves have the slots as their first axis.
-
-    Attributes:
-        cache: of the backbone.
-        text_ids: the text token of the next column, ``(batch,)`` int32.
-        audio_codes: Moshi's codes of the next column, delayed, ``(batch, codebooks)`` int32.
-        user_codes: the user's last frame, whose delayed codes are heard in the next column, ``(batch, codebooks)``.
-        forced_codes: what was forced of the last chosen frame and belongs into the column after the next, ``(batch,
-            codebooks)``, ``FREE`` where nothing was.
-        columns: how many there were, modulo 2**32, ``(batch,)`` uint32.
-        keys: a key per slot.
-        numbers: of sampling, by the names of :meth:`FlaxMoshiStream.configure`, each ``(batch, 1)``.
-    """
-
-    # Any: under jax.eval_shape the leaves are shapes
-    cache: RingCache
-    text_ids: Any
-    audio_codes: Any
-    user_codes: Any
-    forced_codes: Any
-    columns: Any
-    keys: Any
-    numbers: dict[str, Any]
-
-
-@flax.struct.dataclass
-class StreamState:
-    """Everything that a stream knows, a pytree; all leaves have the slots as their first axis.
-
-    Attributes:
-        dialogue: of Moshi.
-        encoder, decoder: of Mimi, None where the model or the stream is without that half.
-        origin: tells the configuration that the state belongs to.
-    """
-
-    dialogue: DialogueState
-    encoder: FlaxMimiEncoderState | None
-    decoder: FlaxMimiDecoderState | None
-    origin: str = flax.struct.field(pytree_node=False)
-
-    @property
-    def batch_size(self) -> int:
-        return self.dialogue.text_ids.shape[0]
 
 
 @flax.struct.dataclass
@@ -187,11 +140,6 @@ def next_column(
         for name, new in after.items()
     }
     return state.replace(cache=outputs.past_key_values.advance(1, active), **kept), frame
-
-
-def fold_rows(keys: Key[Array, "batch"], data: UInt[Array, "batch"]) -> Key[Array, "batch"]:
-    """Every row's key folded with its number; of column k, what ``generate`` draws with in step k."""
-    return jax.vmap(jax.random.fold_in)(keys, data)
 
 
 def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) -> tuple[Sampling, Sampling]:
@@ -655,7 +603,7 @@ class FlaxMoshiStream:
         return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes
 
 
-# ------------------------------------------------------------------------------------------------- small programs
+# ------------------------------------------------------------------------------------------------- making programs
 
 
 def on_mesh(
@@ -677,152 +625,6 @@ def half_of(params: dict[str, Any], half: str) -> dict[str, Any]:
     """What either half of Mimi needs."""
     other = {"encoder": ("decoder", "upsample"), "decoder": ("encoder", "downsample")}[half]
     return {name: part for name, part in params.items() if name.removesuffix("_transformer") not in other}
-
-
-def empty_state(
-    decoder: FrameDecoder,
-    keys: Key[Array, "batch"],
-    numbers: dict[str, Any],
-    *,
-    hears: bool,
-    speaks: bool,
-    dtype: Any,
-    origin: str,
-    mesh: Mesh | None,
-) -> StreamState:
-    """All slots before their start frame, with a key each and the same numbers."""
-    config, batch_size = decoder.module.config, keys.shape[0]
-    codec = config.audio_encoder_config
-    codes = jnp.full((batch_size, config.num_codebooks), config.audio_vocab_size, dtype=jnp.int32)
-    dialogue = DialogueState(
-        cache=RingCache.create(config, batch_size, dtype),
-        text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
-        audio_codes=codes,
-        user_codes=codes,
-        forced_codes=jnp.full_like(codes, FREE),
-        columns=jnp.zeros((batch_size,), dtype=jnp.uint32),
-        keys=keys,
-        numbers={name: jnp.full((batch_size, 1), number) for name, number in numbers.items()},
-    )
-    state = StreamState(
-        dialogue=dialogue,
-        encoder=FlaxMimiEncoderState.create(codec, batch_size, dtype) if hears else None,
-        decoder=FlaxMimiDecoderState.create(codec, batch_size, dtype) if speaks else None,
-        origin=origin,
-    )
-    if mesh is None:
-        return state
-    return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def restart(
-    state: StreamState, rows: Bool[Array, "batch"], start_id: Int[Array, ""], start_code: Int[Array, ""]
-) -> StreamState:
-    """With ``rows`` before their start frame."""
-    dialogue = state.dialogue
-    return state.replace(
-        dialogue=dialogue.replace(
-            cache=dialogue.cache.reset(rows),
-            text_ids=jnp.where(rows, start_id, dialogue.text_ids),
-            audio_codes=jnp.where(rows[:, None], start_code, dialogue.audio_codes),
-            columns=jnp.where(rows, jnp.uint32(0), dialogue.columns),
-            keys=jnp.where(rows, fold_rows(dialogue.keys, dialogue.columns), dialogue.keys),
-        ),
-        encoder=None if state.encoder is None else state.encoder.reset(rows),
-        decoder=None if state.decoder is None else state.decoder.reset(rows),
-    )
-
-
-def rekey(dialogue: DialogueState, rows: Bool[Array, "batch"], keys: jax.Array) -> DialogueState:
-    """With new keys in ``rows``."""
-    return dialogue.replace(keys=jnp.where(rows, keys, dialogue.keys))
-
-
-def configure(dialogue: DialogueState, rows: Bool[Array, "batch"], numbers: dict[str, Array]) -> DialogueState:
-    """With other numbers in ``rows``."""
-    changed = {name: jnp.where(rows[:, None], value, dialogue.numbers[name]) for name, value in numbers.items()}
-    return dialogue.replace(numbers={**dialogue.numbers, **changed})
-
-
-def take_slot(state: StreamState, slot: Int[Array, ""]) -> StreamState:
-    """A state of one slot."""
-
-    def take(leaf: Array) -> Array:
-        count = leaf.shape[0] // state.batch_size
-        return jax.lax.dynamic_slice_in_dim(leaf, slot * count, count)
-
-    return jax.tree.map(take, state)
-
-
-def put_slot(state: StreamState, slot: Int[Array, ""], row: StreamState) -> StreamState:
-    """With another dialogue in a slot."""
-
-    def put(leaf: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaf, new, slot * new.shape[0], axis=0)
-
-    return jax.tree.map(put, state, row)
-
-
-RESTART = Program(restart, donated=(0,))
-REKEY = Program(rekey, donated=(0,))
-CONFIGURE = Program(configure, donated=(0,))
-TAKE = Program(take_slot)
-PUT = Program(put_slot, donated=(0,))
-
-# --------------------------------------------------------------------------------------------------------- files
-
-STATE_FORMAT = "moshi-stream-state"
-ORIGIN = "origin"
-TEXT_IDS = "dialogue.text_ids"
-
-
-def digest(config: Any, dtype: Any, *options: Any) -> str:
-    """Tells configurations and kinds of streams apart; what says nothing about the model is left out."""
-    metadata = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
-
-    def meaning(fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: meaning(value) for name, value in fields.items() if name not in metadata}
-
-    fields = {"config": meaning(config.to_dict()), "dtype": jnp.dtype(dtype).name, "options": options}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def origin_tensor(origin: str) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex(origin), dtype=np.uint8)
-
-
-def named_leaves(state: StreamState) -> dict[str, Any]:
-    """The leaves by their paths; keys as the numbers that they are made of."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): key_data(leaf) if is_key(leaf) else leaf
-        for path, leaf in leaves
-    }
-
-
-def with_leaves(shapes: StreamState, leaves: dict[str, jax.Array]) -> StreamState:
-    """The inverse of :func:`named_leaves`."""
-    return jax.tree.unflatten(
-        jax.tree.structure(shapes),
-        [
-            jax.random.wrap_key_data(leaf) if is_key(shape) else leaf
-            for leaf, shape in zip(leaves.values(), jax.tree.leaves(shapes), strict=True)
-        ],
-    )
-
-
-def is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def key_data(keys: Any) -> Any:
-    return (
-        jax.eval_shape(jax.random.key_data, keys)
-        if isinstance(keys, jax.ShapeDtypeStruct)
-        else (jax.random.key_data(keys))
-    )
 
 
 def checked_mesh(mesh: Mesh | None, batch_size: int) -> Mesh | None:

@@ -290,6 +290,24 @@ class TestSlots:
             slot = before[name.split(".cache.")[0] + ".cache.slot"][0]
             assert slots <= {slot, slot + 1}
 
+    def test_what_resting_slots_are_given_does_not_matter(self, greedy: FlaxMoshiStream) -> None:
+        """Not even where it is no sound and no code."""
+        audio, active = user_audio(2, 6), np.array([True, False])
+        nonsense = audio.copy()
+        nonsense[1] = np.nan
+        said = []
+        for second in (audio, nonsense):
+            state = greedy.init()
+            for k in range(3):
+                forced = np.array([-1, 999 if second is nonsense else 1])
+                now = second[..., 16 * k : 16 * (k + 1)]
+                state, _ = greedy.step(state, now, active=active, forced_text_ids=forced)
+            codes = np.array([[1] * 4, [-7 if second is nonsense else 3] * 4])
+            state, _ = greedy.step(state, user_audio_codes=codes, active=active)
+            state, frame = greedy.step(state, audio[..., :16])
+            said.append(gathered([jax.tree.map(np.asarray, frame)]))
+        assert_same(*said)
+
     def test_numbers_of_each_slot(self, model: Moshi, sampling: FlaxMoshiStream, alone: FlaxMoshiStream) -> None:
         codes, keys = user_codes(3, 12), jax.random.split(jax.random.key(0), 3)
         numbers = {"temperature": [0.1, 3.0, 1.0], "top_k": [1, 60, 5], "depth_decoder_temperature": [1.0, 0.5, 2.0]}

@@ -308,7 +308,7 @@ class FlaxMoshiStream:
         Raises:
             ValueError: as :meth:`step`.
         """
-        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes, self._all)
         if self.ignore_first_user_frame and (forced_text_ids is not None or forced_audio_codes is not None):
             raise ValueError(
                 "`forced_text_ids` and `forced_audio_codes` of the first frame go with the first step of a stream "
@@ -339,7 +339,7 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         rows = self._checked_rows("rows", rows)
-        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
         state = RESTART(state, rows, *self._starts)
         if prng_key is not None:
             dialogue = REKEY(state.dialogue, rows, row_keys(prng_key, self.batch_size))
@@ -386,11 +386,11 @@ class FlaxMoshiStream:
         if (user_audio is None) == (user_audio_codes is None):
             raise ValueError("Pass one of `user_audio` and `user_audio_codes` (silence is zeros of `user_audio`).")
         active = self._all if active is None else self._checked_rows("active", active)
-        forced = self._checked_forced(forced_text_ids, forced_audio_codes)
+        forced = self._checked_forced(forced_text_ids, forced_audio_codes, active)
         if user_audio is not None:
-            heard = self._checked_audio(user_audio)
+            heard = self._checked_audio(user_audio, active)
         else:
-            heard = self._checked_codes("user_audio_codes", user_audio_codes)
+            heard = self._checked_codes("user_audio_codes", user_audio_codes, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
         if user_audio is not None:
             encoder, heard = self._encode(traced, state.encoder, heard, active)
@@ -565,7 +565,11 @@ class FlaxMoshiStream:
             raise ValueError(f"`slot` is {slot!r}, but the stream has the slots 0 to {self.batch_size - 1}.")
         return slot
 
-    def _checked_audio(self, audio: ArrayLike) -> ArrayLike:
+    def _of_rows(self, array: ArrayLike, rows: ArrayLike) -> ArrayLike:
+        """What matters of ``array``: the values of slots that take part, as far as they are known."""
+        return array if rows is self._all or is_traced(array, rows) else np.asarray(array)[np.asarray(rows)]
+
+    def _checked_audio(self, audio: ArrayLike, rows: ArrayLike) -> ArrayLike:
         if not self._hears:
             raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
         shape = (self.batch_size, self.channels, self.frame_size)
@@ -575,19 +579,21 @@ class FlaxMoshiStream:
         audio = audio if traced else np.asarray(audio)
         if not jnp.issubdtype(audio.dtype, jnp.floating):
             raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
-        if not traced and not np.isfinite(audio).all():
+        if not traced and not np.isfinite(self._of_rows(audio, rows)).all():
             raise ValueError("`user_audio` has samples that are not finite: replace NaN and infinity before.")
         return audio.astype(self._dtype)
 
-    def _checked_codes(self, name: str, codes: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
+    def _checked_codes(self, name: str, codes: ArrayLike, rows: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
         shape = (self.batch_size, self.num_codebooks)
         if np.shape(codes) != shape:
             raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
         remedy = "-1 leaves the choice to the model." if allowed else ""
-        check_ids(name, codes, self._audio_vocab_size, allowed, remedy)
+        check_ids(name, self._of_rows(codes, rows), self._audio_vocab_size, allowed, remedy)
         return codes.astype(jnp.int32) if is_traced(codes) else np.asarray(codes, dtype=np.int32)
 
-    def _checked_forced(self, text_ids: ArrayLike | None, codes: ArrayLike | None) -> tuple[ArrayLike, ArrayLike]:
+    def _checked_forced(
+        self, text_ids: ArrayLike | None, codes: ArrayLike | None, rows: ArrayLike
+    ) -> tuple[ArrayLike, ArrayLike]:
         free_ids, free_codes = self._free
         if text_ids is not None:
             if np.shape(text_ids) != (self.batch_size,):
@@ -596,10 +602,10 @@ class FlaxMoshiStream:
                     f"{np.shape(text_ids)}."
                 )
             remedy = "-1 leaves the choice to the model."
-            check_ids("forced_text_ids", text_ids, self._vocab_size, (FREE,), remedy)
+            check_ids("forced_text_ids", self._of_rows(text_ids, rows), self._vocab_size, (FREE,), remedy)
             text_ids = text_ids.astype(jnp.int32) if is_traced(text_ids) else np.asarray(text_ids, dtype=np.int32)
         if codes is not None:
-            codes = self._checked_codes("forced_audio_codes", codes, (FREE,))
+            codes = self._checked_codes("forced_audio_codes", codes, rows, (FREE,))
         return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes
 
 

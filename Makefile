@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality bench docs assets clean
+.PHONY: demo test style quality bench bench-streaming docs assets clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -22,8 +22,10 @@ quality: $(VENV)/.quality  ## check without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench  ## times next to PyTorch and Kyutai's packages; wants an idle machine and half an hour
+bench: $(VENV)/.bench  ## times of generation next to PyTorch and Kyutai's packages; wants an idle machine
 	$(BIN)/python utils/benchmark/generate.py
+
+bench-streaming: $(VENV)/.bench  ## the same of endless dialogues and of Mimi frame by frame
 	$(BIN)/python utils/benchmark/streaming.py
 
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/

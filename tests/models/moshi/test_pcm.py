@@ -24,6 +24,7 @@ class EchoStream:
     """Says what it hears, a row's age as its text; a row's first ``silent`` frames are not valid."""
 
     sampling_rate = 24_000
+    return_audio_waveforms, channels = True, 1
 
     def __init__(self, batch_size: int = 1, silent: int = 0):
         self.batch_size, self.frame_size, self.silent = batch_size, FRAME, silent
@@ -294,3 +295,18 @@ def test_with_the_real_stream():
             assert text_id == expected_id
             np.testing.assert_allclose(audio, expected_audio, rtol=0, atol=1e-5)
     assert max(np.abs(audio).max() for audio, _ in direct) > 1e-3
+
+
+def test_streams_without_mono_waveforms_are_refused():
+    for name, value in (("return_audio_waveforms", False), ("channels", 2)):
+        stream = EchoStream()
+        setattr(stream, name, value)
+        with pytest.raises(ValueError, match="`stream` must return mono waveforms"):
+            PcmDialogue(stream)
+
+
+def test_slots_and_sizes_are_integers():
+    with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+        PcmBuffer(True, FRAME)
+    with pytest.raises(ValueError, match="`slot`"):
+        PcmBuffer(2, FRAME).feed(np.zeros(3), slot=True)

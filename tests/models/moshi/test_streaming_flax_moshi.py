@@ -24,10 +24,11 @@ from tests.models.moshi.drawn import draw_config
 from tests.models.moshi.test_compiled import large_weights, tpu_module, with_promotion
 from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.checkpoints.writing import write_safetensors
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.models.moshi import layers_flax_moshi
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
-from transformers_moshi_flax.models.moshi.stream_files import named_leaves
+from transformers_moshi_flax.models.moshi.stream_files import ORIGIN, STATE_FORMAT, named_leaves, origin_tensor
 from transformers_moshi_flax.models.moshi.stream_state import StreamState
 from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
     FlaxMoshiFrame,
@@ -251,6 +252,7 @@ class TestSlots:
             if rng.random() < 0.15:
                 rows = rng.random(3) < 0.5
                 state = sampling.reset(state, rows, keys[k % 40])
+                state = sampling.configure(state, ~rows & rows, temperature=0.1)
                 for row in np.flatnonzero(rows):
                     slots[row].append((k % 40, []))
             active = rng.random(3) < 0.8
@@ -304,8 +306,17 @@ class TestSlots:
                 state, _ = greedy.step(state, now, active=active, forced_text_ids=forced)
             codes = np.array([[1] * 4, [-7 if second is nonsense else 3] * 4])
             state, _ = greedy.step(state, user_audio_codes=codes, active=active)
+            frames = []
             state, frame = greedy.step(state, audio[..., :16])
-            said.append(gathered([jax.tree.map(np.asarray, frame)]))
+            frames.append(jax.tree.map(np.asarray, frame))
+            # a new dialogue finds nothing of it in the rings either
+            state = greedy.reset(state, ~active)
+            for k in range(3):
+                state, frame = greedy.step(state, audio[..., 16 * k : 16 * (k + 1)])
+                frames.append(jax.tree.map(np.asarray, frame))
+            said.append(gathered(frames))
+            floats = [leaf for leaf in named_leaves(state).values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            assert all(np.isfinite(leaf).all() for leaf in floats)
         assert_same(*said)
 
     def test_numbers_of_each_slot(self, model: Moshi, sampling: FlaxMoshiStream, alone: FlaxMoshiStream) -> None:
@@ -416,14 +427,30 @@ np.save(f"{folder}/said.npy", np.concatenate(said, -1))
         with pytest.raises(FileNotFoundError, match="`path`"):
             greedy.load_state(tmp_path / "absent")
 
-    def test_senseless_indices(self, greedy: FlaxMoshiStream, tmp_path: Path) -> None:
-        state = greedy.init()
-        for field, value in (("text_ids", 61), ("audio_codes", 33), ("user_codes", -1)):
-            wrong = np.full_like(getattr(state.dialogue, field), value)
-            broken = state.replace(dialogue=state.dialogue.replace(**{field: wrong}))
-            greedy.save_state(broken, tmp_path / "state.safetensors")
-            with pytest.raises(ValueError, match=rf"{field} must be in \[0, "):
-                greedy.load_state(tmp_path / "state.safetensors")
+    def test_senseless_values(self, sampling: FlaxMoshiStream, tmp_path: Path) -> None:
+        """In files whose checksums are right."""
+        state, path = sampling.init(), tmp_path / "state.safetensors"
+        named = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+        for name, value, message in (
+            ("dialogue.text_ids", 61, r"dialogue.text_ids must be in \[0, 61\)"),
+            ("dialogue.audio_codes", 33, r"dialogue.audio_codes must be in \[0, 33\)"),
+            ("dialogue.user_codes", -1, "dialogue.user_codes must be"),
+            ("dialogue.forced_codes", 10**6, "`forced_codes` has the id 1000000"),
+            ("dialogue.cache.slot", WINDOW, "dialogue.cache.slot must be"),
+            ("encoder.cache.slot", 10**6, "encoder.cache.slot must be"),
+            ("decoder.cache.filled", -5, "decoder.cache.filled must be"),
+            ("dialogue.numbers.top_k", -3, "`top_k` must be"),
+            ("dialogue.numbers.temperature", 0, "`temperature` must be"),
+        ):
+            wrong = {**named, name: np.full_like(named[name], value)}
+            write_safetensors(path, {**wrong, ORIGIN: origin_tensor(state.origin)}, STATE_FORMAT)
+            with pytest.raises(ValueError, match=message):
+                sampling.load_state(path)
+
+    def test_the_bound_of_top_k_belongs_to_the_state(self, model: Moshi, sampling: FlaxMoshiStream) -> None:
+        wide = model.streaming(3, ignore_first_user_frame=True, **{**SAMPLE, "top_k": 65})
+        with pytest.raises(ValueError, match="kind of stream"):
+            sampling.step(wide.init(), user_audio(3, 1))
 
 
 class TestKyutaisBeginning:
@@ -469,6 +496,7 @@ class TestFaults:
             ({"user_audio": np.zeros((2, 1, 16), np.int16)}, "`user_audio` must be floats.*int16"),
             ({"user_audio": np.full((2, 1, 16), np.nan)}, "`user_audio` has samples that are not finite"),
             ({"user_audio": np.full((2, 1, 16), np.inf, np.float32)}, "`user_audio` has samples that are not finite"),
+            ({"user_audio": np.full((2, 1, 16), 1e300)}, "`user_audio` has samples that are not finite"),
             ({"user_audio_codes": user_codes(2, 1)}, "`user_audio_codes` must be the codes of one frame"),
             ({"user_audio_codes": np.full((2, 4), 32)}, "`user_audio_codes` has the id 32"),
             ({"user_audio_codes": np.full((2, 4), -1)}, "`user_audio_codes` has the id -1"),
@@ -487,6 +515,22 @@ class TestFaults:
             arguments = {"user_audio": user_audio(2, 1), **arguments}
         with pytest.raises(ValueError, match=message):
             greedy.step(state, **arguments)
+        greedy.step(state, user_audio(2, 1))
+
+    @pytest.mark.parametrize(
+        "key, message",
+        [
+            (jnp.ones(2), "`prng_key` must be a key"),
+            (jax.random.split(jax.random.key(0), 3), "`prng_key` must be one key or one per row"),
+            (jax.random.key(0, impl="rbg"), "`prng_key` is of another kind"),
+        ],
+    )
+    def test_bad_keys(self, greedy: FlaxMoshiStream, key: jax.Array, message: str) -> None:
+        state = greedy.init()
+        with pytest.raises(ValueError, match=message):
+            greedy.init(key)
+        with pytest.raises(ValueError, match=message):
+            greedy.reset(state, np.ones(2, bool), key)
         greedy.step(state, user_audio(2, 1))
 
     def test_states_of_others(self, model: Moshi, greedy: FlaxMoshiStream) -> None:
@@ -520,6 +564,10 @@ class TestFaults:
             greedy.set_slot(state, slot, greedy.get_slot(state, 0))
         with pytest.raises(ValueError, match="`row` has a batch of 2"):
             greedy.set_slot(state, 0, state)
+
+    def test_a_slot_may_be_set_to_itself(self, alone: FlaxMoshiStream) -> None:
+        state = alone.init()
+        alone.step(alone.set_slot(state, 0, state), user_audio(1, 1))
 
     @pytest.mark.parametrize(
         "rows, message",
@@ -660,6 +708,18 @@ states = [one.init(), spread.init()]
 def both(call):
     states[:] = [call(stream, state) for stream, state in zip((one, spread), states)]
 
+
+one.warmup(), spread.warmup()
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+state = spread.configure(spread.init(jax.random.key(0)), np.ones(8, bool), top_k=3)
+compiled.clear()  # of splitting the key
+silence, everyone = np.zeros((8, 1, one.frame_size), np.float32), np.ones(8, bool)
+state, _ = spread.step(state, silence, active=everyone, forced_text_ids=np.full(8, 5))
+state = spread.configure(spread.reset(state, everyone), everyone, temperature=0.5)
+assert not compiled, compiled
 
 rng = np.random.default_rng(0)
 for k in range(10):

@@ -855,6 +855,8 @@ class _EncoderHalf:
         """The next state, and the latents, channels last, of the next frames of a stream."""
         active = _all_rows(state) if active is None else active
         histories = state.histories_of(active)
+        # what is not finite would stay in the ring, and no weight is small enough for it
+        input_values = jnp.where(active[:, None, None], input_values, 0)
         x = self.encoder(input_values.swapaxes(1, 2), None, histories)
         cache, x = self.encoder_transformer.step(state.cache, x, active)
         if resamples(self.config):
@@ -897,6 +899,7 @@ class _DecoderHalf:
         """The next state, and the audio of the next frames of a stream, whose latents are channels last."""
         active = _all_rows(state) if active is None else active
         histories = state.histories_of(active)
+        x = jnp.where(active[:, None, None], x, 0)
         if resamples(self.config):
             x = self.upsample(x, None, histories)
         cache, x = self.decoder_transformer.step(state.cache, x, active)

@@ -38,7 +38,7 @@ class PcmBuffer:
     def __init__(self, batch_size: int, frame_size: int, buffer_frames: int = 25):
         sizes = {"batch_size": batch_size, "frame_size": frame_size, "buffer_frames": buffer_frames}
         for name, size in sizes.items():
-            if size < 1:
+            if not _is_integer(size) or size < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {size}")
         self.batch_size, self.frame_size = batch_size, frame_size
         # a ring for each slot; the counts of samples written and read only grow
@@ -132,7 +132,7 @@ class PcmBuffer:
 
     def check_slot(self, slot: int) -> None:
         """Raises ``ValueError`` if there is no such slot."""
-        if not 0 <= slot < self.batch_size:
+        if not _is_integer(slot) or not 0 <= slot < self.batch_size:
             raise ValueError(f"`slot`={slot} is out of range: give one of the {self.batch_size} slots, from 0 on")
 
 
@@ -169,7 +169,7 @@ class PcmDialogue:
         input: the :class:`PcmBuffer`, which has the counts of missing and dropped samples.
 
     Raises:
-        ValueError: ``output_dtype`` is another one.
+        ValueError: ``output_dtype`` is another one, or the stream returns no waveforms, or not of one channel.
     """
 
     def __init__(
@@ -180,6 +180,11 @@ class PcmDialogue:
         output_dtype: Any = np.float32,
         buffer_frames: int = 25,
     ):
+        if not stream.return_audio_waveforms or stream.channels != 1:
+            raise ValueError(
+                "`stream` must return mono waveforms: make it with `return_audio_waveforms=True`, of a codec with one "
+                "channel."
+            )
         self._output_dtype = np.dtype(output_dtype)
         if self._output_dtype not in (np.float32, np.int16):
             raise ValueError(f"`output_dtype` must be numpy.float32 or numpy.int16, got {self._output_dtype}")
@@ -257,6 +262,10 @@ class PcmDialogue:
         rows = np.arange(self.stream.batch_size) == slot
         self.state = self.stream.reset(self.state, rows, prng_key=prng_key)
         self.input.clear(slot)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def from_float(samples: Float[np.ndarray, "*shape"], dtype: Any) -> np.ndarray:

@@ -128,10 +128,13 @@ def rekey(dialogue: DialogueState, rows: Bool[Array, "batch"], keys: jax.Array) 
     return dialogue.replace(keys=jnp.where(rows, keys, dialogue.keys))
 
 
-def configure(dialogue: DialogueState, rows: Bool[Array, "batch"], numbers: dict[str, Array]) -> DialogueState:
-    """With other numbers in ``rows``."""
-    changed = {name: jnp.where(rows[:, None], value, dialogue.numbers[name]) for name, value in numbers.items()}
-    return dialogue.replace(numbers={**dialogue.numbers, **changed})
+def configure(
+    dialogue: DialogueState, rows: Bool[Array, "batch"], numbers: dict[str, tuple[Array, Array]]
+) -> DialogueState:
+    """With other numbers in ``rows``: all of them, each with whether it changes."""
+    before = dialogue.numbers
+    changed = {name: jnp.where(rows[:, None] & given, value, before[name]) for name, (given, value) in numbers.items()}
+    return dialogue.replace(numbers=changed)
 
 
 def take_slot(state: StreamState, slot: Int[Array, ""]) -> StreamState:

@@ -96,6 +96,10 @@ def next_column(
     module = decoder.module
     start_code = module.config.audio_vocab_size
     first = state.cache.filled == 0
+    # ids out of range become NaN, which would stay in the ring
+    user_codes = jnp.where(active[:, None], user_codes, 0)
+    forced_ids = jnp.where(active, forced_ids, FREE)
+    forced_codes = jnp.where(active[:, None], forced_codes, FREE)
 
     def delayed(now: Int[Array, "batch codebooks"], before: Int[Array, "batch codebooks"]):
         return jnp.concatenate([now[:, :1], before[:, 1:]], axis=1)
@@ -244,9 +248,11 @@ class FlaxMoshiStream:
         # looked up once: reading a configuration takes longer than all else in `step`
         self._hears = codec.encoder_config is not None
         self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
-        self._slots = config.sliding_window
         self._dtype = model.dtype
-        self._origin = digest(config, model.dtype, sorted(self._numbers), return_audio_waveforms)
+        self._bounds = {
+            f"{prefix}top_k": sampling.top_k_bound for prefix, sampling in zip(("", DEPTH_PREFIX), self._samplings)
+        }
+        self._origin = digest(config, model.dtype, sorted(self._numbers), self._bounds, return_audio_waveforms)
         self._compiled = model.compiled
 
         params = model.params if params is None else params
@@ -314,7 +320,7 @@ class FlaxMoshiStream:
                 "`forced_text_ids` and `forced_audio_codes` of the first frame go with the first step of a stream "
                 "with `ignore_first_user_frame=True`: leave them out of `init`."
             )
-        keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, self.batch_size)
+        keys = self._checked_keys(jax.random.key(0) if prng_key is None else prng_key)
         return self._run_start(self._create(keys), self._all, forced)
 
     def reset(
@@ -340,9 +346,10 @@ class FlaxMoshiStream:
         self._check_state(state)
         rows = self._checked_rows("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
+        keys = None if prng_key is None else self._checked_keys(prng_key)
         state = RESTART(state, rows, *self._starts)
-        if prng_key is not None:
-            dialogue = REKEY(state.dialogue, rows, row_keys(prng_key, self.batch_size))
+        if keys is not None:
+            dialogue = REKEY(state.dialogue, rows, keys)
             state = state.replace(dialogue=dialogue)
         return self._run_start(state, rows, forced)
 
@@ -417,10 +424,12 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         rows = self._all if rows is None else self._checked_rows("rows", rows)
-        text, depth = self._samplings
-        bounds = {"top_k": text.top_k_bound, f"{DEPTH_PREFIX}top_k": depth.top_k_bound}
-        numbers = checked_numbers(numbers, self._numbers, bounds, self.batch_size)
-        numbers = {name: self._on_devices(number) for name, number in numbers.items()}
+        numbers = checked_numbers(numbers, self._numbers, self._bounds, self.batch_size)
+        # all of them in any case, so that one program does for whatever is changed
+        given = {name: np.full((self.batch_size, 1), name in numbers) for name in self._numbers}
+        others = checked_numbers(self._numbers, self._numbers, self._bounds, self.batch_size)
+        numbers = {name: (given[name], numbers.get(name, others[name])) for name in self._numbers}
+        numbers = jax.tree.map(self._on_devices, numbers)
         return state.replace(dialogue=CONFIGURE(state.dialogue, rows, numbers))
 
     def warmup(self) -> None:
@@ -453,6 +462,8 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         self._check_state(row, "row", batch_size=1)
+        if row is state:
+            return state
         slot = on_device(self._checked_slot(slot), np.int32)
         if self.mesh is not None:
             row = jax.device_put(row, NamedSharding(self.mesh, PartitionSpec()))
@@ -504,8 +515,8 @@ class FlaxMoshiStream:
                 f"`path`: {path} has a batch of {batch_size}, but the stream has {self.batch_size} slots: load single "
                 "dialogues with `slot=` and put them in with `set_slot`."
             )
-        if slot is not None and not 0 <= slot < batch_size:
-            raise ValueError(f"`slot` is {slot}, but {path} has the slots 0 to {batch_size - 1}.")
+        if slot is not None:
+            self._checked_slot(slot, batch_size, f"the file {path}")
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
         expected = jax.eval_shape(self._create, keys)
         leaves = {}
@@ -527,12 +538,20 @@ class FlaxMoshiStream:
             TEXT_IDS: self._vocab_size + 1,
             "dialogue.audio_codes": codes,
             "dialogue.user_codes": codes,
-            "dialogue.cache.slot": self._slots,
-            "dialogue.cache.filled": self._slots + 1,
         }
+        for part in ("dialogue", "encoder", "decoder"):
+            if f"{part}.cache.slot" in leaves:
+                slots = leaves[f"{part}.cache.keys.0"].shape[1]
+                sizes |= {f"{part}.cache.slot": slots, f"{part}.cache.filled": slots + 1}
         for name, size in sizes.items():
             if ((leaves[name] < 0) | (leaves[name] >= size)).any():
                 raise ValueError(f"`path`: {path} is no good state: {name} must be in [0, {size}).")
+        numbers = {name: leaves[f"dialogue.numbers.{name}"][:, 0] for name in self._numbers}
+        try:
+            check_ids("forced_codes", leaves["dialogue.forced_codes"], self._audio_vocab_size, (FREE,))
+            checked_numbers(numbers, self._numbers, self._bounds, len(leaves[TEXT_IDS]))
+        except ValueError as error:
+            raise ValueError(f"`path`: {path} is no good state: {error}") from error
 
     # ----------------------------------------------------------------------------------------------- checks
 
@@ -558,11 +577,27 @@ class FlaxMoshiStream:
                 f"`{name}` must be booleans ({self.batch_size},), one for each slot, but has the shape "
                 f"{np.shape(rows)} and the dtype {dtype}."
             )
-        return rows if is_traced(rows) else np.asarray(rows)
+        return self._placed(rows)
 
-    def _checked_slot(self, slot: Any) -> int:
-        if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < self.batch_size:
-            raise ValueError(f"`slot` is {slot!r}, but the stream has the slots 0 to {self.batch_size - 1}.")
+    def _placed(self, array: ArrayLike) -> ArrayLike:
+        """Where the programs want it: elsewhere it would be another argument, for which they are compiled again."""
+        if is_traced(array):
+            return array
+        return np.asarray(array) if self.mesh is None else self._on_devices(np.asarray(array))
+
+    def _checked_keys(self, prng_key: Any) -> jax.Array:
+        keys = row_keys(prng_key, self.batch_size)
+        if keys.dtype != jax.random.key(0).dtype:
+            raise ValueError(
+                f"`prng_key` is of another kind ({keys.dtype}) than `jax.random.key` makes here: use that, so that "
+                "states can be saved and loaded."
+            )
+        return keys
+
+    def _checked_slot(self, slot: Any, slots: int | None = None, owner: str = "the stream") -> int:
+        slots = self.batch_size if slots is None else slots
+        if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < slots:
+            raise ValueError(f"`slot` is {slot!r}, but {owner} has the slots 0 to {slots - 1}.")
         return slot
 
     def _of_rows(self, array: ArrayLike, rows: ArrayLike) -> ArrayLike:
@@ -579,9 +614,11 @@ class FlaxMoshiStream:
         audio = audio if traced else np.asarray(audio)
         if not jnp.issubdtype(audio.dtype, jnp.floating):
             raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
+        with np.errstate(over="ignore"):
+            audio = audio.astype(self._dtype)
         if not traced and not np.isfinite(self._of_rows(audio, rows)).all():
             raise ValueError("`user_audio` has samples that are not finite: replace NaN and infinity before.")
-        return audio.astype(self._dtype)
+        return self._placed(audio)
 
     def _checked_codes(self, name: str, codes: ArrayLike, rows: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
         shape = (self.batch_size, self.num_codebooks)
@@ -589,7 +626,7 @@ class FlaxMoshiStream:
             raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
         remedy = "-1 leaves the choice to the model." if allowed else ""
         check_ids(name, self._of_rows(codes, rows), self._audio_vocab_size, allowed, remedy)
-        return codes.astype(jnp.int32) if is_traced(codes) else np.asarray(codes, dtype=np.int32)
+        return codes.astype(jnp.int32) if is_traced(codes) else self._placed(np.asarray(codes, dtype=np.int32))
 
     def _checked_forced(
         self, text_ids: ArrayLike | None, codes: ArrayLike | None, rows: ArrayLike
@@ -603,7 +640,9 @@ class FlaxMoshiStream:
                 )
             remedy = "-1 leaves the choice to the model."
             check_ids("forced_text_ids", self._of_rows(text_ids, rows), self._vocab_size, (FREE,), remedy)
-            text_ids = text_ids.astype(jnp.int32) if is_traced(text_ids) else np.asarray(text_ids, dtype=np.int32)
+            text_ids = (
+                text_ids.astype(jnp.int32) if is_traced(text_ids) else self._placed(np.asarray(text_ids, np.int32))
+            )
         if codes is not None:
             codes = self._checked_codes("forced_audio_codes", codes, rows, (FREE,))
         return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes

@@ -182,7 +182,7 @@ class TestEqualToGenerate:
         np.testing.assert_array_equal(np.moveaxis(np.asarray(frames.audio_codes), 0, -1), expected["audio_codes"])
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**16), draws=st.booleans(), batch=st.integers(1, 3))
 def test_drawn_configurations(seed: int, draws: bool, batch: int) -> None:
     """Other sizes, one codebook, windows of a few frames: as ``generate``, which keeps every frame."""

@@ -71,7 +71,8 @@ class RingCache:
         return (distance >= 0) & (distance < window) & (age < self.filled[:, None] + steps)[:, None]
 
     def advance(self, steps: int, active: Bool[Array, "batch"]) -> RingCache:
-        """After the next steps. What rows that are not active have written is overwritten by their next step."""
+        """After the next steps. What rows that are not active have written is overwritten by their next step, or has
+        no weight after a :meth:`reset`; so it must be finite."""
         return self.replace(
             position=jnp.where(active, self.position + jnp.uint32(steps), self.position),
             slot=jnp.where(active, (self.slot + steps) % self.slots, self.slot),

@@ -424,13 +424,10 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         rows = self._all if rows is None else self._checked_rows("rows", rows)
-        numbers = checked_numbers(numbers, self._numbers, self._bounds, self.batch_size)
         # all of them in any case, so that one program does for whatever is changed
-        given = {name: np.full((self.batch_size, 1), name in numbers) for name in self._numbers}
-        others = checked_numbers(self._numbers, self._numbers, self._bounds, self.batch_size)
-        numbers = {name: (given[name], numbers.get(name, others[name])) for name in self._numbers}
-        numbers = jax.tree.map(self._on_devices, numbers)
-        return state.replace(dialogue=CONFIGURE(state.dialogue, rows, numbers))
+        values = checked_numbers({**self._numbers, **numbers}, self._numbers, self._bounds, self.batch_size)
+        changes = {name: (np.full(value.shape, name in numbers), value) for name, value in values.items()}
+        return state.replace(dialogue=CONFIGURE(state.dialogue, rows, jax.tree.map(self._on_devices, changes)))
 
     def warmup(self) -> None:
         """Compiles everything that dialogues need, ahead of time."""
@@ -462,9 +459,9 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         self._check_state(row, "row", batch_size=1)
+        slot = on_device(self._checked_slot(slot), np.int32)
         if row is state:
             return state
-        slot = on_device(self._checked_slot(slot), np.int32)
         if self.mesh is not None:
             row = jax.device_put(row, NamedSharding(self.mesh, PartitionSpec()))
         return PUT(state, slot, row)

@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Int16
 
+from ...generation.logits_process import is_whole
+
 INT16_SCALE = 32768
 """What 16-bit samples are divided by; the way back is exact."""
 
@@ -38,7 +40,7 @@ class PcmBuffer:
     def __init__(self, batch_size: int, frame_size: int, buffer_frames: int = 25):
         sizes = {"batch_size": batch_size, "frame_size": frame_size, "buffer_frames": buffer_frames}
         for name, size in sizes.items():
-            if not _is_integer(size) or size < 1:
+            if not is_whole(size) or size < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {size}")
         self.batch_size, self.frame_size = batch_size, frame_size
         # a ring for each slot; the counts of samples written and read only grow
@@ -132,7 +134,7 @@ class PcmBuffer:
 
     def check_slot(self, slot: int) -> None:
         """Raises ``ValueError`` if there is no such slot."""
-        if not _is_integer(slot) or not 0 <= slot < self.batch_size:
+        if not is_whole(slot) or not 0 <= slot < self.batch_size:
             raise ValueError(f"`slot`={slot} is out of range: give one of the {self.batch_size} slots, from 0 on")
 
 
@@ -262,10 +264,6 @@ class PcmDialogue:
         rows = np.arange(self.stream.batch_size) == slot
         self.state = self.stream.reset(self.state, rows, prng_key=prng_key)
         self.input.clear(slot)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def from_float(samples: Float[np.ndarray, "*shape"], dtype: Any) -> np.ndarray:

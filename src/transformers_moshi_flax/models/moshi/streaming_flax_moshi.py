@@ -31,6 +31,7 @@ from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
 from ...generation.decoding import FREE
+from ...generation.logits_process import is_whole
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
@@ -593,7 +594,7 @@ class FlaxMoshiStream:
 
     def _checked_slot(self, slot: Any, slots: int | None = None, owner: str = "the stream") -> int:
         slots = self.batch_size if slots is None else slots
-        if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < slots:
+        if not is_whole(slot) or not 0 <= slot < slots:
             raise ValueError(f"`slot` is {slot!r}, but {owner} has the slots 0 to {slots - 1}.")
         return slot
 

@@ -273,16 +273,18 @@ prepare(folder / "all.jsonl", folder / "out", mimi=mimi, config=config, tokenize
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path) -> None:
     """SIGKILL in the midst of the work, more of it done each time."""
     record(tmp_path, {f"{number}.wav": 3000 for number in range(60)})
     mimi.save_pretrained(tmp_path / "mimi")
     CONFIG.save_pretrained(tmp_path / "moshi")
     whole = run(tmp_path / "whole")
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     shards = 0
     for lines in (7, 14):
         arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(EMBEDDED)]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(lines):
             assert process.stdout.readline() == "done\n"
         process.send_signal(signal.SIGKILL)

@@ -25,6 +25,7 @@ CONFIG = small_config()
 OBJECTIVE = ObjectiveConfig(first_codebook_weight=3.0)
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, schedule="constant")
 LENGTHS = (6, 3, 0, 5)
+BATCH = draw_batch(CONFIG, LENGTHS, 6, seed=1)
 
 
 class Run:
@@ -52,6 +53,12 @@ def plain() -> Run:
     return run_of()
 
 
+@pytest.fixture(scope="module")
+def reference(plain: Run) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """What the first step makes of :data:`BATCH` in float32, without accumulation."""
+    return jax.device_get(plain.step(plain.state(), BATCH))
+
+
 def assert_same(ours: Any, theirs: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
@@ -61,11 +68,11 @@ def gradients_of(state: TrainState) -> Any:
     return state.opt_state[1].mu
 
 
-def test_accumulation_is_the_large_batch(plain: Run) -> None:
+def test_accumulation_is_the_large_batch(reference: Any) -> None:
     """Rows of different lengths, so that the mean of the micro-batches' means would be another loss."""
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    whole, metrics = plain.step(plain.state(), batch)
-    parts, metrics_of_parts = run_of(accumulation_steps=2).step(plain.state(), batch)
+    whole, metrics = reference
+    run = run_of(accumulation_steps=2)
+    parts, metrics_of_parts = run.step(run.state(), BATCH)
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics_of_parts[name], value, rtol=1e-6, err_msg=name)
     ours, theirs = flatten_dict(gradients_of(parts)), flatten_dict(gradients_of(whole))
@@ -74,11 +81,10 @@ def test_accumulation_is_the_large_batch(plain: Run) -> None:
 
 
 def test_steps_learn_and_compile_once(plain: Run, count_compilations: Callable[[], int]) -> None:
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    state, first = plain.step(plain.state(), batch)
+    state, first = plain.step(plain.state(), BATCH)
     count_compilations()
     for _ in range(5):
-        state, metrics = plain.step(state, batch)
+        state, metrics = plain.step(state, BATCH)
     assert count_compilations() == 0
     assert metrics["loss"] < first["loss"]
     assert int(state.step) == 6
@@ -87,9 +93,8 @@ def test_steps_learn_and_compile_once(plain: Run, count_compilations: Callable[[
 
 
 def test_evaluation_has_the_figures_of_the_step(plain: Run) -> None:
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    evaluated = metrics_of(make_eval_step(plain.module, OBJECTIVE)(plain.state(), batch), OBJECTIVE)
-    _, metrics = plain.step(plain.state(), batch)
+    evaluated = metrics_of(make_eval_step(plain.module, OBJECTIVE)(plain.state(), BATCH), OBJECTIVE)
+    _, metrics = plain.step(plain.state(), BATCH)
     for name, value in evaluated.items():
         np.testing.assert_allclose(value, metrics[name], rtol=1e-6, err_msg=name)
 
@@ -104,42 +109,40 @@ def test_the_state_is_donated(plain: Run) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_bad_step_changes_nothing(plain: Run, value: float) -> None:
     """A parameter that is not finite makes loss and gradients so; repaired, the run goes on as if it had not been."""
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    good, _ = plain.step(plain.state(), batch)
+    good, _ = plain.step(plain.state(), BATCH)
     before = jax.device_get(good)
     kernel = before.params["decoder"]["lm_head"]["kernel"].copy()
     kernel[0, 0] = value
     params = {**before.params, "decoder": {**before.params["decoder"], "lm_head": {"kernel": kernel}}}
-    bad, metrics = plain.step(jax.device_put(before.replace(params=params)), batch)
-    bad, metrics = plain.step(bad, batch)
+    bad, metrics = plain.step(jax.device_put(before.replace(params=params)), BATCH)
+    bad, metrics = plain.step(bad, BATCH)
     assert (int(metrics["skipped"]), int(metrics["bad_steps"]), int(metrics["bad_steps_in_a_row"])) == (1, 2, 2)
     assert_same(bad.params, params)
     assert_same(bad.opt_state, before.opt_state)
     assert int(bad.step) == 3
 
-    repaired, metrics = plain.step(bad.replace(params=jax.device_put(before.params)), batch)
-    unharmed, _ = plain.step(jax.device_put(before), batch)
+    repaired, metrics = plain.step(bad.replace(params=jax.device_put(before.params)), BATCH)
+    unharmed, _ = plain.step(jax.device_put(before), BATCH)
     assert (int(metrics["skipped"]), int(metrics["bad_steps"]), int(metrics["bad_steps_in_a_row"])) == (0, 2, 0)
     assert_same(repaired.params, unharmed.params)
     assert_same(repaired.opt_state, unharmed.opt_state)
 
 
-def test_frozen_parts_stay_and_cost_nothing(plain: Run) -> None:
+def test_frozen_parts_stay_and_cost_nothing(plain: Run, reference: Any) -> None:
     freeze = ("embed_tokens/.*", "decoder/model/.*")
     run = Run(freeze=freeze)
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    state, _ = run.step(run.state(), batch)
+    state, _ = run.step(run.state(), BATCH)
     assert_same(state.frozen_params, run.frozen)
     assert set(flatten_dict(state.opt_state[1].mu)) == set(flatten_dict(run.trainable))
     # the gradient of the others is that of the whole
-    whole, _ = plain.step(plain.state(), batch)
+    whole, _ = reference
     some = flatten_dict(gradients_of(state), sep="/")
     everything = flatten_dict(gradients_of(whole), sep="/")
     factor = some["decoder/lm_head/kernel"] / everything["decoder/lm_head/kernel"]
     for path, gradient in some.items():
         limit = 1e-5 * np.abs(gradient).max()
         np.testing.assert_allclose(gradient, everything[path] * np.median(factor), rtol=0, atol=limit, err_msg=path)
-    programs = [each.step.lower(each.state(), batch).cost_analysis()["flops"] for each in (run, plain)]
+    programs = [each.step.lower(each.state(), BATCH).cost_analysis()["flops"] for each in (run, plain)]
     assert programs[0] < 0.8 * programs[1]
 
 
@@ -156,15 +159,19 @@ def test_dropout_depends_on_seed_step_and_micro_batch() -> None:
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(plain: Run, dtype: Any) -> None:
-    """Computation in half precision: float32 masters, gradients and figures, near those of float32."""
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    run = run_of(dtype, accumulation_steps=2)
+def strict_step(run: Run, *args: Any) -> tuple[TrainState, dict[str, Any]]:
+    """With strict promotion, in which no dtype is widened unasked."""
     with jax.numpy_dtype_promotion("strict"):
-        state, metrics = run.step(run.state(), batch)
+        return run.step(*args)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(reference: Any, dtype: Any) -> None:
+    """Computation in half precision: float32 masters, gradients and figures, near those of float32."""
+    run = run_of(dtype, accumulation_steps=2)
+    state, metrics = strict_step(run, run.state(), BATCH)
     assert int(metrics["skipped"]) == 0
-    whole, expected = plain.step(plain.state(), batch)
+    whole, expected = reference
     for name in ("loss", "text_loss", "audio_loss", "grad_norm"):
         assert metrics[name].dtype == jnp.float32
         np.testing.assert_allclose(metrics[name], expected[name], rtol=3e-2, err_msg=name)
@@ -176,22 +183,21 @@ def test_half_precision(plain: Run, dtype: Any) -> None:
 def test_the_loss_scale_falls_until_gradients_fit() -> None:
     """Overflow halves the scale without counting as a bad step in a row; a loss that is not finite does count."""
     run = run_of(jnp.float16, accumulation_steps=2)
-    batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
     start = run.state().replace(loss_scale=LossScale(scale=jnp.float32(2.0**40), good_steps=jnp.int32(0)))
     before = jax.device_get(start.params)
-    state, metrics = run.step(start, batch)
+    state, metrics = strict_step(run, start, BATCH)
     assert (int(metrics["skipped"]), int(metrics["bad_steps"]), int(metrics["bad_steps_in_a_row"])) == (1, 1, 0)
     assert metrics["loss_scale"] == 2.0**39 and np.isfinite(metrics["loss"])
     assert_same(state.params, before)
     while int(metrics["skipped"]):
-        state, metrics = run.step(state, batch)
+        state, metrics = strict_step(run, state, BATCH)
     assert 1 < metrics["loss_scale"] < 2.0**39 and int(state.loss_scale.good_steps) == 1
     assert np.any(state.params["decoder"]["lm_head"]["kernel"] != before["decoder"]["lm_head"]["kernel"])
 
     least = LossScale(scale=jnp.float32(LossScale.LEAST), good_steps=jnp.int32(0))
     nan = jax.tree.map(lambda leaf: leaf * np.nan, before)
     for scale in (state.loss_scale, least):
-        _, metrics = run.step(run.state().replace(params=nan, loss_scale=scale), batch)
+        _, metrics = strict_step(run, run.state().replace(params=nan, loss_scale=scale), BATCH)
         assert int(metrics["bad_steps_in_a_row"]) == 1
         nan = jax.tree.map(lambda leaf: leaf * np.nan, before)
 

@@ -172,7 +172,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Section ``distributed``: several processes; on a cluster that JAX knows ``num_processes`` alone may be left null.
+    """Section ``distributed``: several processes; all null for one.
 
     Attributes:
         coordinator_address: host and port of the first process.
@@ -403,7 +403,7 @@ def _all_keys() -> list[str]:
 
 
 def _section(name: str, section: type, given: Mapping[str, Any], problems: list[str]) -> Any:
-    """An instance of a section's class; None, with the reasons added to ``problems``, if the values do not make one."""
+    """An instance of a section's class, or None, with the reasons added to ``problems``."""
     known = {entry.name: entry for entry in dataclasses.fields(section)}
     hints = typing.get_type_hints(section)
     found = len(problems)

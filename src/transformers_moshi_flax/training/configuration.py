@@ -23,7 +23,7 @@ import yaml
 
 from ..checkpoints.configs import did_you_mean
 from .objective import ObjectiveConfig
-from .optimizer import OptimizerConfig
+from .optimizer import OptimizerConfig, make_schedule
 
 
 class ConfigurationError(ValueError):
@@ -234,6 +234,10 @@ class TrainingConfig:
             yield f"`data.batch_size`: {rows} rows are not divisible by distributed.num_processes = {processes}"
         if (self.mesh.data * self.mesh.fsdp * self.mesh.tensor) % processes:
             yield f"`mesh`: its devices are not divisible by distributed.num_processes = {processes}"
+        try:
+            make_schedule(self.optimizer, self.run.steps)
+        except ValueError as error:
+            yield f"`run.steps`: {error}"
         if self.data.evaluation is None and self.run.evaluate_every is not None:
             yield "`run.evaluate_every`: there is nothing to evaluate on; set data.evaluation"
 

@@ -59,19 +59,27 @@ class ObjectiveConfig:
             raise ValueError("`text_weight` and `audio_weight` are both 0; give at least one a weight.")
 
 
-def batch_labels(module: nn.Module, batch: Batch) -> tuple[Array, Array]:
+def batch_arrays(batch: Batch) -> dict[str, Array]:
+    """The arrays that the objective reads, on the device, without what else there is.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    missing = [name for name in (*INPUTS, *LABELS) if name not in batch]
+    if missing:
+        raise ValueError(f"`batch` lacks {', '.join(missing)}; it has {', '.join(batch) or 'nothing'}.")
+    return {name: jnp.asarray(batch[name]) for name in (*INPUTS, *LABELS)}
+
+
+def batch_labels(module: nn.Module, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """The labels of frames 1, 2, …: text ``(batch, frames - 1)``, delayed codes ``(batch, frames - 1, codebooks)``."""
-    return next_frame_labels(
-        batch["text_labels"],
-        batch["audio_labels"],
-        batch["attention_mask"].astype(bool),
-        module.config.audio_vocab_size,
-    )
+    mask = batch["attention_mask"].astype(bool)
+    return next_frame_labels(batch["text_labels"], batch["audio_labels"], mask, module.config.audio_vocab_size)
 
 
 def weight_totals(module: nn.Module, batch: Batch, objective: ObjectiveConfig) -> dict[str, Float[Array, ""]]:
     """The sums of the weights of a whole batch, by which its losses are divided: ``text`` and ``audio``."""
-    text, audio = batch_labels(module, batch)
+    text, audio = batch_labels(module, batch_arrays(batch))
     return {
         "text": jnp.sum(text_weights(text, objective.text_padding_weight, objective.text_padding_ids)),
         "audio": jnp.sum(audio_weights(audio, objective.first_codebook_weight)),
@@ -101,10 +109,11 @@ def objective_loss(
     Returns:
         The loss, a scalar in at least float32, and sums that add up over batches, for :func:`metrics_of`.
     """
+    batch = batch_arrays(batch)
     totals = weight_totals(module, batch, objective) if totals is None else totals
     text_logits, audio_logits = module.apply(
         {"params": params},
-        *(batch[name] for name in (*INPUTS, *LABELS)),
+        **batch,
         deterministic=not train,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         method="next_frame_logits",

@@ -60,13 +60,13 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "final_learning_rate"):
-            _check_range(name, getattr(self, name), 0, math.inf)
+            _check_range(name, getattr(self, name))
         for name in ("b1", "b2"):
-            _check_range(name, getattr(self, name), 0, 1)
+            _check_range(name, getattr(self, name), below=1.0)
         if not 0 <= self.pct_start <= 1:
             raise ValueError(f"`pct_start` must be from 0 to 1, but is {self.pct_start}.")
         for pattern, factor in self.learning_rate_multipliers.items():
-            _check_range(f"learning_rate_multipliers[{pattern!r}]", factor, 0, math.inf)
+            _check_range(f"learning_rate_multipliers[{pattern!r}]", factor)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, but is {self.schedule!r}.")
         if self.schedule == "one_cycle" and self.warmup_steps:
@@ -80,10 +80,10 @@ class OptimizerConfig:
             )
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
-        ending = "a finite number, at least 0" if high == math.inf else f"at least {low} and below {high}"
-        raise ValueError(f"`{name}` must be {ending}, but is {value}.")
+def _check_range(name: str, value: float | int, below: float = math.inf) -> None:
+    if not 0 <= value < below:
+        wanted = "a finite number, at least 0" if below == math.inf else f"at least 0 and below {below}"
+        raise ValueError(f"`{name}` must be {wanted}, but is {value}.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Float[Array, ""]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from .objective import INPUTS, LABELS, Batch, ObjectiveConfig, metrics_of, objective_loss, weight_totals
+from .objective import Batch, ObjectiveConfig, batch_arrays, metrics_of, objective_loss, weight_totals
 from .train_state import LossScale, TrainState, merge_params
 
 
@@ -113,11 +113,9 @@ def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[T
     return jax.jit(step)
 
 
-def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Any]:
+def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
     """The arrays that the objective reads, if they are there and can be dealt."""
-    missing = [name for name in (*INPUTS, *LABELS) if name not in batch]
-    if missing:
-        raise ValueError(f"`batch` lacks {', '.join(missing)}; it has {', '.join(batch) or 'nothing'}.")
+    batch = batch_arrays(batch)
     rows, frames = batch["input_ids"].shape
     if rows % accumulation_steps:
         raise ValueError(
@@ -126,7 +124,7 @@ def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Any]:
         )
     if frames < 2:
         raise ValueError(f"`batch` has {frames} frames a row, of which none is predicted; give at least 2.")
-    return {name: batch[name] for name in (*INPUTS, *LABELS)}
+    return batch
 
 
 def _dealt(array: Array, parts: int) -> Array:

@@ -309,7 +309,7 @@ def to_yaml(config: TrainingConfig) -> str:
 
 MAY_CHANGE = {
     "model": {"gradient_checkpointing"},
-    "data": {"evaluation", "workers"},
+    "data": {"train", "evaluation", "workers"},
     "run": {
         "output_dir",
         "accumulation_steps",
@@ -328,7 +328,8 @@ MAY_CHANGE = {
     "distributed": {"coordinator_address", "num_processes", "process_id"},
 }
 """Keys that an interrupted run may be given anew: they change its results by no more than rounding. ``run.steps`` may
-change as well where the learning rate does not depend on it (``optimizer.schedule: constant``)."""
+change as well where the learning rate does not depend on it (``optimizer.schedule: constant``). The conversations of
+``data.train`` must be the same, wherever they lie: the loader compares their fingerprint."""
 
 
 def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]:

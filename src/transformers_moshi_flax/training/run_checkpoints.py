@@ -115,7 +115,7 @@ class RunCheckpoints:
 
         Args:
             step: its number; there must be no checkpoint of it.
-            params, rest: trees of arrays.
+            params, rest: trees of arrays; ``rest`` may be None.
             progress: what JSON can hold.
             metrics: of the held-out data, which tell the best checkpoint.
 
@@ -124,7 +124,9 @@ class RunCheckpoints:
         """
         self.wait()
         self._saving = step
-        items = {PARAMS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
+        items = {PARAMS: ocp.args.StandardSave(params)}
+        if rest is not None:
+            items[REST] = ocp.args.StandardSave(rest)
         args = ocp.args.Composite(**items, **{_PROGRESS: ocp.args.JsonSave(dict(progress))})
         orbax_log = logging.getLogger("absl")
         orbax_log.addFilter(_is_of_interest)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import time
 import uuid
 from collections.abc import Mapping
 from datetime import timedelta
@@ -55,7 +54,6 @@ class RunLog:
     ):
         self._notes = Console(stderr=True, highlight=False) if notes is None else notes
         self._steps = steps
-        self._first_step = first_step
         self._writer = self._wandb = None
         if tensorboard:
             module = _imported("tensorboardX", "run.tensorboard", EXTRA)
@@ -70,7 +68,6 @@ class RunLog:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         self._bar = Progress(*columns, console=self._notes, disable=not self._notes.is_terminal)
         self._task = self._bar.add_task("training", total=steps, completed=first_step, note="")
-        self._start = time.monotonic()
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -93,10 +90,9 @@ class RunLog:
         self._notes.print(text, soft_wrap=True, markup=False)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step of training, ``loss`` and ``frames_per_second`` among them, and show these."""
+        """Log the metrics of a step of training, with ``loss``, ``frames_per_second`` and ``steps_per_second``, which are shown."""
         self._write(step, "train", metrics)
-        per_step = (time.monotonic() - self._start) / max(step - self._first_step, 1)
-        left = timedelta(seconds=round(per_step * (self._steps - step)))
+        left = timedelta(seconds=round((self._steps - step) / max(metrics["steps_per_second"], 1e-9)))
         note = f"loss {metrics['loss']:.4f}  {metrics['frames_per_second']:.0f} frames/s  {left} left"
         self._bar.update(self._task, completed=step, note=note)
         if not self._notes.is_terminal:

@@ -27,6 +27,7 @@ from transformers import MoshiConfig
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
 from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..partitioning import param_shardings
 from .configuration import ConfigurationError, TrainingConfig
 from .data.loading import Loader, make_loader
 from .data.prepared import PreparedDataset, open_dataset
@@ -107,9 +108,10 @@ class Trainer:
         config, run = self.config, self.config.run
         resumes = self.folder.has_checkpoints()
         model, params = self._resumed_model() if resumes else self._new_model()
-        module = model.module.clone(
-            gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
-        )
+        fields = {"gradient_checkpointing": config.model.gradient_checkpointing}
+        if config.model.scan_layers:
+            fields["scan_layers"] = True
+        module = model.module.clone(**fields)
         shapes = model.params_shape_tree
         if config.model.scan_layers:
             shapes = jax.eval_shape(stack_layers, shapes)
@@ -172,14 +174,14 @@ class Trainer:
                 model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
                     config.path, dtype=dtype, param_dtype=jnp.float32, sharding=self._mesh, _do_init=False
                 )
-                key = jax.random.key(self.config.run.seed)
-                return model, model.init_weights(key, params=params), Source.locate(config.path)
+                return model, params, Source.locate(config.path)
             path = Path(config.config)
             source = Source.locate(path.parent if path.is_file() else path)
             model = FlaxMoshiForConditionalGeneration(
                 load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
             )
-            return model, model.init_weights(model.key), source
+            shardings = param_shardings(self._mesh, model.params_shape_tree)
+            return model, jax.tree.map(_placed, model.init_weights(model.key), shardings), source
 
         key = "model.path" if config.path is not None else "model.config"
         model, params, source = _explained(key, loaded)
@@ -324,7 +326,6 @@ class _Loop:
         self._trainer, self._run = trainer, trainer.config.run
         self._log, self._checkpoints, self._loader = log, checkpoints, loader
         self._train_step, self._evaluation, self._stop = train_step, evaluation, stop
-        self._saved: int | None = None
 
     def run(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         """From after ``step`` steps to the end; returns the state and the last metrics."""
@@ -417,9 +418,7 @@ class _Meter:
             # the first step compiles, which says nothing of the speed
             jax.block_until_ready(metrics)
             self._warm = True
-            frames = self._frames
             self._reset()
-            self._first = frames
 
     def read(self) -> dict[str, float]:
         """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took."""
@@ -439,6 +438,12 @@ class _Meter:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+
+def _placed(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, on the mesh of all."""
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _rest(state: TrainState) -> TrainState:

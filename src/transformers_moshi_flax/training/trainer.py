@@ -35,7 +35,7 @@ from .evaluation import evaluate, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoints
-from .run_folder import RunFolder, is_exported
+from .run_folder import RunFolder
 from .run_logging import RunLog
 from .scanned_layers import stack_layers, unstack_layers
 from .train_state import TrainState, create_train_state, merge_params, split_params
@@ -158,7 +158,7 @@ class Trainer:
         with log or contextlib.nullcontext(), _signals() as stop:
             loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)
             state, metrics = loop.run(state, step)
-        if not is_exported(self.folder.export):
+        if self.folder.exported_step() != run.steps:
             self._export(state)
         return metrics
 
@@ -272,6 +272,7 @@ class Trainer:
             params = multihost_utils.process_allgather(params, tiled=True)
         if self._is_first:
             self.folder.write_export(params, self.folder.export)
+            self.folder.set_exported_step(self.config.run.steps)
             self._say(f"{self.folder.export}: the model of the last step")
 
 
@@ -421,7 +422,12 @@ class _Meter:
             self._reset()
 
     def read(self) -> dict[str, float]:
-        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took."""
+        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took.
+
+        Nothing where there has been no step but the first.
+        """
+        if not self._steps:
+            return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         frames = sum(int(count) for count in jax.device_get(self._frames))
         read = {

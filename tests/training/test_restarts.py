@@ -126,11 +126,11 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
             before = len(lines(run))
             process = children.start(config)
             if kill % 2:  # in the middle of a save
-                wait_for(lambda: len(lines(run)) > before, process)
+                wait_for(lambda before=before: len(lines(run)) > before, process)
                 wait_for(lambda: any((run / "checkpoints").glob(TEMPORARY)), process)
                 time.sleep(draw.uniform(0, 0.02))
             elif kill % 4 == 0:  # anywhere between two steps
-                wait_for(lambda: len(lines(run)) > before, process)
+                wait_for(lambda before=before: len(lines(run)) > before, process)
                 time.sleep(draw.uniform(0, 0.3))
             else:  # before the first step
                 time.sleep(draw.uniform(0, 2))

@@ -34,14 +34,13 @@ OPTIONS = {"data__evaluation": None, "run__evaluate_every": 4, "run__samples": 1
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every run compiles the same step: once is enough."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_compilation_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_compilation_cache_min_compile_time_secs"
+    jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(least, 0.0)
     compilation_cache.reset_cache()
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update(folder, None)
+    jax.config.update(least, 1.0)  # the default
     compilation_cache.reset_cache()
 
 
@@ -211,7 +210,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
     options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__steps": 6}
-    with pytest.raises(NotFiniteError, match="2 steps in a row .* the checkpoint of step 2 is kept"):
+    with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 2 is kept"):
         # weights of 1e38 overflow in the update, so that all steps after the first are NaN
         train(inputs, **options, optimizer__learning_rate=1e38, optimizer__schedule="constant")
     records = lines(tmp_path / "run")

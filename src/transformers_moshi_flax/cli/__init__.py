@@ -29,7 +29,8 @@ app.command("verify")(verify.verify)
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2.
 
-    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass, ``train`` where a run cannot go on.
+    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass, ``train`` where a run cannot go
+    on.
 
     Args:
         args: the arguments without the program's name; None reads ``sys.argv``.

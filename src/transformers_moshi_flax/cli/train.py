@@ -36,8 +36,8 @@ def train(
 ) -> None:
     """Train as CONFIG says. A run that was interrupted goes on when it is started again.
 
-    SIGTERM and SIGINT (Ctrl-C) write a checkpoint first; a second one ends the run at once. Exit codes: 0 all steps are
-    made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged); 2 a mistake in what was
+    SIGTERM and SIGINT (Ctrl-C) write a checkpoint first; a second one ends the run at once. Exit codes: 0 all steps
+    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged); 2 a mistake in what was
     given; 130 after SIGINT, 143 after SIGTERM.
     """
     with extra_is_there():

@@ -3,8 +3,8 @@
 - ``config.yaml``: the whole configuration; ``starts.jsonl``: versions and git state, a line for every start.
 - ``model/``: configuration and tokenizer of the model; ``frozen/``: the weights that are not trained, written once.
 - ``checkpoints/``: see :mod:`~transformers_moshi_flax.training.run_checkpoints`; ``damaged/``: those found damaged.
-- ``metrics.jsonl``, ``tensorboard/``, ``samples/step-N/``; ``export/``: the model after the last step, whose number is in
-  ``exported_step``.
+- ``metrics.jsonl``, ``tensorboard/``, ``samples/step-N/``; ``export/``: the model after the last step, and in
+  ``exported_step`` the number of that.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def make_train_step(
         optimizer, schedule: from ``make_optimizer``.
         accumulation_steps: into how many micro-batches, run one after another, the rows of a batch are dealt. The
             update is that of the whole batch.
-        state_shardings: a tree of shardings that the returned state is to have; by default, XLA chooses.
+        state_shardings: a ``TrainState`` of the shardings that the state has and keeps; by default, XLA chooses.
 
     Returns:
         A function ``(state, batch) -> (state, metrics)``. It consumes the state that it is given. The metrics, scalars
@@ -64,6 +64,8 @@ def make_train_step(
 
         def gradients_of(part: Batch, index: Any) -> Any:
             gradients, (loss, sums) = jax.grad(scaled_loss, has_aux=True)(state.params, part, index)
+            if state_shardings is not None:  # each device adds up the gradients of its own parameters alone
+                gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
             return gradients, loss, sums
 
         if accumulation_steps == 1:

@@ -177,7 +177,9 @@ class FlaxMoshiFlexibleLinear(nn.Module):
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
         if (layer_idx == layer_idx[0]).all():
             return codebooks[int(layer_idx[0])](x)
-        return jnp.concatenate([codebooks[int(layer)](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
+        # the gradient of a split is one concatenation, that of slices a sum of as many padded arrays
+        positions = lax.split(x, [1] * length, axis=1)
+        return jnp.concatenate([codebooks[int(layer)](row) for layer, row in zip(layer_idx, positions)], axis=1)
 
 
 class FlaxMoshiLinear(nn.Module):

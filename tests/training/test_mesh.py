@@ -52,8 +52,8 @@ def figures(state, metrics):
 def assert_equal(actual, expected):
     assert actual.keys() == expected.keys()
     for path, leaf in expected.items():
-        assert np.abs(leaf).max() > 0 or "embedding" in path, path
-        np.testing.assert_allclose(actual[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max(), err_msg=path)
+        assert np.abs(leaf).max() > 0 or "q_proj" in path or "k_proj" in path, path
+        np.testing.assert_allclose(actual[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max() + 1e-20, err_msg=path)
 """
 
 EIGHT_DEVICES = (
@@ -155,7 +155,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
     one, two = (dict(np.load(file)) for file in files)
     assert one.keys() == two.keys()
     for path, leaf in one.items():
-        np.testing.assert_allclose(two[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max(), err_msg=path)
+        np.testing.assert_allclose(two[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max() + 1e-20, err_msg=path)
 
 
 @pytest.mark.parametrize("stacked", [False])

@@ -98,8 +98,15 @@ def make_train_step(
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
-    shardings = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
-    return jax.jit(step, donate_argnums=0, **shardings)
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    mesh = jax.tree.leaves(state_shardings)[0].mesh
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[TrainState, Batch], dict[str, Array]]:

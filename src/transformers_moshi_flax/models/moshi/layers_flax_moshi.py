@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,6 +24,7 @@ from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...input_checks import is_traced, is_tracing
+from ...partitioning import split_rows
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
@@ -163,7 +165,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(1.0),
-                dot_general=row_dot_general,
+                dot_general=split_dot_general,
                 name=str(index),
             )
             for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
@@ -202,13 +204,18 @@ class FlaxMoshiLinear(nn.Module):
         return self.linear(x, layer_idx) if self.use_flexible_linear else self.linear(x)
 
 
+def split_dot_general(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """:func:`row_dot_general` on a mesh."""
+    return split_rows(row_dot_general(split_rows(lhs), rhs, *args, **kwargs))
+
+
 def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.normal(initializer_range),
-        dot_general=row_dot_general,
+        dot_general=split_dot_general,
     )
 
 
@@ -457,6 +464,7 @@ class FlaxMoshiLayers(nn.Module):
         if cache is not None and may_share_traces(self):
             layer = nn.jit(layer)
         for index, block in enumerate(self.blocks):
+            hidden_states = split_rows(hidden_states)
             inputs.append(hidden_states)
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
             hidden_states, weights, layer_cache = layer(
@@ -464,6 +472,7 @@ class FlaxMoshiLayers(nn.Module):
             )
             attentions.append(weights)
             layer_caches.append(layer_cache)
+        hidden_states = split_rows(hidden_states)
         if cache is not None:
             keys, values = zip(*layer_caches)
             cache = cache.replace(keys=tuple(keys), values=tuple(values))
@@ -505,7 +514,7 @@ def embedding_table(num_embeddings: int, features: int, initializer_range: float
 
 def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
     """Looks ids up; ``IGNORE_INDEX`` gives a zero embedding, as the original's token id -1."""
-    embedded = table(jnp.maximum(ids, 0))
+    embedded = split_rows(table(jnp.maximum(ids, 0)))
     return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), embedded.dtype), embedded)
 
 

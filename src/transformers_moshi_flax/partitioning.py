@@ -28,6 +28,9 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 ROW_AXES = ("data", "fsdp")
 
+STACKED = "stacked"
+"""In place of the number in the path of layers whose parameters are stacked; no axis splits the leading dimension."""
+
 
 def split_rows(array: jax.Array) -> jax.Array:
     """``array`` with its rows split over ``data`` and ``fsdp``, where a mesh with these axes is set (``jax.set_mesh``).
@@ -62,7 +65,7 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:
     shardings, problems = {}, []
     for path, leaf in flatten_dict(shapes, sep="/").items():
         rule = next(spec for pattern, spec in PARTITION_RULES if re.fullmatch(pattern, path))
-        axes = [_on_mesh(mesh, entry) for entry in rule]
+        axes = [_on_mesh(mesh, entry) for entry in ((None, *rule) if STACKED in path.split("/") else rule)]
         problems += [
             f"{path} has {size} in dimension {dimension}, not divisible by {'x'.join(names)} = {_size(mesh, names)}"
             for dimension, (size, names) in enumerate(zip(leaf.shape, axes))

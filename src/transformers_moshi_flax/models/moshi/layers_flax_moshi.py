@@ -24,7 +24,7 @@ from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...input_checks import is_traced, is_tracing
-from ...partitioning import split_rows
+from ...partitioning import STACKED, split_rows
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
@@ -431,30 +431,49 @@ class FlaxMoshiDecoderLayer(nn.Module):
 
 
 class FlaxMoshiLayers(nn.Module):
-    """The stack of decoder layers of either decoder, children named by number."""
+    """The stack of decoder layers of either decoder, children named by number.
+
+    With ``scan_layers`` there is one child, ``stacked``, whose parameters have a leading axis of layers, and a loop
+    over it: compilation does not grow with the layers, and layers that are recomputed are so one after another. Such
+    parameters come from ``training.scanned_layers.stack_layers``; there is no cache then.
+    """
 
     config: MoshiConfig | MoshiDepthConfig
     use_flexible_linear: bool = False
     use_rope: bool = True
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
-        # codebook_idx and deterministic are Python values (self counts)
+        # codebook_idx and deterministic are Python values (self counts); in a loop nothing can be shared anyway
         layer_class = (
-            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(6, 7))
+            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(6, 7), prevent_cse=not self.scan_layers)
             if self.gradient_checkpointing
             else FlaxMoshiDecoderLayer
         )
+        names = [STACKED] if self.scan_layers else [str(index) for index in range(self.config.num_hidden_layers)]
         self.blocks = [
-            layer_class(self.config, self.use_flexible_linear, self.use_rope, self.dtype, name=str(index))
-            for index in range(self.config.num_hidden_layers)
+            layer_class(self.config, self.use_flexible_linear, self.use_rope, self.dtype, name=name) for name in names
         ]
 
     def __call__(
         self, hidden_states, attention_mask, position_ids, cache, codebook_idx, deterministic
     ) -> tuple[Array, FlaxMoshiCache | FlaxMoshiDepthCache | RingCache | None, tuple[Array, ...], tuple[Array, ...]]:
-        """Returns the last hidden state, the updated cache, the input of every layer and all attention weights."""
+        """Returns the last hidden state, the updated cache, the input of every layer and all attention weights.
+
+        Raises:
+            ValueError: a cache together with ``scan_layers``.
+        """
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError(
+                    "`past_key_values` cannot be used with `scan_layers`, which is for training; use a module without "
+                    "it, and the parameters of `unstack_layers`."
+                )
+            arguments = (attention_mask, position_ids, codebook_idx, deterministic)
+            hidden_states, inputs, attentions = self.scan(hidden_states, *arguments)
+            return hidden_states, None, inputs, attentions
         inputs, attentions, layer_caches = [], [], []
         cache_index = cache.slot if isinstance(cache, RingCache) else call_length(cache)
 
@@ -477,6 +496,25 @@ class FlaxMoshiLayers(nn.Module):
             keys, values = zip(*layer_caches)
             cache = cache.replace(keys=tuple(keys), values=tuple(values))
         return hidden_states, cache, tuple(inputs), tuple(attentions)
+
+    def scan(
+        self, hidden_states, attention_mask, position_ids, codebook_idx, deterministic
+    ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+        """The layers as a loop: the last hidden state, the input of every layer and all attention weights."""
+
+        def layer(block: nn.Module, hidden_states: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+            inputs = split_rows(hidden_states)
+            outputs, weights, _ = block(inputs, attention_mask, position_ids, None, 0, codebook_idx, deterministic)
+            return split_rows(outputs), (inputs, weights)
+
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.config.num_hidden_layers,
+        )
+        hidden_states, (inputs, attentions) = layers(self.blocks[0], hidden_states, None)
+        return hidden_states, tuple(inputs), tuple(attentions)
 
 
 def may_share_traces(module: nn.Module) -> bool:

@@ -65,7 +65,7 @@ def nursery(folder: Path) -> Iterator[Nursery]:
         **os.environ,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONWARNINGS": "ignore",
     }
     with open(folder / "stderr", "w") as errors:

@@ -34,7 +34,7 @@ OPTIONS = {"data__evaluation": None, "run__evaluate_every": 4, "run__samples": 1
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every run compiles the same step: once is enough."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_compilation_cache_min_compile_time_secs"
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
     jax.config.update(least, 0.0)
     compilation_cache.reset_cache()

@@ -115,7 +115,7 @@ class RunLog:
         self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
-            for name, value in metrics.items():
+            for name, value in ((name, value) for name, value in finite.items() if value is not None):
                 self._writer.add_scalar(f"{split}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)

@@ -108,9 +108,7 @@ def make_train_step(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(state, batch)
 
-    return jax.jit(
-        step_on_mesh, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options
-    )
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options)
 
 
 @functools.cache

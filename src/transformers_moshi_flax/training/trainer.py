@@ -108,14 +108,10 @@ class Trainer:
         config, run = self.config, self.config.run
         resumes = self.folder.has_checkpoints()
         model, params = self._resumed_model() if resumes else self._new_model()
-        fields = {"gradient_checkpointing": config.model.gradient_checkpointing}
-        if config.model.scan_layers:
-            fields["scan_layers"] = True
-        module = model.module.clone(**fields)
-        shapes = model.params_shape_tree
-        if config.model.scan_layers:
-            shapes = jax.eval_shape(stack_layers, shapes)
-        trained, frozen = _explained("model.freeze", lambda: split_params(shapes, config.model.freeze))
+        module = model.module.clone(
+            gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
+        )
+        trained, frozen = _explained("model.freeze", lambda: jax.eval_shape(self._split, model.params_shape_tree))
         optimizer, schedule = _explained("optimizer", lambda: make_optimizer(config.optimizer, run.steps, trained))
         create = partial(create_train_state, optimizer=optimizer, seed=run.seed, dtype=config.model.dtype)
         state_shapes = jax.eval_shape(create, trained, frozen)
@@ -135,10 +131,8 @@ class Trainer:
             _explained("data.train", lambda: loader.set_state(position))
             self._say(f"going on from the checkpoint of step {step}")
         else:
-            if config.model.scan_layers:
-                params = stack_layers(params)
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
-            state = create(*split_params(params, config.model.freeze))
+            state = create(*self._split(params))
             del params
             self._keep_frozen(state)
         if self._is_first:
@@ -211,6 +205,11 @@ class Trainer:
         return state, found.step, found.progress["data"]
 
     # Parts
+
+    def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters that are trained, and the others, as the module has them. Paths to freeze are those of files."""
+        parts = split_params(params, self.config.model.freeze)
+        return tuple(map(stack_layers, parts)) if self.config.model.scan_layers else parts
 
     def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
         settings, moshi = self.config.data, model.config

@@ -307,9 +307,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             self.dtype,
         )
         self.audio_encoder = FlaxMimiModule(config.audio_encoder_config, self.dtype, self.gradient_checkpointing)
-        self.decoder = FlaxMoshiForCausalLMModule(
-            config, self.dtype, self.gradient_checkpointing, self.scan_layers
-        )
+        self.decoder = FlaxMoshiForCausalLMModule(config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.depth_decoder = FlaxMoshiDepthDecoderModule(
             config.depth_decoder_config, self.dtype, self.gradient_checkpointing, self.scan_layers
         )

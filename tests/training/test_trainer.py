@@ -242,8 +242,9 @@ def test_wandb(whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch:
 
     options = {"run__output_dir": str(tmp_path / "run"), "run__wandb_project": "moshi"}
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"run\.wandb_project.*pip install wandb"):
+    with pytest.raises(ConfigurationError, match=r"run\.wandb_project.*pip install wandb"):
         train(inputs, **options)
+    assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for _ in range(2):
         train(inputs, **options)

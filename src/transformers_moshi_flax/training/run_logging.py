@@ -19,9 +19,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..checkpoints.writing import write_text
+from .configuration import ConfigurationError
 
 METRICS = "metrics.jsonl"
 EXTRA = 'pip install "transformers-moshi-flax[train]"'
+
+
+def check_packages(tensorboard: bool, wandb_project: str | None) -> None:
+    """Raises :class:`ConfigurationError` where a log is wanted whose package is not installed."""
+    for wanted, key, package, remedy in (
+        (tensorboard, "tensorboard", "tensorboardX", EXTRA),
+        (wandb_project is not None, "wandb_project", "wandb", "pip install wandb"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise ConfigurationError(
+                    f"`run.{key}`: the package {package} is not installed; leave it out, or {remedy}"
+                ) from error
 
 
 class RunLog:
@@ -36,9 +52,6 @@ class RunLog:
         wandb_project: also log to this project of Weights & Biases.
         notes: where the progress is shown; the standard error by default. It is a bar on a terminal, and lines
             elsewhere.
-
-    Raises:
-        ValueError: ``tensorboard`` or ``wandb_project`` need a package that is not installed.
     """
 
     def __init__(
@@ -56,10 +69,10 @@ class RunLog:
         self._steps = steps
         self._writer = self._wandb = None
         if tensorboard:
-            module = _imported("tensorboardX", "run.tensorboard", EXTRA)
+            module = importlib.import_module("tensorboardX")
             self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if wandb_project is not None:
-            module = _imported("wandb", "run.wandb_project", "pip install wandb")
+            module = importlib.import_module("wandb")
             self._wandb = module.init(
                 project=wandb_project, id=_run_id(folder), resume="allow", dir=str(folder), config=dict(config or {})
             )
@@ -133,16 +146,9 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line that was being written when the run was killed
-
-
-def _imported(module: str, key: str, remedy: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"`{key}` needs the package {module}, which is not installed: {remedy}") from error
 
 
 def _run_id(folder: Path) -> str:

@@ -36,7 +36,7 @@ from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoints
 from .run_folder import RunFolder
-from .run_logging import RunLog
+from .run_logging import RunLog, check_packages
 from .scanned_layers import stack_layers, unstack_layers
 from .train_state import TrainState, create_train_state, merge_params, split_params
 from .train_step import make_eval_step, make_train_step
@@ -80,6 +80,7 @@ class Trainer:
         if config.distributed.num_processes is not None:
             initialize_distributed(**dataclasses.asdict(config.distributed))
         self._is_first = jax.process_index() == 0
+        check_packages(config.run.tensorboard, config.run.wandb_project)
         self.folder.check(config)
         self._mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
         self._train_data = _explained("data.train", lambda: open_dataset(config.data.train))

@@ -152,7 +152,8 @@ def test_what_may_change_when_a_run_goes_on(file: Path) -> None:
 
 
 def test_the_page_has_a_configuration_that_loads(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text("utf-8"), re.S)
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    example = re.search(r"```yaml\n(.*?)```", page, re.S)[1]
     (tmp_path / "config.yaml").write_text(example)
     config = load_configuration(tmp_path / "config.yaml")
     assert config.data.evaluation is not None and config.run.evaluate_every is not None

@@ -10,7 +10,7 @@ import typer
 from transformers_moshi_flax.cli.checkpoints import Dtype
 from transformers_moshi_flax.cli.console import slow
 from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake
-from transformers_moshi_flax.cli.train import extra_is_there
+from transformers_moshi_flax.cli.train import check_extra
 
 
 def export_checkpoint(
@@ -34,15 +34,15 @@ def export_checkpoint(
         raise UserMistake(f"DST: {str(destination)!r} is a file; give a directory")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise UserMistake(f"DST: {str(destination)!r} is not empty; give another directory, or --overwrite")
-    with extra_is_there():
-        from transformers_moshi_flax.training.run_checkpoints import DamagedCheckpointError
-        from transformers_moshi_flax.training.run_folder import export_checkpoint as export
+    check_extra()
+    from transformers_moshi_flax.training.run_checkpoints import DamagedCheckpointError
+    from transformers_moshi_flax.training.run_folder import export_checkpoint as export
 
-        try:
-            with slow(f"writing {destination}"):
-                written = export(run, destination, step, best, to_pt, dtype and dtype.to_jax())
-        except DamagedCheckpointError as error:
-            raise BadCheckpoint(f"RUN: {error}") from error
-        except (OSError, ValueError) as error:
-            raise UserMistake(f"RUN: {error}") from error
+    try:
+        with slow(f"writing {destination}"):
+            written = export(run, destination, step, best, to_pt, dtype and dtype.to_jax())
+    except DamagedCheckpointError as error:
+        raise BadCheckpoint(f"RUN: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserMistake(f"RUN: {error}") from error
     typer.echo(f"{destination}: step {written} of {run}, in {'PyTorch' if to_pt else 'Flax'} layout", err=True)

@@ -192,17 +192,26 @@ class RunCheckpoints:
             DamagedCheckpointError: it is damaged.
             ValueError: there is none of this step.
         """
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise ValueError(f"{self.folder} has no checkpoint of step {step}; there are: {there}")
-        if self._problems(step):
-            raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged; use another one")
+        self._require(step)
         return self._read(step, targets)
 
     def shapes(self, step: int, name: str) -> Any:
-        """The shapes and dtypes of a tree, :data:`PARAMS` or :data:`REST`, of a checkpoint, as nested dicts."""
+        """The shapes and dtypes of a tree, :data:`PARAMS` or :data:`REST`, of a checkpoint, as nested dicts.
+
+        Raises:
+            DamagedCheckpointError, ValueError: as :meth:`restore`.
+        """
+        self._require(step, f"{name}/_METADATA")
         metadata = self._manager.item_metadata(step)[name].tree
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+    def _require(self, step: int, prefix: str = "") -> None:
+        """Raises unless there is a checkpoint, of which the files whose paths begin with ``prefix`` are whole."""
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise ValueError(f"{self.folder} has no checkpoint of step {step}; there are: {there}")
+        if self._problems(step, prefix):
+            raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged; use another one")
 
     def _read(self, step: int, targets: Mapping[str, Any]) -> Restored:
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}

@@ -26,10 +26,11 @@ CORE = [
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
 TORCH = ["torch>=2.6,<2.14"]
+TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.11", "pyyaml>=6.0", "tensorboardX>=2.6"]
 QUALITY = ["ruff>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
 # einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins
-TEST = [*TORCH, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
+TEST = [*TORCH, *TRAIN, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
 TEST += ["sentencepiece>=0.2"]
 
 setup(
@@ -47,6 +48,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "torch": TORCH,
+        "train": TRAIN,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,

@@ -137,7 +137,9 @@ def _index_key(key: str, entry: str) -> str:
     return key.replace(".", "/") if entry.endswith(".msgpack") else key
 
 
-def _write_tensors(path: Path, shard: Sequence[FileTensor], layout: str) -> None:
+def _write_tensors(
+    path: Path, shard: Sequence[FileTensor], layout: str, notes: Mapping[str, str] | None = None
+) -> None:
     """Write one weight file under its temporary name."""
     arrays = {tensor.key: tensor.build() for tensor in shard}
     if ".msgpack." in path.name:
@@ -148,7 +150,7 @@ def _write_tensors(path: Path, shard: Sequence[FileTensor], layout: str) -> None
         return
     checksums = {key: checksum(array) for key, array in arrays.items()}
     try:
-        save_file(arrays, path, metadata={"format": layout, CHECKSUMS: json.dumps(checksums)})
+        save_file(arrays, path, metadata={**(notes or {}), "format": layout, CHECKSUMS: json.dumps(checksums)})
     except SafetensorError as error:
         raise OSError(f"{path.parent}: cannot write {path.name} ({error}); nothing was replaced") from error
     _follow_umask(path)
@@ -200,11 +202,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], layout: str) -> None:
-    """Write tensors as one safetensors file with metadata ``format`` = ``layout``, atomically."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], layout: str, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as one safetensors file with metadata ``format`` = ``layout`` and ``notes``, atomically."""
     shard = [FileTensor(key, array.nbytes, partial(np.asarray, array, order="C")) for key, array in tensors.items()]
     with atomic_file(path) as temporary:
-        _write_tensors(temporary, shard, layout)
+        _write_tensors(temporary, shard, layout, notes)
 
 
 def write_text(path: Path, text: str) -> None:

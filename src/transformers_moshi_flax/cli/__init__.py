@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import typer
 
-from transformers_moshi_flax.cli import converse, convert, generate, inspect, verify
+from transformers_moshi_flax.cli import converse, convert, generate, inspect, prepare, verify
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 app = typer.Typer(
     name="moshi-flax",
-    help="Moshi in Flax: generate speech and text; converse; convert, inspect and verify checkpoints.",
+    help="Moshi in Flax: generate speech and text; converse; convert, inspect and verify checkpoints; train.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -20,6 +20,7 @@ app.command("generate")(generate.generate)
 app.command("converse")(converse.converse)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
+app.command("prepare")(prepare.prepare)
 app.command("verify")(verify.verify)
 
 

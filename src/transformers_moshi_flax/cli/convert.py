@@ -17,20 +17,6 @@ from transformers_moshi_flax.cli.checkpoints import Dtype, check_source, find_co
 from transformers_moshi_flax.cli.console import slow
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
-# beside the weights; a checkpoint without one of them is whole all the same
-COMPANIONS = (
-    "added_tokens.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-SENTENCEPIECE = ("tokenizer_spm_32k_3.model", "tokenizer.model")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
 
 
@@ -142,10 +128,10 @@ def _tokenizer(source: str, layout: SourceLayout) -> Path | None:
         from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
 
         return find_kyutai_files(source).tokenizer
+    from transformers_moshi_flax.checkpoints.companions import sentencepiece_model
     from transformers_moshi_flax.checkpoints.files import Source
 
-    located = Source.locate(source)
-    return next(filter(None, map(located.find, SENTENCEPIECE)), None)
+    return sentencepiece_model(Source.locate(source))
 
 
 def _write(
@@ -156,6 +142,9 @@ def _write(
     A failure leaves ``destination`` as it was: the library commits the weights as one, and the companions, which lie
     on the same disk by then, are moved afterwards.
     """
+    from transformers_moshi_flax.checkpoints.companions import copy_companions
+    from transformers_moshi_flax.checkpoints.files import Source
+
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (
         _nothing_new(destination),
@@ -166,7 +155,7 @@ def _write(
         if to is Layout.kyutai:
             model.save_kyutai(destination, tokenizer=tokenizer)
         else:
-            _copy_companions(source, fresh)
+            copy_companions(Source.locate(source), fresh)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, fresh / "tokenizer.model")
             size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -213,16 +202,6 @@ def _identities(folder: Path) -> dict[str, tuple[int, int]]:
     """What changes when a file of ``folder`` is replaced, by name."""
     files = folder.glob("*") if folder.is_dir() else ()
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.is_file()}
-
-
-def _copy_companions(source: str, target: Path) -> None:
-    from transformers_moshi_flax.checkpoints.files import Source
-
-    located = Source.locate(source)
-    for name in COMPANIONS:
-        found = located.find(name)
-        if found is not None:
-            shutil.copyfile(found, target / name)
 
 
 def _upload(model: Any, folder: Path, files: list[str], repo_id: str) -> None:

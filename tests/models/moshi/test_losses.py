@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import MoshiForConditionalGeneration
 
 from tests.configs import tiny_moshi_config
+from tests.models.moshi.next_frames import depth_inputs, frame_pairs, next_labels, upstream_logits
 from tests.torch_oracle import Pair, assert_close, block_params, double_oracle, make_pair, numpy
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
@@ -56,51 +57,13 @@ def draw(ignored: bool = False, masked: bool = False) -> dict[str, np.ndarray]:
     return inputs
 
 
-def depth_pairs(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Inputs and labels of the depth decoder at every frame that counts, and which hidden states go with them.
-
-    The hidden state of frame t sees text and codes of frame t + 1, where codebooks 1, 2, … hold the code of frame t.
-    """
-    mask = inputs.get("attention_mask", np.ones((BATCH, FRAMES), np.int32))
-    ids, labels, where = [], [], []
-    for row in range(BATCH):
-        for t in range(FRAMES - 1):
-            if mask[row, t] and mask[row, t + 1]:
-                codes = [inputs["audio_labels"][row, 0, t + 1], *inputs["audio_labels"][row, 1:, t]]
-                ids.append([inputs["text_labels"][row, t + 1], *codes[:-1]])
-                labels.append([-100 if code == AUDIO_VOCAB else code for code in codes])
-                where.append((row, t))
-    return np.array(ids), np.array(labels), where
-
-
 def upstream_losses(model: Any, inputs: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Text loss, depth loss and audio logits ``(pairs, codebooks, vocabulary)``, with gradients."""
-    forward = {name: torch.from_numpy(value).long() for name, value in inputs.items() if "labels" not in name}
-    outputs = model(**forward)
-    ids, labels, where = depth_pairs(inputs)
-
-    text_labels = torch.from_numpy(np.array([inputs["text_labels"][row, t + 1] for row, t in where])).long()
-    logits = torch.stack([outputs.logits[row, t] for row, t in where])
-    text_loss = functional.cross_entropy(logits, text_labels, ignore_index=-100)
-
-    depth, tokens = model.depth_decoder, torch.from_numpy(ids).long()
-    tables = [depth.text_embed_tokens, *depth.embed_tokens]
-    embeds = torch.stack(
-        [
-            table(column.clamp(min=0)) * (column != -100)[:, None]
-            for table, column in zip(tables, tokens.unbind(1), strict=True)
-        ],
-        dim=1,
-    )
-    hidden = torch.stack([outputs.last_hidden_state[row, t] for row, t in where])[:, None]
-    depth_outputs = depth(
-        input_ids=tokens,
-        inputs_embeds=embeds,
-        last_hidden_state=hidden,
-        attention_mask=torch.ones_like(tokens),
-        labels=torch.from_numpy(labels).long(),
-    )
-    return text_loss, depth_outputs.loss, depth_outputs.logits
+    logits, audio_logits = upstream_logits(model, inputs)
+    text, audio = next_labels(inputs, AUDIO_VOCAB)
+    text_loss = functional.cross_entropy(logits, text, ignore_index=-100)
+    depth_loss = functional.cross_entropy(audio_logits.flatten(0, 1), audio.flatten(), ignore_index=-100)
+    return text_loss, depth_loss, audio_logits
 
 
 VARIANTS = {
@@ -124,8 +87,7 @@ def test_losses_and_logits(pair: Pair, inputs: dict[str, np.ndarray]) -> None:
     assert_close(actual.depth_loss, depth_loss, 1e-10, "depth_loss")
     assert_close(actual.loss, text_loss + depth_loss, 1e-10, "loss")
     assert actual.audio_logits.shape == (BATCH, FRAMES - 1, CODEBOOKS, AUDIO_VOCAB)
-    _, _, where = depth_pairs(inputs)
-    rows, frames = np.array(where).T
+    rows, frames = np.array(frame_pairs(inputs)).T
     assert_close(actual.audio_logits[rows, frames], audio_logits, 1e-10, "audio_logits")
 
 
@@ -147,16 +109,15 @@ def test_text_loss_is_upstreams(pair: Pair) -> None:
 def test_depth_decoder_on_ids_gives_the_same(pair: Pair) -> None:
     """The oracle above embeds by hand, for -100; without it, it must equal upstream's call with plain ids."""
     inputs = draw()
-    ids, labels, where = depth_pairs(inputs)
+    tokens, (_, labels) = depth_inputs(inputs), next_labels(inputs, AUDIO_VOCAB)
     forward = {name: torch.from_numpy(value).long() for name, value in inputs.items() if "labels" not in name}
     with torch.no_grad(), double_oracle():
         hidden = pair.theirs(**forward).last_hidden_state
-        tokens = torch.from_numpy(ids).long()
         direct = pair.theirs.depth_decoder(
             input_ids=tokens,
-            last_hidden_state=torch.stack([hidden[row, t] for row, t in where])[:, None],
+            last_hidden_state=torch.stack([hidden[row, t] for row, t in frame_pairs(inputs)])[:, None],
             attention_mask=torch.ones_like(tokens),
-            labels=torch.from_numpy(labels).long(),
+            labels=labels,
         )
     assert_close(pair.ours(**inputs).depth_loss, direct.loss, 1e-10)
 

@@ -358,17 +358,40 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
 
     def depth_inputs(self, text_labels, audio_labels, hidden_states, attention_mask):
         """Pairs the hidden state of frame t with text and (delayed) codes of frame t + 1, as generation does."""
-        pad = self.config.audio_vocab_size
-        codes, _ = build_delay_pattern_mask(audio_labels, pad, pad, audio_labels.shape[-1] + 1)
-        codes = codes[:, :, 1:].transpose(0, 2, 1)
-        inputs = jnp.concatenate([text_labels[:, 1:, None], codes[:, :, :-1]], axis=-1)
-        labels = jnp.where((codes == pad) | ~attended_pairs(attention_mask)[..., None], IGNORE_INDEX, codes)
-        num_codebooks = labels.shape[-1]
+        text, codes = next_frames(text_labels, audio_labels, self.config.audio_vocab_size)
+        _, labels = next_frame_labels(text_labels, audio_labels, attention_mask, self.config.audio_vocab_size)
+        num_codebooks = codes.shape[-1]
+        inputs = jnp.concatenate([text[..., None], codes[..., :-1]], axis=-1)
         return (
             inputs.reshape(-1, num_codebooks),
-            hidden_states[:, :-1].reshape(-1, 1, hidden_states.shape[-1]),
+            hidden_states[:, : text.shape[1]].reshape(-1, 1, hidden_states.shape[-1]),
             labels.reshape(-1, num_codebooks),
         )
+
+    def next_frame_logits(
+        self,
+        input_ids: Int[Array, "batch frames"],
+        attention_mask: Int[Array, "batch frames"],
+        user_audio_codes: Int[Array, "batch codebooks frames"],
+        moshi_audio_codes: Int[Array, "batch codebooks frames"],
+        text_labels: Int[Array, "batch frames"],
+        audio_labels: Int[Array, "batch codebooks frames"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch frames-1 vocab"], Float[Array, "batch frames-1 codebooks audio_vocab"]]:
+        """What training needs of :meth:`__call__`: the logits of every frame but the first, and nothing beside them.
+
+        Entry t predicts frame t + 1, whose labels :func:`next_frame_labels` gives. The last frame predicts nothing, so
+        the backbone is not run on it.
+        """
+        inputs_embeds = self.embed(input_ids[:, :-1], user_audio_codes[..., :-1], moshi_audio_codes[..., :-1])
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask[:, :-1], deterministic=deterministic
+        )
+        ids, hidden_states, _ = self.depth_inputs(
+            text_labels, audio_labels, outputs.last_hidden_state, attention_mask.astype(bool)
+        )
+        depth = self.depth_decoder(ids, hidden_states, deterministic=deterministic)
+        return outputs.logits, depth.logits.reshape(*outputs.logits.shape[:2], *depth.logits.shape[1:])
 
     def __call__(
         self,
@@ -437,3 +460,28 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
 def attended_pairs(mask: Bool[Array, "batch frames"]) -> Bool[Array, "batch frames-1"]:
     """Where a frame and the next one, which it predicts, both count."""
     return mask[:, :-1] & mask[:, 1:]
+
+
+def next_frames(
+    text_labels: Int[Array, "batch frames"], audio_labels: Int[Array, "batch codebooks frames"], audio_vocab_size: int
+) -> tuple[Int[Array, "batch frames-1"], Int[Array, "batch frames-1 codebooks"]]:
+    """Text and delayed codes of frames 1, 2, …; ``audio_vocab_size`` stands for codes of before the first frame."""
+    frames = audio_labels.shape[-1]
+    codes, _ = build_delay_pattern_mask(audio_labels, audio_vocab_size, audio_vocab_size, frames + 1)
+    return text_labels[:, 1:], codes[:, :, 1:].transpose(0, 2, 1)
+
+
+def next_frame_labels(
+    text_labels: Int[Array, "batch frames"],
+    audio_labels: Int[Array, "batch codebooks frames"],
+    attention_mask: Bool[Array, "batch frames"],
+    audio_vocab_size: int,
+) -> tuple[Int[Array, "batch frames-1"], Int[Array, "batch frames-1 codebooks"]]:
+    """As :func:`next_frames`, with ``IGNORE_INDEX`` at what is not to be predicted.
+
+    That is: padding codes, and frames that are masked or follow a masked one.
+    """
+    text, codes = next_frames(text_labels, audio_labels, audio_vocab_size)
+    attended = attended_pairs(attention_mask)
+    text = jnp.where(attended, text, IGNORE_INDEX)
+    return text, jnp.where((codes == audio_vocab_size) | ~attended[..., None], IGNORE_INDEX, codes)

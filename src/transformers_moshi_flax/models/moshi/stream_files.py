@@ -59,8 +59,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def key_data(keys: Any) -> Any:
-    return (
-        jax.eval_shape(jax.random.key_data, keys)
-        if isinstance(keys, jax.ShapeDtypeStruct)
-        else (jax.random.key_data(keys))
-    )
+    """Of keys, or of their shape."""
+    if isinstance(keys, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, keys)
+    return jax.random.key_data(keys)

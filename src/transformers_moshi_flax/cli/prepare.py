@@ -1,0 +1,96 @@
+"""``moshi-flax prepare``: recordings with word alignments -> a dataset of codes and text ids for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from transformers_moshi_flax.cli.checkpoints import check_source
+from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
+from transformers_moshi_flax.cli.console import report_console, slow
+from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
+
+if TYPE_CHECKING:
+    from transformers_moshi_flax.training.data.preparing import Report
+
+SHOWN = 20
+"""Most lines of a table; ``report.json`` has all."""
+
+
+def prepare(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="JSON lines with the path of a stereo recording each.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the dataset. Work that is there goes on.")],
+    model: Annotated[str, typer.Option(help="Checkpoint directory or Hub id of the Moshi that is to be trained.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Recordings that are encoded at once.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read audio.")] = 4,
+    recordings_per_shard: Annotated[
+        int, typer.Option(min=1, help="Recordings in a file; as many are redone at most after an interruption.")
+    ] = 64,
+) -> None:
+    """Encode recordings (left Moshi, right user) and lay their words on frames.
+
+    Beside each NAME.wav, NAME.json has {"alignments": [[word, [start, end], "SPEAKER_MAIN"], ...]}.
+    Recordings that cannot be used are skipped, and listed in OUT/report.json.
+    """
+    if not manifest.is_file():
+        raise UserMistake(f"MANIFEST: {str(manifest)!r} is not a file; give a JSON lines file")
+    if out.exists() and not out.is_dir():
+        raise UserMistake(f"OUT: {str(out)!r} is a file; give the name of a folder")
+    check_source("--model", model)
+    use_compilation_cache()
+
+    import jax.numpy as jnp
+    from transformers import MoshiConfig
+
+    from transformers_moshi_flax import FlaxMimiModel, MoshiProcessor
+    from transformers_moshi_flax.checkpoints.configs import load_config
+    from transformers_moshi_flax.checkpoints.files import Source
+    from transformers_moshi_flax.training.data import preparing
+
+    with as_mistake("MANIFEST", OSError, ValueError):
+        count = len(preparing.read_manifest(manifest))
+    with as_mistake(f"--model: cannot load {model!r}", *hub_errors(), OSError, ValueError):
+        config = load_config(MoshiConfig, Source.locate(model))
+        processor = MoshiProcessor.from_pretrained(model)
+        mimi = FlaxMimiModel.from_pretrained(model, dtype=jnp.float32)
+    with slow("preparing", count) as advance, as_mistake("OUT", OSError, ValueError):
+        report = preparing.prepare(
+            manifest,
+            out,
+            mimi=mimi,
+            config=config,
+            tokenizer=processor.tokenizer,
+            pad_token_id=processor.pad_token_id,
+            end_of_pad_token_id=processor.end_of_pad_token_id,
+            batch_size=batch_size,
+            workers=workers,
+            recordings_per_shard=recordings_per_shard,
+            advance=advance,
+        )
+    _show(report, report_console())
+    if not report.conversations:
+        raise UserMistake(f"MANIFEST: none of its recordings can be used; {str(out / preparing.REPORT)!r} says why")
+
+
+def _show(report: Report, console: Console) -> None:
+    hours = report.seconds / 3600
+    resumed = f", {report.resumed} recordings done before" if report.resumed else ""
+    console.print(f"{report.conversations} conversations, {hours:.2f} hours, {report.frames} frames{resumed}")
+    rows = [(entry["path"], f"skipped: {entry['reason']}") for entry in report.skipped]
+    for path, remarks in report.remarks.items():
+        rows.append((path, "left out: " + ", ".join(f"{what}: {count}" for what, count in remarks.items())))
+    if not rows:
+        return
+    table = Table("recording", "what")
+    for path, what in rows[:SHOWN]:
+        table.add_row(escape(path), escape(what))
+    console.print(table)
+    if len(rows) > SHOWN:
+        console.print(f"and {len(rows) - SHOWN} more (report.json has all)")

@@ -1,0 +1,1 @@
+"""Training of Moshi: data, objective, step and loop."""

@@ -1,0 +1,476 @@
+"""The configuration of a training run: one YAML file, frozen dataclasses, checked before any work is done.
+
+Every section of the file is a dataclass, whose fields are its keys. Keys that do not exist, values of another type and
+values that contradict each other are all collected and raised together.
+
+YAML is read a little more strictly than PyYAML does by itself: a key that occurs twice is an error, and ``1e-5`` is a
+number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..checkpoints.configs import did_you_mean
+from .objective import ObjectiveConfig
+from .optimizer import OptimizerConfig, make_schedule
+
+
+class ConfigurationError(ValueError):
+    """A configuration cannot be used; names the file, the keys, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section ``model``: what is trained.
+
+    Attributes:
+        path: the checkpoint to start from, a directory or an id on the Hub.
+        config: instead of ``path``: a ``config.json`` or the directory of one; the weights are drawn at random.
+        dtype: of the computation: float32, bfloat16, or float16 (with dynamic loss scaling). The weights that are
+            trained are float32 in any case.
+        gradient_checkpointing: recompute the activations of every layer in the backward pass: less memory, more time.
+        scan_layers: compile one layer and run it in a loop, which compiles sooner.
+        freeze: regular expressions that match whole paths of parameters, joined by "/", which are not trained.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    scan_layers: bool = False
+    freeze: tuple[str, ...] = ("audio_encoder/.*",)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, each as a sentence that begins with a key."""
+        if (self.path is None) == (self.config is None):
+            yield "`path`: give either `path` (a checkpoint to start from) or `config` (random weights)"
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"`freeze`: {pattern!r} is no regular expression ({error})"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section ``data``: what it is trained on.
+
+    Attributes:
+        train: a dataset as ``moshi-flax prepare`` makes it, or a folder of arrays per sample.
+        evaluation: the same of held-out conversations, or null.
+        max_length: the most frames of a row, the start frame included (12.5 frames are a second).
+        min_length: the fewest dialogue frames that the last chunk of a conversation must have to be used.
+        batch_size: rows of one step, over all devices and accumulation steps.
+        buckets: lengths that batches are padded to, ascending; the last one is ``max_length``. Empty: ``max_length``.
+        shuffle: whether conversations are chunked and drawn in a new order every epoch.
+        swap_moshi_user: the share of chunks in which Moshi and the user change their roles.
+        workers: processes that make batches; 0 makes them in a thread of this one.
+    """
+
+    train: str
+    evaluation: str | None = None
+    max_length: int = 1024
+    min_length: int = 16
+    batch_size: int = 16
+    buckets: tuple[int, ...] = ()
+    shuffle: bool = True
+    swap_moshi_user: float = 0.0
+    workers: int = 0
+
+    def problems(self) -> Iterator[str]:
+        """As of :class:`ModelConfig`."""
+        yield from _at_least(self, max_length=2, min_length=1, batch_size=1, workers=0)
+        if self.min_length >= self.max_length:
+            yield f"`min_length`: {self.min_length} frames and a start frame exceed max_length = {self.max_length}"
+        if list(self.buckets) != sorted(set(self.buckets)) or (self.buckets and self.buckets[0] < 2):
+            yield f"`buckets`: {list(self.buckets)} must be ascending lengths of 2 or more"
+        elif self.buckets and self.buckets[-1] != self.max_length:
+            yield f"`buckets`: the last of {list(self.buckets)} must be max_length = {self.max_length}"
+        if not 0 <= self.swap_moshi_user <= 1:
+            yield f"`swap_moshi_user`: {self.swap_moshi_user} is no share; give 0 to 1"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Section ``run``: how long, how often, and where to.
+
+    Attributes:
+        output_dir: the run folder. A run that has been interrupted goes on when it is started with the same folder.
+        steps: how many steps are made.
+        accumulation_steps: into how many parts a batch is divided, one after another, to save memory.
+        seed: of the order of the data, of dropout, and of random weights.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints. One is also written at every evaluation and at the end.
+        max_to_keep: how many of the latest checkpoints are kept; the best one is kept besides.
+        best_metric: which of the held-out metrics makes a checkpoint the best (the lowest value).
+        evaluate_every: steps between two evaluations; null evaluates at the end alone.
+        samples: how many held-out dialogues Moshi speaks at an evaluation.
+        sample_frames: the most frames of each of these.
+        max_bad_steps: after how many steps in a row whose loss or gradient is not finite the run gives up.
+        tensorboard: also log to ``tensorboard/`` in the run folder.
+        wandb_project: also log to this project of Weights & Biases.
+    """
+
+    output_dir: str
+    steps: int
+    accumulation_steps: int = 1
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    max_to_keep: int = 3
+    best_metric: Literal["loss", "text_loss", "audio_loss"] = "loss"
+    evaluate_every: int | None = None
+    samples: int = 2
+    sample_frames: int = 125
+    max_bad_steps: int = 10
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+    def problems(self) -> Iterator[str]:
+        """As of :class:`ModelConfig`."""
+        yield from _at_least(
+            self,
+            **dict.fromkeys(("steps", "accumulation_steps", "log_every", "checkpoint_every", "max_to_keep"), 1),
+            **dict.fromkeys(("evaluate_every", "sample_frames", "max_bad_steps"), 1),
+            **dict.fromkeys(("samples", "seed"), 0),
+        )
+        if self.seed >= 2**32:
+            yield f"`seed`: {self.seed} is too large; give a number below 2**32"
+        if not self.output_dir:
+            yield "`output_dir`: it is empty; name a folder"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Section ``mesh``: how the devices share the work; their product is the number of devices.
+
+    Attributes:
+        data: copies of the model, each with its own rows.
+        fsdp: devices that share the weights and the optimizer's state, each with its own rows.
+        tensor: devices that share every layer's work.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def problems(self) -> Iterator[str]:
+        """As of :class:`ModelConfig`."""
+        yield from _at_least(self, data=1, fsdp=1, tensor=1)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Section ``distributed``: several processes; all null for one.
+
+    Attributes:
+        coordinator_address: host and port of the first process.
+        num_processes: how many there are.
+        process_id: which of them this is, from 0.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def problems(self) -> Iterator[str]:
+        """As of :class:`ModelConfig`."""
+        given = [value is not None for value in dataclasses.astuple(self)]
+        if any(given) and not all(given):
+            yield "`coordinator_address`: give `coordinator_address`, `num_processes` and `process_id`, or none"
+        elif all(given):
+            yield from _at_least(self, num_processes=1, process_id=0)
+            if self.process_id >= self.num_processes:
+                yield f"`process_id`: {self.process_id} must be below num_processes = {self.num_processes}"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole configuration; the fields are the sections of the file.
+
+    Raises:
+        ConfigurationError: values out of range or contradicting each other; all of them are listed.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            if hasattr(values, "problems"):
+                problems += [problem.replace("`", f"`{section.name}.", 1) for problem in values.problems()]
+        problems = problems or list(self._contradictions())
+        if problems:
+            raise ConfigurationError("; ".join(problems))
+
+    def _contradictions(self) -> Iterator[str]:
+        rows, parts = self.data.batch_size, self.run.accumulation_steps
+        devices = self.mesh.data * self.mesh.fsdp
+        processes = self.distributed.num_processes or 1
+        if rows % (parts * devices):
+            yield (
+                f"`data.batch_size`: {rows} rows are not divisible by run.accumulation_steps * mesh.data * mesh.fsdp "
+                f"= {parts} * {self.mesh.data} * {self.mesh.fsdp}; use a multiple of {parts * devices}"
+            )
+        if rows % processes:
+            yield f"`data.batch_size`: {rows} rows are not divisible by distributed.num_processes = {processes}"
+        if (self.mesh.data * self.mesh.fsdp * self.mesh.tensor) % processes:
+            yield f"`mesh`: its devices are not divisible by distributed.num_processes = {processes}"
+        try:
+            make_schedule(self.optimizer, self.run.steps)
+        except ValueError as error:
+            yield f"`run.steps`: {error}"
+        if self.data.evaluation is None and self.run.evaluate_every is not None:
+            yield "`run.evaluate_every`: there is nothing to evaluate on; set data.evaluation"
+
+
+def load_configuration(path: str | Path, assignments: Sequence[str] = ()) -> TrainingConfig:
+    """Read a configuration.
+
+    Args:
+        path: of the YAML file.
+        assignments: such as ``"run.steps=100"``, which replace single values; what follows ``=`` is YAML.
+
+    Raises:
+        ConfigurationError: the file cannot be read, is no YAML or has bad keys or values; all of them are listed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}); give a YAML file") from error
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: it holds no sections; write `model:`, `data:` and `run:` with their keys")
+    for assignment in assignments:
+        _assign(values, assignment)
+    return build_configuration(values, str(path))
+
+
+def build_configuration(values: Mapping[str, Any], name: str = "configuration") -> TrainingConfig:
+    """Make a configuration from nested mappings.
+
+    Args:
+        values: section -> key -> value, as YAML has them.
+        name: of the file, for errors.
+
+    Raises:
+        ConfigurationError: unknown keys, values of another type, missing ones, bad ones; all of them are listed.
+    """
+    problems: list[str] = []
+    sections = typing.get_type_hints(TrainingConfig)
+    built = {}
+    for key in values:
+        if key not in sections:
+            hint = did_you_mean(str(key), sections) or did_you_mean(str(key), _all_keys())
+            problems.append(f"`{key}` is no section{hint or '; there are ' + ', '.join(sections)}")
+    for section, section_class in sections.items():
+        given = values.get(section)
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            problems.append(f"`{section}`: {given!r} must be keys with values")
+            continue
+        built[section] = _section(section, section_class, given, problems)
+    if problems:
+        raise ConfigurationError(f"{name}: {'; '.join(problems)}")
+    try:
+        return TrainingConfig(**built)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name}: {error}") from error
+
+
+def to_yaml(config: TrainingConfig) -> str:
+    """The whole configuration, defaults included, as YAML that :func:`load_configuration` reads."""
+    plain = {section.name: {} for section in dataclasses.fields(config)}
+    for section in plain:
+        for key, value in dataclasses.asdict(getattr(config, section)).items():
+            plain[section][key] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+MAY_CHANGE = {
+    "model": {"gradient_checkpointing"},
+    "data": {"train", "evaluation", "workers"},
+    "run": {
+        "output_dir",
+        "accumulation_steps",
+        "log_every",
+        "checkpoint_every",
+        "max_to_keep",
+        "best_metric",
+        "evaluate_every",
+        "samples",
+        "sample_frames",
+        "max_bad_steps",
+        "tensorboard",
+        "wandb_project",
+    },
+    "mesh": {"data", "fsdp", "tensor"},
+    "distributed": {"coordinator_address", "num_processes", "process_id"},
+}
+"""Keys that an interrupted run may be given anew: they change its results by no more than rounding. ``run.steps`` may
+change as well where the learning rate does not depend on it (``optimizer.schedule: constant``). The conversations of
+``data.train`` must be the same, wherever they lie: the loader compares their fingerprint."""
+
+
+def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    """What differs between two configurations such that the one's run cannot go on as the other's.
+
+    Returns:
+        Such as ``"optimizer.b1: 0.9 -> 0.95"``; empty if the run can go on.
+    """
+    changes = []
+    for section in dataclasses.fields(TrainingConfig):
+        old, new = getattr(before, section.name), getattr(now, section.name)
+        allowed = set(MAY_CHANGE.get(section.name, ()))
+        if section.name == "run" and now.optimizer.schedule == "constant":
+            allowed.add("steps")
+        for key in (entry.name for entry in dataclasses.fields(old)):
+            if key not in allowed and getattr(old, key) != getattr(new, key):
+                changes.append(f"{section.name}.{key}: {getattr(old, key)!r} -> {getattr(new, key)!r}")
+    return changes
+
+
+def _at_least(values: Any, **bounds: int) -> Iterator[str]:
+    for key, bound in bounds.items():
+        value = getattr(values, key)
+        if value is not None and value < bound:
+            yield f"`{key}`: {value} is too small; give {bound} or more"
+
+
+# Reading YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are unique and whose numbers may be written 1e-5."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} occurs twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{name}: no YAML: {error}") from error
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    """Carry out ``section.key=value`` in nested dictionaries."""
+    path, equals, text = assignment.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigurationError(f"--set {assignment!r}: write section.key=value, such as run.steps=100")
+    if section not in typing.get_type_hints(TrainingConfig):
+        raise ConfigurationError(f"--set {assignment!r}: {section!r} is no section{did_you_mean(path, _all_keys())}")
+    if values.get(section) is None:
+        values[section] = {}
+    if not isinstance(values[section], dict):
+        raise ConfigurationError(f"--set {assignment!r}: `{section}` of the file holds no keys")
+    values[section][key] = _parse(text, f"--set {assignment!r}")
+
+
+# From what YAML has to what the dataclasses have
+
+
+def _all_keys() -> list[str]:
+    sections = typing.get_type_hints(TrainingConfig)
+    return [f"{name}.{entry.name}" for name, section in sections.items() for entry in dataclasses.fields(section)]
+
+
+def _section(name: str, section: type, given: Mapping[str, Any], problems: list[str]) -> Any:
+    """An instance of a section's class, or None, with the reasons added to ``problems``."""
+    known = {entry.name: entry for entry in dataclasses.fields(section)}
+    hints = typing.get_type_hints(section)
+    found = len(problems)
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            elsewhere = [path for path in _all_keys() if path.endswith(f".{key}")]
+            hint = f"; it belongs to {elsewhere[0].split('.')[0]!r}" if elsewhere else did_you_mean(str(key), known)
+            problems.append(f"`{name}.{key}` is no key{hint or f' of {name}; there are ' + ', '.join(known)}")
+            continue
+        try:
+            values[key] = _convert(value, hints[key])
+        except ValueError as error:
+            problems.append(f"`{name}.{key}`: {value!r} must be {error}")
+    for key, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and key not in given:
+            problems.append(f"`{name}.{key}` is missing; the file must give it")
+    if len(problems) > found:
+        return None
+    try:
+        return section(**values)
+    except ValueError as error:
+        problems.append(f"`{name}`: {error}")
+        return None
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as an annotation has it; ValueError that says what it must be."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        others = [arg for arg in args if arg is not types.NoneType]
+        if value is None and len(others) < len(args):
+            return None
+        try:
+            return _convert(value, others[0])
+        except ValueError as error:
+            raise ValueError(f"{error}, or null") from error
+    if origin is Literal:
+        if value not in args or type(value) not in map(type, args):
+            raise ValueError("one of " + ", ".join(map(str, args)) + did_you_mean(str(value), map(str, args)))
+        return value
+    if origin is tuple:
+        return tuple(_convert_items(value, list, args[0]))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError("keys with values")
+        return dict(zip(_convert_items(list(value), list, args[0]), _convert_items([*value.values()], list, args[1])))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise ValueError(names[kind])
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _convert_items(value: Any, container: type, kind: Any) -> list[Any]:
+    if not isinstance(value, container):
+        raise ValueError("a list")
+    try:
+        return [_convert(item, kind) for item in value]
+    except ValueError as error:
+        raise ValueError(f"a list, each entry of it {error}") from error

@@ -1,0 +1,1 @@
+"""From recordings to batches: alignment, preparing, the prepared dataset, loading."""

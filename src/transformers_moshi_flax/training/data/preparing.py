@@ -1,0 +1,450 @@
+"""Recordings -> prepared dataset.
+
+Every row of a batch is a stream of its own in Mimi's streaming encoder: a slot hears a recording block by block, and
+goes on with the next recording while its neighbours are still at theirs. So there is one compiled program, no block is
+padding but a recording's last, memory does not grow with the length, and the codes are those of the whole recording
+(Mimi is causal).
+
+The lines of the manifest are dealt to shards by their place. A shard is written, as one commit, when all its lines are
+done; what was killed goes on with the shards that are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Int
+from transformers import MoshiConfig, PreTrainedTokenizerBase
+
+from ...checkpoints.formats import parse_json
+from ...checkpoints.writing import write_text
+from ...models.mimi import FlaxMimiModel
+from ...models.mimi.streaming_flax_mimi import samples_per_frame
+from .alignment import MAIN_SPEAKER, AlignedText, Word, align_words, parse_words
+from .prepared import INDEX, SETTINGS, SHARDS, VERSION, Conversation, read_contents, write_index, write_shard
+from .recordings import BadRecording, Block, Listed, read_blocks
+
+REPORT = "report.json"
+
+_BLOCK_FRAMES = 25
+"""Heard at once; SEANet's first layers need 0.5 MB a frame and channel."""
+
+_NOT_HEARD = ("decoder", "upsample")
+"""Parts of Mimi that have no say in the codes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What has been prepared.
+
+    Attributes:
+        conversations: in the dataset.
+        frames, seconds: of all of them.
+        skipped: recordings that are not in it: ``path`` and ``reason``.
+        remarks: for recordings that are in it, by path, how many words or pieces of them are not, and why.
+        resumed: how many of the recordings were done by an earlier run.
+    """
+
+    conversations: int
+    frames: int
+    seconds: float
+    skipped: list[dict[str, str]]
+    remarks: dict[str, dict[str, int]]
+    resumed: int
+
+
+class SettingsDiffer(ValueError):
+    """The folder holds what was made from something else."""
+
+
+def prepare(
+    manifest: Path,
+    out: Path,
+    *,
+    mimi: FlaxMimiModel,
+    config: MoshiConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pad_token_id: int = 3,
+    end_of_pad_token_id: int = 0,
+    batch_size: int = 8,
+    workers: int = 4,
+    recordings_per_shard: int = 64,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Report:
+    """Encode the recordings of a manifest; go on where an earlier call was interrupted.
+
+    Args:
+        manifest: JSON lines, ``{"path": …}``, relative to the manifest; other keys are not looked at. Beside each
+            stereo file (left Moshi, right user) a JSON of the same name has ``alignments``, a list of
+            ``[word, [start, end], speaker]``. :data:`MAIN_SPEAKER` is Moshi; there is text of the user where there
+            are words of others.
+        out: folder of the dataset, made if it is not there.
+        mimi: the codec, in float32.
+        config: of the Moshi that is to be trained; its ``num_codebooks`` first codebooks are kept.
+        tokenizer: of Moshi's text.
+        pad_token_id, end_of_pad_token_id: of frames without a new piece, and of the last one before a word.
+        batch_size: recordings at once.
+        workers: threads that read audio.
+        recordings_per_shard: how many are done, or redone, at once.
+        advance: told how many more recordings are done.
+
+    Returns:
+        What there is, and what was skipped; also written to ``report.json``.
+
+    Raises:
+        SettingsDiffer: ``out`` was begun with another model, manifest or number per shard.
+        ValueError: a manifest that is empty or no JSON lines; numbers below 1; another process is at work on ``out``;
+            a model whose codes or text do not fit ``config``.
+        OSError: a place that cannot be read or written.
+    """
+    numbers = {"batch_size": batch_size, "workers": workers, "recordings_per_shard": recordings_per_shard}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}, but must be at least 1")
+    listed = read_manifest(manifest)
+    settings = _settings(manifest, mimi, config, tokenizer, pad_token_id, end_of_pad_token_id, recordings_per_shard)
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_one(out):
+        _check_settings(out, settings)
+        shards = _deal(listed, recordings_per_shard)
+        open_shards = {number: shard for number, shard in enumerate(shards) if read_contents(out, number) is None}
+        resumed = len(listed) - sum(len(shard.listed) for shard in open_shards.values())
+        advance(resumed)
+        encoder = _Encoder(mimi, config.num_codebooks, batch_size)
+        text = _Text(
+            tokenizer,
+            encoder.frame_rate,
+            config.vocab_size,
+            config.audio_vocab_size,
+            pad_token_id,
+            end_of_pad_token_id,
+        )
+        dtype = np.int16 if max(config.vocab_size, config.audio_vocab_size) <= 2**15 else np.int32
+        with ThreadPoolExecutor(workers) as pool, jax.default_matmul_precision("highest"):
+            work = ((number, item) for number, shard in list(open_shards.items()) for item in shard.listed)
+            for number, item, heard in encoder.run(work, pool, standby=workers):
+                shard = open_shards[number]
+                shard.add(item, heard, text)
+                advance(1)
+                if shard.is_whole:
+                    write_shard(out, number, *shard.contents(), dtype)
+                    del open_shards[number]
+        write_index(out, settings, len(shards))
+        report = _report(out, len(shards), encoder.frame_rate, resumed)
+        write_text(out / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+def read_manifest(manifest: Path) -> list[Listed]:
+    """The lines of a manifest.
+
+    Raises:
+        ValueError: a line that is no JSON object with a ``path``, a path that is there twice, or no lines.
+        OSError: it cannot be read.
+    """
+    listed: dict[str, Listed] = {}
+    for number, line in enumerate(manifest.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            path = parse_json(line)["path"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{str(manifest)!r}, line {number}: must be a JSON object with a `path` ({error})"
+            ) from error
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{str(manifest)!r}, line {number}: `path` must be the name of a file, got {path!r}")
+        if path in listed:
+            raise ValueError(f"{str(manifest)!r}, line {number}: {path!r} is there twice; leave one out")
+        listed[path] = Listed(path, manifest.parent / path)
+    if not listed:
+        raise ValueError(f"{str(manifest)!r} has no lines; list at least one recording")
+    return list(listed.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def _settings(
+    manifest: Path,
+    mimi: FlaxMimiModel,
+    config: MoshiConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pad_token_id: int,
+    end_of_pad_token_id: int,
+    recordings_per_shard: int,
+) -> dict[str, Any]:
+    """All that the contents of a dataset depend on."""
+    codebooks, entries = mimi.config.num_quantizers, mimi.config.codebook_size
+    if codebooks < config.num_codebooks or entries > config.audio_vocab_size:
+        raise ValueError(
+            f"`mimi` has {codebooks} codebooks of {entries} codes, but `config` wants {config.num_codebooks} of "
+            f"{config.audio_vocab_size}; take the codec of this Moshi"
+        )
+    weights = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(mimi.params, sep="/").items()):
+        if not path.startswith(_NOT_HEARD):
+            weights.update(path.encode())
+            weights.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    words = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "version": VERSION,
+        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "codec": weights.hexdigest(),
+        "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+        "pad_token_id": pad_token_id,
+        "end_of_pad_token_id": end_of_pad_token_id,
+        "vocab_size": config.vocab_size,
+        "audio_vocab_size": config.audio_vocab_size,
+        "num_codebooks": config.num_codebooks,
+        "recordings_per_shard": recordings_per_shard,
+    }
+
+
+def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Note the settings down in a new folder, or compare them with what is noted there."""
+    path = out / SETTINGS
+    if not path.is_file():
+        if (out / INDEX).exists() or any(out.glob(SHARDS.format(0).replace("00000", "*"))):
+            raise SettingsDiffer(f"{str(out)!r} has shards but no {SETTINGS}; give another folder")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        noted = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise SettingsDiffer(f"{str(path)!r} is damaged ({error}); give another folder") from error
+    different = [name for name in settings if noted.get(name) != settings[name]]
+    if different:
+        raise SettingsDiffer(
+            f"{str(out)!r} was begun with another {', '.join(different)}; give another folder, or remove this one"
+        )
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Keeps other processes from ``out``; the lock goes with the process, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{str(out)!r} is being prepared by another process; wait for it") from error
+        # nobody else is at work, so these are of a process that was killed
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Makes text ids of words."""
+
+    tokenizer: PreTrainedTokenizerBase
+    frame_rate: float
+    vocab_size: int
+    audio_vocab_size: int
+    pad_token_id: int
+    end_of_pad_token_id: int
+
+    def align(self, words: Sequence[Word], frames: int) -> AlignedText:
+        return align_words(
+            words,
+            frames,
+            lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+            frame_rate=self.frame_rate,
+            pad_token_id=self.pad_token_id,
+            end_of_pad_token_id=self.end_of_pad_token_id,
+        )
+
+
+def read_words(audio: Path) -> list[Word]:
+    """The words in the JSON beside a recording.
+
+    Raises:
+        BadRecording: there is none, or it is no such JSON.
+    """
+    path = audio.with_suffix(".json")
+    try:
+        return parse_words(parse_json(path.read_bytes())["alignments"])
+    except OSError as error:
+        raise BadRecording(f"there is no {path.name} with alignments beside it ({error.strerror})") from error
+    except KeyError as error:
+        raise BadRecording(f"{path.name} has no `alignments`") from error
+    except ValueError as error:
+        raise BadRecording(f"{path.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The words of a recording, and the codes of Moshi and the user."""
+
+    words: list[Word]
+    codes: Int[np.ndarray, "2 codebooks frames"]
+
+
+@dataclass
+class _Shard:
+    """A shard in the making."""
+
+    listed: list[Listed]
+    done: dict[str, tuple[Conversation, dict[str, Any]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.done) + len(self.skipped) == len(self.listed)
+
+    def add(self, item: Listed, heard: Heard | BadRecording, text: _Text) -> None:
+        """Take what became of a recording."""
+        if isinstance(heard, BadRecording):
+            self.skipped[item.id] = str(heard)
+            return
+        frames = heard.codes.shape[-1]
+        moshi = text.align([word for word in heard.words if word.speaker == MAIN_SPEAKER], frames)
+        others = [word for word in heard.words if word.speaker != MAIN_SPEAKER]
+        user = text.align(others, frames) if others else None
+        sides = [moshi] if user is None else [moshi, user]
+        remarks = {
+            "words outside of the recording": sum(side.misplaced for side in sides),
+            "pieces after its end": sum(side.cut for side in sides),
+            "pieces unknown to the tokenizer": sum(side.unknown for side in sides),
+        }
+        conversation = Conversation(item.id, moshi.ids, *heard.codes, None if user is None else user.ids)
+        try:
+            conversation.check_ids(text.vocab_size, text.audio_vocab_size)
+        except ValueError as error:
+            self.skipped[item.id] = str(error)
+            return
+        self.done[item.id] = conversation, {"remarks": {what: count for what, count in remarks.items() if count}}
+
+    def contents(self) -> tuple[list[tuple[Conversation, dict[str, Any]]], list[dict[str, str]]]:
+        """For :func:`write_shard`, in the order of the manifest."""
+        done = [self.done[item.id] for item in self.listed if item.id in self.done]
+        skipped = [
+            {"path": item.id, "reason": self.skipped[item.id]} for item in self.listed if item.id in self.skipped
+        ]
+        return done, skipped
+
+
+def _deal(listed: list[Listed], size: int) -> list[_Shard]:
+    return [_Shard(listed[start : start + size]) for start in range(0, len(listed), size)]
+
+
+def _report(out: Path, shards: int, frame_rate: float, resumed: int) -> Report:
+    contents = [read_contents(out, number) for number in range(shards)]
+    entries = [entry for content in contents for entry in content["conversations"]]
+    frames = sum(entry["frames"] for entry in entries)
+    return Report(
+        conversations=len(entries),
+        frames=frames,
+        seconds=frames / frame_rate,
+        skipped=[entry for content in contents for entry in content["skipped"]],
+        remarks={entry["id"]: entry["remarks"] for entry in entries if entry["remarks"]},
+        resumed=resumed,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- codes
+
+
+class _Listener:
+    """A recording on its way: its blocks, each read before it is asked for, and its codes so far."""
+
+    def __init__(self, number: int, item: Listed, blocks: Iterator[tuple[Block, bool]], pool: ThreadPoolExecutor):
+        self.number, self.item = number, item
+        self.words: list[Word] = []
+        self.codes: list[Int[np.ndarray, "2 codebooks frames"]] = []
+        self._blocks, self._pool = blocks, pool
+        self._upcoming = pool.submit(self._begin)
+
+    def _begin(self) -> tuple[Block, bool]:
+        first = next(self._blocks)
+        # before an hour is encoded for nothing
+        self.words = read_words(self.item.path)
+        return first
+
+    def hear(self) -> tuple[Block, bool]:
+        """The next block, and whether it is the last; raises :class:`BadRecording`."""
+        block, last = self._upcoming.result()
+        if not last:
+            self._upcoming = self._pool.submit(next, self._blocks)
+        return block, last
+
+
+class _Encoder:
+    """Mimi with slots for several recordings at once, two rows of the batch each."""
+
+    def __init__(self, mimi: FlaxMimiModel, codebooks: int, slots: int):
+        self._mimi, self._codebooks, self._slots = mimi, codebooks, slots
+        self._rate = mimi.config.sampling_rate
+        self._frame = samples_per_frame(mimi.config)
+        self.frame_rate = self._rate / self._frame
+
+    def run(
+        self, work: Iterable[tuple[int, Listed]], pool: ThreadPoolExecutor, standby: int
+    ) -> Iterator[tuple[int, Listed, Heard | BadRecording]]:
+        """What became of recordings, in the order in which they end.
+
+        Args:
+            work: recordings, each with a number that comes back with it.
+            pool: reads audio.
+            standby: how many recordings are opened before a slot is free.
+        """
+        size = _BLOCK_FRAMES * self._frame
+        todo = ((number, item, read_blocks(item.path, self._rate, size)) for number, item in work)
+        waiting: deque[_Listener] = deque()
+        slots: list[_Listener | None] = [None] * self._slots
+        state = self._mimi.init_encoder_state(2 * self._slots)
+        while True:
+            audio = np.zeros((self._slots, 2, size), np.float32)
+            fresh = np.zeros(self._slots, dtype=bool)
+            heard: dict[int, tuple[int, bool]] = {}
+            for place in range(self._slots):
+                while place not in heard:
+                    waiting.extend(_Listener(*next_, pool) for next_ in islice(todo, standby + 1 - len(waiting)))
+                    if slots[place] is None:
+                        if not waiting:
+                            break
+                        slots[place], fresh[place] = waiting.popleft(), True
+                    slot = slots[place]
+                    try:
+                        block, last = slot.hear()
+                    except BadRecording as error:
+                        slots[place] = None
+                        yield slot.number, slot.item, error
+                        continue
+                    audio[place, :, : block.shape[1]] = block
+                    heard[place] = -(-block.shape[1] // self._frame), last
+            if not heard:
+                return
+            active = np.array([place in heard for place in range(self._slots)])
+            if fresh.any():
+                state = state.reset(np.repeat(fresh, 2))
+            rows = audio.reshape(2 * self._slots, 1, size)
+            state, codes = self._mimi.encode_step(state, rows, np.repeat(active, 2), num_quantizers=self._codebooks)
+            codes = np.asarray(codes).reshape(self._slots, 2, self._codebooks, _BLOCK_FRAMES)
+            for place, (frames, last) in heard.items():
+                slot = slots[place]
+                slot.codes.append(codes[place, :, :, :frames])
+                if last:
+                    slots[place] = None
+                    yield slot.number, slot.item, Heard(slot.words, np.concatenate(slot.codes, axis=-1))

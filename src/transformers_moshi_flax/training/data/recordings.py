@@ -1,0 +1,74 @@
+"""Stereo recordings as blocks of samples, read and resampled as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+Block = Float32[np.ndarray, "2 samples"]
+
+_READ_SECONDS = 10
+
+
+class BadRecording(ValueError):
+    """A recording that gives no conversation; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of a manifest.
+
+    Attributes:
+        id: the path as the manifest has it.
+        path: of the audio.
+    """
+
+    id: str
+    path: Path
+
+
+def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Block, bool]]:
+    """Blocks of ``size`` samples of both channels, and whether it is the last one, which may be shorter.
+
+    Another rate is resampled by soxr (high quality); memory does not grow with the length.
+
+    Raises:
+        BadRecording: no such file, no audio, not stereo, empty, samples that are not finite.
+    """
+    import soundfile
+    import soxr
+
+    if not path.is_file():
+        raise BadRecording("there is no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, channels = file.samplerate, file.channels
+            if channels != 2:
+                raise BadRecording(f"it has {channels} channels, but must have 2: Moshi on the left, the user right")
+            resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 2, dtype="float32")
+            waiting = np.zeros((0, 2), np.float32)
+            length = 0
+            while True:
+                read = file.read(_READ_SECONDS * rate, dtype="float32", always_2d=True)
+                if not np.isfinite(read).all():
+                    raise BadRecording("it has samples that are NaN or infinite")
+                ended = len(read) == 0
+                if resampler is not None:
+                    read = resampler.resample_chunk(read, last=ended)
+                waiting = np.concatenate([waiting, read])
+                length += len(read)
+                # one sample stays behind, so that the last block is known to be the last
+                while len(waiting) > size:
+                    yield np.ascontiguousarray(waiting[:size].T), False
+                    waiting = waiting[size:]
+                if ended:
+                    break
+    except (soundfile.SoundFileError, OSError) as error:
+        raise BadRecording(f"it cannot be read as audio ({error})") from error
+    if not length:
+        raise BadRecording("it holds no samples")
+    yield np.ascontiguousarray(waiting.T), True

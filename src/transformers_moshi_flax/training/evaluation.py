@@ -1,0 +1,118 @@
+"""What a run is measured by: losses of held-out conversations, and dialogues that Moshi speaks with their users."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import soundfile
+from jaxtyping import Float, Int
+
+from ..checkpoints.writing import atomic_file, write_text
+from ..generation.buckets import bucket
+from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..models.moshi.generation_flax_moshi import decode_audio
+from .data.prepared import Conversation
+from .objective import ObjectiveConfig, metrics_of
+
+
+def evaluate(
+    step: Callable[[Any, Any], Mapping[str, jax.Array]],
+    state: Any,
+    batches: Iterable[Mapping[str, Any]],
+    objective: ObjectiveConfig,
+) -> dict[str, float]:
+    """The metrics of a whole split: every frame counts alike, in whatever batch it is.
+
+    Args:
+        step: see ``make_eval_step``.
+        state: the train state.
+        batches: of the split.
+        objective: the weights of the loss.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    total: Any = None
+    for batch in batches:
+        sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(step(state, batch)))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None:
+        raise ValueError("`batches` are none; give a split with at least one conversation")
+    total = jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
+    return {name: float(value) for name, value in metrics_of(total, objective).items()}
+
+
+def write_samples(
+    model: FlaxMoshiForConditionalGeneration,
+    params: Mapping[str, Any],
+    conversations: Sequence[Conversation],
+    folder: Path,
+    max_frames: int,
+    tokenizer: Any | None = None,
+    seed: int = 0,
+) -> None:
+    """Let Moshi speak with the users of conversations, who are heard live from the first frame on.
+
+    ``folder`` gets, for every conversation, a stereo WAV (left Moshi, right the user) and a JSON: the ``text_ids`` of
+    Moshi, one a frame, and those of the conversation (``reference_text_ids``), both as words too if there is a
+    tokenizer.
+
+    Args:
+        model: without parameters; how text and codes are chosen is in its generation config.
+        params: of the model.
+        conversations: each of at least one frame.
+        folder: made if it is not there.
+        max_frames: the most that are spoken.
+        tokenizer: of the model.
+        seed: of the sampling.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, conversation in enumerate(conversations):
+        frames = min(conversation.frames, max_frames)
+        user = conversation.user_audio_tokens[None, : model.config.num_codebooks, :frames].astype(np.int32)
+        start = model.get_unconditional_inputs(1)
+        spoken = model.generate(
+            start.input_ids,
+            user_audio_codes=np.concatenate([np.asarray(start.user_audio_codes), user], axis=-1),
+            moshi_audio_codes=start.moshi_audio_codes,
+            concat_unconditional_inputs=False,
+            # the codes of a frame take one more step than its text
+            max_new_tokens=frames + 1,
+            prng_key=jax.random.key(seed),
+            params=params,
+        )
+        text_ids = np.asarray(spoken.sequences)[0, 1 : frames + 1]
+        record = {"id": conversation.id, "frames": frames}
+        for name, ids in (("", text_ids), ("reference_", conversation.moshi_text_tokens[:frames])):
+            record[f"{name}text_ids"] = ids.tolist()
+            if tokenizer is not None:
+                record[f"{name}text"] = words(ids, tokenizer)
+        voice = np.asarray(spoken.audio_sequences, np.float32)[0, 0]
+        heard = _decoded(model, params, user)
+        # a reply that ends itself is shorter
+        voices = np.stack([np.pad(voice, (0, len(heard) - len(voice))), heard], axis=-1)
+        with atomic_file(folder / f"{number}.wav") as path:
+            soundfile.write(path, voices, model.config.audio_encoder_config.sampling_rate, format="WAV")
+        write_text(folder / f"{number}.json", json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _decoded(
+    model: FlaxMoshiForConditionalGeneration, params: Mapping[str, Any], codes: Int[np.ndarray, "1 codebooks frames"]
+) -> Float[np.ndarray, "samples"]:
+    """The waveform of codes, by a program that serves all lengths of a bucket."""
+    frames = codes.shape[-1]
+    padding = ((0, 0), (0, 0), (0, bucket(frames) - frames))
+    lengths = np.array([frames], np.int32)
+    audio = model.compiled(decode_audio)(params, np.pad(codes, padding), lengths)
+    return np.asarray(audio)[0, 0, : frames * model.config.audio_encoder_config.frame_size]
+
+
+def words(text_ids: Int[np.ndarray, "frames"], tokenizer: Any) -> str:
+    """What the text stream says, without padding."""
+    known = [token for token in text_ids.tolist() if 0 <= token < len(tokenizer) and token not in (0, 3)]
+    return tokenizer.decode(known, skip_special_tokens=True).strip()

@@ -1,0 +1,276 @@
+"""The folder of a run: what is in it, and the export of a checkpoint from it.
+
+- ``config.yaml``: the whole configuration; ``starts.jsonl``: versions and git state, a line for every start.
+- ``model/``: configuration and tokenizer of the model; ``frozen/``: the weights that are not trained, written once.
+- ``checkpoints/``: see :mod:`~transformers_moshi_flax.training.run_checkpoints`; ``damaged/``: those found damaged.
+- ``metrics.jsonl``, ``tensorboard/``, ``samples/step-N/``; ``export/``: the model at the end of the run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from transformers import GenerationConfig
+
+from .. import __version__
+from ..checkpoints.companions import copy_companions, sentencepiece_model
+from ..checkpoints.configs import load_config
+from ..checkpoints.files import Source, active_entry
+from ..checkpoints.writing import atomic_file, write_text
+from ..models.moshi import FlaxMoshiForConditionalGeneration
+from .configuration import ConfigurationError, TrainingConfig, changes_of_the_run, load_configuration, to_yaml
+from .run_checkpoints import PARAMS, RunCheckpoints
+from .scanned_layers import unstack_layers
+from .train_state import merge_params
+
+CONFIGURATION = "config.yaml"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        path: absolute.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).resolve()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def frozen(self) -> Path:
+        """Where the weights lie that are not trained."""
+        return self.path / "frozen"
+
+    @property
+    def model(self) -> Path:
+        """Where configuration and tokenizer of the model lie."""
+        return self.path / "model"
+
+    @property
+    def export(self) -> Path:
+        """Where the model of the last step is exported to."""
+        return self.path / "export"
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run has written checkpoints here, be they damaged."""
+        found = [*self.checkpoints.glob("*"), *(self.path / "damaged").glob("*")]
+        return any(entry.name.isdecimal() for entry in found)
+
+    def configuration(self) -> TrainingConfig:
+        """What the run was started with.
+
+        Raises:
+            ConfigurationError: the folder has no configuration that can be read.
+        """
+        return load_configuration(self.path / CONFIGURATION)
+
+    def check(self, config: TrainingConfig) -> None:
+        """Make sure that a run of ``config`` can begin or go on here.
+
+        Raises:
+            ConfigurationError: the folder has other things in it, or checkpoints of a run that this one cannot go on
+                from.
+        """
+        if not self.path.exists():
+            return
+        name = f"`run.output_dir`: {str(self.path)!r}"
+        if not self.path.is_dir():
+            raise ConfigurationError(f"{name} is a file; name a folder")
+        if not (self.path / CONFIGURATION).exists():
+            others = [entry.name for entry in self.path.iterdir() if entry.name != _LOCK]
+            if others:
+                raise ConfigurationError(f"{name} has other things in it ({sorted(others)[0]}); name an empty folder")
+        elif self.has_checkpoints():
+            changes = changes_of_the_run(self.configuration(), config)
+            if changes:
+                raise ConfigurationError(
+                    f"{name} has a run that was started with other values ({'; '.join(changes)}); "
+                    "give it those to go on, or another folder to begin anew"
+                )
+
+    def begin(self, config: TrainingConfig, step: int) -> None:
+        """Write down the configuration, and with what the run is started at ``step``."""
+        write_text(self.path / CONFIGURATION, to_yaml(config))
+        start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **environment()}
+        with open(self.path / "starts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
+
+    def keep_model(self, model: FlaxMoshiForConditionalGeneration, source: Source | None) -> None:
+        """Write down the configuration of the model, and copy its tokenizer and the like, if it comes from files."""
+        self.model.mkdir(exist_ok=True)
+        if source is not None:
+            copy_companions(source, self.model)
+            if tokenizer := sentencepiece_model(source):
+                with atomic_file(self.model / "tokenizer.model") as path:
+                    path.write_bytes(tokenizer.read_bytes())
+        write_text(self.model / "generation_config.json", model.generation_config.to_json_string(use_diff=True))
+        write_text(self.model / "config.json", model.config.to_json_string(use_diff=True))
+
+    def load_model(self, **fields: Any) -> FlaxMoshiForConditionalGeneration:
+        """The model of :meth:`keep_model`, without parameters.
+
+        Args:
+            **fields: such as ``dtype``.
+        """
+        source = Source.locate(self.model)
+        config = load_config(FlaxMoshiForConditionalGeneration.config_class, source)
+        model = FlaxMoshiForConditionalGeneration(config, _do_init=False, **fields)
+        model.generation_config = GenerationConfig.from_dict(source.read_json("generation_config.json"))
+        return model
+
+    def lock(self) -> AbstractContextManager[None]:
+        """For as long as the context lasts, no other process can train here.
+
+        Raises:
+            ConfigurationError: another one does.
+        """
+        return _Lock(self.path)
+
+    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
+        """Write a checkpoint that ``from_pretrained`` loads.
+
+        Args:
+            params: of the whole model, layers unstacked.
+            folder: where to; what is there of a checkpoint is replaced.
+            to_pt: for the PyTorch classes of ``transformers``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_companions(Source.locate(self.model), folder)
+        self.load_model().save_pretrained(folder, params=params, to_pt=to_pt)
+
+
+def export_checkpoint(
+    run: str | os.PathLike,
+    destination: str | os.PathLike,
+    step: int | None = None,
+    best: bool = False,
+    to_pt: bool = False,
+    dtype: DTypeLike | None = None,
+) -> int:
+    """Write a checkpoint of a run as a directory that ``from_pretrained`` loads.
+
+    Args:
+        run: the folder of the run, which may be going on.
+        destination: the directory to write.
+        step: which checkpoint; the latest one by default.
+        best: the one with the lowest held-out metric instead.
+        to_pt: for the PyTorch classes of ``transformers``.
+        dtype: of the weights, as trained (float32) by default.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        ConfigurationError: ``run`` is not the folder of a run.
+        DamagedCheckpointError: the checkpoint is damaged.
+        ValueError: there is no such checkpoint; ``step`` and ``best`` are both given.
+    """
+    if step is not None and best:
+        raise ValueError("`step` and `best` are both given; leave one out")
+    folder = RunFolder(run)
+    config = folder.configuration()
+    if not folder.checkpoints.is_dir():
+        raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
+    checkpoints = RunCheckpoints(folder.checkpoints, best_metric=config.run.best_metric, read_only=True)
+    frozen = RunCheckpoints(folder.frozen, read_only=True)
+    try:
+        if best:
+            step = checkpoints.best_step()
+            if step is None:
+                raise ValueError(f"`best` of {str(folder.path)!r}: no checkpoint has held-out metrics; give a step")
+        if step is None:
+            step = max(checkpoints.steps(), default=None)
+            if step is None:
+                raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
+        trained = checkpoints.restore(step, {PARAMS: _on_host(checkpoints.shapes(step, PARAMS))}).arrays[PARAMS]
+        kept = frozen.restore(0, {PARAMS: _on_host(frozen.shapes(0, PARAMS))}).arrays[PARAMS]
+    finally:
+        checkpoints.close()
+        frozen.close()
+    params = merge_params(trained, kept)
+    if config.model.scan_layers:
+        params = unstack_layers(params)
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    folder.write_export(params, Path(destination), to_pt)
+    return step
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a checkpoint has been written to a directory."""
+    return folder.is_dir() and active_entry(folder, "flax") is not None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and git state: what else than the configuration a run depends on."""
+    versions = {"transformers_moshi_flax": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"versions": versions, "git": git_state(Path(__file__).parent), "platform": platform.platform()}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, and whether files differ from it, of the repository that has the files of ``folder``; None if none."""
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        if not git("ls-files", "."):
+            return None  # an installed package in somebody's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+_LOCK = ".lock"
+
+
+class _Lock(AbstractContextManager):
+    """The lock goes with the process, however it ends."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._file = open(folder / _LOCK, "w")
+
+    def __enter__(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ConfigurationError(
+                f"`run.output_dir`: {str(self._folder)!r} is where another process is training; wait for it to end"
+            ) from error
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def _on_host(shapes: Any) -> Any:
+    """The same shapes, to be restored to the memory of the host."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)

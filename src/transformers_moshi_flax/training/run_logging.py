@@ -1,0 +1,148 @@
+"""What a run tells while it goes on: a progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases.
+
+A line of ``metrics.jsonl`` is an object with ``step``, ``split`` (``train`` or ``evaluation``) and the metrics. When a
+run goes on from a checkpoint, the lines of the steps after it are dropped, since these steps are made again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..checkpoints.writing import write_text
+
+METRICS = "metrics.jsonl"
+EXTRA = 'pip install "transformers-moshi-flax[train]"'
+
+
+class RunLog:
+    """The logs of one process that logs (the first one); use as a context.
+
+    Args:
+        folder: of the run.
+        steps: how many the run has.
+        first_step: how many it has made; later lines of an earlier attempt are dropped.
+        config: what the run is configured with, for Weights & Biases.
+        tensorboard: also log to ``tensorboard/`` in the folder.
+        wandb_project: also log to this project of Weights & Biases.
+        notes: where the progress is shown; the standard error by default. It is a bar on a terminal, and lines
+            elsewhere.
+
+    Raises:
+        ValueError: ``tensorboard`` or ``wandb_project`` need a package that is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        first_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        notes: Console | None = None,
+    ):
+        self._notes = Console(stderr=True, highlight=False) if notes is None else notes
+        self._steps = steps
+        self._writer = self._wandb = None
+        if tensorboard:
+            module = _imported("tensorboardX", "run.tensorboard", EXTRA)
+            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if wandb_project is not None:
+            module = _imported("wandb", "run.wandb_project", "pip install wandb")
+            self._wandb = module.init(
+                project=wandb_project, id=_run_id(folder), resume="allow", dir=str(folder), config=dict(config or {})
+            )
+        drop_lines_after(folder / METRICS, first_step)
+        self._file = open(folder / METRICS, "a", encoding="utf-8")
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self._bar = Progress(*columns, console=self._notes, disable=not self._notes.is_terminal)
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, note="")
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error[0] is None else 1)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._notes.print(text, soft_wrap=True, markup=False)
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step of training, with ``loss``, ``frames_per_second`` and ``steps_per_second``, which are shown."""
+        self._write(step, "train", metrics)
+        left = timedelta(seconds=round((self._steps - step) / max(metrics["steps_per_second"], 1e-9)))
+        note = f"loss {metrics['loss']:.4f}  {metrics['frames_per_second']:.0f} frames/s  {left} left"
+        self._bar.update(self._task, completed=step, note=note)
+        if not self._notes.is_terminal:
+            self.say(f"step {step}/{self._steps}  {note}")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of the held-out data, and show the losses."""
+        self._write(step, "evaluation", metrics)
+        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "text_loss", "audio_loss"))
+        self.say(f"evaluation at step {step}  {losses}")
+
+    def _write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        # JSON has no NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and what is no line, from ``metrics.jsonl``, if it is there."""
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that was being written when the run was killed
+
+
+def _imported(module: str, key: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"`{key}` needs the package {module}, which is not installed: {remedy}") from error
+
+
+def _run_id(folder: Path) -> str:
+    """The name of the run for Weights & Biases, the same whenever it goes on."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text("utf-8")

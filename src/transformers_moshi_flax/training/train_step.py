@@ -1,0 +1,159 @@
+"""One step of training as one program: gradients of all micro-batches, the update, and what is reported.
+
+A step whose loss or gradients are not finite changes no parameter and nothing of the optimizer; it is counted, and the
+next step gets other data and other dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from .objective import Batch, ObjectiveConfig, batch_arrays, metrics_of, objective_loss, weight_totals
+from .train_state import LossScale, TrainState, merge_params
+
+
+def make_train_step(
+    module: nn.Module,
+    objective: ObjectiveConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Any], Array],
+    *,
+    accumulation_steps: int = 1,
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Compiles (at the first call with a batch shape) the step of training.
+
+    Args:
+        module: a ``FlaxMoshiForConditionalGenerationModule``; its ``dtype`` is that of the computation.
+        objective: the weights of the loss.
+        optimizer, schedule: from ``make_optimizer``.
+        accumulation_steps: into how many micro-batches, run one after another, the rows of a batch are dealt. The
+            update is that of the whole batch.
+        state_shardings: a tree of shardings that the returned state is to have; by default, XLA chooses.
+
+    Returns:
+        A function ``(state, batch) -> (state, metrics)``. It consumes the state that it is given. The metrics, scalars
+        on the device, are those of ``metrics_of`` before the update, with ``grad_norm`` (before clipping),
+        ``learning_rate``, ``skipped`` (1 if no update was made), ``bad_steps``, ``bad_steps_in_a_row`` and, for
+        float16, ``loss_scale``.
+
+    Raises:
+        ValueError: ``accumulation_steps`` is below 1; when called: a batch lacks arrays, or its rows cannot be dealt.
+    """
+    if accumulation_steps < 1:
+        raise ValueError(f"`accumulation_steps` must be at least 1, but is {accumulation_steps}.")
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        batch = _checked(batch, accumulation_steps)
+        totals = weight_totals(module, batch, objective)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def scaled_loss(params: Any, part: Batch, index: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            everything = merge_params(params, state.frozen_params)
+            dropout_rng = jax.random.fold_in(step_rng, index)
+            loss, sums = objective_loss(module, everything, part, objective, totals, dropout_rng, train=True)
+            return loss * jnp.asarray(scale, loss.dtype), (loss, sums)
+
+        def gradients_of(part: Batch, index: Any) -> Any:
+            gradients, (loss, sums) = jax.grad(scaled_loss, has_aux=True)(state.params, part, index)
+            return gradients, loss, sums
+
+        if accumulation_steps == 1:
+            gradients, loss, sums = gradients_of(batch, 0)
+        else:
+            parts = jax.tree.map(lambda array: _dealt(array, accumulation_steps), batch)
+            first = jax.tree.map(lambda array: array[0], parts)
+            zeros = jax.tree.map(
+                lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradients_of, first, 0)
+            )
+
+            def add(added: Any, part_and_index: tuple[Batch, Any]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, added, gradients_of(*part_and_index)), None
+
+            indices = jnp.arange(accumulation_steps, dtype=jnp.int32)
+            (gradients, loss, sums), _ = jax.lax.scan(add, zeros, (parts, indices))
+
+        if state.loss_scale is not None:
+            gradients = jax.tree.map(lambda leaf: leaf / jnp.asarray(scale, leaf.dtype), gradients)
+        grad_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        learning_rate = schedule(state.step - state.bad_steps)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, grad_norm=grad_norm)
+        params = optax.apply_updates(state.params, updates)
+        state, counts = _counted(state, finite, jnp.isfinite(loss))
+        state = state.replace(
+            params=_chosen(finite, params, state.params), opt_state=_chosen(finite, opt_state, state.opt_state)
+        )
+        metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
+        return state, metrics
+
+    shardings = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    return jax.jit(step, donate_argnums=0, **shardings)
+
+
+def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[TrainState, Batch], dict[str, Array]]:
+    """Compiles the evaluation of a batch, ``(state, batch) -> sums``.
+
+    The sums of all batches are to be added, then ``metrics_of`` makes the figures of the whole split. Rows that are
+    padding add nothing.
+    """
+
+    def step(state: TrainState, batch: Batch) -> dict[str, Array]:
+        return objective_loss(module, state.all_params, _checked(batch, 1), objective)[1]
+
+    return jax.jit(step)
+
+
+def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
+    """The arrays that the objective reads, if they are there and can be dealt."""
+    batch = batch_arrays(batch)
+    rows, frames = batch["input_ids"].shape
+    if rows % accumulation_steps:
+        raise ValueError(
+            f"`batch` has {rows} rows, which cannot be dealt into `accumulation_steps` = {accumulation_steps} "
+            "micro-batches; use a multiple of it."
+        )
+    if frames < 2:
+        raise ValueError(f"`batch` has {frames} frames a row, of which none is predicted; give at least 2.")
+    return batch
+
+
+def _dealt(array: Array, parts: int) -> Array:
+    """Rows dealt like cards, ``(parts, rows / parts, ...)``: each device keeps its own."""
+    return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+
+def _chosen(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _counted(state: TrainState, finite: Array, loss_finite: Array) -> tuple[TrainState, Mapping[str, Array]]:
+    """The state with its counters and loss scale moved on, and these as metrics."""
+    bad = ~finite
+    loss_scale = state.loss_scale
+    if loss_scale is not None:
+        # gradients that overflow are how the scale is found, as long as it can still fall
+        bad &= ~loss_finite | (loss_scale.scale <= LossScale.LEAST)
+        loss_scale = loss_scale.adjusted(finite)
+    in_a_row = jnp.where(bad, state.bad_steps_in_a_row + 1, jnp.where(finite, 0, state.bad_steps_in_a_row))
+    state = state.replace(
+        step=state.step + 1,
+        bad_steps=state.bad_steps + (~finite).astype(jnp.int32),
+        bad_steps_in_a_row=in_a_row,
+        loss_scale=loss_scale,
+    )
+    counts = {
+        "skipped": (~finite).astype(jnp.int32),
+        "bad_steps": state.bad_steps,
+        "bad_steps_in_a_row": state.bad_steps_in_a_row,
+    }
+    return state, counts if loss_scale is None else {**counts, "loss_scale": loss_scale.scale}

@@ -1,0 +1,483 @@
+"""The loop: builds everything that a configuration names, goes on where a run was left, and ends with an export.
+
+The host runs ahead of the devices: it waits for them only where something is logged, evaluated or kept. So it learns
+of steps that were not finite, and, with several processes, of signals, at the next line of the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+from transformers import MoshiConfig
+
+from ..checkpoints.configs import load_config
+from ..checkpoints.files import Source
+from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..partitioning import param_shardings
+from .configuration import ConfigurationError, TrainingConfig
+from .data.loading import Loader, make_loader
+from .data.prepared import PreparedDataset, open_dataset
+from .evaluation import evaluate, write_samples
+from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
+from .optimizer import make_optimizer
+from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoints
+from .run_folder import RunFolder, is_exported
+from .run_logging import RunLog
+from .scanned_layers import stack_layers, unstack_layers
+from .train_state import TrainState, create_train_state, merge_params, split_params
+from .train_step import make_eval_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+
+class NotFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+class Interrupted(RuntimeError):
+    """A signal has ended the run after a checkpoint.
+
+    Attributes:
+        signal: its number.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"{signal.Signals(number).name}: the checkpoint of step {step} is written; start it to go on")
+        self.signal = number
+        self.step = step
+
+
+class Trainer:
+    """A run of training. Only the first process logs and writes; all of them call :meth:`train`.
+
+    Args:
+        config: what to train.
+        notes: where people are told of the progress; the standard error by default.
+
+    Raises:
+        ConfigurationError: the data, the model or the run folder do not go with the configuration.
+    """
+
+    def __init__(self, config: TrainingConfig, notes: Console | None = None):
+        self.config = config
+        self.folder = RunFolder(config.run.output_dir)
+        self._notes = notes
+        if config.distributed.num_processes is not None:
+            initialize_distributed(**dataclasses.asdict(config.distributed))
+        self._is_first = jax.process_index() == 0
+        self.folder.check(config)
+        self._mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
+        self._train_data = _explained("data.train", lambda: open_dataset(config.data.train))
+        self._held_out: PreparedDataset | None = None
+        if config.data.evaluation is not None:
+            self._held_out = _explained("data.evaluation", lambda: open_dataset(config.data.evaluation))
+
+    def train(self) -> dict[str, float]:
+        """Train to the last step, from the latest checkpoint that is whole, if there are any.
+
+        Returns:
+            The metrics of the held-out data after the last step, or of the last step if there are none; empty if the
+            run had ended before.
+
+        Raises:
+            ConfigurationError: as the class; or another process trains in the same folder.
+            DamagedCheckpointError: no checkpoint of the run is whole.
+            Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
+            NotFiniteError: see the class.
+        """
+        lock = self.folder.lock() if self._is_first else contextlib.nullcontext()
+        with lock, contextlib.ExitStack() as stack:
+            return self._train(stack)
+
+    def _train(self, stack: contextlib.ExitStack) -> dict[str, float]:
+        config, run = self.config, self.config.run
+        resumes = self.folder.has_checkpoints()
+        model, params = self._resumed_model() if resumes else self._new_model()
+        fields = {"gradient_checkpointing": config.model.gradient_checkpointing}
+        if config.model.scan_layers:
+            fields["scan_layers"] = True
+        module = model.module.clone(**fields)
+        shapes = model.params_shape_tree
+        if config.model.scan_layers:
+            shapes = jax.eval_shape(stack_layers, shapes)
+        trained, frozen = _explained("model.freeze", lambda: split_params(shapes, config.model.freeze))
+        optimizer, schedule = _explained("optimizer", lambda: make_optimizer(config.optimizer, run.steps, trained))
+        create = partial(create_train_state, optimizer=optimizer, seed=run.seed, dtype=config.model.dtype)
+        state_shapes = jax.eval_shape(create, trained, frozen)
+        shardings = _explained("mesh", lambda: state_shardings(self._mesh, state_shapes))
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes, shardings
+        )
+        loader = _explained("data", lambda: self._loader(model, self._train_data, epochs=None))
+        stack.callback(loader.close)
+        self._tell_dropped(loader)
+
+        checkpoints = RunCheckpoints(self.folder.checkpoints, run.max_to_keep, run.best_metric)
+        stack.callback(checkpoints.close)
+        step = 0
+        if resumes:
+            state, step, position = self._restored(checkpoints, target)
+            _explained("data.train", lambda: loader.set_state(position))
+            self._say(f"going on from the checkpoint of step {step}")
+        else:
+            if config.model.scan_layers:
+                params = stack_layers(params)
+            create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
+            state = create(*split_params(params, config.model.freeze))
+            del params
+            self._keep_frozen(state)
+        if self._is_first:
+            self.folder.begin(config, step)
+        train_step = make_train_step(
+            module,
+            config.objective,
+            optimizer,
+            schedule,
+            accumulation_steps=run.accumulation_steps,
+            state_shardings=shardings,
+        )
+        evaluation = None
+        if self._held_out is not None:
+            evaluation = _Evaluation(self, model, make_eval_step(module, config.objective))
+        log = self._log(step)
+        with log or contextlib.nullcontext(), _signals() as stop:
+            loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)
+            state, metrics = loop.run(state, step)
+        if not is_exported(self.folder.export):
+            self._export(state)
+        return metrics
+
+    # Beginning and going on
+
+    def _new_model(self) -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any]]:
+        """The model that the run begins with; what it takes to go on without its source is put into the folder."""
+        config = self.config.model
+        dtype = jnp.dtype(config.dtype)
+
+        def loaded() -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any], Source | None]:
+            if config.path is not None:
+                model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
+                    config.path, dtype=dtype, param_dtype=jnp.float32, sharding=self._mesh, _do_init=False
+                )
+                return model, params, Source.locate(config.path)
+            path = Path(config.config)
+            source = Source.locate(path.parent if path.is_file() else path)
+            model = FlaxMoshiForConditionalGeneration(
+                load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
+            )
+            shardings = param_shardings(self._mesh, model.params_shape_tree)
+            return model, jax.tree.map(_placed, model.init_weights(model.key), shardings), source
+
+        key = "model.path" if config.path is not None else "model.config"
+        model, params, source = _explained(key, loaded)
+        if self._is_first:
+            self.folder.keep_model(model, source)
+        return model, params
+
+    def _resumed_model(self) -> tuple[FlaxMoshiForConditionalGeneration, None]:
+        return self.folder.load_model(dtype=jnp.dtype(self.config.model.dtype)), None
+
+    def _keep_frozen(self, state: TrainState) -> None:
+        frozen = RunCheckpoints(self.folder.frozen)
+        if 0 not in frozen.steps():
+            frozen.save(0, state.frozen_params, None, {})
+        frozen.close()
+
+    def _restored(self, checkpoints: RunCheckpoints, target: TrainState) -> tuple[TrainState, int, dict[str, Any]]:
+        found = checkpoints.restore_latest({PARAMS: target.params, REST: _rest(target)})
+        frozen = RunCheckpoints(self.folder.frozen)
+        try:
+            kept = frozen.restore(0, {PARAMS: target.frozen_params}).arrays[PARAMS]
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{error}; they are the weights that are not trained") from error
+        finally:
+            frozen.close()
+        state = found.arrays[REST].replace(params=found.arrays[PARAMS], frozen_params=kept)
+        return state, found.step, found.progress["data"]
+
+    # Parts
+
+    def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
+        settings, moshi = self.config.data, model.config
+        trains = epochs is None
+        return make_loader(
+            data,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            vocab_size=moshi.vocab_size,
+            audio_vocab_size=moshi.audio_vocab_size,
+            num_codebooks=moshi.num_codebooks,
+            min_length=settings.min_length if trains else 1,
+            buckets=settings.buckets,
+            seed=self.config.run.seed,
+            shuffle=settings.shuffle and trains,
+            swap_moshi_user=settings.swap_moshi_user if trains else 0.0,
+            epochs=epochs,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=settings.workers if trains else 0,
+        )
+
+    def _tell_dropped(self, loader: Loader) -> None:
+        dropped = loader.plan.dropped
+        if dropped.frames:
+            self._say(
+                f"data.min_length: {dropped.frames} frames are not used: {dropped.tails} ends of conversations, and "
+                f"{len(dropped.conversations)} that are shorter"
+            )
+
+    def _log(self, step: int) -> RunLog | None:
+        run = self.config.run
+        if not self._is_first:
+            return None
+        return RunLog(
+            self.folder.path,
+            steps=run.steps,
+            first_step=step,
+            config=dataclasses.asdict(self.config),
+            tensorboard=run.tensorboard,
+            wandb_project=run.wandb_project,
+            notes=self._notes,
+        )
+
+    def _say(self, text: str) -> None:
+        if self._is_first:
+            (self._notes or Console(stderr=True, highlight=False)).print(text, soft_wrap=True, markup=False)
+
+    def _put(self, batch: Mapping[str, Any]) -> Any:
+        return put_batch(batch, self._mesh)
+
+    def _all_params(self, state: TrainState) -> dict[str, Any]:
+        params = merge_params(state.params, state.frozen_params)
+        return unstack_layers(params) if self.config.model.scan_layers else params
+
+    def _export(self, state: TrainState) -> None:
+        params = self._all_params(state)
+        if jax.process_count() > 1:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        if self._is_first:
+            self.folder.write_export(params, self.folder.export)
+            self._say(f"{self.folder.export}: the model of the last step")
+
+
+class _Evaluation:
+    """Losses and samples of the held-out conversations."""
+
+    def __init__(self, trainer: Trainer, model: FlaxMoshiForConditionalGeneration, step: Any):
+        self._trainer, self._model, self._step = trainer, model, step
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        trainer = self._trainer
+        loader = trainer._loader(self._model, trainer._held_out, epochs=1)
+        try:
+            batches = map(trainer._put, loader)
+            metrics = evaluate(self._step, state, batches, trainer.config.objective)
+        finally:
+            loader.close()
+        # what several processes hold together cannot be spoken by one
+        if trainer.config.run.samples and jax.process_count() == 1:
+            self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
+        return metrics
+
+    def _speak(self, state: TrainState, folder: Path) -> None:
+        trainer, run = self._trainer, self._trainer.config.run
+        held_out = trainer._held_out
+        spoken = [held_out[index] for index in range(min(run.samples, len(held_out)))]
+        params = trainer._all_params(state)
+        write_samples(self._model, params, spoken, folder, run.sample_frames, self._tokenizer(), run.seed)
+
+    def _tokenizer(self) -> Any | None:
+        folder = self._trainer.folder.model
+        if not (folder / "tokenizer_config.json").exists():
+            return None
+        from transformers import AutoTokenizer  # only here: it imports a lot
+
+        return AutoTokenizer.from_pretrained(folder)
+
+
+class _Loop:
+    """The steps, and what happens between them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        log: RunLog | None,
+        checkpoints: RunCheckpoints,
+        loader: Loader,
+        train_step: Any,
+        evaluation: _Evaluation | None,
+        stop: list[int],
+    ):
+        self._trainer, self._run = trainer, trainer.config.run
+        self._log, self._checkpoints, self._loader = log, checkpoints, loader
+        self._train_step, self._evaluation, self._stop = train_step, evaluation, stop
+
+    def run(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
+        """From after ``step`` steps to the end; returns the state and the last metrics."""
+        run, last = self._run, {}
+        meter = _Meter()
+        while step < run.steps:
+            batch = meter.waiting_for(partial(next, self._loader))
+            state, metrics = self._train_step(state, self._trainer._put(batch))
+            step += 1
+            meter.count(metrics)
+            if self._log is not None:
+                self._log.advance(step)
+            if step % run.log_every == 0 or step == run.steps:
+                last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                last |= meter.read()
+                if self._log is not None:
+                    self._log.train(step, last)
+                self._check_finite(last)
+            interrupted = self._signalled(step)
+            with meter.paused():
+                held_out = None
+                if self._evaluation is not None and not interrupted:
+                    if step == run.steps or (run.evaluate_every and step % run.evaluate_every == 0):
+                        last = held_out = self._evaluate(state, step)
+                if held_out is not None or interrupted or step == run.steps or step % run.checkpoint_every == 0:
+                    self._save(state, step, held_out)
+            if interrupted:
+                self._checkpoints.wait()
+                raise Interrupted(interrupted, step)
+        self._checkpoints.wait()
+        return state, last
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        metrics = self._evaluation(state, step)
+        if self._log is not None:
+            self._log.evaluation(step, metrics)
+        return metrics
+
+    def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        if held_out is not None and not np.isfinite(held_out[self._run.best_metric]):
+            held_out = None
+        progress = {"data": self._loader.get_state()}
+        self._checkpoints.save(step, state.params, _rest(state), progress, held_out)
+
+    def _check_finite(self, metrics: Mapping[str, float]) -> None:
+        in_a_row = int(metrics["bad_steps_in_a_row"])
+        if in_a_row >= self._run.max_bad_steps:
+            self._checkpoints.wait()
+            kept = max(self._checkpoints.steps(), default=None)
+            remedy = "lower optimizer.learning_rate or look at the data"
+            where = f"the checkpoint of step {kept} is kept" if kept is not None else "there is no checkpoint yet"
+            raise NotFiniteError(
+                f"{in_a_row} steps in a row had a loss or a gradient that is not finite (run.max_bad_steps is "
+                f"{self._run.max_bad_steps}), and changed nothing; {where}; {remedy}"
+            )
+
+    def _signalled(self, step: int) -> int:
+        """The signal that ends the run, 0 if none; the same in all processes."""
+        number = self._stop[0] if self._stop else 0
+        if jax.process_count() == 1:
+            return number
+        if step % self._run.log_every:
+            return 0
+        return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
+
+
+class _Meter:
+    """Speed since it was last read, without the time in which it was paused."""
+
+    def __init__(self):
+        self._warm = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._frames: list[Any] = []
+
+    def waiting_for(self, make: Any) -> Any:
+        """What ``make`` returns; its time is that of waiting for data."""
+        start = time.perf_counter()
+        made = make()
+        self._waited += time.perf_counter() - start
+        return made
+
+    def count(self, metrics: Mapping[str, Any]) -> None:
+        """A step has been started."""
+        self._frames.append(metrics["frames"])
+        self._steps += 1
+        if not self._warm:
+            # the first step compiles, which says nothing of the speed
+            jax.block_until_ready(metrics)
+            self._warm = True
+            self._reset()
+
+    def read(self) -> dict[str, float]:
+        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        frames = sum(int(count) for count in jax.device_get(self._frames))
+        read = {
+            "frames_per_second": frames / seconds,
+            "steps_per_second": self._steps / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self._reset()
+        return read
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time in the block does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+def _placed(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, on the mesh of all."""
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _rest(state: TrainState) -> TrainState:
+    """The state without what lies elsewhere."""
+    return state.replace(params=None, frozen_params=None)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are put into the list; a second one has its usual effect at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explained(key: str, make: Any) -> Any:
+    """What ``make`` returns; its complaints name the key of the configuration."""
+    try:
+        return make()
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"`{key}`: {error}") from error

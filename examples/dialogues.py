@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import espeakng_loader
 import numpy as np
 import soundfile
 import soxr
@@ -61,8 +62,6 @@ class Voices:
     _SYNCHRONOUS, _RATE, _UTF8 = 2, 1, 1
 
     def __init__(self) -> None:
-        import espeakng_loader
-
         self._library = ctypes.cdll.LoadLibrary(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
         self._rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data, 0)
@@ -70,9 +69,9 @@ class Voices:
             raise RuntimeError(f"espeak-ng does not start with its data in {data.decode()}: install it again")
         self._chunks: list[np.ndarray] = []
         # kept, as the library calls it later
-        self._listener = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )(self._hear)
+        self._listener = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)(
+            self._hear
+        )
         self._library.espeak_SetSynthCallback(self._listener)
         self._library.espeak_SetParameter(self._RATE, WORDS_A_MINUTE, 0)
         # else every run sounds a little different
@@ -90,9 +89,10 @@ class Voices:
             RuntimeError: the library refuses, or nothing is heard.
         """
         self._chunks.clear()
-        text = word.encode() + b"\0"
+        text = ctypes.create_string_buffer(word.encode())
+        length = ctypes.c_size_t(len(text))
         failed = self._library.espeak_SetVoiceByName(voice.encode())
-        failed = failed or self._library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, self._UTF8, None, None)
+        failed = failed or self._library.espeak_Synth(text, length, 0, 1, 0, self._UTF8, None, None)
         samples = np.concatenate([np.zeros(0, np.int16), *self._chunks])
         (loud,) = np.nonzero(np.abs(samples) > 60)
         if failed or not len(loud):

@@ -1,20 +1,20 @@
 """A small Moshi with random weights whose Mimi has codebooks fitted to recordings.
 
 Frames are real ones (1920 samples at 24 kHz). The weights of Mimi's encoder stay random, as a random encoder's latents
-tell sounds apart well enough; upstream's codebooks, though, begin as zeros, and every code would be 0. So each codebook
-gets the centroids that k-means finds among the residuals that reach it.
+tell sounds apart well enough; upstream's codebooks, though, begin as zeros, and every code would be 0. So each
+codebook gets the centroids that k-means finds among the residuals that reach it.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import soundfile
-from jaxtyping import Float, Int
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
 from scipy.cluster.vq import kmeans2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import EncodecFeatureExtractor, MoshiConfig, PreTrainedTokenizerFast
@@ -78,18 +78,31 @@ def small_config(vocab_size: int) -> MoshiConfig:
     )
 
 
+def make_small_model(sentences: Iterable[str]) -> tuple[FlaxMoshiForConditionalGeneration, MoshiProcessor]:
+    """The model with random weights and empty codebooks, and a processor whose tokenizer knows ``sentences``."""
+    tokenizer = make_tokenizer(sentences)
+    config = small_config(len(tokenizer))
+    # the default generator's programs, one per shape, take XLA most of a minute
+    with jax.default_prng_impl("rbg"):
+        model = FlaxMoshiForConditionalGeneration(config)
+    # upstream draws the layers of single codebooks with a deviation of 1, with which a loss begins in the thousands
+    depth = flatten_dict(model.params["depth_decoder"])
+    scaled = {path: leaf / math.sqrt(leaf.shape[0]) if path[-1] == "kernel" else leaf for path, leaf in depth.items()}
+    model.params["depth_decoder"] = unflatten_dict(scaled)
+    codec = config.audio_encoder_config
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=codec.sampling_rate)
+    return model, MoshiProcessor(extractor, tokenizer, frame_size=codec.frame_size)
+
+
 def fit_codebooks(
     model: FlaxMoshiForConditionalGeneration, voices: Sequence[Float[np.ndarray, "samples"]], seed: int = 0
-) -> list[float]:
+) -> None:
     """Fits every codebook of the model's Mimi to ``voices``, stage by stage, in place.
 
     Args:
         model: its parameters are changed.
         voices: recordings in whole frames.
         seed: of k-means.
-
-    Returns:
-        Of each codebook the share of the entries that ``voices`` use.
     """
     config = model.config.audio_encoder_config
     frames = [len(voice) // config.frame_size for voice in voices]
@@ -101,7 +114,6 @@ def fit_codebooks(
     # causal: a row's own frames do not hear the silence after them
     latents = np.concatenate([row.T[:count] for row, count in zip(np.asarray(latents), frames)])
 
-    used = []
     quantizer = mimi["quantizer"]
     for half in ("semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"):
         residual = latents @ np.asarray(quantizer[half]["input_proj"]["kernel"])[0]
@@ -109,7 +121,5 @@ def fit_codebooks(
         for stage in sorted(stages, key=int):
             codebook = stages[stage]["codebook"]
             centroids, codes = kmeans2(residual, config.codebook_size, minit="++", rng=seed, missing="warn")
-            codebook["embed_sum"] = jax.numpy.asarray(centroids, jax.numpy.float32)
+            codebook["embed_sum"] = jnp.asarray(centroids, jnp.float32)
             residual = residual - centroids[codes]
-            used.append(len(np.unique(codes)) / config.codebook_size)
-    return used

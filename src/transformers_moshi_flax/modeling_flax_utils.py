@@ -122,7 +122,8 @@ class FlaxPreTrainedModel:
     @classmethod
     def _module_fields(cls) -> set[str]:
         fields = {field.name for field in dataclasses.fields(cls.module_class)}
-        return fields - {"config", "dtype", "parent", "name"}
+        # a model has the parameter tree of the files, which a module that scans its layers has not
+        return fields - {"config", "dtype", "parent", "name", "scan_layers"}
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> FlaxPreTrainedModel:

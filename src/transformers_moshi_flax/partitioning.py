@@ -7,6 +7,7 @@ large axis goes to ``fsdp``. Norms, biases, convolutions and codebooks are small
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,26 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*", PartitionSpec()),
 )
 """Regular expression on the "/"-joined path -> axes; the first that matches counts."""
+
+
+ROW_AXES = ("data", "fsdp")
+
+STACKED = "stacked"
+"""In place of the number in the path of layers whose parameters are stacked; no axis splits the leading dimension."""
+
+
+def split_rows(array: jax.Array) -> jax.Array:
+    """``array`` with its rows split over ``data`` and ``fsdp``, where a mesh with these axes is set (``jax.set_mesh``).
+
+    Said of what goes into every layer, so that parameters are gathered where they are used, a layer at a time. Left
+    alone, the compiler rather gathers the rows: parameters split over ``fsdp`` would make it an axis like ``tensor``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in ROW_AXES if name in mesh.axis_names)
+    if not axes or array.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return array
+    others = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(axes, *others))
 
 
 def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +65,7 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:
     shardings, problems = {}, []
     for path, leaf in flatten_dict(shapes, sep="/").items():
         rule = next(spec for pattern, spec in PARTITION_RULES if re.fullmatch(pattern, path))
-        axes = [_on_mesh(mesh, entry) for entry in rule]
+        axes = [_on_mesh(mesh, entry) for entry in ((None, *rule) if STACKED in path.split("/") else rule)]
         problems += [
             f"{path} has {size} in dimension {dimension}, not divisible by {'x'.join(names)} = {_size(mesh, names)}"
             for dimension, (size, names) in enumerate(zip(leaf.shape, axes))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -76,6 +77,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         )
 
 
+@functools.cache
+def loss_and_gradients(pair: Pair, objective: ObjectiveConfig) -> Callable[..., Any]:
+    """Compiled, of parameters and batch; Mimi is not needed."""
+
+    def loss(params: dict[str, Any], batch: dict[str, Any]) -> jax.Array:
+        return objective_loss(pair.ours.module, params, batch, objective)[0]
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
 CASES = {
     "defaults": (ObjectiveConfig(), False),
     "weights": (ObjectiveConfig(0.7, 1.6, 0.3, 100.0, (3, 0, 7)), True),
@@ -87,15 +98,7 @@ CASES = {
 def test_loss_and_gradients_are_upstreams(pair: Pair, objective: ObjectiveConfig, unknown: bool) -> None:
     """With rows of different lengths and one of padding alone, which upstream does not see."""
     batch = draw_batch(pair.ours.config, (6, 4, 0, 2), FRAMES, seed=1, unknown=unknown)
-    trainable = {part: pair.ours.params[part] for part in PARTS}
-
-    @jax.jit
-    def ours(trainable: dict[str, Any]) -> Any:
-        return jax.value_and_grad(lambda params: objective_loss(pair.ours.module, params, batch, objective)[0])(
-            trainable
-        )
-
-    loss, gradients = ours(trainable)
+    loss, gradients = loss_and_gradients(pair, objective)({part: pair.ours.params[part] for part in PARTS}, batch)
     with double_oracle():
         pair.theirs.zero_grad()
         theirs = upstream_loss(pair.theirs, {name: array[[0, 1, 3]] for name, array in batch.items()}, objective)
@@ -195,15 +198,13 @@ def test_sums_add_up_over_batches_with_other_rows() -> None:
         np.testing.assert_allclose(together[name], value, rtol=1e-6, err_msg=name)
 
 
-def test_nothing_to_predict_is_no_loss() -> None:
-    config = small_config()
-    module, params = make_module(config)
-    batch = draw_batch(config, (0, 1), 3)
-    objective = ObjectiveConfig()
-    loss, gradients = jax.jit(jax.value_and_grad(lambda p: objective_loss(module, p, batch, objective)[0]))(params)
+def test_nothing_to_predict_is_no_loss(pair: Pair) -> None:
+    batch = draw_batch(pair.ours.config, (0, 1, 0, 1), FRAMES)
+    params = {part: pair.ours.params[part] for part in PARTS}
+    loss, gradients = loss_and_gradients(pair, ObjectiveConfig())(params, batch)
     assert loss == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
-    totals = weight_totals(module, batch, objective)
+    totals = weight_totals(pair.ours.module, batch, ObjectiveConfig())
     assert totals["text"] == totals["audio"] == 0
 
 

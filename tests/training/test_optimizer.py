@@ -153,7 +153,7 @@ def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_warmup_must_fit_the_steps() -> None:
-    with pytest.raises(ValueError, match="`steps` must be at least 1 and above `warmup_steps` .5., but is 5"):
+    with pytest.raises(ValueError, match=r"`steps` must be at least 1 and above `warmup_steps` \(5\), but is 5"):
         make_schedule(OptimizerConfig(schedule="linear", warmup_steps=5), 5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +41,15 @@ class Run:
         return create_train_state(self.trainable, self.frozen, self.optimizer, seed=seed, dtype=self.dtype)
 
 
+@functools.cache
+def run_of(dtype: Any = jnp.float32, accumulation_steps: int = 1) -> Run:
+    """Shared by the tests, as every step compiles for seconds."""
+    return Run(dtype=dtype, accumulation_steps=accumulation_steps)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Run:
-    return Run()
+    return run_of()
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -58,7 +65,7 @@ def test_accumulation_is_the_large_batch(plain: Run) -> None:
     """Rows of different lengths, so that the mean of the micro-batches' means would be another loss."""
     batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
     whole, metrics = plain.step(plain.state(), batch)
-    parts, metrics_of_parts = Run(accumulation_steps=2).step(plain.state(), batch)
+    parts, metrics_of_parts = run_of(accumulation_steps=2).step(plain.state(), batch)
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics_of_parts[name], value, rtol=1e-6, err_msg=name)
     ours, theirs = flatten_dict(gradients_of(parts)), flatten_dict(gradients_of(whole))
@@ -153,7 +160,7 @@ def test_dropout_depends_on_seed_step_and_micro_batch() -> None:
 def test_half_precision(plain: Run, dtype: Any) -> None:
     """Computation in half precision: float32 masters, gradients and figures, near those of float32."""
     batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
-    run = Run(dtype=dtype, accumulation_steps=2)
+    run = run_of(dtype, accumulation_steps=2)
     with jax.numpy_dtype_promotion("strict"):
         state, metrics = run.step(run.state(), batch)
     assert int(metrics["skipped"]) == 0
@@ -168,7 +175,7 @@ def test_half_precision(plain: Run, dtype: Any) -> None:
 
 def test_the_loss_scale_falls_until_gradients_fit() -> None:
     """Overflow halves the scale without counting as a bad step in a row; a loss that is not finite does count."""
-    run = Run(dtype=jnp.float16)
+    run = run_of(jnp.float16, accumulation_steps=2)
     batch = draw_batch(CONFIG, LENGTHS, 6, seed=1)
     start = run.state().replace(loss_scale=LossScale(scale=jnp.float32(2.0**40), good_steps=jnp.int32(0)))
     before = jax.device_get(start.params)
@@ -179,9 +186,7 @@ def test_the_loss_scale_falls_until_gradients_fit() -> None:
     while int(metrics["skipped"]):
         state, metrics = run.step(state, batch)
     assert 1 < metrics["loss_scale"] < 2.0**39 and int(state.loss_scale.good_steps) == 1
-    assert np.any(
-        flatten_dict(state.params, sep="/")["decoder/lm_head/kernel"] != before["decoder"]["lm_head"]["kernel"]
-    )
+    assert np.any(state.params["decoder"]["lm_head"]["kernel"] != before["decoder"]["lm_head"]["kernel"])
 
     least = LossScale(scale=jnp.float32(LossScale.LEAST), good_steps=jnp.int32(0))
     nan = jax.tree.map(lambda leaf: leaf * np.nan, before)
@@ -191,18 +196,18 @@ def test_the_loss_scale_falls_until_gradients_fit() -> None:
         nan = jax.tree.map(lambda leaf: leaf * np.nan, before)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), frames=st.integers(2, 5), masked=st.booleans())
-def test_drawn_configurations(seed: int, frames: int, masked: bool) -> None:
-    """Finite loss and gradients, and the same with and without accumulation."""
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), frames=st.integers(2, 4), short=st.booleans())
+def test_drawn_configurations(seed: int, frames: int, short: bool) -> None:
+    """Finite gradients, and with accumulation the loss that evaluation without it has."""
     config = draw_config(seed)
-    batch = draw_batch(config, (frames, max(frames - 1, 1) if masked else frames, frames, 1), frames, seed)
-    run = Run(config)
-    state, metrics = run.step(run.state(), batch)
-    assert int(metrics["skipped"]) == 0 and metrics["loss"] > 0
-    halves, metrics_of_halves = Run(config, accumulation_steps=2).step(run.state(), batch)
-    np.testing.assert_allclose(metrics_of_halves["loss"], metrics["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics_of_halves["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    config.num_hidden_layers = config.depth_decoder_config.num_hidden_layers = 1
+    batch = draw_batch(config, (frames, frames - short, frames, 1), frames, seed)
+    run = Run(config, accumulation_steps=2)
+    expected = metrics_of(make_eval_step(run.module, OBJECTIVE)(run.state(), batch), OBJECTIVE)
+    _, metrics = run.step(run.state(), batch)
+    assert int(metrics["skipped"]) == 0 and metrics["grad_norm"] > 0
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_wrong_batches(plain: Run) -> None:
@@ -214,5 +219,5 @@ def test_wrong_batches(plain: Run) -> None:
     with pytest.raises(ValueError, match="`batch` has 1 frames a row"):
         plain.step(plain.state(), {name: array[..., :1] for name, array in batch.items()})
     del batch["text_labels"]
-    with pytest.raises(ValueError, match="`batch` lacks text_labels; it has input_ids"):
+    with pytest.raises(ValueError, match="`batch` lacks text_labels; it has attention_mask"):
         plain.step(plain.state(), batch)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from transformers_moshi_flax.cli import converse, convert, generate, inspect, prepare, verify
+from transformers_moshi_flax.cli import converse, convert, export_checkpoint, generate, inspect, prepare, train, verify
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 app = typer.Typer(
@@ -21,19 +21,23 @@ app.command("converse")(converse.converse)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("prepare")(prepare.prepare)
+app.command("train")(train.train)
+app.command("export-checkpoint")(export_checkpoint.export_checkpoint)
 app.command("verify")(verify.verify)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2.
 
-    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass.
+    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass, ``train`` where a run cannot go
+    on.
 
     Args:
         args: the arguments without the program's name; None reads ``sys.argv``.
 
     Raises:
-        SystemExit: always; code 0, 1 (a check that has failed), 2 (a mistake in what was given) or 130 (interrupted).
+        SystemExit: always; code 0, 1 (a check that has failed), 2 (a mistake in what was given), 130 or 143
+            (interrupted).
     """
     command = typer.main.get_command(app)
     try:

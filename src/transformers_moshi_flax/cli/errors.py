@@ -22,6 +22,20 @@ class BadCheckpoint(UserMistake):
     code = 1
 
 
+class FailedRun(UserMistake):
+    """Training cannot go on; shown as a :class:`UserMistake`, with the exit code of a check that has failed."""
+
+    code = 1
+
+
+class InterruptedRun(UserMistake):
+    """A signal has ended training; shown as a :class:`UserMistake`, with the exit code that shells give the signal."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.code = 128 + signal
+
+
 @contextmanager
 def as_mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of ``kinds`` raised inside into a :class:`UserMistake` that starts with ``what``."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import soundfile
 from jaxtyping import Float, Int
@@ -43,7 +44,7 @@ def evaluate(
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise ValueError("`batches` are none; give a split with at least one conversation")
-    total = jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
+    total = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total)
     return {name: float(value) for name, value in metrics_of(total, objective).items()}
 
 

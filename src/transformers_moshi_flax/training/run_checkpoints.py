@@ -7,12 +7,13 @@ that has a name is whole, and one whose files do not fit its manifest has been d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ class RunCheckpoints:
             )
         handlers = {name: ocp.StandardCheckpointHandler() for name in (PARAMS, REST)}
         handlers[_PROGRESS] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        with _without_chatter():
+            self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
         return metrics[self._best_metric]
@@ -128,12 +130,8 @@ class RunCheckpoints:
         if rest is not None:
             items[REST] = ocp.args.StandardSave(rest)
         args = ocp.args.Composite(**items, **{_PROGRESS: ocp.args.JsonSave(dict(progress))})
-        orbax_log = logging.getLogger("absl")
-        orbax_log.addFilter(_is_of_interest)
-        try:
+        with _without_chatter():
             self._manager.save(step, args=args, metrics=metrics and dict(metrics), force=True)
-        finally:
-            orbax_log.removeFilter(_is_of_interest)
 
     def wait(self) -> None:
         """Return when no save is under way; raises what one that failed has raised."""
@@ -144,7 +142,8 @@ class RunCheckpoints:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Which checkpoints there are, in order."""
+        """Which checkpoints there are, in order; waits for the one that is being written."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
@@ -243,9 +242,20 @@ class RunCheckpoints:
             multihost_utils.sync_global_devices("damaged checkpoints moved away")
 
 
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """No warnings of Orbax's that a folder is opened for reading, or that a checkpoint has no metrics."""
+    orbax_log = logging.getLogger("absl")
+    orbax_log.addFilter(_is_of_interest)
+    try:
+        yield
+    finally:
+        orbax_log.removeFilter(_is_of_interest)
+
+
 def _is_of_interest(record: logging.LogRecord) -> bool:
-    # most checkpoints have no metrics, as they are written between evaluations
-    return "did not provide metrics" not in record.getMessage()
+    message = record.getMessage()
+    return "did not provide metrics" not in message and "read only" not in message
 
 
 def find_damage(checkpoint: Path, prefix: str = "") -> list[str]:

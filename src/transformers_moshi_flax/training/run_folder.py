@@ -3,7 +3,8 @@
 - ``config.yaml``: the whole configuration; ``starts.jsonl``: versions and git state, a line for every start.
 - ``model/``: configuration and tokenizer of the model; ``frozen/``: the weights that are not trained, written once.
 - ``checkpoints/``: see :mod:`~transformers_moshi_flax.training.run_checkpoints`; ``damaged/``: those found damaged.
-- ``metrics.jsonl``, ``tensorboard/``, ``samples/step-N/``; ``export/``: the model at the end of the run.
+- ``metrics.jsonl``, ``tensorboard/``, ``samples/step-N/``; ``export/``: the model after the last step, and in
+  ``exported_step`` the number of that.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import GenerationConfig
 from .. import __version__
 from ..checkpoints.companions import copy_companions, sentencepiece_model
 from ..checkpoints.configs import load_config
-from ..checkpoints.files import Source, active_entry
+from ..checkpoints.files import Source
 from ..checkpoints.writing import atomic_file, write_text
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from .configuration import ConfigurationError, TrainingConfig, changes_of_the_run, load_configuration, to_yaml
@@ -37,6 +38,7 @@ from .scanned_layers import unstack_layers
 from .train_state import merge_params
 
 CONFIGURATION = "config.yaml"
+_LOCK, _EXPORTED = ".lock", "exported_step"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
@@ -137,6 +139,15 @@ class RunFolder:
         model.generation_config = GenerationConfig.from_dict(source.read_json("generation_config.json"))
         return model
 
+    def exported_step(self) -> int | None:
+        """After which step the model in :attr:`export` was written; None if there is none."""
+        path = self.path / _EXPORTED
+        return int(path.read_text("utf-8")) if path.exists() else None
+
+    def set_exported_step(self, step: int) -> None:
+        """Write down that :attr:`export` has the model after ``step``."""
+        write_text(self.path / _EXPORTED, f"{step}\n")
+
     def lock(self) -> AbstractContextManager[None]:
         """For as long as the context lasts, no other process can train here.
 
@@ -215,11 +226,6 @@ def export_checkpoint(
     return step
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether a checkpoint has been written to a directory."""
-    return folder.is_dir() and active_entry(folder, "flax") is not None
-
-
 def environment() -> dict[str, Any]:
     """Versions and git state: what else than the configuration a run depends on."""
     versions = {"transformers_moshi_flax": __version__, "python": platform.python_version()}
@@ -244,9 +250,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-_LOCK = ".lock"
 
 
 class _Lock(AbstractContextManager):

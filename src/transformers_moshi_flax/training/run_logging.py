@@ -90,10 +90,15 @@ class RunLog:
         self._notes.print(text, soft_wrap=True, markup=False)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step of training, with ``loss``, ``frames_per_second`` and ``steps_per_second``, which are shown."""
+        """Log the metrics of a step of training.
+
+        ``loss`` is shown, and the speed if ``frames_per_second`` and ``steps_per_second`` are among the metrics.
+        """
         self._write(step, "train", metrics)
-        left = timedelta(seconds=round((self._steps - step) / max(metrics["steps_per_second"], 1e-9)))
-        note = f"loss {metrics['loss']:.4f}  {metrics['frames_per_second']:.0f} frames/s  {left} left"
+        note = f"loss {metrics['loss']:.4f}"
+        if "steps_per_second" in metrics:
+            left = timedelta(seconds=round((self._steps - step) / metrics["steps_per_second"]))
+            note += f"  {metrics['frames_per_second']:.0f} frames/s  {left} left"
         self._bar.update(self._task, completed=step, note=note)
         if not self._notes.is_terminal:
             self.say(f"step {step}/{self._steps}  {note}")
@@ -110,7 +115,7 @@ class RunLog:
         self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
-            for name, value in metrics.items():
+            for name, value in ((name, value) for name, value in finite.items() if value is not None):
                 self._writer.add_scalar(f"{split}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)

@@ -69,7 +69,7 @@ class TrainState:
     rng: Any
     bad_steps: Any
     bad_steps_in_a_row: Any
-    loss_scale: LossScale | None = None
+    loss_scale: Any = None
 
     @property
     def all_params(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ next step gets other data and other dropout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def make_train_step(
         optimizer, schedule: from ``make_optimizer``.
         accumulation_steps: into how many micro-batches, run one after another, the rows of a batch are dealt. The
             update is that of the whole batch.
-        state_shardings: a tree of shardings that the returned state is to have; by default, XLA chooses.
+        state_shardings: a ``TrainState`` of the shardings that the state has and keeps; by default, XLA chooses.
 
     Returns:
         A function ``(state, batch) -> (state, metrics)``. It consumes the state that it is given. The metrics, scalars
@@ -64,6 +65,8 @@ def make_train_step(
 
         def gradients_of(part: Batch, index: Any) -> Any:
             gradients, (loss, sums) = jax.grad(scaled_loss, has_aux=True)(state.params, part, index)
+            if state_shardings is not None:  # each device adds up the gradients of its own parameters alone
+                gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
             return gradients, loss, sums
 
         if accumulation_steps == 1:
@@ -96,8 +99,33 @@ def make_train_step(
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
-    shardings = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
-    return jax.jit(step, donate_argnums=0, **shardings)
+    options = compiler_options()
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
+    mesh = jax.tree.leaves(state_shardings)[0].mesh
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options)
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Options for the step on the default platform.
+
+    On CPUs operations are to be ordered by the memory that they need; the default, which lets as many as possible run
+    side by side, keeps a fifth more and is no faster (``docs/benchmarks.md``).
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": "false"}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # another jaxlib may not have the option
+        return {}
+    return options
 
 
 def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[TrainState, Batch], dict[str, Array]]:

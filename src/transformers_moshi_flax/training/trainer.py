@@ -35,7 +35,7 @@ from .evaluation import evaluate, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoints
-from .run_folder import RunFolder, is_exported
+from .run_folder import RunFolder
 from .run_logging import RunLog
 from .scanned_layers import stack_layers, unstack_layers
 from .train_state import TrainState, create_train_state, merge_params, split_params
@@ -108,14 +108,10 @@ class Trainer:
         config, run = self.config, self.config.run
         resumes = self.folder.has_checkpoints()
         model, params = self._resumed_model() if resumes else self._new_model()
-        fields = {"gradient_checkpointing": config.model.gradient_checkpointing}
-        if config.model.scan_layers:
-            fields["scan_layers"] = True
-        module = model.module.clone(**fields)
-        shapes = model.params_shape_tree
-        if config.model.scan_layers:
-            shapes = jax.eval_shape(stack_layers, shapes)
-        trained, frozen = _explained("model.freeze", lambda: split_params(shapes, config.model.freeze))
+        module = model.module.clone(
+            gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
+        )
+        trained, frozen = _explained("model.freeze", lambda: jax.eval_shape(self._split, model.params_shape_tree))
         optimizer, schedule = _explained("optimizer", lambda: make_optimizer(config.optimizer, run.steps, trained))
         create = partial(create_train_state, optimizer=optimizer, seed=run.seed, dtype=config.model.dtype)
         state_shapes = jax.eval_shape(create, trained, frozen)
@@ -135,10 +131,8 @@ class Trainer:
             _explained("data.train", lambda: loader.set_state(position))
             self._say(f"going on from the checkpoint of step {step}")
         else:
-            if config.model.scan_layers:
-                params = stack_layers(params)
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
-            state = create(*split_params(params, config.model.freeze))
+            state = create(*self._split(params))
             del params
             self._keep_frozen(state)
         if self._is_first:
@@ -158,7 +152,7 @@ class Trainer:
         with log or contextlib.nullcontext(), _signals() as stop:
             loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)
             state, metrics = loop.run(state, step)
-        if not is_exported(self.folder.export):
+        if self.folder.exported_step() != run.steps:
             self._export(state)
         return metrics
 
@@ -211,6 +205,11 @@ class Trainer:
         return state, found.step, found.progress["data"]
 
     # Parts
+
+    def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters that are trained, and the others, as the module has them. Paths to freeze are those of files."""
+        parts = split_params(params, self.config.model.freeze)
+        return tuple(map(stack_layers, parts)) if self.config.model.scan_layers else parts
 
     def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
         settings, moshi = self.config.data, model.config
@@ -272,6 +271,7 @@ class Trainer:
             params = multihost_utils.process_allgather(params, tiled=True)
         if self._is_first:
             self.folder.write_export(params, self.folder.export)
+            self.folder.set_exported_step(self.config.run.steps)
             self._say(f"{self.folder.export}: the model of the last step")
 
 
@@ -421,7 +421,12 @@ class _Meter:
             self._reset()
 
     def read(self) -> dict[str, float]:
-        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took."""
+        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took.
+
+        Nothing where there has been no step but the first.
+        """
+        if not self._steps:
+            return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         frames = sum(int(count) for count in jax.device_get(self._frames))
         read = {

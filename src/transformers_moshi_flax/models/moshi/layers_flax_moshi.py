@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,6 +24,7 @@ from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...input_checks import is_traced, is_tracing
+from ...partitioning import STACKED, split_rows
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
@@ -163,7 +165,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(1.0),
-                dot_general=row_dot_general,
+                dot_general=split_dot_general,
                 name=str(index),
             )
             for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
@@ -177,7 +179,9 @@ class FlaxMoshiFlexibleLinear(nn.Module):
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
         if (layer_idx == layer_idx[0]).all():
             return codebooks[int(layer_idx[0])](x)
-        return jnp.concatenate([codebooks[int(layer)](x[:, i : i + 1]) for i, layer in enumerate(layer_idx)], axis=1)
+        # the gradient of a split is one concatenation, that of slices a sum of as many padded arrays
+        positions = lax.split(x, [1] * length, axis=1)
+        return jnp.concatenate([codebooks[int(layer)](row) for layer, row in zip(layer_idx, positions)], axis=1)
 
 
 class FlaxMoshiLinear(nn.Module):
@@ -200,13 +204,18 @@ class FlaxMoshiLinear(nn.Module):
         return self.linear(x, layer_idx) if self.use_flexible_linear else self.linear(x)
 
 
+def split_dot_general(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """:func:`row_dot_general` on a mesh."""
+    return split_rows(row_dot_general(split_rows(lhs), rhs, *args, **kwargs))
+
+
 def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.normal(initializer_range),
-        dot_general=row_dot_general,
+        dot_general=split_dot_general,
     )
 
 
@@ -422,30 +431,49 @@ class FlaxMoshiDecoderLayer(nn.Module):
 
 
 class FlaxMoshiLayers(nn.Module):
-    """The stack of decoder layers of either decoder, children named by number."""
+    """The stack of decoder layers of either decoder, children named by number.
+
+    With ``scan_layers`` there is one child, ``stacked``, whose parameters have a leading axis of layers, and a loop
+    over it: compilation does not grow with the layers, and layers that are recomputed are so one after another. Such
+    parameters come from ``training.scanned_layers.stack_layers``; there is no cache then.
+    """
 
     config: MoshiConfig | MoshiDepthConfig
     use_flexible_linear: bool = False
     use_rope: bool = True
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
-        # codebook_idx and deterministic are Python values (self counts)
+        # codebook_idx and deterministic are Python values (self counts); in a loop nothing can be shared anyway
         layer_class = (
-            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(6, 7))
+            nn.remat(FlaxMoshiDecoderLayer, static_argnums=(6, 7), prevent_cse=not self.scan_layers)
             if self.gradient_checkpointing
             else FlaxMoshiDecoderLayer
         )
+        names = [STACKED] if self.scan_layers else [str(index) for index in range(self.config.num_hidden_layers)]
         self.blocks = [
-            layer_class(self.config, self.use_flexible_linear, self.use_rope, self.dtype, name=str(index))
-            for index in range(self.config.num_hidden_layers)
+            layer_class(self.config, self.use_flexible_linear, self.use_rope, self.dtype, name=name) for name in names
         ]
 
     def __call__(
         self, hidden_states, attention_mask, position_ids, cache, codebook_idx, deterministic
     ) -> tuple[Array, FlaxMoshiCache | FlaxMoshiDepthCache | RingCache | None, tuple[Array, ...], tuple[Array, ...]]:
-        """Returns the last hidden state, the updated cache, the input of every layer and all attention weights."""
+        """Returns the last hidden state, the updated cache, the input of every layer and all attention weights.
+
+        Raises:
+            ValueError: a cache together with ``scan_layers``.
+        """
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError(
+                    "`past_key_values` cannot be used with `scan_layers`, which is for training; use a module without "
+                    "it, and the parameters of `unstack_layers`."
+                )
+            arguments = (attention_mask, position_ids, codebook_idx, deterministic)
+            hidden_states, inputs, attentions = self.scan(hidden_states, *arguments)
+            return hidden_states, None, inputs, attentions
         inputs, attentions, layer_caches = [], [], []
         cache_index = cache.slot if isinstance(cache, RingCache) else call_length(cache)
 
@@ -455,6 +483,7 @@ class FlaxMoshiLayers(nn.Module):
         if cache is not None and may_share_traces(self):
             layer = nn.jit(layer)
         for index, block in enumerate(self.blocks):
+            hidden_states = split_rows(hidden_states)
             inputs.append(hidden_states)
             layer_cache = None if cache is None else (cache.keys[index], cache.values[index])
             hidden_states, weights, layer_cache = layer(
@@ -462,10 +491,30 @@ class FlaxMoshiLayers(nn.Module):
             )
             attentions.append(weights)
             layer_caches.append(layer_cache)
+        hidden_states = split_rows(hidden_states)
         if cache is not None:
             keys, values = zip(*layer_caches)
             cache = cache.replace(keys=tuple(keys), values=tuple(values))
         return hidden_states, cache, tuple(inputs), tuple(attentions)
+
+    def scan(
+        self, hidden_states, attention_mask, position_ids, codebook_idx, deterministic
+    ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+        """The layers as a loop: the last hidden state, the input of every layer and all attention weights."""
+
+        def layer(block: nn.Module, hidden_states: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+            inputs = split_rows(hidden_states)
+            outputs, weights, _ = block(inputs, attention_mask, position_ids, None, 0, codebook_idx, deterministic)
+            return split_rows(outputs), (inputs, weights)
+
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.config.num_hidden_layers,
+        )
+        hidden_states, (inputs, attentions) = layers(self.blocks[0], hidden_states, None)
+        return hidden_states, tuple(inputs), tuple(attentions)
 
 
 def may_share_traces(module: nn.Module) -> bool:
@@ -503,7 +552,7 @@ def embedding_table(num_embeddings: int, features: int, initializer_range: float
 
 def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
     """Looks ids up; ``IGNORE_INDEX`` gives a zero embedding, as the original's token id -1."""
-    embedded = table(jnp.maximum(ids, 0))
+    embedded = split_rows(table(jnp.maximum(ids, 0)))
     return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), embedded.dtype), embedded)
 
 

@@ -52,13 +52,19 @@ class FlaxMoshiModule(nn.Module):
     config: MoshiConfig
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
         config = self.config
         self.embed_tokens = embedding_table(
             config.vocab_size + 1, config.hidden_size, config.initializer_range, self.dtype
         )
-        self.layers = FlaxMoshiLayers(config, dtype=self.dtype, gradient_checkpointing=self.gradient_checkpointing)
+        self.layers = FlaxMoshiLayers(
+            config,
+            dtype=self.dtype,
+            gradient_checkpointing=self.gradient_checkpointing,
+            scan_layers=self.scan_layers,
+        )
         self.norm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
 
     def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
@@ -105,9 +111,10 @@ class FlaxMoshiForCausalLMModule(nn.Module):
     config: MoshiConfig
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
-        self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing)
+        self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.lm_head = dense(self.config.vocab_size, self.config.initializer_range, self.dtype)
 
     def __call__(
@@ -146,6 +153,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
     config: MoshiDepthConfig
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
         config = self.config
@@ -169,6 +177,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
             use_rope=False,
             dtype=self.dtype,
             gradient_checkpointing=self.gradient_checkpointing,
+            scan_layers=self.scan_layers,
         )
         self.lm_heads = FlaxMoshiFlexibleLinear(
             config.hidden_size, config.audio_vocab_size, config.num_codebooks, self.dtype
@@ -285,6 +294,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
     config: MoshiConfig
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
         config = self.config
@@ -297,9 +307,9 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             self.dtype,
         )
         self.audio_encoder = FlaxMimiModule(config.audio_encoder_config, self.dtype, self.gradient_checkpointing)
-        self.decoder = FlaxMoshiForCausalLMModule(config, self.dtype, self.gradient_checkpointing)
+        self.decoder = FlaxMoshiForCausalLMModule(config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.depth_decoder = FlaxMoshiDepthDecoderModule(
-            config.depth_decoder_config, self.dtype, self.gradient_checkpointing
+            config.depth_decoder_config, self.dtype, self.gradient_checkpointing, self.scan_layers
         )
 
     def encode_audio(

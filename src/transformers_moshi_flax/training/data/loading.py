@@ -101,8 +101,8 @@ class BatchPlan:
         if swap_moshi_user and dataset.without_user_text:
             raise ValueError(
                 f"`swap_moshi_user` is {swap_moshi_user}, but {len(dataset.without_user_text)} conversations have no "
-                f"`user_text_tokens`, {dataset.without_user_text[0]!r} is the first; write down what the user says, or "
-                "set it to 0"
+                f"`user_text_tokens`, {dataset.without_user_text[0]!r} is the first; write down what the user says, "
+                "or set it to 0"
             )
         self.batch_size, self._buckets, self._seed = batch_size, np.array(buckets), seed
         self._shuffle, self._swap = shuffle, swap_moshi_user
@@ -210,7 +210,7 @@ class BatchMaker:
         for row, (chunk, swap) in enumerate(zip(chunks[mine], swaps[mine])):
             if chunk < 0:
                 continue
-            part = self._chunk(chunk)
+            part = self._chunk(int(chunk))
             end = part.frames + 1
             mask[row, :end] = 1
             text[row, 0] = self.vocab_size

@@ -120,7 +120,7 @@ class Conversation:
 # ---------------------------------------------------------------------------------------------------------- datasets
 
 
-class PreparedDataset(Sequence[Conversation]):
+class PreparedDataset:
     """Conversations by number; a subclass says where they lie. :func:`open_dataset` makes one.
 
     Attributes:

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 Block = Float32[np.ndarray, "2 samples"]
 
-_READ_SECONDS = 10
+_READ_SAMPLES = 2**18
 
 
 class BadRecording(ValueError):
@@ -53,7 +53,7 @@ def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Blo
             waiting = np.zeros((0, 2), np.float32)
             length = 0
             while True:
-                read = file.read(_READ_SECONDS * rate, dtype="float32", always_2d=True)
+                read = file.read(_READ_SAMPLES, dtype="float32", always_2d=True)
                 if not np.isfinite(read).all():
                     raise BadRecording("it has samples that are NaN or infinite")
                 ended = len(read) == 0

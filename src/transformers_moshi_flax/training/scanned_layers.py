@@ -1,0 +1,61 @@
+"""Parameters with the layers of each decoder stacked, for modules with ``scan_layers``, and back.
+
+Files, models and generation keep one tree, ``.../layers/0/...``, ``.../layers/1/...``. A train state may have the
+stacked one, ``.../layers/stacked/...``, in which every leaf has a leading axis of layers. Mimi is as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..partitioning import STACKED
+
+LAYER = re.compile(r"((?:decoder/model|depth_decoder)/layers)/(\d+)/(.+)")
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters for a module with ``scan_layers``.
+
+    Args:
+        params: of ``FlaxMoshiForConditionalGeneration``, or some of them. NumPy arrays stay on the host.
+
+    Raises:
+        ValueError: a parameter that some layers have is missing in another.
+    """
+    stacked, layers = {}, {}
+    for path, leaf in flatten_dict(dict(params), sep="/").items():
+        match = LAYER.fullmatch(path)
+        if match is None:
+            stacked[path] = leaf
+        else:
+            decoder, number, rest = match.groups()
+            layers.setdefault(f"{decoder}/{STACKED}/{rest}", {})[int(number)] = leaf
+    counts = {path: 1 + max(numbers) for path, numbers in layers.items()}
+    for path, numbers in layers.items():
+        decoder = path.split(f"/{STACKED}/")[0]
+        count = max(counts[other] for other in counts if other.startswith(f"{decoder}/"))
+        missing = sorted(set(range(count)) - set(numbers))
+        if missing:
+            raise ValueError(f"`params` has {path} for some layers, but not for {missing}; give all or none of them.")
+        leaves = [numbers[number] for number in range(count)]
+        stack = np.stack if isinstance(leaves[0], np.ndarray) else jnp.stack
+        stacked[path] = stack(leaves)
+    return unflatten_dict(stacked, sep="/")
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`stack_layers`: the tree of models and files. A tree without stacked layers stays as it is."""
+    unstacked = {}
+    for path, leaf in flatten_dict(dict(params), sep="/").items():
+        decoder, found, rest = path.partition(f"/{STACKED}/")
+        if not found:
+            unstacked[path] = leaf
+        else:
+            unstacked |= {f"{decoder}/{number}/{rest}": leaf[number] for number in range(leaf.shape[0])}
+    return unflatten_dict(unstacked, sep="/")

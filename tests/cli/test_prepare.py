@@ -1,0 +1,86 @@
+"""``moshi-flax prepare`` with the embedded checkpoint: the dataset, the table, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from transformers_moshi_flax.cli import prepare
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.training.data.loading import make_loader
+from transformers_moshi_flax.training.data.prepared import open_dataset
+
+FRAME, RATE = 1920, 16_000
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither read nor fill the user's cache of compiled programs."""
+    monkeypatch.setattr(prepare, "use_compilation_cache", lambda: None)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Two recordings at 16 kHz, of 10 and 4 frames, and one that is not there."""
+    lines = []
+    for name, frames in (("one", 10), ("two", 4), ("none", 0)):
+        lines.append(json.dumps({"path": f"{name}.wav", "duration": frames / 12.5}))
+        if frames:
+            noise = np.random.default_rng(frames).uniform(-0.3, 0.3, (frames * RATE * 2 // 25, 2))
+            soundfile.write(tmp_path / f"{name}.wav", noise, RATE)
+            words = [["you", [0.2, 0.3], "SPEAKER_MAIN"], ["to", [0.5, 0.6], "SPEAKER_MAIN"]]
+            (tmp_path / f"{name}.json").write_text(json.dumps({"alignments": words}))
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_prepares_and_goes_on(moshi_flax, manifest: Path, tmp_path: Path):
+    arguments = ("prepare", manifest, tmp_path / "out", "--model", EMBEDDED_MODEL, "--batch-size", 1)
+    result = moshi_flax(*arguments)
+    assert result.code == 0, result.err
+    assert "2 conversations" in result.out and "14 frames" in result.out
+    assert "none.wav" in result.out and "skipped: there is no such file" in result.out
+    assert "two.wav" in result.out and "words outside of the recording: 1" in result.out
+
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.ids == ["one.wav", "two.wav"] and dataset.lengths.tolist() == [10, 4]
+    assert dataset[0].moshi_text_tokens.tolist() == [3, 0, 17, 3, 3, 0, 18, 3, 3, 3]
+    options = {"vocab_size": 270, "audio_vocab_size": 128, "num_codebooks": 8}
+    batch = next(make_loader(dataset, batch_size=2, max_length=11, shuffle=False, **options))
+    assert batch["attention_mask"].sum(1).tolist() == [11, 5]
+
+    again = moshi_flax(*arguments)
+    assert again.code == 0 and "3 recordings done before" in again.out
+    other = moshi_flax(*arguments, "--recordings-per-shard", 1)
+    assert other.code == 2 and "was begun with another recordings_per_shard" in other.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"manifest": "none.jsonl"}, "MANIFEST: "),
+        ({"manifest": "one.wav"}, "MANIFEST: "),
+        ({"out": "all.jsonl"}, "OUT: "),
+        ({"model": "nowhere"}, "--model: there is no directory 'nowhere'"),
+        ({"model": "."}, "--model: cannot load"),
+    ],
+)
+def test_mistakes(moshi_flax, manifest: Path, tmp_path: Path, change: dict[str, str], message: str, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"manifest": "all.jsonl", "out": "out", "model": str(EMBEDDED_MODEL), **change}
+    result = moshi_flax("prepare", given["manifest"], given["out"], "--model", given["model"])
+    assert result.code == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith("moshi-flax: error: ") and message in line
+
+
+def test_nothing_usable(moshi_flax, tmp_path: Path):
+    (tmp_path / "all.jsonl").write_text('{"path": "none.wav"}')
+    result = moshi_flax("prepare", tmp_path / "all.jsonl", tmp_path / "out", "--model", EMBEDDED_MODEL)
+    assert result.code == 2 and "none of its recordings can be used" in result.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["conversations"] == 0

@@ -1,0 +1,389 @@
+"""Recordings become the codes of the whole recording and their words; what cannot be used is skipped and reported; and
+an interruption at any point costs a shard at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.training.data.test_alignment import EMBEDDED
+from tests.training.data.test_prepared import assert_same
+from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax.checkpoints import writing
+from transformers_moshi_flax.checkpoints.formats import open_safetensors
+from transformers_moshi_flax.training.data import preparing, recordings
+from transformers_moshi_flax.training.data.prepared import open_dataset
+from transformers_moshi_flax.training.data.preparing import Report, SettingsDiffer, prepare
+from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
+
+RATE, FRAME, CODEBOOKS, SLOTS = 24_000, 16, 4, 3
+BLOCK = 25 * FRAME
+PAD, YOU, TO = 3, 17, 18
+CONFIG = tiny_moshi_config(vocab_size=270)
+
+
+@pytest.fixture(scope="module")
+def mimi(tmp_path_factory: pytest.TempPathFactory) -> FlaxMimiModel:
+    """With weights that hide nothing."""
+    from transformers import MimiModel
+
+    from tests.torch_oracle import randomize
+
+    folder = tmp_path_factory.mktemp("mimi")
+    randomize(MimiModel(tiny_mimi_config())).save_pretrained(folder)
+    return FlaxMimiModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture
+def run(mimi: FlaxMimiModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Report]:
+    """``prepare`` with the tiny models, always of the same batch, so that one program serves all tests."""
+
+    def call(out: Path = tmp_path / "out", manifest: Path = tmp_path / "all.jsonl", **options: Any) -> Report:
+        options = {"config": CONFIG, "recordings_per_shard": 2, "workers": 2, **options}
+        return prepare(manifest, out, mimi=mimi, tokenizer=tokenizer, batch_size=SLOTS, **options)
+
+    return call
+
+
+def words_at(*places: tuple[str, float, str]) -> dict[str, Any]:
+    return {"alignments": [[word, [start, start + 0.001], speaker] for word, start, speaker in places]}
+
+
+def record(folder: Path, samples: dict[str, int], rate: int = RATE) -> dict[str, np.ndarray]:
+    """Recordings of these lengths in stereo noise, with two words each, and their manifest."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, length in samples.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made[name] = rng.uniform(-0.5, 0.5, (length, 2)).astype(np.float32)
+        soundfile.write(path, made[name], rate, subtype="FLOAT")
+        words = words_at(("you", 0.0, "SPEAKER_MAIN"), ("to", 0.0, "SPEAKER_2"))
+        path.with_suffix(".json").write_text(json.dumps(words))
+    (folder / "all.jsonl").write_text("".join(json.dumps({"path": name, "duration": 1.0}) + "\n" for name in samples))
+    return made
+
+
+LENGTHS = {
+    "a.wav": 3 * BLOCK + 5,
+    "b/b.wav": 1,
+    "c.wav": BLOCK,
+    "d.wav": BLOCK + 1,
+    "e.wav": FRAME,
+    "f.wav": 5 * BLOCK - 7,
+    "g.wav": 40,
+}
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """What is in a folder but for the report; safetensors writes the metadata of a file in any order."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".safetensors"}
+    del found["report.json"]
+    for path in out.glob("*.safetensors"):
+        file = open_safetensors(path)
+        found[path.name] = file.metadata, {key: (array.dtype, array.tolist()) for key, array in file.items()}
+    return found
+
+
+def test_codes_are_those_of_the_whole_recording(
+    run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path
+) -> None:
+    made = record(tmp_path, LENGTHS)
+    done = []
+    report = run(advance=done.append)
+    assert sum(done) == len(LENGTHS)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.ids == list(LENGTHS) and report.conversations == len(LENGTHS) and not report.skipped
+    for conversation, samples in zip(dataset, made.values()):
+        frames = -(-len(samples) // FRAME)
+        assert conversation.frames == frames
+        # one length for all, so that one program is compiled: later samples change nothing
+        audio = np.zeros((2, 1, 5 * BLOCK), np.float32)
+        audio[:, 0, : len(samples)] = samples.T
+        codes = np.asarray(mimi.encode(audio, num_quantizers=CODEBOOKS).audio_codes)[..., :frames]
+        text = np.full(frames, PAD)
+        text[0] = YOU
+        user = np.full(frames, PAD)
+        user[0] = TO
+        assert_same(
+            conversation,
+            {
+                "moshi_text_tokens": text,
+                "user_text_tokens": user,
+                "moshi_audio_tokens": codes[0],
+                "user_audio_tokens": codes[1],
+            },
+        )
+        assert conversation.moshi_audio_tokens.dtype == np.int16
+    assert report.frames == int(dataset.lengths.sum())
+
+
+def test_what_cannot_be_used_is_reported(
+    run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, {f"{name}.wav": 200 for name in "abcdefghijkl"})
+    (tmp_path / "a.wav").unlink()
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "c.wav", np.zeros(200), RATE)
+    soundfile.write(tmp_path / "d.wav", np.zeros((0, 2)), RATE)
+    # behind the first block, when the slot has begun
+    monkeypatch.setattr(recordings, "_READ_SAMPLES", 500)
+    broken = np.zeros((1200, 2), np.float32)
+    broken[1100, 1] = np.nan
+    soundfile.write(tmp_path / "e.wav", broken, RATE, subtype="FLOAT")
+    (tmp_path / "f.json").unlink()
+    (tmp_path / "g.json").write_text("{")
+    (tmp_path / "h.json").write_text("{}")
+    (tmp_path / "i.json").write_text('{"alignments": [["you", [0, 1]]]}')
+    strange = words_at(("you", 1.0, "SPEAKER_MAIN"), ("\u4e2d", 0.0, "SPEAKER_MAIN"), ("you to you", 0.008, "x"))
+    (tmp_path / "k.json").write_text(json.dumps(strange))
+    (tmp_path / "l.json").write_text('{"alignments": []}')
+    report = run()
+    reasons = {entry["path"]: entry["reason"] for entry in report.skipped}
+    expected = {
+        "a.wav": "no such file",
+        "b.wav": "cannot be read as audio",
+        "c.wav": "has 1 channels",
+        "d.wav": "holds no samples",
+        "e.wav": "NaN or infinite",
+        "f.wav": "no f.json",
+        "g.wav": "g.json: ",
+        "h.wav": "has no `alignments`",
+        "i.wav": "`alignments[0]`",
+    }
+    assert reasons.keys() == expected.keys()
+    for path, reason in expected.items():
+        assert reason in reasons[path], path
+    assert report.remarks == {
+        "k.wav": {
+            "words outside of the recording": 1,
+            "pieces after its end": 2,
+            "pieces unknown to the tokenizer": report.remarks["k.wav"]["pieces unknown to the tokenizer"],
+        }
+    }
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["skipped"] == report.skipped
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.ids == ["j.wav", "k.wav", "l.wav"]
+    # nobody wrote down what the user says
+    assert dataset.without_user_text == ["l.wav"]
+    assert (dataset[2].moshi_text_tokens == PAD).all()
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def test_interrupted_anywhere_and_resumed(
+    run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before and after every file gets its name, then run again: the same in the end."""
+    record(tmp_path, LENGTHS)
+    whole = run(tmp_path / "whole")
+    replace = os.replace
+    steps = resumed = 0
+
+    def interrupted(left: int, after: bool) -> bool:
+        """Run with ``left`` renames granted; whether it came to the end."""
+
+        def dying(source: Any, target: Any) -> None:
+            nonlocal left
+            if left == 0 and not after:
+                raise Killed
+            replace(source, target)
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        monkeypatch.setattr(writing.os, "replace", dying)
+        try:
+            run(tmp_path / "out")
+        except Killed:
+            return False
+        finally:
+            monkeypatch.setattr(writing.os, "replace", replace)
+        return True
+
+    for after in (False, True):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        # one more rename is granted each time, so a run dies at another step
+        for granted in (0, 1, 1, 0, 2):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / ".shard-00000.safetensors.0.tmp").write_bytes(b"half")
+            if interrupted(granted, after):
+                break
+            steps += 1
+        report = run(tmp_path / "out")
+        resumed += report.resumed
+        assert report.conversations == whole.conversations
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert steps > 5 and resumed > 0
+
+
+def test_finished_shards_are_not_redone(run: Callable[..., Report], tmp_path: Path) -> None:
+    record(tmp_path, LENGTHS)
+    out = tmp_path / "out"
+    run()
+    whole = contents(out)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    content = (out / "shard-00002.safetensors").read_bytes()
+    (out / "shard-00002.safetensors").write_bytes(content[: len(content) // 2])
+    report = run()
+    assert report.resumed == len(LENGTHS) - 2
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert {name for name in times if times[name] != after[name]} == {"shard-00002.safetensors"}
+    assert contents(out) == whole
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from transformers import AutoTokenizer, MoshiConfig
+from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax.training.data.preparing import prepare
+
+folder, embedded = Path(sys.argv[1]), sys.argv[2]
+mimi, config = FlaxMimiModel.from_pretrained(folder / "mimi"), MoshiConfig.from_pretrained(folder / "moshi")
+tokenizer = AutoTokenizer.from_pretrained(embedded)
+
+def advance(done):
+    print("done", flush=True)
+    time.sleep(0.03)  # so that the end does not come before the signal
+
+prepare(folder / "all.jsonl", folder / "out", mimi=mimi, config=config, tokenizer=tokenizer, batch_size=3,
+        recordings_per_shard=2, advance=advance)
+"""
+
+
+@pytest.mark.slow
+def test_killed_for_real(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path) -> None:
+    """SIGKILL in the midst of the work, more of it done each time."""
+    record(tmp_path, {f"{number}.wav": 3000 for number in range(60)})
+    mimi.save_pretrained(tmp_path / "mimi")
+    CONFIG.save_pretrained(tmp_path / "moshi")
+    whole = run(tmp_path / "whole")
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    shards = 0
+    for lines in (7, 14):
+        arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(EMBEDDED)]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(lines):
+            assert process.stdout.readline() == "done\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        found = len(list((tmp_path / "out").glob("shard-*")))
+        assert shards < found < 30
+        shards = found
+        with pytest.raises(ValueError, match="is not finished"):
+            open_dataset(tmp_path / "out")
+    report = run()
+    assert report.resumed == 2 * shards and report.conversations == whole.conversations == 60
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_settings_are_refused(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path) -> None:
+    record(tmp_path, {"a.wav": 40})
+    run()
+    with pytest.raises(SettingsDiffer, match="another recordings_per_shard; give another folder"):
+        run(recordings_per_shard=3)
+    with pytest.raises(SettingsDiffer, match="another num_codebooks"):
+        run(config=tiny_moshi_config(vocab_size=270, num_codebooks=3))
+    with pytest.raises(SettingsDiffer, match="another codec"):
+        params = mimi.params
+        try:
+            mimi.params = {**params, "downsample": {"conv": {"kernel": params["downsample"]["conv"]["kernel"] + 1}}}
+            run()
+        finally:
+            mimi.params = params
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.write('{"path": "b.wav"}\n')
+    with pytest.raises(SettingsDiffer, match="another manifest"):
+        run()
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(SettingsDiffer, match=r"has shards but no settings\.json"):
+        run()
+
+
+def test_two_at_once_are_refused(run: Callable[..., Report], tmp_path: Path) -> None:
+    record(tmp_path, {"a.wav": 40})
+
+    def again(done: int) -> None:
+        with pytest.raises(ValueError, match="being prepared by another process"):
+            run()
+
+    run(advance=again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "`workers` is 0"),
+        ({"recordings_per_shard": 0}, "`recordings_per_shard` is 0"),
+        (
+            {"config": tiny_moshi_config(audio_vocab_size=16)},
+            "`mimi` has 6 codebooks of 32 codes, but `config` wants 4",
+        ),
+    ],
+)
+def test_mistakes(run: Callable[..., Report], tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    record(tmp_path, {"a.wav": 40})
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no lines"),
+        ('{"path": "a.wav"}\n\nno json', "line 3: must be a JSON object with a `path`"),
+        ("{}", "line 1: must be a JSON object with a `path`"),
+        ('{"path": 3}', "line 1: `path` must be the name of a file, got 3"),
+        ('{"path": "a.wav"}\n{"path": "a.wav"}', r"line 2: 'a\.wav' is there twice"),
+    ],
+)
+def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "all.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        preparing.read_manifest(tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize("rate", [8_000, 24_000, 44_100])
+@pytest.mark.parametrize("seconds", [0.01, 10, 21])
+def test_blocks_are_the_resampled_file(tmp_path: Path, rate: int, seconds: float) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (int(seconds * rate), 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    blocks = list(read_blocks(tmp_path / "a.wav", RATE, 10_007))
+    assert [last for _, last in blocks] == [False] * (len(blocks) - 1) + [True]
+    assert all(block.shape == (2, 10_007) for block, _ in blocks[:-1]) and 0 < blocks[-1][0].shape[1] <= 10_007
+    expected = samples if rate == RATE else soxr.resample(samples, rate, RATE)
+    np.testing.assert_allclose(np.concatenate([block for block, _ in blocks], axis=1).T, expected, atol=1e-6)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    """What is there is heard; a header alone holds nothing."""
+    soundfile.write(tmp_path / "a.wav", np.zeros((1000, 2)), RATE)
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[: 44 + 400])
+    assert sum(block.shape[1] for block, _ in read_blocks(tmp_path / "a.wav", RATE, 64)) == 100
+    (tmp_path / "a.wav").write_bytes(content[:44])
+    with pytest.raises(BadRecording, match="holds no samples"):
+        list(read_blocks(tmp_path / "a.wav", RATE, 64))

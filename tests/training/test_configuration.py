@@ -1,0 +1,158 @@
+"""The configuration: what is read, what is refused and how, what a run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from transformers_moshi_flax.training import configuration
+from transformers_moshi_flax.training.configuration import (
+    ConfigurationError,
+    TrainingConfig,
+    build_configuration,
+    changes_of_the_run,
+    load_configuration,
+    to_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """
+model: {path: kmhf/hf-moshiko}
+data:
+  train: prepared
+  max_length: 512
+run: {output_dir: run, steps: 100}
+optimizer:
+  learning_rate: 1e-5
+  learning_rate_multipliers: {decoder/lm_head/kernel: 2}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_values_and_defaults(file: Path) -> None:
+    config = load_configuration(file)
+    assert config.data.max_length == 512 and config.data.batch_size == 16
+    assert config.model.freeze == ("audio_encoder/.*",)
+    # PyYAML by itself takes 1e-5 for a text
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.optimizer.learning_rate_multipliers == {"decoder/lm_head/kernel": 2.0}
+
+
+def test_yaml_and_back(file: Path) -> None:
+    config = load_configuration(file, ["model.freeze=[a/.*, b]", "data.buckets=[256, 512]", "objective.text_weight=2"])
+    again = build_configuration(yaml.safe_load(to_yaml(config)))
+    assert again == config
+    assert again.model.freeze == ("a/.*", "b") and again.data.buckets == (256, 512)
+
+
+def test_assignments_replace_values(file: Path) -> None:
+    config = load_configuration(file, ["run.steps=7", "mesh.data=2", "run.wandb_project=null", "run.steps=8"])
+    assert (config.run.steps, config.mesh.data, config.run.wandb_project) == (8, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("run.stepz=3", ["run.stepz", "'steps'"]),
+        ("run.batch_size=3", ["run.batch_size", "'data'"]),
+        ("rum.steps=3", ["rum", "'run.steps'"]),
+        ("steps=3", ["section.key=value"]),
+        ("run.steps", ["section.key=value"]),
+        ("run.steps=many", ["run.steps", "'many'", "whole number"]),
+        ("run.steps=true", ["run.steps", "True", "whole number"]),
+        ("run.steps=0", ["run.steps", "0", "1 or more"]),
+        ("run.steps=[", ["run.steps=[", "no YAML"]),
+        ("run.best_metric=losss", ["run.best_metric", "'loss'"]),
+        ("run.evaluate_every=10", ["run.evaluate_every", "data.evaluation"]),
+        ("run.tensorboard=1", ["run.tensorboard", "true or false"]),
+        ("model.config=other", ["model.path", "`config`"]),
+        ("model.dtype=float8", ["model.dtype", "bfloat16"]),
+        ("model.freeze=['(']", ["model.freeze", "'('"]),
+        ("model.freeze=decoder", ["model.freeze", "a list"]),
+        ("data.swap_moshi_user=1.5", ["data.swap_moshi_user", "1.5"]),
+        ("data.buckets=[512, 256]", ["data.buckets", "ascending"]),
+        ("data.buckets=[128, 256]", ["data.buckets", "512"]),
+        ("data.min_length=600", ["data.min_length", "512"]),
+        ("data.batch_size=15", ["data.batch_size"]),
+        ("run.accumulation_steps=3", ["data.batch_size", "3 * 1 * 1"]),
+        ("mesh.fsdp=32", ["data.batch_size", "1 * 1 * 32"]),
+        ("mesh.data=null", ["mesh.data", "whole number"]),
+        ("optimizer.b1=1.5", ["optimizer", "b1", "1.5"]),
+        ("optimizer.b1=.nan", ["optimizer.b1", "finite"]),
+        ("optimizer.schedule=linaer", ["optimizer", "linaer", "linear"]),
+        ("optimizer.warmup_steps=5", ["optimizer", "warmup_steps"]),
+        ("objective.text_weight=-1", ["objective", "text_weight", "-1"]),
+        ("distributed.num_processes=2", ["distributed.coordinator_address"]),
+    ],
+)
+def test_mistakes_are_named(file: Path, assignment: str, words: list[str]) -> None:
+    extra = ["mesh.data=2"] if assignment == "data.batch_size=15" else []
+    with pytest.raises(ConfigurationError) as caught:
+        load_configuration(file, [assignment, *extra])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["`model:`"]),
+        ("[1]", ["`model:`"]),
+        ("model: [", ["no YAML"]),
+        (GOOD + "\nrun: {steps: 3}", ["'run'", "twice"]),
+        (GOOD + "\nruns: {steps: 3}", ["`runs`", "'run'"]),
+        (GOOD + "\nmesh: 3", ["`mesh`", "3"]),
+        ("model: {path: a}\ndata: {train: b}", ["`run.output_dir` is missing", "`run.steps` is missing"]),
+        # all mistakes at once
+        (GOOD.replace("steps: 100", "steps: x, sed: 3"), ["`run.steps`", "`run.sed`", "'seed'"]),
+    ],
+)
+def test_bad_files(file: Path, text: str, words: list[str]) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        load_configuration(file)
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"missing\.yaml"):
+        load_configuration(tmp_path / "missing.yaml")
+
+
+def test_every_key_is_documented() -> None:
+    for section in dataclasses.fields(TrainingConfig):
+        section_class = getattr(configuration, section.type if isinstance(section.type, str) else "")
+        for key in dataclasses.fields(section_class):
+            assert re.search(rf"\b{key.name}\b", section_class.__doc__), f"{section.name}.{key.name}"
+
+
+def test_what_may_change_when_a_run_goes_on(file: Path) -> None:
+    config = load_configuration(file)
+    free = load_configuration(file, ["run.log_every=3", "mesh.data=4", "data.train=moved", "run.accumulation_steps=2"])
+    assert changes_of_the_run(config, free) == []
+    other = load_configuration(file, ["optimizer.b1=0.8", "run.steps=200", "data.batch_size=32"])
+    assert changes_of_the_run(config, other) == [
+        "data.batch_size: 16 -> 32",
+        "run.steps: 100 -> 200",
+        "optimizer.b1: 0.9 -> 0.8",
+    ]
+    constant = [load_configuration(file, ["optimizer.schedule=constant", f"run.steps={steps}"]) for steps in (5, 9)]
+    assert changes_of_the_run(*constant) == []
+
+
+def test_the_page_has_a_configuration_that_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text("utf-8"), re.S)
+    (tmp_path / "config.yaml").write_text(example)
+    config = load_configuration(tmp_path / "config.yaml")
+    assert config.data.evaluation is not None and config.run.evaluate_every is not None

@@ -1,0 +1,175 @@
+"""A run that is killed at any time and started again ends with the same numbers, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from tests.training.runs import run_values, write_inputs
+from transformers_moshi_flax.training.run_folder import export_checkpoint
+
+STEPS, KILLS, PATIENCE = 30, 10, 300.0
+TEMPORARY = "*orbax-checkpoint-tmp*"
+
+
+class Nursery:
+    """A process that has imported everything, and forks one that trains whenever it is asked to.
+
+    Imports are most of a start, and the runs here are to be many.
+    """
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+
+    def start(self, config: Path) -> int:
+        """The id of a process that runs ``moshi-flax train`` on ``config``."""
+        self._process.stdin.write(f"{config}\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        """How the process ended that was started last: its exit code, or minus the signal."""
+        return int(self._process.stdout.readline())
+
+
+NURSERY = """
+import os, sys
+from transformers_moshi_flax.cli import main
+from transformers_moshi_flax.training import trainer
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        main(["train", line.strip()])
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@contextmanager
+def nursery(folder: Path) -> Iterator[Nursery]:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONWARNINGS": "ignore",
+    }
+    with open(folder / "stderr", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+        try:
+            yield Nursery(process)
+        finally:
+            process.communicate(timeout=PATIENCE)
+
+
+def write_config(folder: Path, name: str) -> Path:
+    values = run_values(
+        folder, run__output_dir=str(folder / name), run__steps=STEPS, run__checkpoint_every=1, run__max_to_keep=2
+    )
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def wait_for(condition, process: int) -> None:
+    """Until the condition holds or the process is gone."""
+    end = time.monotonic() + PATIENCE
+    while not condition() and Path(f"/proc/{process}").exists():
+        assert time.monotonic() < end, "nothing happens"
+        time.sleep(0.001)
+
+
+def timeless(record: dict) -> dict:
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in ("frames_per_second", "steps_per_second", "data_wait")
+    }
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    write_inputs(tmp_path)
+    with nursery(tmp_path) as children:
+        children.start(write_config(tmp_path, "whole"))
+        assert children.wait() == 0
+        config, run = write_config(tmp_path, "killed"), tmp_path / "killed"
+        torn = 0
+        for kill in range(KILLS):
+            before = len(lines(run))
+            process = children.start(config)
+            if kill % 2:  # in the middle of a save
+                wait_for(lambda before=before: len(lines(run)) > before, process)
+                wait_for(lambda: any((run / "checkpoints").glob(TEMPORARY)), process)
+                time.sleep(draw.uniform(0, 0.02))
+            elif kill % 4 == 0:  # anywhere between two steps
+                wait_for(lambda before=before: len(lines(run)) > before, process)
+                time.sleep(draw.uniform(0, 0.3))
+            else:  # before the first step
+                time.sleep(draw.uniform(0, 2))
+            os.kill(process, signal.SIGKILL)
+            assert children.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+            torn += any((run / "checkpoints").glob(TEMPORARY))
+        assert torn, "no save was torn, so this proves nothing about them"
+        assert len(lines(run)) < STEPS
+        children.start(config)
+        assert children.wait() == 0, (tmp_path / "stderr").read_text()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert [timeless(line) for line in lines(killed)] == [timeless(line) for line in lines(whole)]
+    exported = [load_file(run / "export" / "flax_model.safetensors") for run in (whole, killed)]
+    assert exported[0].keys() == exported[1].keys()
+    for name, array in exported[0].items():
+        np.testing.assert_array_equal(array, exported[1][name], name)
+    assert not list((killed / "checkpoints").glob(TEMPORARY))
+    assert sorted(entry.name for entry in (killed / "checkpoints").iterdir()) == [str(STEPS - 1), str(STEPS)]
+    # what was exported is what the checkpoint has
+    export_checkpoint(killed, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "flax_model.safetensors")
+    for name, array in exported[0].items():
+        np.testing.assert_array_equal(array, again[name], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
+    write_inputs(tmp_path)
+    values = run_values(tmp_path, run__steps=100_000, run__checkpoint_every=100_000)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    with nursery(tmp_path) as children:
+        process = children.start(config)
+        wait_for(lambda: len(lines(tmp_path / "run")) > 3, process)
+        os.kill(process, number)
+        assert children.wait() == 128 + number
+    (step,) = [int(entry.name) for entry in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert step == lines(tmp_path / "run")[-1]["step"]
+    message = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert number.name in message and f"checkpoint of step {step} is written" in message

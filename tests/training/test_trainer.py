@@ -1,0 +1,261 @@
+"""Whole runs on a tiny model: what they leave, how they go on, what stops them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from flax.traverse_util import flatten_dict
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+from tests.training.runs import LENGTHS, run_config, write_inputs
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.training import trainer as trainer_module
+from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
+from transformers_moshi_flax.training.run_checkpoints import PARAMS, RunCheckpoints
+from transformers_moshi_flax.training.run_folder import RunFolder, export_checkpoint
+from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
+
+OPTIONS = {"data__evaluation": None, "run__evaluate_every": 4, "run__samples": 1, "run__sample_frames": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every run compiles the same step: once is enough."""
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(least, 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update(folder, None)
+    jax.config.update(least, 1.0)  # the default
+    compilation_cache.reset_cache()
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def train(folder: Path, notes: Console | None = None, **overrides: Any) -> dict[str, float]:
+    return Trainer(run_config(folder, **overrides), notes or quiet()).train()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path) -> dict[str, Any]:
+    """A run of six steps with an evaluation in the middle. Not to be changed."""
+    notes = quiet()
+    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
+    metrics = train(inputs, notes, **options)
+    return {"metrics": metrics, "run": inputs / "run", "notes": notes.file.getvalue()}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def exported(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
+    model, params = FlaxMoshiForConditionalGeneration.from_pretrained(folder, _do_init=False)
+    assert model.config.num_codebooks == 2
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+
+
+def kept(run: Path, step: int) -> dict[tuple[str, ...], np.ndarray]:
+    """The trained parameters of a checkpoint."""
+    checkpoints = RunCheckpoints(run / "checkpoints", read_only=True)
+    shapes = checkpoints.shapes(step, PARAMS)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    params = checkpoints.restore(step, {PARAMS: target}).arrays[PARAMS]
+    checkpoints.close()
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+
+
+def assert_has(whole: dict, part: dict) -> None:
+    for path, leaf in part.items():
+        np.testing.assert_array_equal(whole[path], leaf, "/".join(path))
+
+
+def test_log_of_a_run(whole: dict[str, Any]) -> None:
+    records = lines(whole["run"])
+    assert [(record["step"], record["split"]) for record in records] == [
+        *((step, "train") for step in (1, 2, 3, 4)),
+        (4, "evaluation"),
+        *((step, "train") for step in (5, 6)),
+        (6, "evaluation"),
+    ]
+    assert all(np.isfinite(record["loss"]) for record in records)
+    # a row is 11 dialogue frames at most, and the whole split is evaluated
+    assert records[4]["frames"] == sum(LENGTHS[:3])
+    assert 0 <= records[3]["data_wait"] <= 1 and records[3]["frames_per_second"] > 0
+    assert whole["metrics"] == {name: records[-1][name] for name in whole["metrics"]}
+    assert "step 6/6" in whole["notes"] and "evaluation at step 4" in whole["notes"]
+    assert list((whole["run"] / "tensorboard").iterdir())
+
+
+def test_folder_of_a_run(whole: dict[str, Any]) -> None:
+    folder = RunFolder(whole["run"])
+    assert folder.configuration().run.evaluate_every == 4
+    (start,) = [json.loads(line) for line in (whole["run"] / "starts.jsonl").read_text().splitlines()]
+    assert start["step"] == 0 and start["versions"]["jax"] == jax.__version__
+    assert start["git"] is None or len(start["git"]["commit"]) == 40
+    assert sorted(int(path.name) for path in folder.checkpoints.iterdir()) == [2, 4, 6]
+
+
+def test_samples_of_an_evaluation(whole: dict[str, Any]) -> None:
+    for step in (4, 6):
+        folder = whole["run"] / "samples" / f"step-{step}"
+        record = json.loads((folder / "0.json").read_text())
+        assert record["frames"] == 5 == len(record["text_ids"]) == len(record["reference_text_ids"])
+        samples, rate = soundfile.read(folder / "0.wav")
+        assert rate == 24_000 and samples.shape == (5 * 16, 2)
+        assert np.abs(samples[:, 1]).max() > 0
+        assert not (folder / "1.wav").exists()
+
+
+def test_export_has_the_parameters_of_the_checkpoint(whole: dict[str, Any], tmp_path: Path) -> None:
+    final = exported(whole["run"] / "export")
+    assert_has(final, kept(whole["run"], 6))
+    assert all(leaf.dtype == np.float32 for leaf in final.values())
+    assert export_checkpoint(whole["run"], tmp_path / "four", step=4) == 4
+    four = exported(tmp_path / "four")
+    assert four.keys() == final.keys()
+    assert_has(four, kept(whole["run"], 4))
+    changed = {path for path in final if not np.array_equal(final[path], four[path])}
+    assert changed and all(path[0] != "audio_encoder" for path in changed)
+    losses = {record["step"]: record["loss"] for record in lines(whole["run"]) if record["split"] == "evaluation"}
+    best = min(losses, key=losses.get)
+    assert export_checkpoint(whole["run"], tmp_path / "best", best=True, to_pt=True, dtype="bfloat16") == best
+    assert (tmp_path / "best" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="no checkpoint of step 3; there are: 2, 4, 6"):
+        export_checkpoint(whole["run"], tmp_path / "three", step=3)
+
+
+def test_a_run_that_is_over_stays_as_it_is(whole: dict[str, Any], inputs: Path) -> None:
+    before = lines(whole["run"])
+    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
+    assert train(inputs, **options) == {}
+    assert lines(whole["run"]) == before
+
+
+def test_another_configuration_is_refused(whole: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02") as caught:
+        Trainer(run_config(inputs, optimizer__learning_rate=0.02))
+    assert "run.output_dir" in str(caught.value)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("dear")
+    with pytest.raises(ConfigurationError, match=r"mine\.txt"):
+        Trainer(run_config(inputs, run__output_dir=str(tmp_path / "letters")))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("data__train", "missing"), ("data__evaluation", "missing"), ("mesh__data", 2)]
+)
+def test_what_is_not_there_is_named_before_any_work(inputs: Path, tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=key.split("__")[0]):
+        Trainer(run_config(inputs, **{"run__output_dir": str(tmp_path / "run"), key: value}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_ends_as_the_whole_one(
+    whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the third step; then the folder is moved, and its source of weights is gone."""
+    options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50}
+    put = trainer_module.put_batch
+    batches = []
+
+    def put_and_signal(*args: Any) -> Any:
+        batches.append(args)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(*args)
+
+    monkeypatch.setattr(trainer_module, "put_batch", put_and_signal)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM: the checkpoint of step 3 is written") as caught:
+        train(inputs, **options)
+    assert (caught.value.signal, caught.value.step) == (signal.SIGTERM, 3)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "split": "train", "loss": 1.0}\n{"step": 5, "spl')
+    notes = quiet()
+    train(inputs, notes, **options)
+    assert "going on from the checkpoint of step 3" in notes.file.getvalue()
+    losses = [record["loss"] for record in lines(whole["run"]) if record["split"] == "train"]
+    assert [record["loss"] for record in lines(tmp_path / "run")] == losses
+    final, ours = exported(whole["run"] / "export"), exported(tmp_path / "run" / "export")
+    assert final.keys() == ours.keys()
+    assert_has(final, ours)
+
+
+def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
+    options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__steps": 6}
+    with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 2 is kept"):
+        # weights of 1e38 overflow in the update, so that all steps after the first are NaN
+        train(inputs, **options, optimizer__learning_rate=1e38, optimizer__schedule="constant")
+    records = lines(tmp_path / "run")
+    assert [record["bad_steps_in_a_row"] for record in records] == [0, 1, 2]
+    assert records[-1]["loss"] is None
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_two_processes_cannot_train_in_one_folder(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with RunFolder(output).lock(), pytest.raises(ConfigurationError, match="another process"):
+        train(inputs, run__output_dir=str(output))
+
+
+def test_wandb(whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls, on a stand-in; the run has one name however often it is started."""
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def log(self, values: dict, step: int) -> None:
+            calls.append(("log", (step, values["train/loss"])))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(("finish", exit_code))
+
+    def init(**kwargs: Any) -> Run:
+        calls.append(("init", kwargs))
+        return Run()
+
+    options = {"run__output_dir": str(tmp_path / "run"), "run__wandb_project": "moshi"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"run\.wandb_project.*pip install wandb"):
+        train(inputs, **options)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for _ in range(2):
+        train(inputs, **options)
+    names = [name for name, _ in calls]
+    assert names == ["init", *["log"] * 6, "finish", "init", "finish"]
+    first, second = (value for name, value in calls if name == "init")
+    assert first["id"] == second["id"] and first["project"] == "moshi" and first["resume"] == "allow"
+    assert first["config"]["run"]["steps"] == 6
+    losses = [record["loss"] for record in lines(whole["run"]) if record["split"] == "train"]
+    assert [value for name, value in calls if name == "log"] == list(enumerate(losses, start=1))
+
+
+def test_a_yaml_of_the_run_is_one_that_loads(whole: dict[str, Any]) -> None:
+    config = load_configuration(whole["run"] / "config.yaml")
+    assert config == RunFolder(whole["run"]).configuration()

@@ -8,8 +8,9 @@ from typing import Any
 
 import jaxtyping
 
-# Tiny models spend their time in LLVM, not in what it makes faster: this halves the compilation.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tiny models spend their time in LLVM, not in what it makes faster: each of these halves the compilation, the second
+# that of large programs. Processes that tests start take them over, unless they are to run as those of users.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 # Before anything imports the package, so that every annotated function checks its arguments and results.
 _hook = jaxtyping.install_import_hook("transformers_moshi_flax", "beartype.beartype")

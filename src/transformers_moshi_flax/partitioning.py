@@ -33,7 +33,7 @@ STACKED = "stacked"
 
 
 def split_rows(array: jax.Array) -> jax.Array:
-    """``array`` with its rows split over ``data`` and ``fsdp``, where a mesh with these axes is set (``jax.set_mesh``).
+    """``array`` with its rows split over ``data`` and ``fsdp``, where ``jax.set_mesh`` has set a mesh with these axes.
 
     Said of what goes into every layer, so that parameters are gathered where they are used, a layer at a time. Left
     alone, the compiler rather gathers the rows: parameters split over ``fsdp`` would make it an axis like ``tensor``.

@@ -122,7 +122,7 @@ if process == 0:
 
 
 def start(program: str, *arguments: str, devices: int) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

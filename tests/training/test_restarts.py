@@ -63,7 +63,6 @@ for line in sys.stdin:
 def nursery(folder: Path) -> Iterator[Nursery]:
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONWARNINGS": "ignore",

@@ -1,8 +1,8 @@
 """Devices as a mesh of the axes ``data``, ``fsdp`` and ``tensor``, and how state and batches lie on it.
 
-Rows of a batch are dealt over ``data`` and ``fsdp``. Parameters lie as ``partitioning.PARTITION_RULES`` says, split over
-``fsdp`` and ``tensor``; what the optimizer keeps for a parameter lies as the parameter. With several processes every
-one runs the same program on its own rows.
+Rows of a batch are dealt over ``data`` and ``fsdp``. Parameters lie as ``partitioning.PARTITION_RULES`` says, split
+over ``fsdp`` and ``tensor``; what the optimizer keeps for a parameter lies as the parameter. With several processes
+every one runs the same program on its own rows.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, accumulation_steps: int = 1)
     if rows % (accumulation_steps * devices):
         raise ValueError(
             f"`batch` has {rows} rows, which are not divisible by `accumulation_steps` x `data` x `fsdp` = "
-            f"{accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']} = {accumulation_steps * devices}; use "
-            "a multiple of it."
+            f"{accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']} = {accumulation_steps * devices}; "
+            "use a multiple of it."
         )
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}

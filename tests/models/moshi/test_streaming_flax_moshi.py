@@ -752,7 +752,7 @@ def test_slots_on_four_devices(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     command = [sys.executable, "-c", ON_FOUR_DEVICES, str(EMBEDDED_MODEL), str(tmp_path / "state.safetensors")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

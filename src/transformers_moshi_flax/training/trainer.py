@@ -208,7 +208,7 @@ class Trainer:
     # Parts
 
     def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters that are trained, and the others, as the module has them; ``freeze`` has the paths of files."""
+        """The parameters that are trained, and the others, as the module has them; paths to freeze are of files."""
         parts = split_params(params, self.config.model.freeze)
         return tuple(map(stack_layers, parts)) if self.config.model.scan_layers else parts
 

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import transformers_moshi_flax
+import transformers_moshi_flax.training
 
 # Finding nothing is what an environment without torch does; raising would be noticed by those who only ask.
 NO_TORCH = """
@@ -55,9 +57,11 @@ def test_whole_demo_without_torch(tmp_path: Path):
     assert (tmp_path / "demo.wav").stat().st_size > 4 * 1920 * 2
 
 
-@pytest.mark.parametrize("name", transformers_moshi_flax.__all__)
-def test_public_names_resolve(name: str):
-    assert getattr(transformers_moshi_flax, name).__name__ == name
+@pytest.mark.parametrize("package", [transformers_moshi_flax, transformers_moshi_flax.training])
+def test_public_names_resolve(package: ModuleType):
+    assert package.__all__ == dir(package)
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
 
 
 def test_unknown_name():

@@ -3,7 +3,7 @@
 Names are imported on first use, so ``import transformers_moshi_flax`` is quick.
 """
 
-import importlib
+from .lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
@@ -52,15 +52,4 @@ _PUBLIC = {
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
 }
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)

@@ -158,8 +158,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
         np.testing.assert_allclose(two[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max() + 1e-20, err_msg=path)
 
 
-@pytest.mark.parametrize("stacked", [False])
-def test_optimizer_lies_as_its_parameters(stacked: bool) -> None:
+def test_optimizer_lies_as_its_parameters() -> None:
     _, params = make_module(small_config())
     trainable, frozen = split_params(params)
     optimizer, _ = make_optimizer(OptimizerConfig(), 10, trainable)

@@ -1,13 +1,8 @@
 """Devices as a mesh of the axes ``data``, ``fsdp`` and ``tensor``, and how state and batches lie on it.
 
 Rows of a batch are dealt over ``data`` and ``fsdp``. Parameters lie as ``partitioning.PARTITION_RULES`` says, split
-<<<<<<< HEAD
 over ``fsdp`` and ``tensor``; what the optimizer keeps for a parameter lies as the parameter. With several processes
 every one runs the same program on its own rows.
-=======
-over ``fsdp`` and ``tensor``; what the optimizer keeps for a parameter lies as the parameter. With several processes every
-one runs the same program on its own rows.
->>>>>>> da4dc0c (Benchmark of the training step; updates in place; rows split without free axes, which the partitioner gets wrong)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality bench bench-streaming docs assets clean
+.PHONY: demo test style quality bench bench-streaming bench-training docs assets clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -27,6 +27,9 @@ bench: $(VENV)/.bench  ## times of generation next to PyTorch and Kyutai's packa
 
 bench-streaming: $(VENV)/.bench  ## the same of endless dialogues and of Mimi frame by frame
 	$(BIN)/python utils/benchmark/streaming.py
+
+bench-training: $(VENV)/.test  ## time and memory of the training step next to PyTorch
+	$(BIN)/python utils/benchmark/train.py
 
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 	$(BIN)/mkdocs build --strict --quiet

@@ -33,7 +33,7 @@ STACKED = "stacked"
 
 
 def split_rows(array: jax.Array) -> jax.Array:
-    """``array`` with its rows split over ``data`` and ``fsdp``, where ``jax.set_mesh`` has set a mesh with these axes.
+    """``array`` with its rows alone split, over ``data`` and ``fsdp``, where a mesh with them is set.
 
     Said of what goes into every layer, so that parameters are gathered where they are used, a layer at a time. Left
     alone, the compiler rather gathers the rows: parameters split over ``fsdp`` would make it an axis like ``tensor``.
@@ -42,8 +42,21 @@ def split_rows(array: jax.Array) -> jax.Array:
     axes = tuple(name for name in ROW_AXES if name in mesh.axis_names)
     if not axes or array.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return array
-    others = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(axes, *others))
+    # not UNCONSTRAINED: on 2 x 2 x 2 devices the partitioner of jax 0.10 then gets wrong results
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(axes))
+
+
+def gathered_table(table: jax.Array) -> jax.Array | None:
+    """An embedding table with its features split over ``tensor`` alone, where a mesh is set, else None.
+
+    Looked up as it lies, split over ``fsdp`` too, the result would have to change both its axes to be split by rows:
+    XLA's partitioner replicates it on the way.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROW_AXES) & set(mesh.axis_names):
+        return None
+    columns = "tensor" if "tensor" in mesh.axis_names else None
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(None, columns))
 
 
 def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:

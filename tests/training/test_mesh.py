@@ -29,12 +29,15 @@ from transformers_moshi_flax.training.mesh import initialize_distributed, make_m
 from transformers_moshi_flax.training.mesh import state_shardings
 from transformers_moshi_flax.training.objective import ObjectiveConfig
 from transformers_moshi_flax.training.optimizer import OptimizerConfig, make_optimizer
+from transformers_moshi_flax.training.scanned_layers import stack_layers
 from transformers_moshi_flax.training.train_state import create_train_state, split_params
 from transformers_moshi_flax.training.train_step import make_train_step
 
-def setting(mesh, batch, accumulation_steps=1, **config):
+def setting(mesh, batch, accumulation_steps=1, looped=False, **config):
     config = small_config(vocab_size=64, **config)
     module, params = make_module(config, dtype=jnp.float64)
+    if looped:
+        module, params = module.clone(scan_layers=True, gradient_checkpointing=True), stack_layers(params)
     trainable, frozen = split_params(jax.tree.map(lambda leaf: leaf.astype(np.float64), params))
     optimizer, schedule = make_optimizer(OptimizerConfig(), 10, trainable)
     state = put_state(create_train_state(trainable, frozen, optimizer), mesh)
@@ -79,9 +82,10 @@ for sizes in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
 FSDP = (
     STEP
     + """
-config = dict(hidden_size=256, ffn_dim=1024)
+depth = dict(num_hidden_layers=4, ffn_dim=512)
+config = dict(hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_codebooks=2, depth_decoder_config=depth)
 batch = draw_batch(small_config(vocab_size=64, **config), (3,) * 8, 3)
-program, state = setting(make_mesh(fsdp=8), batch, **config)
+program, state = setting(make_mesh(fsdp=8), batch, looped=True, **config)
 text, memory = program.as_text(), program.memory_analysis()
 
 def count(name):
@@ -97,7 +101,8 @@ print(f"{whole=} {params=} {rest=} {memory.argument_size_in_bytes=} {memory.outp
 # norms are whole everywhere, and the batch is small
 assert memory.argument_size_in_bytes - rest < 1.1 * whole / 8
 assert memory.output_size_in_bytes - rest < 1.1 * whole / 8
-assert memory.temp_size_in_bytes < params / 2
+# one layer at a time is whole
+assert memory.temp_size_in_bytes < 0.75 * params
 """
 )
 
@@ -158,8 +163,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
         np.testing.assert_allclose(two[path], leaf, rtol=0, atol=1e-10 * np.abs(leaf).max() + 1e-20, err_msg=path)
 
 
-@pytest.mark.parametrize("stacked", [False])
-def test_optimizer_lies_as_its_parameters(stacked: bool) -> None:
+def test_optimizer_lies_as_its_parameters() -> None:
     _, params = make_module(small_config())
     trainable, frozen = split_params(params)
     optimizer, _ = make_optimizer(OptimizerConfig(), 10, trainable)

@@ -50,7 +50,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`stack_layers`: the tree of models and files. Without stacked layers it stays as it is."""
+    """The inverse of :func:`stack_layers`: the tree of models and files. Without stacked layers nothing changes."""
     unstacked = {}
     for path, leaf in flatten_dict(dict(params), sep="/").items():
         decoder, found, rest = path.partition(f"/{STACKED}/")

@@ -89,13 +89,18 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step - state.bad_steps)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, grad_norm=grad_norm)
-        params = optax.apply_updates(state.params, updates)
+
+        def update(_: Any, values: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, opt_state = values
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+                updates, opt_state = optimizer.update(gradients, opt_state, params, grad_norm=grad_norm)
+            return optax.apply_updates(params, updates), opt_state
+
+        # a loop of one round or none changes its values in place; a choice afterwards would need both
+        rounds = finite.astype(jnp.int32)
+        params, opt_state = jax.lax.fori_loop(0, rounds, update, (state.params, state.opt_state))
         state, counts = _counted(state, finite, jnp.isfinite(loss))
-        state = state.replace(
-            params=_chosen(finite, params, state.params), opt_state=_chosen(finite, opt_state, state.opt_state)
-        )
+        state = state.replace(params=params, opt_state=opt_state)
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
@@ -158,10 +163,6 @@ def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
 def _dealt(array: Array, parts: int) -> Array:
     """Rows dealt like cards, ``(parts, rows / parts, ...)``: each device keeps its own."""
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
-
-
-def _chosen(condition: Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _counted(state: TrainState, finite: Array, loss_finite: Array) -> tuple[TrainState, Mapping[str, Array]]:

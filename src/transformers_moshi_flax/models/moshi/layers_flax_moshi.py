@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,7 +23,7 @@ from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...input_checks import is_traced, is_tracing
-from ...partitioning import STACKED, split_rows
+from ...partitioning import STACKED, gathered_table, split_rows
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
@@ -165,7 +164,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(1.0),
-                dot_general=split_dot_general,
+                dot_general=row_dot_general,
                 name=str(index),
             )
             for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
@@ -204,18 +203,13 @@ class FlaxMoshiLinear(nn.Module):
         return self.linear(x, layer_idx) if self.use_flexible_linear else self.linear(x)
 
 
-def split_dot_general(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """:func:`row_dot_general` on a mesh."""
-    return split_rows(row_dot_general(split_rows(lhs), rhs, *args, **kwargs))
-
-
 def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.normal(initializer_range),
-        dot_general=split_dot_general,
+        dot_general=row_dot_general,
     )
 
 
@@ -552,7 +546,11 @@ def embedding_table(num_embeddings: int, features: int, initializer_range: float
 
 def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
     """Looks ids up; ``IGNORE_INDEX`` gives a zero embedding, as the original's token id -1."""
-    embedded = split_rows(table(jnp.maximum(ids, 0)))
+    gathered, known = gathered_table(table.embedding), jnp.maximum(ids, 0)
+    if gathered is None:
+        embedded = table(known)
+    else:
+        embedded = split_rows(jnp.take(gathered.astype(table.dtype), known, axis=0))
     return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), embedded.dtype), embedded)
 
 

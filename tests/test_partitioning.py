@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.partitioning import PARTITION_RULES, param_shardings, resolve_shardings
 
@@ -110,3 +110,16 @@ def test_loads_and_saves_on_eight_devices(tmp_path: Path):
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(EMBEDDED_MODEL), str(tmp_path / "saved")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_mesh_of_the_callers_own_is_left_to_the_caller():
+    """Axes that are explicit, or mapped over by ``shard_map``, are not the compiler's to split rows by."""
+    model = FlaxMoshiForCausalLM(tiny_moshi_config())
+    ids = jnp.ones((2, 3), jnp.int32)
+    expected = model(ids).logits
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Explicit,))):
+        explicit = model(ids).logits
+    mesh, rows = jax.make_mesh((1,), ("data",), (AxisType.Auto,)), PartitionSpec("data")
+    mapped = jax.shard_map(lambda ids: model(ids).logits, mesh=mesh, in_specs=rows, out_specs=rows)(ids)
+    for logits in (explicit, mapped):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel", PartitionSpec("fsdp", "tensor")),
@@ -39,7 +39,7 @@ def split_rows(array: jax.Array) -> jax.Array:
     alone, the compiler rather gathers the rows: parameters split over ``fsdp`` would make it an axis like ``tensor``.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in ROW_AXES if name in mesh.axis_names)
+    axes = _automatic(mesh, ROW_AXES)
     if not axes or array.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return array
     # not UNCONSTRAINED: on 2 x 2 x 2 devices the partitioner of jax 0.10 then gets wrong results
@@ -53,10 +53,15 @@ def gathered_table(table: jax.Array) -> jax.Array | None:
     XLA's partitioner replicates it on the way.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROW_AXES) & set(mesh.axis_names):
+    if not _automatic(mesh, ROW_AXES):
         return None
-    columns = "tensor" if "tensor" in mesh.axis_names else None
-    return jax.lax.with_sharding_constraint(table, PartitionSpec(None, columns))
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(None, _automatic(mesh, ("tensor",)) or None))
+
+
+def _automatic(mesh: AbstractMesh, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of ``names`` that the compiler splits by; of the others (explicit, ``shard_map``) the caller speaks."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types))
+    return tuple(name for name in names if types.get(name) == AxisType.Auto)
 
 
 def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def test_assignments_replace_values(file: Path) -> None:
         ("run.steps=true", ["run.steps", "True", "whole number"]),
         ("run.steps=0", ["run.steps", "0", "1 or more"]),
         ("run.steps=[", ["run.steps=[", "no YAML"]),
+        ("run.steps=10000000000000", ["run.steps", "a whole number within"]),
+        ("run.output_dir=2024-13-45", ["run.output_dir", "no YAML", "month"]),
+        (f"optimizer.b1={10**400}", ["optimizer.b1", "a finite number"]),
+        ("optimizer.learning_rate_multipliers={1: 0.5}", ["learning_rate_multipliers", "a text"]),
+        ("optimizer.learning_rate_multipliers={a: x}", ["learning_rate_multipliers", "a number"]),
         ("run.best_metric=losss", ["run.best_metric", "'loss'"]),
         ("run.evaluate_every=10", ["run.evaluate_every", "data.evaluation"]),
         ("run.tensorboard=1", ["run.tensorboard", "true or false"]),
@@ -125,6 +130,13 @@ def test_bad_files(file: Path, text: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+def test_merge_keys(file: Path) -> None:
+    file.write_text(GOOD + "mesh: {data: 2, fsdp: 4}\nobjective: {text_weight: 2.0}\n")
+    plain = load_configuration(file)
+    file.write_text(GOOD + "mesh: {<<: {data: 2, fsdp: 1}, fsdp: 4}\nobjective: {text_weight: 2.0}\n")
+    assert load_configuration(file) == plain
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"missing\.yaml"):
         load_configuration(tmp_path / "missing.yaml")
@@ -147,6 +159,9 @@ def test_what_may_change_when_a_run_goes_on(file: Path) -> None:
         "run.steps: 100 -> 200",
         "optimizer.b1: 0.9 -> 0.8",
     ]
+    orders = ("{a: 1.0, .*: 2.0}", "{.*: 2.0, a: 1.0}")
+    first, last = (load_configuration(file, [f"optimizer.learning_rate_multipliers={order}"]) for order in orders)
+    assert len(changes_of_the_run(first, last)) == 1
     constant = [load_configuration(file, ["optimizer.schedule=constant", f"run.steps={steps}"]) for steps in (5, 9)]
     assert changes_of_the_run(*constant) == []
 

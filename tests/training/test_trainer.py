@@ -20,10 +20,11 @@ from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from tests.training.runs import LENGTHS, run_config, write_inputs
+from tests.training.runs import LENGTHS, run_config, write_conversations, write_inputs
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.training import trainer as trainer_module
 from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
+from transformers_moshi_flax.training.data import loading
 from transformers_moshi_flax.training.run_checkpoints import PARAMS, RunCheckpoints
 from transformers_moshi_flax.training.run_folder import RunFolder, export_checkpoint
 from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
@@ -70,6 +71,13 @@ def whole(inputs: Path) -> dict[str, Any]:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run: Path, split: str = "train") -> dict[int, float]:
+    """By step, each of which has been logged once."""
+    found = [(record["step"], record["loss"]) for record in lines(run) if record["split"] == split]
+    assert len(dict(found)) == len(found)
+    return dict(found)
 
 
 def exported(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
@@ -142,7 +150,7 @@ def test_export_has_the_parameters_of_the_checkpoint(whole: dict[str, Any], tmp_
     assert_has(four, kept(whole["run"], 4))
     changed = {path for path in final if not np.array_equal(final[path], four[path])}
     assert changed and all(path[0] != "audio_encoder" for path in changed)
-    losses = {record["step"]: record["loss"] for record in lines(whole["run"]) if record["split"] == "evaluation"}
+    losses = losses_of(whole["run"], "evaluation")
     best = min(losses, key=losses.get)
     assert export_checkpoint(whole["run"], tmp_path / "best", best=True, to_pt=True, dtype="bfloat16") == best
     assert (tmp_path / "best" / "model.safetensors").exists()
@@ -180,7 +188,8 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the third step; then the folder is moved, and its source of weights is gone."""
-    options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50}
+    held_out = {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 3}
+    options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50, **held_out}
     put = trainer_module.put_batch
     batches = []
 
@@ -202,8 +211,10 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     notes = quiet()
     train(inputs, notes, **options)
     assert "going on from the checkpoint of step 3" in notes.file.getvalue()
-    losses = [record["loss"] for record in lines(whole["run"]) if record["split"] == "train"]
-    assert [record["loss"] for record in lines(tmp_path / "run")] == losses
+    assert losses_of(tmp_path / "run") == losses_of(whole["run"])
+    # the signal came before the evaluation of step 3, which is made up for
+    assert losses_of(tmp_path / "run", "evaluation").keys() == {3, 6}
+    assert losses_of(tmp_path / "run", "evaluation")[6] == losses_of(whole["run"], "evaluation")[6]
     final, ours = exported(whole["run"] / "export"), exported(tmp_path / "run" / "export")
     assert final.keys() == ours.keys()
     assert_has(final, ours)
@@ -211,13 +222,46 @@ def test_an_interrupted_run_ends_as_the_whole_one(
 
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
     options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__steps": 6}
-    with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 2 is kept"):
+    with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 3 has the parameters"):
         # weights of 1e38 overflow in the update, so that all steps after the first are NaN
         train(inputs, **options, optimizer__learning_rate=1e38, optimizer__schedule="constant")
     records = lines(tmp_path / "run")
     assert [record["bad_steps_in_a_row"] for record in records] == [0, 1, 2]
     assert records[-1]["loss"] is None
     assert not (tmp_path / "run" / "export").exists()
+    assert_has(kept(tmp_path / "run", 3), kept(tmp_path / "run", 2))
+
+
+def test_steps_that_are_not_finite_are_noticed_between_lines_of_the_log(inputs: Path, tmp_path: Path) -> None:
+    options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__log_every": 100}
+    with pytest.raises(NotFiniteError, match="the checkpoint of step 4"):
+        train(inputs, **options, optimizer__learning_rate=1e38, optimizer__schedule="constant")
+
+
+def test_data_that_fail_cost_no_steps(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50}
+    made = loading.Loader.__next__
+
+    def make_three(loader: loading.Loader) -> Any:
+        if loader.position == 3:
+            raise RuntimeError("a worker is gone")
+        return made(loader)
+
+    monkeypatch.setattr(loading.Loader, "__next__", make_three)
+    with pytest.raises(RuntimeError, match="a worker is gone"):
+        train(inputs, **options)
+    monkeypatch.undo()
+    assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [3]
+    train(inputs, **options)
+    assert losses_of(tmp_path / "run").keys() == set(range(1, 7))
+
+
+def test_held_out_data_are_looked_at_before_any_step(inputs: Path, tmp_path: Path) -> None:
+    write_conversations(tmp_path / "mono", LENGTHS[:2], codebooks=1)
+    options = {"run__output_dir": str(tmp_path / "run"), "data__evaluation": str(tmp_path / "mono")}
+    with pytest.raises(ConfigurationError, match=r"data\.evaluation.*has 1 codebooks, but the model wants 2"):
+        train(inputs, **options)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_two_processes_cannot_train_in_one_folder(inputs: Path, tmp_path: Path) -> None:
@@ -254,10 +298,9 @@ def test_wandb(whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch:
     first, second = (value for name, value in calls if name == "init")
     assert first["id"] == second["id"] and first["project"] == "moshi" and first["resume"] == "allow"
     assert first["config"]["run"]["steps"] == 6
-    losses = [record["loss"] for record in lines(whole["run"]) if record["split"] == "train"]
-    assert [value for name, value in calls if name == "log"] == list(enumerate(losses, start=1))
+    assert dict(value for name, value in calls if name == "log") == losses_of(whole["run"])
 
 
-def test_a_yaml_of_the_run_is_one_that_loads(whole: dict[str, Any]) -> None:
-    config = load_configuration(whole["run"] / "config.yaml")
-    assert config == RunFolder(whole["run"]).configuration()
+def test_a_yaml_of_the_run_is_one_that_loads(whole: dict[str, Any], inputs: Path) -> None:
+    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
+    assert load_configuration(whole["run"] / "config.yaml") == run_config(inputs, **options)

@@ -232,8 +232,11 @@ class TrainingConfig:
             )
         if rows % processes:
             yield f"`data.batch_size`: {rows} rows are not divisible by distributed.num_processes = {processes}"
-        if (self.mesh.data * self.mesh.fsdp * self.mesh.tensor) % processes:
-            yield f"`mesh`: its devices are not divisible by distributed.num_processes = {processes}"
+        if devices % processes:
+            yield (
+                f"`mesh`: data * fsdp = {devices} is not divisible by distributed.num_processes = {processes}; each "
+                "process must have rows of its own"
+            )
         try:
             make_schedule(self.optimizer, self.run.steps)
         except ValueError as error:
@@ -332,6 +335,10 @@ change as well where the learning rate does not depend on it (``optimizer.schedu
 ``data.train`` must be the same, wherever they lie: the loader compares their fingerprint."""
 
 
+MOST = 2**31 - 1
+"""The largest whole number: steps are counted in 32 bits."""
+
+
 def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What differs between two configurations such that the one's run cannot go on as the other's.
 
@@ -345,7 +352,7 @@ def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]
         if section.name == "run" and now.optimizer.schedule == "constant":
             allowed.add("steps")
         for key in (entry.name for entry in dataclasses.fields(old)):
-            if key not in allowed and getattr(old, key) != getattr(new, key):
+            if key not in allowed and _comparable(getattr(old, key)) != _comparable(getattr(new, key)):
                 changes.append(f"{section.name}.{key}: {getattr(old, key)!r} -> {getattr(new, key)!r}")
     return changes
 
@@ -357,6 +364,11 @@ def _at_least(values: Any, **bounds: int) -> Iterator[str]:
             yield f"`{key}`: {value} is too small; give {bound} or more"
 
 
+def _comparable(value: Any) -> Any:
+    """Of mappings the order counts: the first expression that matches a path does."""
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
 # Reading YAML
 
 
@@ -364,7 +376,8 @@ class _Loader(yaml.SafeLoader):
     """YAML whose keys are unique and whose numbers may be written 1e-5."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        given = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        keys = [self.construct_object(key, deep=True) for key in given]
         for key in keys:
             if keys.count(key) > 1:
                 problem = f"the key {key!r} occurs twice"
@@ -380,7 +393,7 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as of a 13th month
         raise ConfigurationError(f"{name}: no YAML: {error}") from error
 
 
@@ -456,9 +469,14 @@ def _convert(value: Any, kind: Any) -> Any:
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError("keys with values")
-        return dict(zip(_convert_items(list(value), list, args[0]), _convert_items([*value.values()], list, args[1])))
+        return {_convert(key, args[0]): _convert(item, args[1]) for key, item in value.items()}
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise ValueError("a finite number") from error
+    if type(value) is kind is int and abs(value) > MOST:
+        raise ValueError(f"a whole number within ±{MOST}")
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise ValueError(names[kind])

@@ -51,7 +51,7 @@ def token_losses(
 
 
 def weighted_sum(losses: Float[Array, "*shape"], weights: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """The sum of the products; what has no weight does not count, even if it is not finite."""
+    """The sum of the products; what has no weight adds nothing, even if it is not finite."""
     return jnp.sum(jnp.where(weights > 0, losses * weights.astype(losses.dtype), 0))
 
 

@@ -160,4 +160,10 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, accumulation_steps: int = 1)
             "use a multiple of it."
         )
     sharding = batch_sharding(mesh)
+    own = sharding.addressable_devices_indices_map((rows,)).values()
+    if len({row for (part,) in own for row in range(*part.indices(rows))}) * processes != rows:
+        raise ValueError(
+            f"`mesh` has {devices} groups of rows (`data` x `fsdp`) for {processes} processes, each of which must "
+            "have rows of its own; use more of them and a smaller `tensor`."
+        )
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}

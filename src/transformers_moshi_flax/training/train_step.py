@@ -104,16 +104,8 @@ def make_train_step(
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
-    options = compiler_options()
-    if state_shardings is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=options)
-    mesh = jax.tree.leaves(state_shardings)[0].mesh
-
-    def step_on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, batch)
-
-    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options)
+    outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    return jax.jit(_on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 
 @functools.cache
@@ -133,8 +125,10 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[TrainState, Batch], dict[str, Array]]:
-    """Compiles the evaluation of a batch, ``(state, batch) -> sums``.
+def make_eval_step(
+    module: nn.Module, objective: ObjectiveConfig, *, state_shardings: Any = None
+) -> Callable[[TrainState, Batch], dict[str, Array]]:
+    """Compiles the evaluation of a batch, ``(state, batch) -> sums``; arguments as of :func:`make_train_step`.
 
     The sums of all batches are to be added, then ``metrics_of`` makes the figures of the whole split. Rows that are
     padding add nothing.
@@ -143,7 +137,20 @@ def make_eval_step(module: nn.Module, objective: ObjectiveConfig) -> Callable[[T
     def step(state: TrainState, batch: Batch) -> dict[str, Array]:
         return objective_loss(module, state.all_params, _checked(batch, 1), objective)[1]
 
-    return jax.jit(step)
+    return jax.jit(_on_mesh(step, state_shardings))
+
+
+def _on_mesh(step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
+    """``step`` traced with the mesh of the state set, so that layers say how their rows are split."""
+    if state_shardings is None:
+        return step
+    mesh = jax.tree.leaves(state_shardings)[0].mesh.abstract_mesh
+
+    def step_on_mesh(state: TrainState, batch: Batch) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return step(state, batch)
+
+    return step_on_mesh
 
 
 def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:

@@ -38,7 +38,7 @@ from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoint
 from .run_folder import RunFolder
 from .run_logging import RunLog, check_packages
 from .scanned_layers import stack_layers, unstack_layers
-from .train_state import TrainState, create_train_state, merge_params, split_params
+from .train_state import TrainState, create_train_state, split_params
 from .train_step import make_eval_step, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -126,15 +126,17 @@ class Trainer:
 
         checkpoints = RunCheckpoints(self.folder.checkpoints, run.max_to_keep, run.best_metric)
         stack.callback(checkpoints.close)
-        step = 0
+        step, evaluated = 0, True
         if resumes:
-            state, step, position = self._restored(checkpoints, target)
-            _explained("data.train", lambda: loader.set_state(position))
+            state, step, progress = self._restored(checkpoints, target)
+            evaluated = progress["evaluated"]
+            _explained("data.train", lambda: loader.set_state(progress["data"]))
             self._say(f"going on from the checkpoint of step {step}")
         else:
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
-            state = create(*self._split(params))
-            del params
+            parts = self._split(params)
+            del params  # with scanned layers a copy; the moments come next
+            state = create(*parts)
             self._keep_frozen(state)
         if self._is_first:
             self.folder.begin(config, step)
@@ -148,11 +150,12 @@ class Trainer:
         )
         evaluation = None
         if self._held_out is not None:
-            evaluation = _Evaluation(self, model, make_eval_step(module, config.objective))
+            step_of_evaluation = make_eval_step(module, config.objective, state_shardings=shardings)
+            evaluation = _explained("data.evaluation", lambda: _Evaluation(self, model, step_of_evaluation))
         log = self._log(step)
         with log or contextlib.nullcontext(), _signals() as stop:
             loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)
-            state, metrics = loop.run(state, step)
+            state, metrics = loop.run(state, step, evaluated)
         if self.folder.exported_step() != run.steps:
             self._export(state)
         return metrics
@@ -203,7 +206,7 @@ class Trainer:
         finally:
             frozen.close()
         state = found.arrays[REST].replace(params=found.arrays[PARAMS], frozen_params=kept)
-        return state, found.step, found.progress["data"]
+        return state, found.step, found.progress
 
     # Parts
 
@@ -215,9 +218,11 @@ class Trainer:
     def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
         settings, moshi = self.config.data, model.config
         trains = epochs is None
+        # an evaluation runs as many rows at once as training does
+        rows = settings.batch_size // (1 if trains else self.config.run.accumulation_steps)
         return make_loader(
             data,
-            batch_size=settings.batch_size,
+            batch_size=rows,
             max_length=settings.max_length,
             vocab_size=moshi.vocab_size,
             audio_vocab_size=moshi.audio_vocab_size,
@@ -263,13 +268,14 @@ class Trainer:
         return put_batch(batch, self._mesh)
 
     def _all_params(self, state: TrainState) -> dict[str, Any]:
-        params = merge_params(state.params, state.frozen_params)
-        return unstack_layers(params) if self.config.model.scan_layers else params
+        return unstack_layers(state.all_params) if self.config.model.scan_layers else state.all_params
 
     def _export(self, state: TrainState) -> None:
-        params = self._all_params(state)
+        params = state.all_params
         if jax.process_count() > 1:
             params = multihost_utils.process_allgather(params, tiled=True)
+        if self.config.model.scan_layers:  # on the host, where a layer of a stack is a view
+            params = unstack_layers(jax.device_get(params))
         if self._is_first:
             self.folder.write_export(params, self.folder.export)
             self.folder.set_exported_step(self.config.run.steps)
@@ -277,19 +283,25 @@ class Trainer:
 
 
 class _Evaluation:
-    """Losses and samples of the held-out conversations."""
+    """Losses and samples of the held-out conversations.
+
+    Raises:
+        ValueError: their first batch cannot be made.
+    """
 
     def __init__(self, trainer: Trainer, model: FlaxMoshiForConditionalGeneration, step: Any):
         self._trainer, self._model, self._step = trainer, model, step
+        with contextlib.closing(self._loader()) as loader:
+            next(loader)
+
+    def _loader(self) -> Loader:
+        return self._trainer._loader(self._model, self._trainer._held_out, epochs=1)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         trainer = self._trainer
-        loader = trainer._loader(self._model, trainer._held_out, epochs=1)
-        try:
+        with contextlib.closing(self._loader()) as loader:
             batches = map(trainer._put, loader)
             metrics = evaluate(self._step, state, batches, trainer.config.objective)
-        finally:
-            loader.close()
         # what several processes hold together cannot be spoken by one
         if trainer.config.run.samples and jax.process_count() == 1:
             self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
@@ -328,15 +340,22 @@ class _Loop:
         self._log, self._checkpoints, self._loader = log, checkpoints, loader
         self._train_step, self._evaluation, self._stop = train_step, evaluation, stop
 
-    def run(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
-        """From after ``step`` steps to the end; returns the state and the last metrics."""
+    def run(self, state: TrainState, step: int, evaluated: bool) -> tuple[TrainState, dict[str, float]]:
+        """From after ``step`` steps to the end; returns the state and the last metrics.
+
+        ``evaluated``: whether the evaluation that is due after ``step`` steps, if any, has been made.
+        """
         run, last = self._run, {}
-        meter = _Meter()
+        if not evaluated:  # a signal came before it
+            last = self._evaluate(state, step)
+        meter, in_a_row = _Meter(), []
         while step < run.steps:
-            batch = meter.waiting_for(partial(next, self._loader))
+            with self._kept_on_failure(state, step):
+                batch = meter.waiting_for(lambda: _explained("data.train", partial(next, self._loader)))
             state, metrics = self._train_step(state, self._trainer._put(batch))
             step += 1
-            meter.count(metrics)
+            meter.count(metrics, batch["input_ids"].shape)
+            in_a_row.append(metrics["bad_steps_in_a_row"])
             if self._log is not None:
                 self._log.advance(step)
             if step % run.log_every == 0 or step == run.steps:
@@ -344,20 +363,26 @@ class _Loop:
                 last |= meter.read()
                 if self._log is not None:
                     self._log.train(step, last)
-                self._check_finite(last)
-            interrupted = self._signalled(step)
+            if step % min(run.log_every, run.max_bad_steps) == 0 or step == run.steps:
+                self._check_finite(state, step, max(map(int, jax.device_get(in_a_row))))
+                in_a_row.clear()
+            interrupted, due, held_out = self._signalled(step), self._evaluates_after(step), None
             with meter.paused():
-                held_out = None
-                if self._evaluation is not None and not interrupted:
-                    if step == run.steps or (run.evaluate_every and step % run.evaluate_every == 0):
+                if due and not interrupted:
+                    with self._kept_on_failure(state, step):
                         last = held_out = self._evaluate(state, step)
-                if held_out is not None or interrupted or step == run.steps or step % run.checkpoint_every == 0:
+                if due or interrupted or step == run.steps or step % run.checkpoint_every == 0:
                     self._save(state, step, held_out)
             if interrupted:
                 self._checkpoints.wait()
                 raise Interrupted(interrupted, step)
         self._checkpoints.wait()
         return state, last
+
+    def _evaluates_after(self, step: int) -> bool:
+        if self._evaluation is None:
+            return False
+        return step == self._run.steps or bool(self._run.evaluate_every and step % self._run.evaluate_every == 0)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         metrics = self._evaluation(state, step)
@@ -366,21 +391,37 @@ class _Loop:
         return metrics
 
     def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
+        evaluated = held_out is not None or not self._evaluates_after(step)
         if held_out is not None and not np.isfinite(held_out[self._run.best_metric]):
             held_out = None
-        progress = {"data": self._loader.get_state()}
+        progress = {"data": self._loader.get_state(), "evaluated": evaluated}
         self._checkpoints.save(step, state.params, _rest(state), progress, held_out)
 
-    def _check_finite(self, metrics: Mapping[str, float]) -> None:
-        in_a_row = int(metrics["bad_steps_in_a_row"])
+    @contextlib.contextmanager
+    def _kept_on_failure(self, state: TrainState, step: int) -> Iterator[None]:
+        """What fails in the block costs no steps: one process alone can write a checkpoint first."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() > 1 or step == 0:
+                raise
+            if step not in self._checkpoints.steps():
+                self._save(state, step, None)
+                self._checkpoints.wait()
+            if self._stop:  # which also ends processes of the loader
+                raise Interrupted(self._stop[0], step) from error
+            raise
+
+    def _check_finite(self, state: TrainState, step: int, in_a_row: int) -> None:
         if in_a_row >= self._run.max_bad_steps:
-            self._checkpoints.wait()
-            kept = max(self._checkpoints.steps(), default=None)
-            remedy = "lower optimizer.learning_rate or look at the data"
-            where = f"the checkpoint of step {kept} is kept" if kept is not None else "there is no checkpoint yet"
+            if step not in self._checkpoints.steps():
+                self._save(state, step, None)
+                self._checkpoints.wait()
             raise NotFiniteError(
                 f"{in_a_row} steps in a row had a loss or a gradient that is not finite (run.max_bad_steps is "
-                f"{self._run.max_bad_steps}), and changed nothing; {where}; {remedy}"
+                f"{self._run.max_bad_steps}), and changed nothing; the checkpoint of step {step} has the parameters "
+                "of before them. Start it again to go on with the next data; or export it and begin another run with it "
+                "as model.path, a lower optimizer.learning_rate or other data"
             )
 
     def _signalled(self, step: int) -> int:
@@ -394,10 +435,10 @@ class _Loop:
 
 
 class _Meter:
-    """Speed since it was last read, without the time in which it was paused."""
+    """Speed since it was last read, or since the last step that had to be compiled; pauses do not count."""
 
     def __init__(self):
-        self._warm = False
+        self._compiled: set[tuple[int, ...]] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -411,20 +452,19 @@ class _Meter:
         self._waited += time.perf_counter() - start
         return made
 
-    def count(self, metrics: Mapping[str, Any]) -> None:
-        """A step has been started."""
+    def count(self, metrics: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        """A step with a batch of ``shape`` has been started."""
         self._frames.append(metrics["frames"])
         self._steps += 1
-        if not self._warm:
-            # the first step compiles, which says nothing of the speed
+        if shape not in self._compiled:
             jax.block_until_ready(metrics)
-            self._warm = True
+            self._compiled.add(shape)
             self._reset()
 
     def read(self) -> dict[str, float]:
         """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took.
 
-        Nothing where there has been no step but the first.
+        Nothing where there has been no step since.
         """
         if not self._steps:
             return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from tests.training.runs import run_config, run_values, write_inputs
-from transformers_moshi_flax.training.configuration import ConfigurationError
+from tests.training.runs import run_values, smaller_config, write_inputs
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.training.configuration import ConfigurationError, build_configuration
 from transformers_moshi_flax.training.run_folder import RunFolder
 from transformers_moshi_flax.training.trainer import Trainer
 
@@ -32,8 +35,8 @@ OPTIONS = {
     "optimizer__eps": 1.0,
     "optimizer__learning_rate": 0.1,
     "run__steps": 4,
+    "run__evaluate_every": 2,
 }
-EVALUATION = {"run__evaluate_every": 2}
 
 MESHES = """
 import sys
@@ -79,9 +82,19 @@ def environment(folder: Path, devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
 
 
-def write_config(folder: Path, file: str, **overrides: Any) -> Path:
-    path = folder / file
-    path.write_text(yaml.safe_dump(run_values(folder, **OPTIONS | overrides)))
+def values_of(folder: Path, run: Path, **overrides: Any) -> dict[str, dict[str, Any]]:
+    """The configuration of a run into the folder ``run``."""
+    paths = {
+        "model__config": None,
+        "model__path": str(folder / "model"),
+        "data__evaluation": str(folder / "held-out"),
+        "run__output_dir": str(run),
+    }
+    return run_values(folder, **paths | OPTIONS | overrides)
+
+
+def write_config(path: Path, values: dict[str, dict[str, Any]]) -> Path:
+    path.write_text(yaml.safe_dump(values))
     return path
 
 
@@ -103,33 +116,40 @@ def assert_equal_runs(run: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As :func:`write_inputs`, and the model with its weights."""
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
+    model = FlaxMoshiForConditionalGeneration(smaller_config())
+    # upstream draws layers of the depth decoder with a deviation of 1: losses of 1000, and rounding to go with them
+    depth = flatten_dict(model.params["depth_decoder"])
+    scaled = {path: leaf / math.sqrt(leaf.shape[0]) if path[-1] == "kernel" else leaf for path, leaf in depth.items()}
+    model.params["depth_decoder"] = unflatten_dict(scaled)
+    model.save_pretrained(folder / "model")
     return folder
 
 
 @pytest.fixture(scope="module")
 def one_device(inputs: Path) -> Path:
     """The folder of a run of four steps on one device. Not to be changed."""
-    options = {"data__evaluation": str(inputs / "held-out"), "run__output_dir": str(inputs / "one device")}
-    Trainer(run_config(inputs, **OPTIONS, **EVALUATION, **options)).train()
-    return inputs / "one device"
+    run = inputs / "one device"
+    Trainer(build_configuration(values_of(inputs, run))).train()
+    return run
 
 
 def test_a_run_goes_on_on_another_mesh(inputs: Path, one_device: Path, tmp_path: Path) -> None:
-    options = {"run__output_dir": str(tmp_path / "run"), "data__evaluation": str(inputs / "held-out"), **EVALUATION}
-    first = write_config(inputs, "first.yaml", **options | {"mesh__fsdp": 8, "run__steps": 2})
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    second = write_config(inputs, "second.yaml", **options, **mesh, run__samples=1, run__sample_frames=5)
+    run = tmp_path / "run"
+    first = write_config(tmp_path / "first.yaml", values_of(inputs, run, mesh__fsdp=8, run__steps=2))
+    options = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "run__samples": 1, "run__sample_frames": 5}
+    second = write_config(tmp_path / "second.yaml", values_of(inputs, run, **options))
     subprocess.run(
         [sys.executable, "-c", MESHES, str(first), str(second)],
         env=environment(tmp_path, 8),
         check=True,
         timeout=PATIENCE,
     )
-    assert_equal_runs(tmp_path / "run", one_device)
+    assert_equal_runs(run, one_device)
     # those of the last evaluation, by a model whose weights lie on eight devices
-    samples, _ = soundfile.read(tmp_path / "run" / "samples" / "step-4" / "0.wav")
+    samples, _ = soundfile.read(run / "samples" / "step-4" / "0.wav")
     assert samples.shape == (5 * 16, 2) and np.abs(samples).max() > 0
 
 
@@ -165,17 +185,10 @@ def test_two_processes_that_are_stopped_end_as_one(inputs: Path, one_device: Pat
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    config = write_config(
-        inputs,
-        "two.yaml",
-        run__output_dir=str(tmp_path / "run"),
-        data__evaluation=str(inputs / "held-out"),
-        mesh__fsdp=2,
-        distributed__coordinator_address=address,
-        distributed__num_processes=2,
-        distributed__process_id=0,
-        **EVALUATION,
-    )
+    processes = {"coordinator_address": address, "num_processes": 2, "process_id": 0}
+    options = {f"distributed__{key}": value for key, value in processes.items()}
+    values = values_of(inputs, tmp_path / "run", mesh__fsdp=2, model__scan_layers=True, **options)
+    config = write_config(tmp_path / "config.yaml", values)
     with nursery(tmp_path) as run:
         # one is told of the signal by the other; then both have it
         assert run(config, 0, 1) == [143, 143], (tmp_path / "stderr").read_text()
@@ -193,14 +206,14 @@ def test_two_processes_that_are_stopped_end_as_one(inputs: Path, one_device: Pat
 
 
 def test_several_processes_speak_no_samples(inputs: Path) -> None:
-    options = {"data__evaluation": str(inputs / "held-out"), "mesh__data": 2, "run__samples": 3}
     processes = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}
-    options |= {f"distributed__{key}": value for key, value in processes.items()}
+    options = {f"distributed__{key}": value for key, value in processes.items()}
+    values = values_of(inputs, inputs / "never", mesh__data=2, run__samples=3, **options)
     with pytest.raises(ConfigurationError, match=r"`run\.samples`: 3 .* distributed\.num_processes = 2.*to 0"):
-        run_config(inputs, **options)
+        build_configuration(values)
 
 
 def test_processes_are_joined_by_the_configuration_alone(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigurationError, match=r"`distributed\.num_processes`: the run has 1, but JAX 2"):
-        Trainer(run_config(inputs))
+        Trainer(build_configuration(values_of(inputs, inputs / "never")))

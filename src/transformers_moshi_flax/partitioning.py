@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel", PartitionSpec("fsdp", "tensor")),
@@ -46,7 +47,7 @@ def split_rows(array: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, PartitionSpec(axes))
 
 
-def gathered_table(table: jax.Array) -> jax.Array | None:
+def gathered_table(table: ArrayLike) -> jax.Array | None:
     """An embedding table with its features split over ``tensor`` alone, where a mesh is set, else None.
 
     Looked up as it lies, split over ``fsdp`` too, the result would have to change both its axes to be split by rows:

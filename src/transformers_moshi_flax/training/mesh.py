@@ -50,6 +50,8 @@ def initialize_distributed(
         )
     if not 0 <= process_id < num_processes:
         raise ValueError(f"`process_id` must be in [0, {num_processes}), but is {process_id}.")
+    # it would swallow SIGTERM from here on
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 

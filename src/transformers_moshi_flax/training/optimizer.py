@@ -19,6 +19,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from .scanned_layers import layer_paths
+
 SCHEDULES = ("constant", "linear", "cosine", "one_cycle")
 
 DIV_FACTOR, FINAL_DIV_FACTOR = 25.0, 1e4
@@ -130,7 +132,7 @@ def make_optimizer(
     Args:
         config: of the optimizer.
         steps: how many updates the schedule is laid out for.
-        params: the trainable parameters, or their shapes.
+        params: the trainable parameters, or their shapes; layers may be stacked. Multipliers have the paths of files.
 
     Returns:
         The transformation and :func:`make_schedule`. ``update`` takes the norm of the gradients as ``grad_norm`` where
@@ -140,7 +142,8 @@ def make_optimizer(
         ValueError: see :func:`make_schedule`; a multiplier's expression is wrong or matches no path.
     """
     schedule = make_schedule(config, steps)
-    rules = path_rules("learning_rate_multipliers", config.learning_rate_multipliers, params)
+    paths = [path for stored, leaf in flatten_dict(params, sep="/").items() for path in layer_paths(stored, leaf)]
+    rules = path_rules("learning_rate_multipliers", config.learning_rate_multipliers, paths)
     parts = [
         clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -170,11 +173,20 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
 
 
 def scale_by_path(factors: Iterable[tuple[re.Pattern[str], float]]) -> optax.GradientTransformation:
-    """Multiplies the updates of every path that a pattern matches as a whole; the first that does counts."""
+    """Multiplies the updates of every path that a pattern matches as a whole; the first that does counts.
+
+    Paths are those of files: each of several layers that are stacked has its own factor.
+    """
     factors = list(factors)
 
+    def factor_of(path: str) -> float:
+        return next((factor for pattern, factor in factors if pattern.fullmatch(path)), 1.0)
+
     def scaled(path: str, update: Array) -> Array:
-        return update * next((factor for pattern, factor in factors if pattern.fullmatch(path)), 1)
+        found = [factor_of(each) for each in layer_paths(path, update)]
+        if len(set(found)) == 1:
+            return update * found[0]
+        return update * jnp.asarray(found, update.dtype).reshape(-1, *(1,) * (update.ndim - 1))
 
     def update(updates: Any, params: Any = None) -> Any:
         flat = flatten_dict(updates, sep="/")
@@ -183,18 +195,18 @@ def scale_by_path(factors: Iterable[tuple[re.Pattern[str], float]]) -> optax.Gra
     return optax.stateless(update)
 
 
-def path_rules(name: str, patterns: Iterable[str], params: Mapping[str, Any]) -> list[re.Pattern[str]]:
+def path_rules(name: str, patterns: Iterable[str], paths: Iterable[str]) -> list[re.Pattern[str]]:
     """Regular expressions that are matched with whole "/"-joined paths.
 
     Args:
         name: of the option that they come from, for the messages.
         patterns: the expressions.
-        params: the tree whose paths they are for.
+        paths: of the parameters that they are for.
 
     Raises:
         ValueError: one is no regular expression, or matches no path; those that are nearest to it are named.
     """
-    paths = list(flatten_dict(params, sep="/"))
+    paths = list(paths)
     rules = []
     for pattern in patterns:
         try:

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..partitioning import STACKED
 
+_STACKED_LAYERS = f"/layers/{STACKED}/"
 LAYER = re.compile(r"((?:decoder/model|depth_decoder)/layers)/(\d+)/(.+)")
 
 
@@ -47,6 +48,18 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         stack = np.stack if isinstance(leaves[0], np.ndarray) else jnp.stack
         stacked[path] = stack(leaves)
     return unflatten_dict(stacked, sep="/")
+
+
+def layer_paths(path: str, leaf: Any) -> list[str]:
+    """The paths of a parameter in files, "/"-joined: one a layer if it is stacked, in their order, else its own.
+
+    Args:
+        path: in a train state.
+        leaf: the parameter, or its shape.
+    """
+    if _STACKED_LAYERS not in path:
+        return [path]
+    return [path.replace(_STACKED_LAYERS, f"/layers/{number}/") for number in range(leaf.shape[0])]
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,9 +90,10 @@ def split_params(params: Mapping[str, Any], freeze: Sequence[str] = ()) -> tuple
     Raises:
         ValueError: an expression is wrong or matches no path, or all that can be trained is frozen.
     """
-    rules = path_rules("freeze", freeze, params)
+    flat = flatten_dict(params, sep="/")
+    rules = path_rules("freeze", freeze, flat)
     trainable, frozen = {}, {}
-    for path, leaf in flatten_dict(params, sep="/").items():
+    for path, leaf in flat.items():
         is_frozen = path.startswith(NEVER_TRAINED) or any(rule.fullmatch(path) for rule in rules)
         (frozen if is_frozen else trainable)[path] = leaf
     if not trainable:

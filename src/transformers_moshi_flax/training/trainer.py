@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 from transformers import MoshiConfig
 
@@ -80,13 +81,24 @@ class Trainer:
         if config.distributed.num_processes is not None:
             initialize_distributed(**dataclasses.asdict(config.distributed))
         self._is_first = jax.process_index() == 0
+        processes = config.distributed.num_processes or 1
+        if jax.process_count() != processes:
+            raise ConfigurationError(
+                f"`distributed.num_processes`: the run has {processes}, but JAX {jax.process_count()}; leave "
+                "jax.distributed.initialize to the section distributed"
+            )
+        self._mesh, self._train_data, self._held_out = _in_all(self._opened)
+
+    def _opened(self) -> tuple[Mesh, PreparedDataset, PreparedDataset | None]:
+        config = self.config
         check_packages(config.run.tensorboard, config.run.wandb_project)
         self.folder.check(config)
-        self._mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
-        self._train_data = _explained("data.train", lambda: open_dataset(config.data.train))
-        self._held_out: PreparedDataset | None = None
+        mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
+        train = _explained("data.train", lambda: open_dataset(config.data.train))
+        held_out = None
         if config.data.evaluation is not None:
-            self._held_out = _explained("data.evaluation", lambda: open_dataset(config.data.evaluation))
+            held_out = _explained("data.evaluation", lambda: open_dataset(config.data.evaluation))
+        return mesh, train, held_out
 
     def train(self) -> dict[str, float]:
         """Train to the last step, from the latest checkpoint that is whole, if there are any.
@@ -101,14 +113,14 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
             NotFiniteError: see the class.
         """
-        lock = self.folder.lock() if self._is_first else contextlib.nullcontext()
-        with lock, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            _in_all(lambda: stack.enter_context(self.folder.lock()) if self._is_first else None)
             return self._train(stack)
 
     def _train(self, stack: contextlib.ExitStack) -> dict[str, float]:
         config, run = self.config, self.config.run
         resumes = self.folder.has_checkpoints()
-        model, params = self._resumed_model() if resumes else self._new_model()
+        model, params = _in_all(self._resumed_model if resumes else self._new_model)
         module = model.module.clone(
             gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
         )
@@ -120,7 +132,7 @@ class Trainer:
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes, shardings
         )
-        loader = _explained("data", lambda: self._loader(model, self._train_data, epochs=None))
+        loader = _in_all(lambda: _explained("data", lambda: self._loader(model, self._train_data, epochs=None)))
         stack.callback(loader.close)
         self._tell_dropped(loader)
 
@@ -213,7 +225,16 @@ class Trainer:
     def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trained parameters and the others, as the module has them; ``freeze`` has the paths of files."""
         parts = split_params(params, self.config.model.freeze)
-        return tuple(map(stack_layers, parts)) if self.config.model.scan_layers else parts
+        if not self.config.model.scan_layers:
+            return parts
+        try:
+            return tuple(map(stack_layers, parts))
+        except ValueError as error:
+            raise ConfigurationError(
+                f"`model.freeze`: {list(self.config.model.freeze)} freezes some layers of a decoder and trains "
+                "others, but model.scan_layers stacks all of them in one parameter; freeze all or none, or set "
+                "model.scan_layers to false"
+            ) from error
 
     def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
         settings, moshi = self.config.data, model.config
@@ -276,10 +297,14 @@ class Trainer:
             params = multihost_utils.process_allgather(params, tiled=True)
         if self.config.model.scan_layers:  # on the host, where a layer of a stack is a view
             params = unstack_layers(jax.device_get(params))
-        if self._is_first:
+
+        def write() -> None:
             self.folder.write_export(params, self.folder.export)
             self.folder.set_exported_step(self.config.run.steps)
             self._say(f"{self.folder.export}: the model of the last step")
+
+        # the others wait: a process that has ended would be missed after some minutes
+        _in_all(write if self._is_first else lambda: None)
 
 
 class _Evaluation:
@@ -302,8 +327,7 @@ class _Evaluation:
         with contextlib.closing(self._loader()) as loader:
             batches = map(trainer._put, loader)
             metrics = evaluate(self._step, state, batches, trainer.config.objective)
-        # what several processes hold together cannot be spoken by one
-        if trainer.config.run.samples and jax.process_count() == 1:
+        if trainer.config.run.samples:
             self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
         return metrics
 
@@ -346,7 +370,7 @@ class _Loop:
         ``evaluated``: whether the evaluation that is due after ``step`` steps, if any, has been made.
         """
         run, last = self._run, {}
-        if not evaluated:  # a signal came before it
+        if not evaluated and self._evaluation is not None:  # a signal came before it
             last = self._evaluate(state, step)
         meter, in_a_row = _Meter(), []
         while step < run.steps:
@@ -420,8 +444,8 @@ class _Loop:
             raise NotFiniteError(
                 f"{in_a_row} steps in a row had a loss or a gradient that is not finite (run.max_bad_steps is "
                 f"{self._run.max_bad_steps}), and changed nothing; the checkpoint of step {step} has the parameters "
-                "of before them. Start it again to go on with the next data; or export it and begin another run with it "
-                "as model.path, a lower optimizer.learning_rate or other data"
+                "of before them. Start it again to go on with the next data; or export it and begin another run with "
+                "it as model.path, a lower optimizer.learning_rate or other data"
             )
 
     def _signalled(self, step: int) -> int:
@@ -517,6 +541,23 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _in_all(make: Any) -> Any:
+    """What ``make`` returns in this process; what fails in one process fails in all, so that none waits for it."""
+    if jax.process_count() == 1:
+        return make()
+    made = failure = None
+    try:
+        made = make()
+    except Exception as error:
+        failure = error
+    failed = np.ravel(multihost_utils.process_allgather(np.asarray(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise ConfigurationError(f"process {int(np.argmax(failed))} of the run has failed; see what it says")
+    return made
 
 
 def _explained(key: str, make: Any) -> Any:

@@ -90,10 +90,12 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step - state.bad_steps)
 
-        def update(_: Any, values: tuple[Any, Any]) -> tuple[Any, Any]:
+        def update(round: Any, values: tuple[Any, Any]) -> tuple[Any, Any]:
             params, opt_state = values
+            # products of gradients alone would be taken out of the loop, and kept, two for each parameter
+            own_gradients, _ = jax.lax.optimization_barrier((gradients, round))
             with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
-                updates, opt_state = optimizer.update(gradients, opt_state, params, grad_norm=grad_norm)
+                updates, opt_state = optimizer.update(own_gradients, opt_state, params, grad_norm=grad_norm)
             return optax.apply_updates(params, updates), opt_state
 
         # a loop of one round or none changes its values in place; a choice afterwards would need both

@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_reported(
     record(tmp_path, {f"{name}.wav": 200 for name in "abcdefghijkl"})
     long = f"{'m' * 300}.wav"
     with (tmp_path / "all.jsonl").open("a") as file:
-        file.writelines(json.dumps({"path": path}) + "\n" for path in (long, "n.raw", "o\0.wav", ".", "p\ud800.wav"))
+        file.writelines(json.dumps({"path": path}) + "\n" for path in (long, "n.raw", "o\0.wav", "."))
     (tmp_path / "n.raw").write_bytes(bytes(800))
     (tmp_path / "a.wav").unlink()
     (tmp_path / "b.wav").write_bytes(b"no audio")
@@ -179,7 +179,6 @@ def test_what_cannot_be_used_is_reported(
         "n.raw": "does not say its rate",
         "o\0.wav": "no such file",
         ".": "no such file",
-        "p\ud800.wav": "no such file",
     }
     assert reasons.keys() == expected.keys()
     for path, reason in expected.items():
@@ -430,6 +429,7 @@ def test_mistakes(run: Callable[..., Report], tmp_path: Path, options: dict[str,
         ('{"path": "a.wav"}\n\nno json', "line 3: must be a JSON object with a `path`"),
         ("{}", "line 1: must be a JSON object with a `path`"),
         ('{"path": 3}', "line 1: `path` must be the name of a file, got 3"),
+        (r'{"path": "\ud800.wav"}', r"line 1: '\\ud800\.wav' is no text"),
         ('{"path": "a.wav"}\n{"path": "a.wav"}', r"line 2: 'a\.wav' is there twice"),
     ],
 )

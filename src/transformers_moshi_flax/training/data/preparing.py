@@ -191,6 +191,10 @@ def read_manifest(manifest: Path) -> list[Listed]:
             ) from error
         if not isinstance(path, str) or not path:
             raise ValueError(f"{str(manifest)!r}, line {number}: `path` must be the name of a file, got {path!r}")
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:  # nor can it be the name of an array
+            raise ValueError(f"{str(manifest)!r}, line {number}: {path!r} is no text ({error}); rename it") from error
         if path in listed:
             raise ValueError(f"{str(manifest)!r}, line {number}: {path!r} is there twice; leave one out")
         listed[path] = Listed(path, manifest.parent / path)

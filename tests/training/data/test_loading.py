@@ -280,7 +280,7 @@ def test_worker_processes_end_with_a_killed_trainer() -> None:
             assert process.stdout.readline() == "made\n"
             process.send_signal(signal.SIGKILL)
             # the pipe ends when all that have it have ended
-            assert process.communicate(timeout=10) == ("", None)
+            assert process.communicate(timeout=30) == ("", None)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise

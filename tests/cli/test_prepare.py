@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,17 @@ def test_prepares_and_goes_on(moshi_flax, manifest: Path, tmp_path: Path):
     again = moshi_flax(*arguments)
     assert again.code == 0 and "3 recordings done before" in again.out
     other = moshi_flax(*arguments, "--recordings-per-shard", 1)
-    assert other.code == 2 and "was begun with another recordings_per_shard" in other.err
+    assert other.code == 2 and "OUT: " in other.err
+    assert "was begun with another recordings_per_shard" in other.err
+
+
+def test_a_codec_that_does_not_fit(moshi_flax, manifest: Path, tmp_path: Path):
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["audio_vocab_size"] //= 2
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    result = moshi_flax("prepare", manifest, tmp_path / "out", "--model", tmp_path / "model")
+    assert result.code == 2 and "--model: `mimi` has " in result.err
 
 
 @pytest.mark.parametrize(

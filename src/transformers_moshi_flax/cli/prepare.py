@@ -60,7 +60,11 @@ def prepare(
         config = load_config(MoshiConfig, Source.locate(model))
         processor = MoshiProcessor.from_pretrained(model)
         mimi = FlaxMimiModel.from_pretrained(model, dtype=jnp.float32)
-    with slow("preparing", count) as advance, as_mistake("OUT", OSError, ValueError):
+    with (
+        slow("preparing", count) as advance,
+        as_mistake("--model", ValueError),
+        as_mistake("OUT", OSError, preparing.UnusableFolder),
+    ):
         report = preparing.prepare(
             manifest,
             out,
@@ -84,6 +88,7 @@ def _show(report: Report, console: Console) -> None:
     resumed = f", {report.resumed} recordings done before" if report.resumed else ""
     console.print(f"{report.conversations} conversations, {hours:.2f} hours, {report.frames} frames{resumed}")
     rows = [(entry["path"], f"skipped: {entry['reason']}") for entry in report.skipped]
+    rows += [(shard, f"made again: {reason}") for shard, reason in report.redone.items()]
     for path, remarks in report.remarks.items():
         rows.append((path, "left out: " + ", ".join(f"{what}: {count}" for what, count in remarks.items())))
     if not rows:

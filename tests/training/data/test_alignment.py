@@ -59,10 +59,10 @@ def test_places(words: list[Word], frames: int, expected: list[int]) -> None:
 
 
 def test_what_has_no_place_is_counted() -> None:
-    words = [said("a", -0.01), said("b", 0.32), said("c", 0.2, 0.1), said("defg", 0.16)]
+    words = [said("a", -0.01), said("b", 0.32), said("c", 0.2, 0.1), said("defg", 0.16), said("h", 1e308)]
     text = align_words(words, 4, spell)
     assert text.ids.tolist() == [PAD, END, 13, 14]
-    assert (text.misplaced, text.cut, text.unknown) == (3, 2, 0)
+    assert (text.misplaced, text.cut, text.unknown) == (4, 2, 0)
     assert align_words([said("ab", 0.0)], 0, spell).misplaced == 1
 
 
@@ -128,6 +128,8 @@ def test_parse() -> None:
         ([["a", ["0", 1], "x"]], "two finite times"),
         ([["a", [0, np.nan], "x"]], "two finite times"),
         ([["a", [None, 1], "x"]], "two finite times"),
+        ([["a", [10**400, 1], "x"]], "two finite times"),
+        ([["a\ud800", [0, 1], "x"]], "half of a surrogate pair"),
     ],
 )
 def test_malformed(alignments: Any, message: str) -> None:

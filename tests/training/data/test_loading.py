@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -169,6 +173,12 @@ def test_every_frame_once_an_epoch(options: dict[str, Any]) -> None:
         assert plan.frames == sum(lengths) - dropped_frames
 
 
+def test_fingerprints_are_of_numbers_not_of_their_types() -> None:
+    assert plan_of([6], batch_size=2, swap_moshi_user=np.float64(0.5), seed=True).fingerprint == (
+        plan_of([6], batch_size=2, swap_moshi_user=0.5, seed=1).fingerprint
+    )
+
+
 def test_batches_are_of_like_length() -> None:
     plan = plan_of([6, 1, 2] * 8, batch_size=4, buckets=(3, 7))
     lengths = [plan.batch(number)[0] for number in range(plan.batches_per_epoch)]
@@ -247,6 +257,35 @@ def test_worker_processes_make_the_same_batches() -> None:
     assert_equal(next(again), next(without))
 
 
+KILLED = """
+import time
+import numpy as np
+from transformers_moshi_flax.training.data.loading import make_loader
+from transformers_moshi_flax.training.data.prepared import open_dataset
+
+text, audio = np.zeros(4, int), np.zeros((1, 4), int)
+dataset = open_dataset([{"moshi_text_tokens": text, "moshi_audio_tokens": audio, "user_audio_tokens": audio}])
+sizes = {"vocab_size": 60, "audio_vocab_size": 32, "num_codebooks": 1}
+loader = make_loader(dataset, batch_size=1, max_length=5, workers=1, **sizes)
+next(loader)
+print("made", flush=True)
+time.sleep(60)
+"""
+
+
+def test_worker_processes_end_with_a_killed_trainer() -> None:
+    arguments = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "made\n"
+            process.send_signal(signal.SIGKILL)
+            # the pipe ends when all that have it have ended
+            assert process.communicate(timeout=30) == ("", None)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def test_an_error_in_the_thread_arrives() -> None:
     samples = [sample(4), sample(4, 1)]
     dataset = open_dataset(samples)
@@ -286,6 +325,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
     [
         ({}, "no position of a loader"),
         ({"version": 1, "position": "2", "plan": ""}, "no position of a loader"),
+        ({"version": 1, "position": 2}, "no position of a loader"),
         (loader_of(dataset_of([4]), seed=1).get_state(), "other data or settings"),
         (loader_of(dataset_of([5])).get_state(), "other data or settings"),
     ],

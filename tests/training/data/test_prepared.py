@@ -81,7 +81,11 @@ def test_folders_of_samples(tmp_path: Path) -> None:
     check(open_dataset(str(tmp_path)), ["0.npz", "1.npz", "2.npz"])
     (tmp_path / "1.npz").unlink()
     safetensors.numpy.save_file(list(SAMPLES.values())[1], tmp_path / "1.safetensors")
-    check(open_dataset(tmp_path), ["0.npz", "1.safetensors", "2.npz"])
+    dataset = open_dataset(tmp_path)
+    check(dataset, ["0.npz", "1.safetensors", "2.npz"])
+    changed = list(SAMPLES.values())[2]
+    np.savez(tmp_path / "2.npz", **{**changed, "moshi_text_tokens": changed["moshi_text_tokens"] ^ 1})
+    assert open_dataset(tmp_path).fingerprint != dataset.fingerprint
 
 
 def test_samples_in_memory() -> None:
@@ -175,6 +179,17 @@ def test_places_that_are_no_dataset(prepared: Path, tmp_path: Path) -> None:
     (empty / "a.npz").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"'.*a\.npz' cannot be read"):
         open_dataset(empty)
+
+
+def test_damaged_npz(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", **sample(400))
+    whole = (tmp_path / "a.npz").read_bytes()
+    np.save(tmp_path / "one.npy", np.zeros(3, int))
+    overwritten = whole[:200] + bytes(200) + whole[400:]
+    for content in (whole[: len(whole) // 2], overwritten, (tmp_path / "one.npy").read_bytes(), b"", b"PK\x03\x04"):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"'.*a\.npz' cannot be read as \.npz"):
+            open_dataset(tmp_path)
 
 
 def test_index_cannot_reach_outside(prepared: Path) -> None:

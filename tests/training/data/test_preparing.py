@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.configs import tiny_mimi_config, tiny_moshi_config
@@ -26,7 +28,7 @@ from transformers_moshi_flax import FlaxMimiModel
 from transformers_moshi_flax.checkpoints import writing
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
 from transformers_moshi_flax.training.data import preparing, recordings
-from transformers_moshi_flax.training.data.prepared import open_dataset
+from transformers_moshi_flax.training.data.prepared import Conversation, open_dataset
 from transformers_moshi_flax.training.data.preparing import Report, SettingsDiffer, prepare
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
 
@@ -141,6 +143,10 @@ def test_what_cannot_be_used_is_reported(
     run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(tmp_path, {f"{name}.wav": 200 for name in "abcdefghijkl"})
+    long = f"{'m' * 300}.wav"
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.writelines(json.dumps({"path": path}) + "\n" for path in (long, "n.raw", "o\0.wav", "."))
+    (tmp_path / "n.raw").write_bytes(bytes(800))
     (tmp_path / "a.wav").unlink()
     (tmp_path / "b.wav").write_bytes(b"no audio")
     soundfile.write(tmp_path / "c.wav", np.zeros(200), RATE)
@@ -169,6 +175,10 @@ def test_what_cannot_be_used_is_reported(
         "g.wav": "g.json: ",
         "h.wav": "has no `alignments`",
         "i.wav": "`alignments[0]`",
+        long: "File name too long",
+        "n.raw": "does not say its rate",
+        "o\0.wav": "no such file",
+        ".": "no such file",
     }
     assert reasons.keys() == expected.keys()
     for path, reason in expected.items():
@@ -253,6 +263,56 @@ def test_finished_shards_are_not_redone(run: Callable[..., Report], tmp_path: Pa
     assert contents(out) == whole
 
 
+def test_damaged_shards_are_redone(run: Callable[..., Report], tmp_path: Path) -> None:
+    record(tmp_path, LENGTHS)
+    out = tmp_path / "out"
+    assert run().redone == {}
+    whole = contents(out)
+    path = out / "shard-00001.safetensors"
+    for in_array in (True, False):  # or in what the shard says of itself
+        content = bytearray(path.read_bytes())
+        content[-1 if in_array else content.index(b"remarks")] ^= 1
+        path.write_bytes(content)
+        report = run()
+        assert report.redone == {"shard-00001.safetensors": "it was damaged"}
+        assert report.resumed == len(LENGTHS) - 2 and contents(out) == whole
+    assert len(list(open_dataset(out))) == len(LENGTHS)
+
+
+def test_mended_recordings_are_tried_again(run: Callable[..., Report], tmp_path: Path) -> None:
+    made = record(tmp_path, {"a.wav": 40, "b.wav": 40, "c.wav": 40, "d.wav": 40})
+    (tmp_path / "b.wav").unlink()
+    words = (tmp_path / "d.json").read_bytes()
+    (tmp_path / "d.json").write_text("{}")
+    assert len(run().skipped) == 2
+    report = run()
+    assert report.resumed == 4 and not report.redone and len(report.skipped) == 2
+    soundfile.write(tmp_path / "b.wav", made["b.wav"], RATE, subtype="FLOAT")
+    report = run()
+    assert report.redone == {"shard-00000.safetensors": "'b.wav' has changed since it was skipped"}
+    assert report.resumed == 2 and [entry["path"] for entry in report.skipped] == ["d.wav"]
+    (tmp_path / "d.json").write_bytes(words)
+    assert not run().skipped and open_dataset(tmp_path / "out").ids == list(made)
+
+
+def test_written_shards_are_freed(run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path, LENGTHS)
+    write_shard, seen = preparing.write_shard, []
+
+    def write(out: Path, number: int, conversations: list[tuple[Conversation, Any]], *rest: Any) -> None:
+        assert [reference() for reference in seen] == [None] * len(seen)
+        for conversation, _ in conversations:
+            # and nothing larger is kept for it
+            codes = conversation.moshi_audio_tokens
+            assert codes.dtype == np.int16 and codes.base.nbytes == 2 * codes.nbytes
+            seen.append(weakref.ref(conversation))
+        write_shard(out, number, conversations, *rest)
+
+    monkeypatch.setattr(preparing, "write_shard", write)
+    run(recordings_per_shard=1)
+    assert len(seen) == len(LENGTHS)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -300,7 +360,13 @@ def test_killed_for_real(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_other_settings_are_refused(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path) -> None:
+def test_other_settings_are_refused(
+    run: Callable[..., Report],
+    mimi: FlaxMimiModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     record(tmp_path, {"a.wav": 40})
     run()
     with pytest.raises(SettingsDiffer, match="another recordings_per_shard; give another folder"):
@@ -314,6 +380,12 @@ def test_other_settings_are_refused(run: Callable[..., Report], mimi: FlaxMimiMo
             run()
         finally:
             mimi.params = params
+    with monkeypatch.context() as changed, pytest.raises(SettingsDiffer, match="another codec"):
+        changed.setattr(mimi.config, "sliding_window", 3)
+        run()
+    with monkeypatch.context() as changed, pytest.raises(SettingsDiffer, match="another tokenizer"):
+        changed.setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase())
+        run()
     with (tmp_path / "all.jsonl").open("a") as file:
         file.write('{"path": "b.wav"}\n')
     with pytest.raises(SettingsDiffer, match="another manifest"):
@@ -357,6 +429,7 @@ def test_mistakes(run: Callable[..., Report], tmp_path: Path, options: dict[str,
         ('{"path": "a.wav"}\n\nno json', "line 3: must be a JSON object with a `path`"),
         ("{}", "line 1: must be a JSON object with a `path`"),
         ('{"path": 3}', "line 1: `path` must be the name of a file, got 3"),
+        (r'{"path": "\ud800.wav"}', r"line 1: '\\ud800\.wav' is no text"),
         ('{"path": "a.wav"}\n{"path": "a.wav"}', r"line 2: 'a\.wav' is there twice"),
     ],
 )

@@ -64,11 +64,23 @@ def parse_words(alignments: Any) -> list[Word]:
             ) from None
         if not isinstance(text, str) or not isinstance(speaker, str):
             raise ValueError(f"`alignments[{place}]` must have a word and a speaker in quotes, got {entry!r:.80}")
-        times = (start, end)
-        if not all(isinstance(time, int | float) and math.isfinite(time) for time in times):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"`alignments[{place}]` has half of a surrogate pair in {entry!r:.80}") from None
+        times = _seconds(start), _seconds(end)
+        if not all(map(math.isfinite, times)):
             raise ValueError(f"`alignments[{place}]` must have two finite times in seconds, got {entry!r:.80}")
-        words.append(Word(text, float(start), float(end), speaker))
+        words.append(Word(text, *times, speaker))
     return sorted(words, key=lambda word: word.start)
+
+
+def _seconds(time: Any) -> float:
+    """A time of JSON; NaN for what is no number, or too large for one."""
+    try:
+        return float(time) if isinstance(time, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def align_words(
@@ -98,14 +110,14 @@ def align_words(
     misplaced = cut = unknown = 0
     free = 0  # the first frame behind all pieces so far
     for word in sorted(words, key=lambda word: word.start):
-        first = math.floor(word.start * frame_rate)
-        if not 0 <= first < frames or word.end < word.start:
+        start = word.start * frame_rate  # may be infinite
+        if not 0 <= start < frames or word.end < word.start:
             misplaced += 1
             continue
         found = list(encode(word.text.strip()))
         pieces = [piece for piece in found if piece not in (pad_token_id, end_of_pad_token_id)]
         unknown += len(found) - len(pieces)
-        first = max(first, free)
+        first = max(math.floor(start), free)
         placed = pieces[: frames - first]
         cut += len(pieces) - len(placed)
         if not placed:

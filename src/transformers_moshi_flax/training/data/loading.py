@@ -8,7 +8,11 @@ out. All processes make the same plan, and each takes its own rows of every batc
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +130,9 @@ class BatchPlan:
         self.dropped = Dropped(
             int((lost & (whole > 0)).sum()), tuple(dataset.ids[one] for one in alone), int(tails[lost].sum())
         )
-        settings = (batch_size, max_length, min_length, buckets, seed, shuffle, swap_moshi_user)
+        # the same for equal numbers of other types
+        sizes = [int(number) for number in (batch_size, max_length, min_length, *buckets, seed)]
+        settings = (sizes, bool(shuffle), float(swap_moshi_user))
         self.fingerprint = hashlib.sha256(f"{dataset.fingerprint} {settings}".encode()).hexdigest()
         self._epoch: tuple[int, Int[np.ndarray, "batches rows"], Bool[np.ndarray, "chunks"]] | None = None
 
@@ -292,10 +298,10 @@ class Loader(Iterator[Batch]):
         Raises:
             ValueError: a state of other data or settings, or none at all.
         """
-        position = state.get("position")
-        if state.get("version") != 1 or not isinstance(position, int) or position < 0:
+        position, plan = state.get("position"), state.get("plan")
+        if state.get("version") != 1 or not isinstance(position, int) or position < 0 or not isinstance(plan, str):
             raise ValueError(f"`state` is {dict(state)!r:.200}, which is no position of a loader")
-        if state["plan"] != self.plan.fingerprint:
+        if plan != self.plan.fingerprint:
             raise ValueError(
                 "`state` is of other data or settings of the loader (batch_size, max_length, min_length, buckets, "
                 "seed, shuffle, swap_moshi_user), so its position means nothing here; take those of its run"
@@ -315,7 +321,8 @@ class Loader(Iterator[Batch]):
         batches = grain.MapDataset.range(self.position, self._end).map(self._maker).to_iter_dataset(options)
         if self._workers:
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._prefetch)
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._prefetch),
+                worker_init_fn=_end_with_parent,
             )
         self._batches = iter(batches)
         # at the end of Python too: grain's own threads would complain
@@ -394,6 +401,17 @@ def make_loader(
     rows = (process_index * share, (process_index + 1) * share)
     maker = BatchMaker(dataset, plan, rows, vocab_size, audio_vocab_size, num_codebooks, pad_token_id)
     return Loader(maker, epochs, workers, prefetch)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker: see to it that it ends with its parent, also one that is killed and can tell nobody."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _import_grain() -> Any:

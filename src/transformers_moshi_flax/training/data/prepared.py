@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ OPTIONAL = "user_text_tokens"
 NAMES = (*TEXT, *AUDIO)
 
 _CONTENTS = "contents"
+_CHECKSUM = "checksum"
 _FORMAT = "moshi-prepared"
 _OPEN_FILES = 64
 
@@ -101,6 +104,11 @@ class Conversation:
         """The arrays that it has, by name."""
         return {key: array for key in NAMES if (array := getattr(self, key)) is not None}
 
+    def digest(self) -> str:
+        """Changes with its name and what it holds."""
+        held = [(key, array.shape, checksum(array)) for key, array in self.arrays().items()]
+        return f"{self.id} {held}\n"
+
     def part(self, start: int, end: int) -> Conversation:
         """The frames from ``start`` to before ``end``; views."""
         return Conversation(self.id, **{key: array[..., start:end] for key, array in self.arrays().items()})
@@ -167,8 +175,7 @@ class _InMemory(PreparedDataset):
         conversations = [Conversation.from_arrays(f"sample {place}", sample) for place, sample in enumerate(samples)]
         digest = hashlib.sha256()
         for conversation in conversations:
-            for key, array in conversation.arrays().items():
-                digest.update(f"{key}{array.shape}{checksum(array)}".encode())
+            digest.update(conversation.digest().encode())
         self._samples = [conversation.arrays() for conversation in conversations]
         super().__init__(
             [conversation.id for conversation in conversations],
@@ -207,12 +214,11 @@ class _SampleFolder(_Files):
     def __init__(self, folder: Path, names: Sequence[str]):
         lengths, without, digest = [], [], hashlib.sha256()
         for name in names:
-            arrays = _open(folder / name)
-            lengths.append(Conversation.from_arrays(name, arrays).frames)
-            if OPTIONAL not in arrays:
+            conversation = Conversation.from_arrays(name, _open(folder / name))
+            lengths.append(conversation.frames)
+            if conversation.user_text_tokens is None:
                 without.append(name)
-            status = (folder / name).stat()
-            digest.update(f"{name} {lengths[-1]} {status.st_size}\n".encode())
+            digest.update(conversation.digest().encode())
         super().__init__(folder, names, lengths, without, digest.hexdigest())
 
     def _arrays(self, index: int) -> Mapping[str, Any]:
@@ -247,17 +253,24 @@ class _Shards(_Files):
 
     def _arrays(self, index: int) -> Mapping[str, Any]:
         shard, checksums = self._entries[index]
-        name, file = self.ids[index], self._file(shard)
-        arrays = {}
-        for key, wanted in checksums.items():
-            array = file.get(f"{name}/{key}")
-            if array is None:
-                raise ValueError(f"{name!r}: `{key}` is not in {shard!r}; prepare the dataset anew")
-            if index not in self._checked and checksum(array) != wanted:
-                raise ValueError(f"{name!r}: `{key}` in {shard!r} is damaged; prepare the dataset anew")
-            arrays[key] = array
+        arrays = _arrays_in(shard, self._file(shard), self.ids[index], checksums, index not in self._checked)
         self._checked.add(index)
         return arrays
+
+
+def _arrays_in(
+    shard: str, file: Mapping[str, Any], name: str, checksums: Mapping[str, str], compare: bool
+) -> dict[str, Any]:
+    """The arrays of a conversation in a shard, compared with their checksums or not."""
+    arrays = {}
+    for key, wanted in checksums.items():
+        array = file.get(f"{name}/{key}")
+        if array is None:
+            raise ValueError(f"{name!r}: `{key}` is not in {shard!r}; prepare the dataset anew")
+        if compare and checksum(array) != wanted:
+            raise ValueError(f"{name!r}: `{key}` in {shard!r} is damaged; prepare the dataset anew")
+        arrays[key] = array
+    return arrays
 
 
 def open_dataset(source: str | os.PathLike | Sequence[Mapping[str, Any]]) -> PreparedDataset:
@@ -292,9 +305,13 @@ def _open(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, Mapping):
+                raise ValueError("it is an .npy, a single array")
+            with loaded:
+                return dict(loaded)
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as .npz ({error}); write it with numpy.savez") from error
 
 
@@ -327,7 +344,8 @@ def write_shard(
         checksums = {key: checksum(array) for key, array in mine.items()}
         entries.append({"id": conversation.id, "frames": conversation.frames, **notes, "checksums": checksums})
     contents = json.dumps({"conversations": entries, "skipped": list(skipped)})
-    write_safetensors(folder / SHARDS.format(number), arrays, _FORMAT, {_CONTENTS: contents})
+    metadata = {_CONTENTS: contents, _CHECKSUM: _checksum_of(contents)}
+    write_safetensors(folder / SHARDS.format(number), arrays, _FORMAT, metadata)
 
 
 def read_contents(folder: Path, number: int) -> dict[str, list[dict[str, Any]]] | None:
@@ -336,9 +354,30 @@ def read_contents(folder: Path, number: int) -> dict[str, list[dict[str, Any]]] 
     if not path.is_file():
         return None
     try:
-        return parse_json(open_safetensors(path).metadata[_CONTENTS])
+        metadata = open_safetensors(path).metadata
+        contents = metadata[_CONTENTS]
+        return parse_json(contents) if metadata[_CHECKSUM] == _checksum_of(contents) else None
     except (ValueError, KeyError):
         return None
+
+
+def is_whole(folder: Path, number: int) -> bool:
+    """Whether a shard is there and its arrays are those that were written; reads all of it."""
+    contents = read_contents(folder, number)
+    if contents is None:
+        return False
+    shard = SHARDS.format(number)
+    file = open_safetensors(folder / shard)
+    try:
+        for entry in contents["conversations"]:
+            _arrays_in(shard, file, entry["id"], entry["checksums"], compare=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _checksum_of(text: str) -> str:
+    return checksum(np.frombuffer(text.encode(), np.uint8))
 
 
 def write_index(folder: Path, settings: Mapping[str, Any], shards: int) -> None:

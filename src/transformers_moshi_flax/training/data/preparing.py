@@ -6,7 +6,8 @@ padding but a recording's last, memory does not grow with the length, and the co
 (Mimi is causal).
 
 The lines of the manifest are dealt to shards by their place. A shard is written, as one commit, when all its lines are
-done; what was killed goes on with the shards that are not there.
+done; what was killed goes on with the shards that are not there. A shard that is damaged, or that skipped a recording
+whose files have changed since, is made again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,18 @@ from ...checkpoints.writing import write_text
 from ...models.mimi import FlaxMimiModel
 from ...models.mimi.streaming_flax_mimi import samples_per_frame
 from .alignment import MAIN_SPEAKER, AlignedText, Word, align_words, parse_words
-from .prepared import INDEX, SETTINGS, SHARDS, VERSION, Conversation, read_contents, write_index, write_shard
-from .recordings import BadRecording, Block, Listed, read_blocks
+from .prepared import (
+    INDEX,
+    SETTINGS,
+    SHARDS,
+    VERSION,
+    Conversation,
+    is_whole,
+    read_contents,
+    write_index,
+    write_shard,
+)
+from .recordings import BadRecording, Block, Listed, read_blocks, words_path
 
 REPORT = "report.json"
 
@@ -57,6 +68,7 @@ class Report:
         skipped: recordings that are not in it: ``path`` and ``reason``.
         remarks: for recordings that are in it, by path, how many words or pieces of them are not, and why.
         resumed: how many of the recordings were done by an earlier run.
+        redone: shards of an earlier run that were made again, and why.
     """
 
     conversations: int
@@ -65,9 +77,14 @@ class Report:
     skipped: list[dict[str, str]]
     remarks: dict[str, dict[str, int]]
     resumed: int
+    redone: dict[str, str]
 
 
-class SettingsDiffer(ValueError):
+class UnusableFolder(ValueError):
+    """The dataset cannot be made in this folder."""
+
+
+class SettingsDiffer(UnusableFolder):
     """The folder holds what was made from something else."""
 
 
@@ -86,6 +103,8 @@ def prepare(
     advance: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Encode the recordings of a manifest; go on where an earlier call was interrupted.
+
+    Shards that are there are read and compared with their checksums.
 
     Args:
         manifest: JSON lines, ``{"path": …}``, relative to the manifest; other keys are not looked at. Beside each
@@ -107,8 +126,9 @@ def prepare(
 
     Raises:
         SettingsDiffer: ``out`` was begun with another model, manifest or number per shard.
-        ValueError: a manifest that is empty or no JSON lines; numbers below 1; another process is at work on ``out``;
-            a model whose codes or text do not fit ``config``.
+        UnusableFolder: another process is at work on ``out``.
+        ValueError: a manifest that is empty or no JSON lines; numbers below 1; a model whose codes or text do not fit
+            ``config``.
         OSError: a place that cannot be read or written.
     """
     numbers = {"batch_size": batch_size, "workers": workers, "recordings_per_shard": recordings_per_shard}
@@ -121,10 +141,15 @@ def prepare(
     with _only_one(out):
         _check_settings(out, settings)
         shards = _deal(listed, recordings_per_shard)
-        open_shards = {number: shard for number, shard in enumerate(shards) if read_contents(out, number) is None}
+        reasons = {number: _why_open(out, number, shard) for number, shard in enumerate(shards)}
+        open_shards = {number: shard for number, shard in enumerate(shards) if reasons[number] is not None}
+        redone = {SHARDS.format(number): reason for number, reason in reasons.items() if reason}
+        if open_shards:
+            (out / INDEX).unlink(missing_ok=True)  # it is of other shards
         resumed = len(listed) - sum(len(shard.listed) for shard in open_shards.values())
         advance(resumed)
-        encoder = _Encoder(mimi, config.num_codebooks, batch_size)
+        dtype = np.int16 if max(config.vocab_size, config.audio_vocab_size) <= 2**15 else np.int32
+        encoder = _Encoder(mimi, config.num_codebooks, batch_size, dtype)
         text = _Text(
             tokenizer,
             encoder.frame_rate,
@@ -133,18 +158,16 @@ def prepare(
             pad_token_id,
             end_of_pad_token_id,
         )
-        dtype = np.int16 if max(config.vocab_size, config.audio_vocab_size) <= 2**15 else np.int32
+        work = [(number, item) for number, shard in open_shards.items() for item in shard.listed]
         with ThreadPoolExecutor(workers) as pool, jax.default_matmul_precision("highest"):
-            work = ((number, item) for number, shard in list(open_shards.items()) for item in shard.listed)
-            for number, item, heard in encoder.run(work, pool, standby=workers):
-                shard = open_shards[number]
-                shard.add(item, heard, text)
+            for number, item, files, heard in encoder.run(work, pool, standby=workers):
+                shards[number].add(item, files, heard, text)
                 advance(1)
-                if shard.is_whole:
-                    write_shard(out, number, *shard.contents(), dtype)
-                    del open_shards[number]
+                if shards[number].is_whole:
+                    write_shard(out, number, *shards[number].contents(), dtype)
+                    shards[number].forget()
         write_index(out, settings, len(shards))
-        report = _report(out, len(shards), encoder.frame_rate, resumed)
+        report = _report(out, len(shards), encoder.frame_rate, resumed, redone)
         write_text(out / REPORT, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -168,6 +191,10 @@ def read_manifest(manifest: Path) -> list[Listed]:
             ) from error
         if not isinstance(path, str) or not path:
             raise ValueError(f"{str(manifest)!r}, line {number}: `path` must be the name of a file, got {path!r}")
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:  # nor can it be the name of an array
+            raise ValueError(f"{str(manifest)!r}, line {number}: {path!r} is no text ({error}); rename it") from error
         if path in listed:
             raise ValueError(f"{str(manifest)!r}, line {number}: {path!r} is there twice; leave one out")
         listed[path] = Listed(path, manifest.parent / path)
@@ -200,12 +227,16 @@ def _settings(
         if not path.startswith(_NOT_HEARD):
             weights.update(path.encode())
             weights.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    words = json.dumps(sorted(tokenizer.get_vocab().items()))
+    codec = json.loads(mimi.config.to_json_string())
+    # where it was read, and with what
+    for key in ("_name_or_path", "transformers_version"):
+        codec.pop(key, None)
+    weights.update(json.dumps(codec, sort_keys=True).encode())
     return {
         "version": VERSION,
         "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         "codec": weights.hexdigest(),
-        "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(_rules(tokenizer).encode()).hexdigest(),
         "pad_token_id": pad_token_id,
         "end_of_pad_token_id": end_of_pad_token_id,
         "vocab_size": config.vocab_size,
@@ -213,6 +244,16 @@ def _settings(
         "num_codebooks": config.num_codebooks,
         "recordings_per_shard": recordings_per_shard,
     }
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the ids of a text depend on, as far as the tokenizer tells."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    # what a call truncates or pads stays noted in it
+    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
+    return json.dumps(rules)
 
 
 def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -242,7 +283,7 @@ def _only_one(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{str(out)!r} is being prepared by another process; wait for it") from error
+            raise UnusableFolder(f"{str(out)!r} is being prepared by another process; wait for it") from error
         # nobody else is at work, so these are of a process that was killed
         for leftover in out.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -282,7 +323,7 @@ def read_words(audio: Path) -> list[Word]:
     Raises:
         BadRecording: there is none, or it is no such JSON.
     """
-    path = audio.with_suffix(".json")
+    path = words_path(audio)
     try:
         return parse_words(parse_json(path.read_bytes())["alignments"])
     except OSError as error:
@@ -307,16 +348,20 @@ class _Shard:
 
     listed: list[Listed]
     done: dict[str, tuple[Conversation, dict[str, Any]]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
         return len(self.done) + len(self.skipped) == len(self.listed)
 
-    def add(self, item: Listed, heard: Heard | BadRecording, text: _Text) -> None:
-        """Take what became of a recording."""
+    def forget(self) -> None:
+        """Free what has been written."""
+        self.done, self.skipped = {}, {}
+
+    def add(self, item: Listed, files: Sequence[Any], heard: Heard | BadRecording, text: _Text) -> None:
+        """Take what became of a recording, whose files were those when it was opened."""
         if isinstance(heard, BadRecording):
-            self.skipped[item.id] = str(heard)
+            self._skip(item, files, heard)
             return
         frames = heard.codes.shape[-1]
         moshi = text.align([word for word in heard.words if word.speaker == MAIN_SPEAKER], frames)
@@ -332,16 +377,18 @@ class _Shard:
         try:
             conversation.check_ids(text.vocab_size, text.audio_vocab_size)
         except ValueError as error:
-            self.skipped[item.id] = str(error)
+            self._skip(item, files, error)
             return
         self.done[item.id] = conversation, {"remarks": {what: count for what, count in remarks.items() if count}}
 
-    def contents(self) -> tuple[list[tuple[Conversation, dict[str, Any]]], list[dict[str, str]]]:
+    def _skip(self, item: Listed, files: Sequence[Any], error: ValueError) -> None:
+        self.skipped[item.id] = {"path": item.id, "reason": str(error), "files": files}
+
+    def contents(self) -> tuple[list[tuple[Conversation, dict[str, Any]]], list[dict[str, Any]]]:
         """For :func:`write_shard`, in the order of the manifest."""
-        done = [self.done[item.id] for item in self.listed if item.id in self.done]
-        skipped = [
-            {"path": item.id, "reason": self.skipped[item.id]} for item in self.listed if item.id in self.skipped
-        ]
+        done, skipped = (
+            [made[item.id] for item in self.listed if item.id in made] for made in (self.done, self.skipped)
+        )
         return done, skipped
 
 
@@ -349,7 +396,20 @@ def _deal(listed: list[Listed], size: int) -> list[_Shard]:
     return [_Shard(listed[start : start + size]) for start in range(0, len(listed), size)]
 
 
-def _report(out: Path, shards: int, frame_rate: float, resumed: int) -> Report:
+def _why_open(out: Path, number: int, shard: _Shard) -> str | None:
+    """Why a shard has to be made: None if it is done, empty if it is not there, or what is wrong with it."""
+    if not (out / SHARDS.format(number)).is_file():
+        return ""
+    if not is_whole(out, number):
+        return "it was damaged"
+    skipped = {entry["path"]: entry["files"] for entry in read_contents(out, number)["skipped"]}
+    for item in shard.listed:
+        if item.id in skipped and item.files() != skipped[item.id]:
+            return f"{item.id!r} has changed since it was skipped"
+    return None
+
+
+def _report(out: Path, shards: int, frame_rate: float, resumed: int, redone: dict[str, str]) -> Report:
     contents = [read_contents(out, number) for number in range(shards)]
     entries = [entry for content in contents for entry in content["conversations"]]
     frames = sum(entry["frames"] for entry in entries)
@@ -357,9 +417,12 @@ def _report(out: Path, shards: int, frame_rate: float, resumed: int) -> Report:
         conversations=len(entries),
         frames=frames,
         seconds=frames / frame_rate,
-        skipped=[entry for content in contents for entry in content["skipped"]],
+        skipped=[
+            {key: entry[key] for key in ("path", "reason")} for content in contents for entry in content["skipped"]
+        ],
         remarks={entry["id"]: entry["remarks"] for entry in entries if entry["remarks"]},
         resumed=resumed,
+        redone=redone,
     )
 
 
@@ -371,6 +434,7 @@ class _Listener:
 
     def __init__(self, number: int, item: Listed, blocks: Iterator[tuple[Block, bool]], pool: ThreadPoolExecutor):
         self.number, self.item = number, item
+        self.files = item.files()
         self.words: list[Word] = []
         self.codes: list[Int[np.ndarray, "2 codebooks frames"]] = []
         self._blocks, self._pool = blocks, pool
@@ -393,21 +457,24 @@ class _Listener:
 class _Encoder:
     """Mimi with slots for several recordings at once, two rows of the batch each."""
 
-    def __init__(self, mimi: FlaxMimiModel, codebooks: int, slots: int):
-        self._mimi, self._codebooks, self._slots = mimi, codebooks, slots
+    def __init__(self, mimi: FlaxMimiModel, codebooks: int, slots: int, dtype: type[np.integer]):
+        self._mimi, self._codebooks, self._slots, self._dtype = mimi, codebooks, slots, dtype
         self._rate = mimi.config.sampling_rate
         self._frame = samples_per_frame(mimi.config)
         self.frame_rate = self._rate / self._frame
 
     def run(
         self, work: Iterable[tuple[int, Listed]], pool: ThreadPoolExecutor, standby: int
-    ) -> Iterator[tuple[int, Listed, Heard | BadRecording]]:
+    ) -> Iterator[tuple[int, Listed, list[list[int] | None], Heard | BadRecording]]:
         """What became of recordings, in the order in which they end.
 
         Args:
             work: recordings, each with a number that comes back with it.
             pool: reads audio.
             standby: how many recordings are opened before a slot is free.
+
+        Yields:
+            The number, the recording, its files as they were when it was opened, and what became of it.
         """
         size = _BLOCK_FRAMES * self._frame
         todo = ((number, item, read_blocks(item.path, self._rate, size)) for number, item in work)
@@ -430,7 +497,7 @@ class _Encoder:
                         block, last = slot.hear()
                     except BadRecording as error:
                         slots[place] = None
-                        yield slot.number, slot.item, error
+                        yield slot.number, slot.item, slot.files, error
                         continue
                     audio[place, :, : block.shape[1]] = block
                     heard[place] = -(-block.shape[1] // self._frame), last
@@ -444,7 +511,8 @@ class _Encoder:
             codes = np.asarray(codes).reshape(self._slots, 2, self._codebooks, _BLOCK_FRAMES)
             for place, (frames, last) in heard.items():
                 slot = slots[place]
-                slot.codes.append(codes[place, :, :, :frames])
+                # a copy, as a view would keep the block of all slots
+                slot.codes.append(codes[place, :, :, :frames].astype(self._dtype))
                 if last:
                     slots[place] = None
-                    yield slot.number, slot.item, Heard(slot.words, np.concatenate(slot.codes, axis=-1))
+                    yield slot.number, slot.item, slot.files, Heard(slot.words, np.concatenate(slot.codes, axis=-1))

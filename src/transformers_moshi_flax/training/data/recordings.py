@@ -30,6 +30,23 @@ class Listed:
     id: str
     path: Path
 
+    def files(self) -> list[list[int] | None]:
+        """Size and time of change (ns) of the audio and of the JSON beside it; None for what is not there."""
+        return [_status(self.path), _status(words_path(self.path))]
+
+
+def words_path(audio: Path) -> Path:
+    """Where the words of a recording are."""
+    return audio.parent / f"{audio.stem}.json"
+
+
+def _status(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError for names that no file can have
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
 
 def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Block, bool]]:
     """Blocks of ``size`` samples of both channels, and whether it is the last one, which may be shorter.
@@ -42,9 +59,11 @@ def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Blo
     import soundfile
     import soxr
 
-    if not path.is_file():
-        raise BadRecording("there is no such file")
     try:
+        if not path.is_file():
+            raise BadRecording("there is no such file")
+        if path.suffix.lower() == ".raw":
+            raise BadRecording("a .raw file does not say its rate and channels; give it as .wav or .flac")
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
             if channels != 2:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.training.runs import run_values, write_inputs
-from transformers_moshi_flax.training import trainer
+from transformers_moshi_flax.training import run_checkpoints, trainer
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_without_the_extra(moshi_flax, config: Path, monkeypatch: pytest.MonkeyP
     ("error", "code"),
     [
         (trainer.NotFiniteError("10 steps in a row"), 1),
-        (trainer.DamagedCheckpointError("no checkpoint is whole"), 1),
+        (run_checkpoints.DamagedCheckpointError("no checkpoint is whole"), 1),
+        (OSError("no space left on the disk"), 1),
         (trainer.Interrupted(signal.SIGTERM, 7), 143),
         (trainer.Interrupted(signal.SIGINT, 7), 130),
     ],

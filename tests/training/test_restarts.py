@@ -124,7 +124,10 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
         for kill in range(KILLS):
             before = len(lines(run))
             process = children.start(config)
-            if kill % 2:  # in the middle of a save
+            if kill == 0:  # before the first step, while the folder is made ready
+                wait_for(lambda: (run / "model").exists() or (run / "frozen").exists(), process)
+                time.sleep(draw.uniform(0, 0.02))
+            elif kill % 2:  # in the middle of a save
                 wait_for(lambda before=before: len(lines(run)) > before, process)
                 wait_for(lambda: any((run / "checkpoints").glob(TEMPORARY)), process)
                 time.sleep(draw.uniform(0, 0.02))
@@ -135,6 +138,7 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
                 time.sleep(draw.uniform(0, 2))
             os.kill(process, signal.SIGKILL)
             assert children.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+            assert kill or not lines(run)
             torn += any((run / "checkpoints").glob(TEMPORARY))
         assert torn, "no save was torn, so this proves nothing about them"
         assert len(lines(run)) < STEPS

@@ -61,7 +61,7 @@ def test_the_latest_and_the_best_are_kept(saved: Path) -> None:
     checkpoints = RunCheckpoints(saved, read_only=True)
     assert checkpoints.steps() == [3, 5, 6]
     assert checkpoints.best_step() == 3
-    assert checkpoints.shapes(5, PARAMS)["layers"]["0"]["kernel"].shape == (20, 30)
+    assert checkpoints.host_target(5, PARAMS)["layers"]["0"]["kernel"].shape == (20, 30)
     checkpoints.close()
 
 
@@ -163,7 +163,9 @@ def test_a_checkpoint_without_its_manifest_gets_no_name(folder: Path, monkeypatc
     checkpoints = RunCheckpoints(folder, max_to_keep=2)
     monkeypatch.setattr(run_checkpoints, "write_text", fail)
     save(checkpoints, 7)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(
+        OSError, match="checkpoint of step 7 cannot be written; those before it are kept: no space left"
+    ):
         checkpoints.wait()
     monkeypatch.undo()
     assert not (folder / "7").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import types
@@ -25,7 +26,7 @@ from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.training import trainer as trainer_module
 from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
 from transformers_moshi_flax.training.data import loading
-from transformers_moshi_flax.training.run_checkpoints import PARAMS, RunCheckpoints
+from transformers_moshi_flax.training.run_checkpoints import PARAMS, DamagedCheckpointError, RunCheckpoints
 from transformers_moshi_flax.training.run_folder import RunFolder, export_checkpoint
 from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
 
@@ -89,12 +90,9 @@ def exported(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
 def kept(run: Path, step: int) -> dict[tuple[str, ...], np.ndarray]:
     """The trained parameters of a checkpoint."""
     checkpoints = RunCheckpoints(run / "checkpoints", read_only=True)
-    shapes = checkpoints.shapes(step, PARAMS)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-    params = checkpoints.restore(step, {PARAMS: target}).arrays[PARAMS]
+    params = checkpoints.restore(step, {PARAMS: checkpoints.host_target(step, PARAMS)}).arrays[PARAMS]
     checkpoints.close()
-    return {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    return flatten_dict(params)
 
 
 def assert_has(whole: dict, part: dict) -> None:
@@ -262,6 +260,146 @@ def test_held_out_data_are_looked_at_before_any_step(inputs: Path, tmp_path: Pat
     with pytest.raises(ConfigurationError, match=r"data\.evaluation.*has 1 codebooks, but the model wants 2"):
         train(inputs, **options)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing handles it."""
+
+
+def killed_at(folder: Path, owner: Any, name: str, **overrides: Any) -> None:
+    """A run that ends where ``owner.name`` is called."""
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, kill)
+        train(folder, **overrides)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    whole: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    """Even with other weights: nothing of the runs before is in what is trained, kept and exported."""
+    run = tmp_path / "run"
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50}
+    killed_at(inputs, RunFolder, "keep_model", **options)
+    (run / ".config.yaml.0.tmp").write_text("torn")
+    killed_at(inputs, Trainer, "_keep_frozen", **options, run__seed=1)
+    killed_at(inputs, trainer_module._Loop, "run", **options, run__seed=2)
+    train(inputs, **options)
+    final = exported(whole["run"] / "export")
+    assert_has(exported(run / "export"), final)
+    export_checkpoint(run, tmp_path / "again")
+    assert_has(exported(tmp_path / "again"), final)
+
+
+def test_begun_anew_the_export_is_of_the_new_run(whole: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole["run"], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__seed": 1}
+    killed_at(inputs, trainer_module._Loop, "run", **options)
+    assert RunFolder(run).exported_step() is None and not (run / "export").exists()
+    train(inputs, **options)
+    assert_has(exported(run / "export"), kept(run, 6))
+    assert RunFolder(run).exported_step() == 6
+    shutil.rmtree(run / "export")
+    assert RunFolder(run).exported_step() is None
+
+
+def test_fewer_steps_than_are_made_are_refused(inputs: Path, tmp_path: Path) -> None:
+    options = {
+        "run__output_dir": str(tmp_path / "run"),
+        "run__checkpoint_every": 50,
+        "optimizer__schedule": "constant",
+    }
+    train(inputs, **options, run__steps=2)
+    with pytest.raises(ConfigurationError, match=r"`run\.steps`: 1 is less than the 2 that are made already"):
+        train(inputs, **options, run__steps=1)
+    assert RunFolder(tmp_path / "run").configuration().run.steps == 2
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing"])
+def test_damaged_frozen_weights_are_named(
+    whole: dict[str, Any], inputs: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(whole["run"], tmp_path / "run"))
+    if damage == "torn":
+        manifest = run / "frozen" / "0" / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes()[:50])
+    else:
+        shutil.rmtree(run / "frozen")
+    message = r"frozen.* not trained: bring a copy of it back, or remove .*checkpoints"
+    with pytest.raises(DamagedCheckpointError, match=message):
+        train(inputs, run__output_dir=str(run))
+    with pytest.raises(DamagedCheckpointError, match=message):
+        export_checkpoint(run, tmp_path / "copy")
+    assert not (run / "damaged").exists() and not caplog.records
+
+
+def test_a_model_configuration_has_its_name(inputs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "small.json"
+    other.write_text((inputs / "model" / "config.json").read_text())
+    with pytest.raises(ConfigurationError, match=r"`model\.config`: .*small\.json' is not named config\.json"):
+        train(inputs, run__output_dir=str(tmp_path / "run"), model__config=str(other))
+
+
+def test_the_folder_is_looked_at_again_when_it_is_locked(whole: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    late = Trainer(run_config(inputs, run__output_dir=str(run), run__seed=1), quiet())
+    shutil.copytree(whole["run"], run)
+    with pytest.raises(ConfigurationError, match=r"run\.seed: 0 -> 1"):
+        late.train()
+
+
+def test_a_folder_that_cannot_be_made(inputs: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"`run\.output_dir`: .*/proc/nothing"):
+        train(inputs, run__output_dir="/proc/nothing/here")
+
+
+def test_an_export_in_another_layout_replaces_the_one_there(whole: dict[str, Any], tmp_path: Path) -> None:
+    for step, to_pt, weights in ((2, False, "flax_model"), (4, True, "model"), (6, False, "flax_model")):
+        export_checkpoint(whole["run"], tmp_path / "copy", step=step, to_pt=to_pt)
+        assert [path.name for path in (tmp_path / "copy").glob("*.safetensors")] == [f"{weights}.safetensors"]
+        assert_has(exported(tmp_path / "copy"), kept(whole["run"], step))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_an_export_while_checkpoints_are_removed(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: bool
+) -> None:
+    """The one that is read goes, as another one has been written."""
+    run, later = Path(shutil.copytree(whole["run"], tmp_path / "run")), tmp_path / "6"
+    losses = {record["step"]: record["loss"] for record in lines(run) if record["split"] == "evaluation"}
+    first = min(losses, key=losses.get) if best else 4
+    other = {4: 6, 6: 4}[first]
+    shutil.move(run / "checkpoints" / str(other), later)
+    target = RunCheckpoints.host_target
+
+    def prune(self: RunCheckpoints, step: int, name: str) -> Any:
+        if step == first:
+            later.rename(run / "checkpoints" / str(other))
+            shutil.rmtree(run / "checkpoints" / str(first))
+        return target(self, step, name)
+
+    monkeypatch.setattr(RunCheckpoints, "host_target", prune)
+    assert export_checkpoint(run, tmp_path / "copy", best=best) == other
+    assert_has(exported(tmp_path / "copy"), kept(whole["run"], other))
+
+
+def test_an_export_needs_no_processor_backend(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``JAX_PLATFORMS=cuda``."""
+    find = jax.local_devices
+
+    def local_devices(*args: Any, backend: str | None = None, **options: Any) -> list[jax.Device]:
+        if backend == "cpu":
+            raise RuntimeError("no backend cpu")
+        return find(*args, backend=backend, **options)
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    assert export_checkpoint(whole["run"], tmp_path / "copy") == 6
 
 
 def test_two_processes_cannot_train_in_one_folder(inputs: Path, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from transformers_moshi_flax.cli.checkpoints import Dtype, check_source, find_co
 from transformers_moshi_flax.cli.console import slow
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
-
 
 class Layout(enum.StrEnum):
     """Layouts a checkpoint may be written in."""
@@ -144,6 +142,7 @@ def _write(
     """
     from transformers_moshi_flax.checkpoints.companions import copy_companions
     from transformers_moshi_flax.checkpoints.files import Source
+    from transformers_moshi_flax.checkpoints.replacing import replacing_weights
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -151,26 +150,20 @@ def _write(
         tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch,
     ):
         fresh = Path(scratch)
-        before = _identities(destination)
-        if to is Layout.kyutai:
-            model.save_kyutai(destination, tokenizer=tokenizer)
-        else:
+        if to is not Layout.kyutai:
             copy_companions(Source.locate(source), fresh)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, fresh / "tokenizer.model")
-            size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-            with _quiet():
+        with replacing_weights(destination) as written:
+            if to is Layout.kyutai:
+                model.save_kyutai(destination, tokenizer=tokenizer)
+            else:
+                size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
                 model.save_pretrained(destination, to_pt=to is Layout.pt, **size)
-        after = _identities(destination)
-        changed = [name for name, identity in after.items() if before.get(name) != identity]
-        for name in after.keys() - set(changed):
-            # weights of another layout would be what is loaded, or what other programs load
-            if any(Path(name).match(pattern) for pattern in WEIGHTS):
-                (destination / name).unlink()
-        companions = [path for path in fresh.iterdir() if path.name not in changed]
+        companions = [path for path in fresh.iterdir() if path.name not in written]
         for path in companions:
             os.replace(path, destination / path.name)
-    return sorted([*changed, *(path.name for path in companions)])
+    return sorted([*written, *(path.name for path in companions)])
 
 
 @contextmanager
@@ -183,25 +176,6 @@ def _nothing_new(folder: Path) -> Iterator[None]:
         if not existed and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
         raise
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of weights in another layout that lie in the directory: they are about to go."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file of ``folder`` is replaced, by name."""
-    files = folder.glob("*") if folder.is_dir() else ()
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.is_file()}
 
 
 def _upload(model: Any, folder: Path, files: list[str], repo_id: str) -> None:

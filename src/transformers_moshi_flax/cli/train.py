@@ -34,8 +34,8 @@ def train(
     """Train as CONFIG says. A run that was interrupted goes on when it is started again.
 
     SIGTERM and SIGINT (Ctrl-C) write a checkpoint first; a second one ends the run at once. Exit codes: 0 all steps
-    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged); 2 a mistake in what
-    was given; 130 after SIGINT, 143 after SIGTERM.
+    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged, a full disk); 2 a
+    mistake in what was given; 130 after SIGINT, 143 after SIGTERM.
     """
     check_extra()
     from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
@@ -47,7 +47,7 @@ def train(
         Trainer(load_configuration(config, assignments or ())).train()
     except ConfigurationError as error:
         raise UserMistake(str(error)) from error
-    except (DamagedCheckpointError, NotFiniteError) as error:
+    except (DamagedCheckpointError, NotFiniteError, OSError) as error:
         raise FailedRun(str(error)) from error
     except Interrupted as interruption:
         raise InterruptedRun(str(interruption), interruption.signal) from interruption

@@ -79,7 +79,7 @@ class RunCheckpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         else:
-            self._move_away([step for step in self._steps_on_disk() if self._problems(step, f"{_METRICS}/")])
+            self._move_away([step for step in self._steps_on_disk() if self._is_damaged(step, f"{_METRICS}/")])
             kept = policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(max_to_keep),
@@ -122,7 +122,7 @@ class RunCheckpoints:
             metrics: of the held-out data, which tell the best checkpoint.
 
         Raises:
-            OSError: the save before this one failed.
+            OSError: the save before this one failed, as on a full disk.
         """
         self.wait()
         self._saving = step
@@ -130,16 +130,34 @@ class RunCheckpoints:
         if rest is not None:
             items[REST] = ocp.args.StandardSave(rest)
         args = ocp.args.Composite(**items, **{_PROGRESS: ocp.args.JsonSave(dict(progress))})
-        with _without_chatter():
+        with _without_chatter(), self._failures():
             self._manager.save(step, args=args, metrics=metrics and dict(metrics), force=True)
 
     def wait(self) -> None:
-        """Return when no save is under way; raises what one that failed has raised."""
-        self._manager.wait_until_finished()
+        """Return when no save is under way.
+
+        Raises:
+            OSError: one has failed.
+        """
+        with self._failures():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish what is under way and stop the threads."""
-        self._manager.close()
+        """Finish what is under way and stop the threads; raises as :meth:`wait`."""
+        with self._failures():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What Orbax raises of a disk that is full, depending on which of its files it was writing, is an OSError."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {self._saving} cannot be written; those before it are kept: "
+                f"{reason[0] if reason else type(error).__name__}"
+            ) from error
 
     def steps(self) -> list[int]:
         """Which checkpoints there are, in order; waits for the one that is being written."""
@@ -152,7 +170,8 @@ class RunCheckpoints:
         for step in self.steps():
             file = self.folder / str(step) / _METRICS / _METRICS
             if file.exists() and not find_damage(file.parents[1], f"{_METRICS}/"):
-                metrics[step] = self._metric(json.loads(file.read_bytes()))
+                with contextlib.suppress(FileNotFoundError):  # the run goes on, and has just removed it
+                    metrics[step] = self._metric(json.loads(file.read_bytes()))
         return min(metrics, key=metrics.get, default=None)
 
     def restore_latest(self, targets: Mapping[str, Any]) -> Restored | None:
@@ -160,7 +179,8 @@ class RunCheckpoints:
 
         Args:
             targets: the trees to read, :data:`PARAMS` or :data:`REST`, each with a ``jax.ShapeDtypeStruct`` in the
-                place of every array, and the sharding that it is to have.
+                place of every array, and the sharding that it is to have; or with NumPy arrays of those shapes, for
+                NumPy arrays.
 
         Returns:
             None if there is no checkpoint.
@@ -170,8 +190,7 @@ class RunCheckpoints:
         """
         damaged = []
         for step in reversed(self.steps()):
-            problems = self._problems(step)
-            if not problems:
+            if not self._is_damaged(step):
                 self._move_away(damaged)
                 if damaged:
                     self._manager.reload()
@@ -195,23 +214,24 @@ class RunCheckpoints:
         self._require(step)
         return self._read(step, targets)
 
-    def shapes(self, step: int, name: str) -> Any:
-        """The shapes and dtypes of a tree, :data:`PARAMS` or :data:`REST`, of a checkpoint, as nested dicts.
+    def host_target(self, step: int, name: str) -> Any:
+        """A target for a tree, :data:`PARAMS` or :data:`REST`, of a checkpoint, to be restored as NumPy arrays.
 
         Raises:
             DamagedCheckpointError, ValueError: as :meth:`restore`.
         """
         self._require(step, f"{name}/_METADATA")
         metadata = self._manager.item_metadata(step)[name].tree
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata)
 
     def _require(self, step: int, prefix: str = "") -> None:
         """Raises unless there is a checkpoint, of which the files whose paths begin with ``prefix`` are whole."""
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(f"{self.folder} has no checkpoint of step {step}; there are: {there}")
-        if self._problems(step, prefix):
-            raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged; use another one")
+        if problems := self._problems(step, prefix):
+            found = "; ".join(problems)
+            raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged ({found}); use another one")
 
     def _read(self, step: int, targets: Mapping[str, Any]) -> Restored:
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
@@ -228,13 +248,20 @@ class RunCheckpoints:
             raise OSError(f"{self.folder}: no folder of the checkpoint of step {self._saving} that is being written")
         write_text(written[0] / MANIFEST, json.dumps(_checksums(written[0]), indent=1) + "\n")
 
-    def _problems(self, step: int, prefix: str = "") -> bool:
-        """Whether a checkpoint is damaged, which the first process finds out, and reports, for all."""
+    def _problems(self, step: int, prefix: str = "") -> list[str]:
+        """As :func:`find_damage`; the first process reads the files for all."""
         problems = find_damage(self.folder / str(step), prefix) if jax.process_index() == 0 else []
-        if problems:
-            logger.error("checkpoint %s is damaged and not used: %s", self.folder / str(step), "; ".join(problems))
         if jax.process_count() > 1:
-            return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(problems))))
+            damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(problems))))
+            if damaged and not problems:
+                return ["as the first process says"]
+        return problems
+
+    def _is_damaged(self, step: int, prefix: str = "") -> bool:
+        """Whether a checkpoint is damaged; it is reported."""
+        problems = self._problems(step, prefix)
+        if problems and jax.process_index() == 0:
+            logger.error("checkpoint %s is damaged and not used: %s", self.folder / str(step), "; ".join(problems))
         return bool(problems)
 
     def _move_away(self, steps: list[int]) -> None:
@@ -279,7 +306,10 @@ def find_damage(checkpoint: Path, prefix: str = "") -> list[str]:
         files = {name: sum_ for name, sum_ in expected.items() if name.startswith(prefix)}
     except (OSError, ValueError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    found = _checksums(checkpoint, prefix)
+    try:
+        found = _checksums(checkpoint, prefix)
+    except OSError as error:
+        return [f"{error.filename} cannot be read ({error.strerror})"]
     problems = [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
     problems += [f"{name} is not of this checkpoint" for name in sorted(found.keys() - files.keys())]
     for name in sorted(files.keys() & found.keys()):

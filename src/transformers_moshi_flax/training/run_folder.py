@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,10 +31,11 @@ from .. import __version__
 from ..checkpoints.companions import copy_companions, sentencepiece_model
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
+from ..checkpoints.replacing import replacing_weights
 from ..checkpoints.writing import atomic_file, write_text
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from .configuration import ConfigurationError, TrainingConfig, changes_of_the_run, load_configuration, to_yaml
-from .run_checkpoints import PARAMS, RunCheckpoints
+from .run_checkpoints import DAMAGED, PARAMS, DamagedCheckpointError, RunCheckpoints
 from .scanned_layers import unstack_layers
 from .train_state import merge_params
 
@@ -98,7 +100,8 @@ class RunFolder:
         if not self.path.is_dir():
             raise ConfigurationError(f"{name} is a file; name a folder")
         if not (self.path / CONFIGURATION).exists():
-            others = [entry.name for entry in self.path.iterdir() if entry.name != _LOCK]
+            ours = (_LOCK, f".{CONFIGURATION}.")  # a run that was killed may have left no more than these
+            others = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(ours)]
             if others:
                 raise ConfigurationError(f"{name} has other things in it ({sorted(others)[0]}); name an empty folder")
         elif self.has_checkpoints():
@@ -108,6 +111,18 @@ class RunFolder:
                     f"{name} has a run that was started with other values ({'; '.join(changes)}); "
                     "give it those to go on, or another folder to begin anew"
                 )
+
+    def begin_anew(self, config: TrainingConfig) -> None:
+        """Write down the configuration, and remove what a run has left that had no checkpoints, or lost them.
+
+        Its model and frozen weights, which may be others, and its export. The configuration comes first: with it in
+        place, the folder is known to be of a run at whatever point this one is killed.
+        """
+        write_text(self.path / CONFIGURATION, to_yaml(config))
+        (self.path / _EXPORTED).unlink(missing_ok=True)
+        for folder in (self.export, self.frozen, self.model):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def begin(self, config: TrainingConfig, step: int) -> None:
         """Write down the configuration, and with what the run is started at ``step``."""
@@ -142,7 +157,7 @@ class RunFolder:
     def exported_step(self) -> int | None:
         """After which step the model in :attr:`export` was written; None if there is none."""
         path = self.path / _EXPORTED
-        return int(path.read_text("utf-8")) if path.exists() else None
+        return int(path.read_text("utf-8")) if path.exists() and self.export.is_dir() else None
 
     def set_exported_step(self, step: int) -> None:
         """Write down that :attr:`export` has the model after ``step``."""
@@ -156,17 +171,44 @@ class RunFolder:
         """
         return _Lock(self.path)
 
+    def restore_frozen(self, target: Any = None) -> Any:
+        """The weights that are not trained.
+
+        Args:
+            target: as of :meth:`RunCheckpoints.restore`; by default NumPy arrays are restored.
+
+        Raises:
+            DamagedCheckpointError: they are damaged or missing.
+        """
+        if not self.frozen.is_dir():
+            raise DamagedCheckpointError(f"{self.frozen} is not there; {self._remedy()}")
+        frozen = RunCheckpoints(self.frozen, read_only=True)
+        try:
+            target = frozen.host_target(0, PARAMS) if target is None else target
+            return frozen.restore(0, {PARAMS: target}).arrays[PARAMS]
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(f"{error}; {self._remedy()}") from error
+        finally:
+            frozen.close()
+
+    def _remedy(self) -> str:
+        return (
+            "it has the weights that are not trained: bring a copy of it back, or remove "
+            f"{self.checkpoints} (and {DAMAGED}/ beside it) to begin anew"
+        )
+
     def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
         """Write a checkpoint that ``from_pretrained`` loads.
 
         Args:
             params: of the whole model, layers unstacked.
-            folder: where to; what is there of a checkpoint is replaced.
+            folder: where to; weights that are there, of any layout, are removed once the new ones are written.
             to_pt: for the PyTorch classes of ``transformers``.
         """
         folder.mkdir(parents=True, exist_ok=True)
         copy_companions(Source.locate(self.model), folder)
-        self.load_model().save_pretrained(folder, params=params, to_pt=to_pt)
+        with replacing_weights(folder):
+            self.load_model().save_pretrained(folder, params=params, to_pt=to_pt)
 
 
 def export_checkpoint(
@@ -199,25 +241,8 @@ def export_checkpoint(
         raise ValueError("`step` and `best` are both given; leave one out")
     folder = RunFolder(run)
     config = folder.configuration()
-    if not folder.checkpoints.is_dir():
-        raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
-    checkpoints = RunCheckpoints(folder.checkpoints, best_metric=config.run.best_metric, read_only=True)
-    frozen = RunCheckpoints(folder.frozen, read_only=True)
-    try:
-        if best:
-            step = checkpoints.best_step()
-            if step is None:
-                raise ValueError(f"`best` of {str(folder.path)!r}: no checkpoint has held-out metrics; give a step")
-        if step is None:
-            step = max(checkpoints.steps(), default=None)
-            if step is None:
-                raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
-        trained = checkpoints.restore(step, {PARAMS: _on_host(checkpoints.shapes(step, PARAMS))}).arrays[PARAMS]
-        kept = frozen.restore(0, {PARAMS: _on_host(frozen.shapes(0, PARAMS))}).arrays[PARAMS]
-    finally:
-        checkpoints.close()
-        frozen.close()
-    params = merge_params(trained, kept)
+    step, trained = _restore_trained(folder, config.run.best_metric, step, best)
+    params = merge_params(trained, folder.restore_frozen())
     if config.model.scan_layers:
         params = unstack_layers(params)
     if dtype is not None:
@@ -273,7 +298,34 @@ class _Lock(AbstractContextManager):
         self._file.close()
 
 
-def _on_host(shapes: Any) -> Any:
-    """The same shapes, to be restored to the memory of the host."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+def _restore_trained(folder: RunFolder, best_metric: str, step: int | None, best: bool) -> tuple[int, Any]:
+    """The step of the checkpoint that was asked for, and its trained parameters as NumPy arrays.
+
+    A run that goes on may remove a checkpoint while it is read, but has written another one by then: where none was
+    asked for by its step, that is read.
+    """
+    failed = None
+    while True:
+        if not folder.checkpoints.is_dir():
+            raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
+        checkpoints = RunCheckpoints(folder.checkpoints, best_metric=best_metric, read_only=True)
+        chosen = step
+        try:
+            if best:
+                chosen = checkpoints.best_step()
+                if chosen is None:
+                    raise ValueError(
+                        f"`best` of {str(folder.path)!r}: no checkpoint has held-out metrics; give a step"
+                    )
+            elif step is None:
+                chosen = max(checkpoints.steps(), default=None)
+                if chosen is None:
+                    raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
+            target = checkpoints.host_target(chosen, PARAMS)
+            return chosen, checkpoints.restore(chosen, {PARAMS: target}).arrays[PARAMS]
+        except Exception:  # Orbax has many for files that vanish
+            if chosen in (step, failed):
+                raise
+            failed = chosen
+        finally:
+            checkpoints.close()

@@ -35,7 +35,7 @@ from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
 from .optimizer import make_optimizer
-from .run_checkpoints import PARAMS, REST, DamagedCheckpointError, RunCheckpoints
+from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
 from .run_logging import RunLog, check_packages
 from .scanned_layers import stack_layers, unstack_layers
@@ -92,7 +92,7 @@ class Trainer:
     def _opened(self) -> tuple[Mesh, PreparedDataset, PreparedDataset | None]:
         config = self.config
         check_packages(config.run.tensorboard, config.run.wandb_project)
-        self.folder.check(config)
+        _explained("run.output_dir", lambda: self.folder.check(config))
         mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
         train = _explained("data.train", lambda: open_dataset(config.data.train))
         held_out = None
@@ -109,17 +109,23 @@ class Trainer:
 
         Raises:
             ConfigurationError: as the class; or another process trains in the same folder.
-            DamagedCheckpointError: no checkpoint of the run is whole.
+            DamagedCheckpointError: no checkpoint of the run is whole, or the weights that are not trained are not.
             Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
             NotFiniteError: see the class.
+            OSError: the disk is full, or the like; the checkpoints before are kept.
         """
+
+        def lock() -> None:
+            if self._is_first:
+                stack.enter_context(_explained("run.output_dir", self.folder.lock))
+
         with contextlib.ExitStack() as stack:
-            _in_all(lambda: stack.enter_context(self.folder.lock()) if self._is_first else None)
+            _in_all(lock)
             return self._train(stack)
 
     def _train(self, stack: contextlib.ExitStack) -> dict[str, float]:
         config, run = self.config, self.config.run
-        resumes = self.folder.has_checkpoints()
+        resumes = _in_all(self._prepare_folder)
         model, params = _in_all(self._resumed_model if resumes else self._new_model)
         module = model.module.clone(
             gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
@@ -174,6 +180,16 @@ class Trainer:
 
     # Beginning and going on
 
+    def _prepare_folder(self) -> bool:
+        """Whether the run goes on; if it does not, the folder is made ready to begin."""
+        resumes = self.folder.has_checkpoints()
+        if self._is_first:
+            # another run may have been here since the folder was looked at, before it was locked
+            _explained("run.output_dir", lambda: self.folder.check(self.config))
+            if not resumes:
+                _explained("run.output_dir", lambda: self.folder.begin_anew(self.config))
+        return resumes
+
     def _new_model(self) -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any]]:
         """The model that the run begins with; what it takes to go on without its source is put into the folder."""
         config = self.config.model
@@ -186,6 +202,8 @@ class Trainer:
                 )
                 return model, params, Source.locate(config.path)
             path = Path(config.config)
+            if path.is_file() and path.name != "config.json":
+                raise ValueError(f"{config.config!r} is not named config.json; rename it, or give a directory")
             source = Source.locate(path.parent if path.is_file() else path)
             model = FlaxMoshiForConditionalGeneration(
                 load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
@@ -204,19 +222,18 @@ class Trainer:
 
     def _keep_frozen(self, state: TrainState) -> None:
         frozen = RunCheckpoints(self.folder.frozen)
-        if 0 not in frozen.steps():
-            frozen.save(0, state.frozen_params, None, {})
+        frozen.save(0, state.frozen_params, None, {})
         frozen.close()
 
     def _restored(self, checkpoints: RunCheckpoints, target: TrainState) -> tuple[TrainState, int, dict[str, Any]]:
         found = checkpoints.restore_latest({PARAMS: target.params, REST: _rest(target)})
-        frozen = RunCheckpoints(self.folder.frozen)
-        try:
-            kept = frozen.restore(0, {PARAMS: target.frozen_params}).arrays[PARAMS]
-        except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(f"{error}; they are the weights that are not trained") from error
-        finally:
-            frozen.close()
+        steps = self.config.run.steps
+        if found.step > steps:
+            raise ConfigurationError(
+                f"`run.steps`: {steps} is less than the {found.step} that are made already; "
+                f"give {found.step} or more, or another run.output_dir"
+            )
+        kept = self.folder.restore_frozen(target.frozen_params)
         state = found.arrays[REST].replace(params=found.arrays[PARAMS], frozen_params=kept)
         return state, found.step, found.progress
 

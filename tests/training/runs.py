@@ -13,12 +13,12 @@ from transformers_moshi_flax.training.configuration import TrainingConfig, build
 LENGTHS = (17, 9, 12, 8, 15, 11)
 
 
-def smaller_config() -> Any:
+def smaller_config(num_hidden_layers: int = 1) -> Any:
     """A tiny Moshi that compiles in little time."""
     codec = {"num_hidden_layers": 1, "num_quantizers": 2}
     depth = {"num_hidden_layers": 1}
     return tiny_moshi_config(
-        num_hidden_layers=1, num_codebooks=2, audio_encoder_config=codec, depth_decoder_config=depth
+        num_hidden_layers=num_hidden_layers, num_codebooks=2, audio_encoder_config=codec, depth_decoder_config=depth
     )
 
 

@@ -112,7 +112,28 @@ def test_dropout_follows_its_key() -> None:
     assert len(first) == 3 and np.abs(first[-1] - other[-1]).max() > 1e-3
 
 
-def test_optimizer_and_partition_rules_know_stacked_layers() -> None:
+def test_rates_of_single_layers_are_those_of_their_paths_in_files() -> None:
+    _, params = make_module(two_layers())
+    params = of_moshi(params)
+    rates = {r"decoder/model/layers/1/.*": 0.5, r"depth_decoder/layers/.*": 0.25, r".*/layers/0/mlp/fc1/.*": 3.0}
+    config = OptimizerConfig(learning_rate_multipliers=rates, schedule="constant", learning_rate=0.1)
+
+    def updates(params: dict[str, Any]) -> dict[str, np.ndarray]:
+        optimizer, _ = make_optimizer(config, 2, params)
+        with jax.numpy_dtype_promotion("standard"):
+            changes, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        return flatten_dict(unstack_layers(changes), sep="/")
+
+    expected, found = updates(params), updates(stack_layers(params))
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-6, err_msg=path)
+    with pytest.raises(ValueError, match=r"'decoder/model/layers/2/\.\*', which matches no parameter"):
+        other = OptimizerConfig(learning_rate_multipliers={"decoder/model/layers/2/.*": 0.5})
+        make_optimizer(other, 2, stack_layers(params))
+
+
+def test_partition_rules_know_stacked_layers() -> None:
     _, params = make_module(two_layers())
     shapes = jax.eval_shape(lambda: of_moshi(stack_layers(params)))
     specs = {
@@ -120,8 +141,6 @@ def test_optimizer_and_partition_rules_know_stacked_layers() -> None:
     }
     assert specs["decoder/model/layers/stacked/mlp/fc2/kernel"] == jax.P(None, "tensor", "fsdp")
     assert specs["depth_decoder/layers/stacked/self_attn/q_proj/linear/1/kernel"] == jax.P(None, "fsdp", "tensor")
-    rates = {r"decoder/model/layers/stacked/.*": 0.5}
-    make_optimizer(OptimizerConfig(learning_rate_multipliers=rates), 2, shapes)
     _, frozen = split_params(shapes, [r"depth_decoder/layers/stacked/.*"])
     assert set(frozen) == {"depth_decoder"}
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import soundfile
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
+from safetensors.numpy import load_file
 
-from tests.training.runs import LENGTHS, run_config, write_conversations, write_inputs
+from tests.training.runs import LENGTHS, run_config, smaller_config, write_conversations, write_inputs
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.training import trainer as trainer_module
 from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
@@ -30,7 +32,13 @@ from transformers_moshi_flax.training.run_checkpoints import PARAMS, DamagedChec
 from transformers_moshi_flax.training.run_folder import RunFolder, export_checkpoint
 from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
 
-OPTIONS = {"data__evaluation": None, "run__evaluate_every": 4, "run__samples": 1, "run__sample_frames": 5}
+OPTIONS = {
+    "run__evaluate_every": 4,
+    "run__samples": 1,
+    "run__sample_frames": 5,
+    "run__tensorboard": True,
+    "run__wandb_project": "moshi",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,13 +69,39 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Wandb:
+    """A stand-in that takes down the calls of Weights & Biases."""
+
+    def __init__(self):
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **kwargs: Any) -> Wandb:
+        self.calls.append(("init", kwargs))
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
+
+
 @pytest.fixture(scope="module")
-def whole(inputs: Path) -> dict[str, Any]:
-    """A run of six steps with an evaluation in the middle. Not to be changed."""
+def wandb() -> Iterator[Wandb]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stand_in = Wandb()
+        monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=stand_in.init))
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, wandb: Wandb) -> dict[str, Any]:
+    """A run of six steps with an evaluation in the middle, and what it leaves. Not to be changed."""
     notes = quiet()
-    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
+    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out")}
     metrics = train(inputs, notes, **options)
-    return {"metrics": metrics, "run": inputs / "run", "notes": notes.file.getvalue()}
+    found = {"metrics": metrics, "run": inputs / "run", "notes": notes.file.getvalue(), "wandb": list(wandb.calls)}
+    return {**found, "export": exported(inputs / "run" / "export")}
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -85,6 +119,11 @@ def exported(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
     model, params = FlaxMoshiForConditionalGeneration.from_pretrained(folder, _do_init=False)
     assert model.config.num_codebooks == 2
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+
+
+def stored(folder: Path) -> dict[tuple[str, ...], np.ndarray]:
+    """As :func:`exported`, from the file."""
+    return {tuple(name.split(".")): leaf for name, leaf in load_file(folder / "flax_model.safetensors").items()}
 
 
 def kept(run: Path, step: int) -> dict[tuple[str, ...], np.ndarray]:
@@ -139,11 +178,11 @@ def test_samples_of_an_evaluation(whole: dict[str, Any]) -> None:
 
 
 def test_export_has_the_parameters_of_the_checkpoint(whole: dict[str, Any], tmp_path: Path) -> None:
-    final = exported(whole["run"] / "export")
+    final = whole["export"]
     assert_has(final, kept(whole["run"], 6))
     assert all(leaf.dtype == np.float32 for leaf in final.values())
     assert export_checkpoint(whole["run"], tmp_path / "four", step=4) == 4
-    four = exported(tmp_path / "four")
+    four = stored(tmp_path / "four")
     assert four.keys() == final.keys()
     assert_has(four, kept(whole["run"], 4))
     changed = {path for path in final if not np.array_equal(final[path], four[path])}
@@ -156,11 +195,15 @@ def test_export_has_the_parameters_of_the_checkpoint(whole: dict[str, Any], tmp_
         export_checkpoint(whole["run"], tmp_path / "three", step=3)
 
 
-def test_a_run_that_is_over_stays_as_it_is(whole: dict[str, Any], inputs: Path) -> None:
+def test_a_run_that_is_over_stays_as_it_is(whole: dict[str, Any], inputs: Path, wandb: Wandb) -> None:
+    """Weights & Biases is told again, by the same name."""
     before = lines(whole["run"])
-    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
-    assert train(inputs, **options) == {}
+    wandb.calls.clear()
+    assert train(inputs, **OPTIONS, data__evaluation=str(inputs / "held-out")) == {}
     assert lines(whole["run"]) == before
+    assert [name for name, _ in wandb.calls] == ["init", "finish"]
+    first, second = (calls[0][1] for calls in (whole["wandb"], wandb.calls))
+    assert first["id"] == second["id"] and first["project"] == "moshi" and first["resume"] == "allow"
 
 
 def test_another_configuration_is_refused(whole: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
@@ -185,7 +228,7 @@ def test_what_is_not_there_is_named_before_any_work(inputs: Path, tmp_path: Path
 def test_an_interrupted_run_ends_as_the_whole_one(
     whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the third step; then the folder is moved, and its source of weights is gone."""
+    """SIGTERM in the third step; then another process makes the batches."""
     held_out = {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 3}
     options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50, **held_out}
     put = trainer_module.put_batch
@@ -207,15 +250,15 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "split": "train", "loss": 1.0}\n{"step": 5, "spl')
     notes = quiet()
-    train(inputs, notes, **options)
+    train(inputs, notes, **options, data__workers=1)
     assert "going on from the checkpoint of step 3" in notes.file.getvalue()
     assert losses_of(tmp_path / "run") == losses_of(whole["run"])
     # the signal came before the evaluation of step 3, which is made up for
     assert losses_of(tmp_path / "run", "evaluation").keys() == {3, 6}
     assert losses_of(tmp_path / "run", "evaluation")[6] == losses_of(whole["run"], "evaluation")[6]
-    final, ours = exported(whole["run"] / "export"), exported(tmp_path / "run" / "export")
-    assert final.keys() == ours.keys()
-    assert_has(final, ours)
+    ours = stored(tmp_path / "run" / "export")
+    assert whole["export"].keys() == ours.keys()
+    assert_has(whole["export"], ours)
 
 
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
@@ -409,36 +452,85 @@ def test_two_processes_cannot_train_in_one_folder(inputs: Path, tmp_path: Path) 
 
 
 def test_wandb(whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls, on a stand-in; the run has one name however often it is started."""
-    calls: list[tuple[str, Any]] = []
-
-    class Run:
-        def log(self, values: dict, step: int) -> None:
-            calls.append(("log", (step, values["train/loss"])))
-
-        def finish(self, exit_code: int) -> None:
-            calls.append(("finish", exit_code))
-
-    def init(**kwargs: Any) -> Run:
-        calls.append(("init", kwargs))
-        return Run()
-
-    options = {"run__output_dir": str(tmp_path / "run"), "run__wandb_project": "moshi"}
+    (first, config), *logged, last = whole["wandb"]
+    assert first == "init" and config["config"]["run"]["steps"] == 6
+    assert last == ("finish", 0) and {name for name, _ in logged} == {"log"}
+    expected = [(line["step"], line["split"], line["loss"]) for line in lines(whole["run"])]
+    found = [
+        (step, split, values[f"{split}/loss"])
+        for _, (step, values) in logged
+        for split in {name.split("/")[0] for name in values}
+    ]
+    assert found == expected
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match=r"run\.wandb_project.*pip install wandb"):
-        train(inputs, **options)
+        train(inputs, run__output_dir=str(tmp_path / "run"), run__wandb_project="moshi")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for _ in range(2):
-        train(inputs, **options)
-    names = [name for name, _ in calls]
-    assert names == ["init", *["log"] * 6, "finish", "init", "finish"]
-    first, second = (value for name, value in calls if name == "init")
-    assert first["id"] == second["id"] and first["project"] == "moshi" and first["resume"] == "allow"
-    assert first["config"]["run"]["steps"] == 6
-    assert dict(value for name, value in calls if name == "log") == losses_of(whole["run"])
 
 
 def test_a_yaml_of_the_run_is_one_that_loads(whole: dict[str, Any], inputs: Path) -> None:
-    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out"), "run__tensorboard": True}
+    options = {**OPTIONS, "data__evaluation": str(inputs / "held-out")}
     assert load_configuration(whole["run"] / "config.yaml") == run_config(inputs, **options)
+
+
+def test_a_second_signal_ends_the_process(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # JAX has threads; the child needs none
+        child = os.fork()
+    if child == 0:
+        with trainer_module._signals() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / "first").write_text(str(received))
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
+    assert (tmp_path / "first").read_text() == "[15]"
+
+
+@pytest.fixture(scope="module")
+def two_layers(inputs: Path) -> dict[str, Any]:
+    """Options for a model of two layers."""
+    smaller_config(num_hidden_layers=2).save_pretrained(inputs / "two layers")
+    return {"model__config": str(inputs / "two layers"), "run__max_to_keep": 9, "run__checkpoint_every": 1}
+
+
+def test_stacked_layers_in_bfloat16(inputs: Path, two_layers: dict[str, Any], tmp_path: Path) -> None:
+    """Paths are those of files, also where they name one of the layers that are stacked."""
+    train(
+        inputs,
+        **two_layers,
+        run__output_dir=str(tmp_path / "run"),
+        run__steps=2,
+        model__dtype="bfloat16",
+        model__scan_layers=True,
+        model__gradient_checkpointing=True,
+        model__freeze=["decoder/model/layers/.*/self_attn/.*"],
+        optimizer__schedule="constant",
+        optimizer__learning_rate_multipliers={"decoder/model/layers/1/.*": 0.0},
+    )
+    first, second = kept(tmp_path / "run", 1), kept(tmp_path / "run", 2)
+    name = ("decoder", "model", "layers", "stacked", "mlp", "fc1", "kernel")
+    np.testing.assert_array_equal(second[name][1], first[name][1])
+    assert second[name].dtype == np.float32 and not np.array_equal(second[name][0], first[name][0])
+    final = exported(tmp_path / "run" / "export")
+    for number in (0, 1):
+        path = tuple(str(number) if part == "stacked" else part for part in name)
+        np.testing.assert_array_equal(final[path], second[name][number])
+        assert (*path[:4], "self_attn", "q_proj", "linear", "kernel") in final
+    assert not any("self_attn" in path for path in second if path[0] == "decoder")
+    assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in final.values())
+
+
+def test_one_of_the_stacked_layers_cannot_be_frozen(inputs: Path, two_layers: dict[str, Any], tmp_path: Path) -> None:
+    options = {**two_layers, "run__output_dir": str(tmp_path / "run"), "model__scan_layers": True}
+    with pytest.raises(ConfigurationError, match=r"`model\.freeze`: .*layers/1.* some layers .*model\.scan_layers"):
+        train(inputs, **options, model__freeze=["decoder/model/layers/1/.*"])
+
+
+def test_float16(inputs: Path, tmp_path: Path) -> None:
+    """The loss scale is found, and the model learns with it."""
+    train(inputs, run__output_dir=str(tmp_path / "run"), run__steps=12, model__dtype="float16", run__log_every=2)
+    records = lines(tmp_path / "run")
+    assert records[-1]["loss_scale"] < records[0]["loss_scale"] <= 2**16
+    assert records[-1]["bad_steps"] < 12 and records[-1]["bad_steps_in_a_row"] == 0
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert all(np.isfinite(leaf).all() for leaf in exported(tmp_path / "run" / "export").values())

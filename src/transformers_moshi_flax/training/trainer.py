@@ -169,7 +169,9 @@ class Trainer:
         evaluation = None
         if self._held_out is not None:
             step_of_evaluation = make_eval_step(module, config.objective, state_shardings=shardings)
-            evaluation = _explained("data.evaluation", lambda: _Evaluation(self, model, step_of_evaluation))
+            evaluation = _in_all(
+                lambda: _explained("data.evaluation", lambda: _Evaluation(self, model, step_of_evaluation))
+            )
         log = self._log(step)
         with log or contextlib.nullcontext(), _signals() as stop:
             loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)

@@ -136,6 +136,7 @@ def one_device(inputs: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(inputs: Path, one_device: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = write_config(tmp_path / "first.yaml", values_of(inputs, run, mesh__fsdp=8, run__steps=2))
@@ -205,15 +206,15 @@ def test_two_processes_that_are_stopped_end_as_one(inputs: Path, one_device: Pat
     assert "where another process is training" in errors and "process 0 of the run has failed" in errors
 
 
-def test_several_processes_speak_no_samples(inputs: Path) -> None:
+def test_several_processes_speak_no_samples(tmp_path: Path) -> None:
     processes = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}
     options = {f"distributed__{key}": value for key, value in processes.items()}
-    values = values_of(inputs, inputs / "never", mesh__data=2, run__samples=3, **options)
+    values = values_of(tmp_path, tmp_path / "run", mesh__data=2, run__samples=3, **options)
     with pytest.raises(ConfigurationError, match=r"`run\.samples`: 3 .* distributed\.num_processes = 2.*to 0"):
         build_configuration(values)
 
 
-def test_processes_are_joined_by_the_configuration_alone(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_are_joined_by_the_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigurationError, match=r"`distributed\.num_processes`: the run has 1, but JAX 2"):
-        Trainer(build_configuration(values_of(inputs, inputs / "never")))
+        Trainer(build_configuration(values_of(tmp_path, tmp_path / "run")))

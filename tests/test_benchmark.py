@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the sides, is not installed")
-from utils.benchmark import first_call, generate, limit, steadiness, streaming
+from utils.benchmark import first_call, generate, limit, steadiness, streaming, train, training_sides
 from utils.benchmark.checkpoints import write_checkpoint
 from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
 
@@ -141,3 +141,15 @@ def test_collections() -> None:
         gc.collect(1)
     assert [generation for generation, _ in collected if generation == 1] == [1]
     assert all(seconds > 0 for _, seconds in collected)
+
+
+def test_training(tmp_path: Path) -> None:
+    train.write_weights("tiny", 0, tmp_path)
+    sides = ("ours", "upstream")
+    results = {side: [training_sides.measure_side(side, str(tmp_path), 2, FRAMES, 2)] for side in sides}
+    ours, upstream = (results[side][0] for side in sides)
+    assert ours.text_loss == pytest.approx(upstream.text_loss, rel=1e-5)
+    assert len(ours.seconds) == len(ours.processor_seconds) == 2 and ours.step_bytes > 0
+    header, _, *rows = train.speeds(results, 2 * FRAMES).splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["this library", "upstream PyTorch"]
+    assert all(row.count("|") == header.count("|") for row in rows)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ..input_checks import is_tracing
+from ..xla_options import cpu_options
 
 
 class Program:
@@ -43,18 +44,10 @@ class Program:
         return self._whole.lower(*args)
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
     """Options for the programs of generation on the default platform.
 
     On CPUs the library YNNPACK is left out: its reductions cost 25 µs each however small they are (two for every
     attention), and its products of a few rows are slower than Eigen's; see ``docs/benchmarks.md``.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # another jaxlib may not have the option
-        return {}
-    return options
+    return cpu_options("xla_cpu_experimental_ynn_fusion_type", "")

@@ -6,7 +6,6 @@ next step gets other data and other dropout.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from ..xla_options import cpu_options
 from .objective import Batch, ObjectiveConfig, batch_arrays, metrics_of, objective_loss, weight_totals
 from .train_state import LossScale, TrainState, merge_params
 
@@ -110,21 +110,13 @@ def make_train_step(
     return jax.jit(_on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
     """Options for the step on the default platform.
 
     On CPUs operations are to be ordered by the memory that they need; the default, which lets as many as possible run
     side by side, keeps a fifth more and is no faster (``docs/benchmarks.md``).
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": "false"}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # another jaxlib may not have the option
-        return {}
-    return options
+    return cpu_options("xla_cpu_enable_concurrency_optimized_scheduler", "false")
 
 
 def make_eval_step(

@@ -26,7 +26,7 @@ CORE = [
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
 TORCH = ["torch>=2.6,<2.14"]
-TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.11", "pyyaml>=6.0", "tensorboardX>=2.6"]
+TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6"]
 QUALITY = ["ruff>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
 # einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins

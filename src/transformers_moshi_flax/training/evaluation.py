@@ -17,6 +17,7 @@ from ..checkpoints.writing import atomic_file, write_text
 from ..generation.buckets import bucket
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..models.moshi.generation_flax_moshi import decode_audio
+from ..models.moshi.kyutai_config_flax_moshi import TEXT_END_OF_PAD, TEXT_PAD
 from .data.prepared import Conversation
 from .objective import ObjectiveConfig, metrics_of
 
@@ -115,5 +116,9 @@ def _decoded(
 
 def words(text_ids: Int[np.ndarray, "frames"], tokenizer: Any) -> str:
     """What the text stream says, without padding."""
-    known = [token for token in text_ids.tolist() if 0 <= token < len(tokenizer) and token not in (0, 3)]
+    known = [
+        token
+        for token in text_ids.tolist()
+        if 0 <= token < len(tokenizer) and token not in (TEXT_PAD, TEXT_END_OF_PAD)
+    ]
     return tokenizer.decode(known, skip_special_tokens=True).strip()

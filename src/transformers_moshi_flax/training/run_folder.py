@@ -76,7 +76,7 @@ class RunFolder:
 
     def has_checkpoints(self) -> bool:
         """Whether a run has written checkpoints here, be they damaged."""
-        found = [*self.checkpoints.glob("*"), *(self.path / "damaged").glob("*")]
+        found = [*self.checkpoints.glob("*"), *(self.path / DAMAGED).glob("*")]
         return any(entry.name.isdecimal() for entry in found)
 
     def configuration(self) -> TrainingConfig:

@@ -66,9 +66,6 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`stack_layers`: the tree of models and files. Without stacked layers nothing changes."""
     unstacked = {}
     for path, leaf in flatten_dict(dict(params), sep="/").items():
-        decoder, found, rest = path.partition(f"/{STACKED}/")
-        if not found:
-            unstacked[path] = leaf
-        else:
-            unstacked |= {f"{decoder}/{number}/{rest}": leaf[number] for number in range(leaf.shape[0])}
+        paths = layer_paths(path, leaf)
+        unstacked |= {path: leaf} if paths == [path] else {each: leaf[number] for number, each in enumerate(paths)}
     return unflatten_dict(unstacked, sep="/")

@@ -11,6 +11,7 @@ bad weight instead of warnings; atomic saving; ``dtype=None`` of ``from_pretrain
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -101,11 +102,11 @@ class FlaxPreTrainedModel:
         self._module_kwargs = kwargs
         self.dtype = dtype
         self.input_shape = tuple(self.default_input_shape if input_shape is None else input_shape)
-        self.key = jax.random.key(seed)
+        self._seed = seed
         self._module = self._build_module()
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
         self._is_initialized = _do_init
-        self._params_shape_tree = param_shapes(self._random_params, self.key)
+        self._params_shape_tree = param_shapes(self._random_params)
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
         if _do_init:
@@ -140,6 +141,11 @@ class FlaxPreTrainedModel:
     @property
     def config(self) -> PreTrainedConfig:
         return self._config
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """The PRNG key that the random parameters are drawn from, of ``seed``."""
+        return jax.random.key(self._seed)
 
     @property
     def module(self) -> nn.Module:

@@ -13,16 +13,15 @@ from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
 
 
-def param_shapes(init: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:
-    """As ``jax.eval_shape(init, rng)``, several times as fast for deep models.
+def param_shapes(init: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Any]:
+    """As ``jax.eval_shape(init, jax.random.key(0))``, several times as fast for deep models.
 
     The parameters that a linen module makes follow from its class, its fields and the shapes of its inputs. Of the
     calls in which these agree, such as those of a decoder's layers, only the first is traced, and the parameters and
     outputs of the others are made up in its image.
 
     Args:
-        init: runs ``module.init`` and returns the parameters.
-        rng: its argument, a PRNG key.
+        init: runs ``module.init`` with the PRNG key that it is given, and returns the parameters.
 
     Returns:
         The tree of ``jax.ShapeDtypeStruct``.
@@ -50,7 +49,7 @@ def param_shapes(init: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) ->
 
     with nn.intercept_methods(trace_once):
         # a function of its own: JAX keeps traces by function, and this one is of no other use
-        return jax.eval_shape(lambda rng: init(rng), rng)
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

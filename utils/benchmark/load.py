@@ -1,7 +1,8 @@
 """Seconds and memory of ``from_pretrained``: this library beside upstream PyTorch, each load in a fresh process.
 
-A random text model of ``--gigabytes`` in float32 is written once in PyTorch layout. Then processes take turns: this
-library to float32 and to bfloat16, upstream to float32. Each prints the seconds of ``from_pretrained`` until every
+A random text model of ``--gigabytes`` in float32 is written once in PyTorch layout and once in this library's. Then
+processes take turns: upstream to float32, this library to float32 from its own files, and from upstream's to float32
+and to bfloat16. Each prints the seconds of ``from_pretrained`` until every
 parameter is there, by the clock and summed over all cores (upstream's parameters are read once, since torch would
 otherwise leave them in the mapped file), and the peak of its anonymous memory (RssAnon) above what the imports took.
 The file lies in the page cache for all of them. ::
@@ -54,6 +55,12 @@ def write_checkpoint(folder: Path, gigabytes: float) -> None:
     model.save_pretrained(folder)
 
 
+def convert(source: Path, target: Path) -> None:
+    from transformers_moshi_flax import FlaxMoshiForCausalLM
+
+    FlaxMoshiForCausalLM.from_pretrained(source).save_pretrained(target)
+
+
 def run(command: list[str]) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -69,13 +76,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="markdown file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moshi-load-") as scratch:
-        write_checkpoint(Path(scratch), options.gigabytes)
-        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
-        ours = [sys.executable, "-m", "tests.checkpoints.measure_loading", scratch]
+        theirs, ours = Path(scratch) / "pytorch", Path(scratch) / "flax"
+        write_checkpoint(theirs, options.gigabytes)
+        convert(theirs, ours)
+        size = sum(path.stat().st_size for path in theirs.glob("*.safetensors"))
+        load = [sys.executable, "-m", "tests.checkpoints.measure_loading"]
         commands = {
-            "upstream, float32": [sys.executable, "-c", UPSTREAM, scratch],
-            "this library, float32": [*ours, "float32"],
-            "this library, float32 to bfloat16": [*ours, "bfloat16"],
+            "upstream": [sys.executable, "-c", UPSTREAM, str(theirs)],
+            "this library, its own files": [*load, str(ours), "float32"],
+            "this library, PyTorch's files": [*load, str(theirs), "float32"],
+            "this library, PyTorch's files to bfloat16": [*load, str(theirs), "bfloat16"],
         }
         results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for _ in range(options.repeats):

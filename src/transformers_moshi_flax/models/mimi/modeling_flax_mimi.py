@@ -33,6 +33,7 @@ from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
+from ..initializers import kaiming_normal, normal, uniform
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
 from .checkpoint_flax_mimi import MIMI_RULES
@@ -52,8 +53,6 @@ Params = Any
 Lengths = Int[Array, "batch"] | None
 # keys and values of one layer, (batch * kv_heads, slots, head_dim), and the slot of the next step, (batch,)
 Ring = tuple[Array, Array, Array]
-
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -141,13 +140,10 @@ class FlaxMimiKernel(nn.Module):
 
     @nn.compact
     def __call__(self):
-        kernel = self.param("kernel", _kaiming, self.shape, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", kaiming_normal, self.shape, jnp.float32).astype(self.dtype)
         if self.bias_shape is None:
             return kernel, None
-        limit = math.sqrt(1 / self.fan_in)
-        bias = self.param(
-            "bias", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit), self.bias_shape
-        )
+        bias = self.param("bias", uniform(math.sqrt(1 / self.fan_in)), self.bias_shape)
         return kernel, bias.astype(self.dtype)
 
 
@@ -433,10 +429,10 @@ class FlaxMimiMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
-        normal = nn.initializers.normal(self.config.initializer_range)
-        x = dense(self.config.intermediate_size, False, normal, self.dtype, "fc1")(x)
+        initializer = normal(self.config.initializer_range)
+        x = dense(self.config.intermediate_size, False, initializer, self.dtype, "fc1")(x)
         x = ACT2FN[self.config.hidden_act](x)
-        return dense(self.config.hidden_size, False, normal, self.dtype, "fc2")(x)
+        return dense(self.config.hidden_size, False, initializer, self.dtype, "fc2")(x)
 
 
 class FlaxMimiAttention(nn.Module):
@@ -469,8 +465,7 @@ class FlaxMimiAttention(nn.Module):
             raise ValueError(f"`num_attention_heads` {heads} must be a multiple of `num_key_value_heads` {kv_heads}.")
 
         def project(name: str, features: int):
-            normal = nn.initializers.normal(config.initializer_range)
-            return dense(features, config.attention_bias, normal, self.dtype, name)
+            return dense(features, config.attention_bias, normal(config.initializer_range), self.dtype, name)
 
         batch, steps, _ = x.shape
         query = project("q_proj", heads * head_dim)(x).reshape(batch, steps, heads, head_dim)

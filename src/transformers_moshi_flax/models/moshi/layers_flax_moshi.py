@@ -27,6 +27,7 @@ from ...partitioning import STACKED, gathered_table, split_rows
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..dots import row_dot_general
+from ..initializers import normal
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
 
@@ -163,7 +164,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
                 self.output_size,
                 use_bias=False,
                 dtype=self.dtype,
-                kernel_init=nn.initializers.normal(1.0),
+                kernel_init=normal(1.0),
                 dot_general=row_dot_general,
                 name=str(index),
             )
@@ -208,7 +209,7 @@ def dense(features: int, initializer_range: float, dtype) -> nn.Dense:
         features,
         use_bias=False,
         dtype=dtype,
-        kernel_init=nn.initializers.normal(initializer_range),
+        kernel_init=normal(initializer_range),
         dot_general=row_dot_general,
     )
 
@@ -540,8 +541,7 @@ class FlaxMoshiEmbeddings(nn.Module):
 
 
 def embedding_table(num_embeddings: int, features: int, initializer_range: float, dtype, name=None) -> nn.Embed:
-    initializer = nn.initializers.normal(initializer_range)
-    return nn.Embed(num_embeddings, features, dtype=dtype, embedding_init=initializer, name=name)
+    return nn.Embed(num_embeddings, features, dtype=dtype, embedding_init=normal(initializer_range), name=name)
 
 
 def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:

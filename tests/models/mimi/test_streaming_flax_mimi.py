@@ -19,6 +19,7 @@ from transformers import MimiModel
 from tests.configs import tiny_mimi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, oracle_precision
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
+from transformers_moshi_flax.models.mimi.modeling_flax_mimi import prepared_for_frames
 from transformers_moshi_flax.models.mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -135,6 +136,19 @@ def test_bfloat16(pair: Pair):
     assert {leaf.dtype for leaf in (*state.histories, *state.cache.keys)} == {jnp.dtype(jnp.bfloat16)}
     _, audio = model.decode_step(model.init_decoder_state(1), codes)
     assert audio.dtype == jnp.bfloat16 and np.isfinite(audio.astype(np.float32)).all()
+
+
+def test_prepared_for_frames(model: FlaxMimiModel) -> None:
+    """The norms of the entries are taken from the prepared parameters, and equal those that a frame computes."""
+    number = model.config.num_quantizers - 1
+    x, chunks = sound(2, 6, model.config), [1] * 6
+    prepared = prepared_for_frames(model.params, model.config, number, model.dtype)
+    codes = stream_encode(model, x, chunks, num_quantizers=number)
+    np.testing.assert_array_equal(stream_encode(model, x, chunks, num_quantizers=number, params=prepared), codes)
+    assert not (codes[:, 0] == 3).all()
+    codebook = prepared["quantizer"]["semantic_residual_vector_quantizer"]["layers"]["0"]["codebook"]
+    codebook["squares"] = codebook["squares"].at[3].set(-1e9)
+    assert (stream_encode(model, x, chunks, num_quantizers=number, params=prepared)[:, 0] == 3).all()
 
 
 # --------------------------------------------------------------------------------------------------------------- rows

@@ -630,28 +630,34 @@ class Codebook(NamedTuple):
 
     total: Float[Array, "entries dim"]
     usage: Float[Array, "entries"]
+    squares: Float[Array, "entries"] | None = None  # :func:`squared_norms` of ``total``, if they are known
 
     def nearest(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
         """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
         # |x - e|² without |x|², which is the same for all entries
-        rows, dim = x.reshape(-1, x.shape[-1]), self.total.shape[-1]
+        rows = x.reshape(-1, x.shape[-1])
         highest, over_last = lax.Precision.HIGHEST, (((1,), (1,)), ((), ()))
-        # XLA's CPU backend: the table on the left of the product is not transposed, and a product sums faster
+        # on the left of the product, the table is not transposed by XLA's CPU backend
         products = lax.dot_general(self.total, rows, over_last, precision=highest)  # [entries, rows]
-        squares = jnp.square(self.total) @ jnp.ones((dim, 1), self.total.dtype)
+        squares = squared_norms(self.total) if self.squares is None else self.squares
         usage = self.usage[:, None]
-        distances = (squares / usage - 2 * products) / usage
+        distances = (squares[:, None] / usage - 2 * products) / usage
         return jnp.argmin(distances, axis=0).astype(jnp.int32).reshape(x.shape[:-1])
 
     def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
         return self.total[codes] / self.usage[codes][..., None]
 
 
+def squared_norms(total: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
+    # as a product, which sums faster than a reduction in XLA's CPU backend
+    return (jnp.square(total) @ jnp.ones((total.shape[-1], 1), total.dtype))[:, 0]
+
+
 class FlaxMimiEuclideanCodebook(nn.Module):
     """Entries of a codebook from running sums; upstream ``MimiEuclideanCodebook``.
 
     The three leaves are upstream's buffers, so no gradient flows into them. They start as upstream's do, with all
-    entries zero.
+    entries zero. A fourth, ``squares``, is used where :func:`prepared_for_frames` has put it.
     """
 
     config: MimiConfig
@@ -666,7 +672,7 @@ class FlaxMimiEuclideanCodebook(nn.Module):
         usage = self.param("cluster_usage", nn.initializers.ones, (size,), jnp.float32)
         total = self.param("embed_sum", nn.initializers.zeros, (size, dim), jnp.float32)
         usage, total = (lax.stop_gradient(leaf.astype(at_least_float32(self.dtype))) for leaf in (usage, total))
-        return Codebook(total, jnp.maximum(usage, self.epsilon))
+        return Codebook(total, jnp.maximum(usage, self.epsilon), self.get_variable("params", "squares"))
 
 
 class FlaxMimiVectorQuantization(nn.Module):
@@ -686,17 +692,18 @@ class FlaxMimiVectorQuantization(nn.Module):
 
 
 class FlaxMimiQuantizerLayers(nn.Module):
-    """The numbered stages of :class:`FlaxMimiResidualVectorQuantizer`; returns all tables."""
+    """The numbered stages of :class:`FlaxMimiResidualVectorQuantizer`; returns the tables of the first ``number``."""
 
     config: MimiConfig
     num_quantizers: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self) -> tuple[Codebook, ...]:
+    def __call__(self, number: int | None) -> tuple[Codebook, ...]:
+        every = number is None or self.is_initializing()
         stages = [
             FlaxMimiVectorQuantization(self.config, self.dtype, name=str(index))
-            for index in range(self.num_quantizers)
+            for index in range(self.num_quantizers if every else number)
         ]
         return tuple(stage.codebook() for stage in stages)
 
@@ -720,17 +727,17 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
             self.input_proj = FlaxMimiKernel((1, config.hidden_size, inner), dtype=wide)
             self.output_proj = FlaxMimiKernel((1, inner, config.hidden_size), dtype=wide)
 
-    def _weights(self):
-        """Both projections and all tables, so that every call, of either direction, reaches every parameter."""
+    def _weights(self, number: int | None):
+        """Both projections, so that a call of either direction reaches every parameter, and the first tables."""
         if self.input_proj is None:
-            return None, None, self.layers()
-        return self.input_proj()[0][0], self.output_proj()[0][0], self.layers()
+            return None, None, self.layers(number)
+        return self.input_proj()[0][0], self.output_proj()[0][0], self.layers(number)
 
     def encode(
         self, latents: Float[Array, "batch frames hidden_size"], num_quantizers: int | None = None
     ) -> Int[Array, "batch num_quantizers frames"]:
         """The codes of the first ``num_quantizers`` stages, of all if None."""
-        projection, _, tables = self._weights()
+        projection, _, tables = self._weights(num_quantizers)
         residual = latents.astype(at_least_float32(self.dtype))
         if projection is not None:
             residual = jnp.matmul(residual, projection, precision=lax.Precision.HIGHEST)
@@ -743,8 +750,8 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
 
     def decode(self, codes: Int[Array, "batch num_quantizers frames"]) -> Float[Array, "batch frames hidden_size"]:
         """The sum of the entries, projected back."""
-        _, projection, tables = self._weights()
-        shape = (codes.shape[0], codes.shape[2], tables[0].total.shape[-1])
+        _, projection, tables = self._weights(codes.shape[1])
+        shape = (codes.shape[0], codes.shape[2], self.config.codebook_dim)
         total = jnp.zeros(shape, at_least_float32(self.dtype))
         for index in range(codes.shape[1]):
             total = total + tables[index][codes[:, index]]
@@ -789,6 +796,26 @@ class FlaxMimiSplitResidualVectorQuantizer(nn.Module):
         semantic = self.config.num_semantic_quantizers
         latents = self.semantic_residual_vector_quantizer.decode(codes[:, :semantic])
         return latents + self.acoustic_residual_vector_quantizer.decode(codes[:, semantic:])
+
+
+def prepared_for_frames(params: Params, config: MimiConfig, num_quantizers: int, dtype: DTypeLike) -> Params:
+    """The parameters of a Mimi for coding with ``num_quantizers`` codebooks, frame by frame.
+
+    The others are left out, and the norms of the entries are there, which every frame would compute from all of the
+    tables.
+    """
+    semantic = config.num_semantic_quantizers
+    numbers = {"semantic": semantic, "acoustic": num_quantizers - semantic}
+    quantizer = dict(params["quantizer"])
+    for kind, number in numbers.items():
+        name = f"{kind}_residual_vector_quantizer"
+        layers = {}
+        for index in map(str, range(number)):
+            codebook = quantizer[name]["layers"][index]["codebook"]
+            total = codebook["embed_sum"].astype(at_least_float32(dtype))
+            layers[index] = {"codebook": {**codebook, "squares": squared_norms(total)}}
+        quantizer[name] = {**quantizer[name], "layers": layers}
+    return {**params, "quantizer": quantizer}
 
 
 # ------------------------------------------------------------------------------------------------------------ halves

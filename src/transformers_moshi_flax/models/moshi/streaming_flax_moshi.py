@@ -35,6 +35,7 @@ from ...generation.logits_process import is_whole
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, is_traced
 from ...modeling_flax_outputs import FlaxModelOutput
+from ..mimi.modeling_flax_mimi import prepared_for_frames
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
@@ -259,7 +260,7 @@ class FlaxMoshiStream:
         params = model.params if params is None else params
         if self.mesh is not None:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
-        codec_params = params["audio_encoder"]
+        codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
         halves = {name: {"audio_encoder": half_of(codec_params, name)} for name in ("encoder", "decoder")}
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._encode = self._program(encode_frame, halves["encoder"])

@@ -15,6 +15,7 @@ pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the
 from utils.benchmark import first_call, generate, limit, steadiness, streaming, train, training_sides
 from utils.benchmark.checkpoints import write_checkpoint
 from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
+from utils.benchmark.streams import HANDOVER, HOST
 
 FRAMES = 6
 TINY = {
@@ -105,7 +106,7 @@ def test_streaming(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert [line[1:3] for line in codec] == [[side, part] for side in (ours, kyutai) for part in parts]
     dialogue = [line for line in lines if line[:2] == ["tiny", "1"]]
     assert [line[2:4] for line in dialogue] == [
-        *([ours, part] for part in ("step", "host time outside XLA")),
+        *([ours, part] for part in ("step", HOST, HANDOVER)),
         *([in_parts, part] for part in ("Mimi encode", "Moshi", "Mimi decode")),
         *([kyutai, part] for part in ("Mimi encode", "Moshi", "Mimi decode", "step")),
     ]

@@ -8,9 +8,9 @@ run in float32 on the CPU with ``--threads`` threads: torch by ``set_num_threads
 * Mimi, full size, for the codebooks that Moshi uses: ``encode_step`` and ``decode_step`` of each side, from NumPy to
   NumPy.
 * The dialogue, from the user's audio to Moshi's. Of this library the whole step is timed, and in turns with it the
-  step in parts: each of its programs until its results are there, which takes a little longer in all. Its host time is
-  the processor time of the calling thread from the call of ``step`` to its return: Python, and handing the programs to
-  XLA, which computes in other threads.
+  step in parts: each of its programs until its results are there, which takes a little longer in all. Of the host's
+  time, that of the calling thread's processor counts from the call of ``step`` to its return: Python, and handing the
+  programs to XLA. XLA computes in other threads, and begins when the first program is handed over.
 * The same paced at 80 ms, batch 1 (``--paced`` steps): latency from a frame's arrival, and answers later than the next
   frame.
 * ``--endurance`` steps of the first model: memory, compilations, collections of garbage, the longest steps.

@@ -10,7 +10,7 @@ from typing import Any
 from .report import installed, processor, table
 from .settings import Setting
 from .steadiness import PERIOD, RESETS, WARM_UP, Endurance, Paced, Spread
-from .streams import BOTH, HOST, STEP, Stream
+from .streams import BOTH, STEP, Stream
 
 PACKAGES = ("jax", "flax", "torch", "transformers", "moshi", "rustymimi")
 SPREAD = ["steps", "ms, p50", "p95", "p99", "max", "p99 / p50"]
@@ -126,8 +126,7 @@ def spreads(sides: dict[str, Times]) -> list[list[Any]]:
             spread = Spread.of(seconds)
             mine = name.startswith(Stream.name) or part not in ours
             ratio = "" if mine else f"{spread.p50 / ours[part]:.2f}"
-            label = "host time outside XLA" if part == HOST else part
-            rows.append([name, label, *cells(len(seconds), spread), ratio])
+            rows.append([name, part, *cells(len(seconds), spread), ratio])
     return rows
 
 

@@ -4,8 +4,8 @@ One random checkpoint is written, which all sides load; they take the same batch
 in float32 on the CPU with ``--threads`` threads. A step is forward, backward and AdamW (no clipping, a constant rate),
 for all parameters but Mimi's, which every side frees.
 
-* This library: the compiled step of training; the same with scanned and recomputed layers; and with the rows dealt
-  into two micro-batches.
+* This library: the compiled step of training; the same with scanned and recomputed layers; with the rows dealt into
+  two micro-batches; and with twice the rows, of which each half is a micro-batch (time for one half).
 * Upstream: ``model(..., text_labels=..., audio_labels=...).loss.backward()``, ``torch.optim.AdamW``, no mask (it
   crashes). Its loss pairs a hidden state with the codes of the same frame: that is no less work. The text losses of
   the first step must be equal.

@@ -2,10 +2,9 @@
 
 A random text model of ``--gigabytes`` in float32 is written once in PyTorch layout and once in this library's. Then
 processes take turns: upstream to float32, this library to float32 from its own files, and from upstream's to float32
-and to bfloat16. Each prints the seconds of ``from_pretrained`` until every
-parameter is there, by the clock and summed over all cores (upstream's parameters are read once, since torch would
-otherwise leave them in the mapped file), and the peak of its anonymous memory (RssAnon) above what the imports took.
-The file lies in the page cache for all of them. ::
+and to bfloat16. Each prints the seconds of ``from_pretrained`` until every parameter is there, by the clock and summed
+over all cores (upstream's parameters are read once, since torch would otherwise leave them in the mapped file), and
+the peak of its anonymous memory (RssAnon) above what the imports took. The files lie in the page cache for all. ::
 
     python utils/benchmark/load.py --gigabytes 2 --repeats 5 --output load.md
 """

@@ -155,6 +155,15 @@ def test_nearest_takes_the_first_of_equal_entries():
     assert table.nearest(jnp.array([[0.9, 0.1], [0.5, 0.5]])).tolist() == [1, 1]
 
 
+def test_distances_in_full_precision():
+    """A TPU would round the factors of products to bfloat16, and choose other entries."""
+    table = flax_mimi.Codebook(jnp.ones((4, 2)), jnp.ones(4))
+    with jax.default_matmul_precision("default"):
+        program = jax.jit(lambda x: table.nearest(x)).lower(jnp.ones((3, 2))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 2 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 # -------------------------------------------------------------------------------------------------------- whole model
 
 

@@ -650,7 +650,8 @@ class Codebook(NamedTuple):
 
 def squared_norms(total: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
     # as a product, which sums faster than a reduction in XLA's CPU backend
-    return (jnp.square(total) @ jnp.ones((total.shape[-1], 1), total.dtype))[:, 0]
+    ones = jnp.ones((total.shape[-1], 1), total.dtype)
+    return jnp.matmul(jnp.square(total), ones, precision=lax.Precision.HIGHEST)[:, 0]
 
 
 class FlaxMimiEuclideanCodebook(nn.Module):

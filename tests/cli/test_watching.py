@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -48,16 +49,23 @@ def test_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
     assert any("advance" in name for name in programs), programs
 
 
-def test_second_interrupt_is_as_always() -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises ``KeyboardInterrupt``; in the background of a shell, processes are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_interrupt_is_as_always(interrupts: None) -> None:
     watcher = Watcher(lambda: None, lambda frames: None)
-    before = signal.getsignal(signal.SIGINT)
     with stopped_by_interrupt(watcher):
         assert not watcher.interrupted
         signal.raise_signal(signal.SIGINT)
         assert watcher.interrupted
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_watcher_counts_frames_but_not_the_prompt() -> None:

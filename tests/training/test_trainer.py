@@ -11,6 +11,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -225,28 +226,36 @@ def test_what_is_not_there_is_named_before_any_work(inputs: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@contextmanager
+def terminated_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process sends itself SIGTERM when the batch of that step is there."""
+    put, batches = trainer_module.put_batch, []
+
+    def put_and_signal(*args: Any) -> Any:
+        batches.append(args)
+        if len(batches) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(*args)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(trainer_module, "put_batch", put_and_signal)
+        yield
+
+
 def test_an_interrupted_run_ends_as_the_whole_one(
     whole: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the third step; then another process makes the batches."""
     held_out = {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 3}
     options = {"run__output_dir": str(tmp_path / "run"), "run__checkpoint_every": 50, **held_out}
-    put = trainer_module.put_batch
-    batches = []
-
-    def put_and_signal(*args: Any) -> Any:
-        batches.append(args)
-        if len(batches) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return put(*args)
-
-    monkeypatch.setattr(trainer_module, "put_batch", put_and_signal)
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM: the checkpoint of step 3 is written") as caught:
+    with (
+        terminated_in_step(3, monkeypatch),
+        pytest.raises(Interrupted, match="SIGTERM: the checkpoint of step 3 is written") as caught,
+    ):
         train(inputs, **options)
     assert (caught.value.signal, caught.value.step) == (signal.SIGTERM, 3)
     assert signal.getsignal(signal.SIGTERM) == handler
-    monkeypatch.undo()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "split": "train", "loss": 1.0}\n{"step": 5, "spl')
     notes = quiet()
@@ -526,11 +535,20 @@ def test_one_of_the_stacked_layers_cannot_be_frozen(inputs: Path, two_layers: di
         train(inputs, **options, model__freeze=["decoder/model/layers/1/.*"])
 
 
-def test_float16(inputs: Path, tmp_path: Path) -> None:
-    """The loss scale is found, and the model learns with it."""
-    train(inputs, run__output_dir=str(tmp_path / "run"), run__steps=12, model__dtype="float16", run__log_every=2)
+def test_float16(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss scale is found, the model learns with it, and a run that is interrupted keeps it."""
+    options = {"run__steps": 12, "model__dtype": "float16", "run__log_every": 2}
+    train(inputs, run__output_dir=str(tmp_path / "run"), **options)
     records = lines(tmp_path / "run")
     assert records[-1]["loss_scale"] < records[0]["loss_scale"] <= 2**16
     assert records[-1]["bad_steps"] < 12 and records[-1]["bad_steps_in_a_row"] == 0
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]
     assert all(np.isfinite(leaf).all() for leaf in exported(tmp_path / "run" / "export").values())
+
+    again = {**options, "run__output_dir": str(tmp_path / "again")}
+    with terminated_in_step(5, monkeypatch), pytest.raises(Interrupted):
+        train(inputs, **again)
+    train(inputs, **again)
+    for name in ("loss", "loss_scale", "bad_steps"):
+        assert [record[name] for record in lines(tmp_path / "again")] == [record[name] for record in records]
+    assert_has(stored(tmp_path / "run" / "export"), stored(tmp_path / "again" / "export"))

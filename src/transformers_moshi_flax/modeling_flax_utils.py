@@ -106,7 +106,7 @@ class FlaxPreTrainedModel:
         self._module = self._build_module()
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
         self._is_initialized = _do_init
-        self._params_shape_tree = param_shapes(self._random_params)
+        self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(seed)))
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
         if _do_init:

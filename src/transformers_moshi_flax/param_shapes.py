@@ -13,15 +13,15 @@ from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
 
 
-def param_shapes(init: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Any]:
-    """As ``jax.eval_shape(init, jax.random.key(0))``, several times as fast for deep models.
+def param_shapes(init: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """As ``jax.eval_shape(init)``, several times as fast for deep models.
 
     The parameters that a linen module makes follow from its class, its fields and the shapes of its inputs. Of the
     calls in which these agree, such as those of a decoder's layers, only the first is traced, and the parameters and
     outputs of the others are made up in its image.
 
     Args:
-        init: runs ``module.init`` with the PRNG key that it is given, and returns the parameters.
+        init: runs ``module.init`` and returns the parameters.
 
     Returns:
         The tree of ``jax.ShapeDtypeStruct``.
@@ -49,7 +49,7 @@ def param_shapes(init: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Any]:
 
     with nn.intercept_methods(trace_once):
         # a function of its own: JAX keeps traces by function, and this one is of no other use
-        return jax.eval_shape(lambda: init(jax.random.key(0)))
+        return jax.eval_shape(lambda: init())
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

@@ -706,7 +706,7 @@ class FlaxMimiQuantizerLayers(nn.Module):
             FlaxMimiVectorQuantization(self.config, self.dtype, name=str(index))
             for index in range(self.num_quantizers if every else number)
         ]
-        return tuple(stage.codebook() for stage in stages)
+        return tuple(stage.codebook() for stage in stages)[:number]
 
 
 class FlaxMimiResidualVectorQuantizer(nn.Module):
@@ -743,7 +743,7 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
         if projection is not None:
             residual = jnp.matmul(residual, projection, precision=lax.Precision.HIGHEST)
         codes = [jnp.zeros((latents.shape[0], 0, latents.shape[1]), jnp.int32)]
-        for table in tables[:num_quantizers]:
+        for table in tables:
             chosen = table.nearest(residual)
             residual = residual - table[chosen]
             codes.append(chosen[:, None])

@@ -8,9 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
+
+from .models.initializers import without_values
 
 
 def param_shapes(init: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def param_shapes(init: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             module.put_variable("params", name, value)
         return outputs
 
-    with nn.intercept_methods(trace_once):
+    with without_values(), nn.intercept_methods(trace_once):
         # a function of its own: JAX keeps traces by function, and this one is of no other use
         return jax.eval_shape(lambda: init())
 
@@ -65,7 +66,7 @@ def _form(tree: Any) -> tuple[PyTreeDef, list[Any]]:
 
 
 def _filled(leaf: Any) -> Any:
-    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, ShapedArray) else leaf
+    return jax.lax.empty(leaf.shape, leaf.dtype) if isinstance(leaf, ShapedArray) else leaf
 
 
 def _identity(value: Any) -> tuple[type, Any]:

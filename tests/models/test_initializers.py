@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from transformers_moshi_flax.models.initializers import LONGEST, SHORTEST, kaiming_normal, normal, uniform
+from transformers_moshi_flax.models.initializers import (
+    LONGEST,
+    SHORTEST,
+    kaiming_normal,
+    normal,
+    uniform,
+    without_values,
+)
 
 
 @pytest.mark.parametrize("size", [SHORTEST, SHORTEST + 1, LONGEST + 1])
@@ -45,3 +52,14 @@ def test_shapes_and_deviations_share_the_program_that_draws(count_compilations):
     assert count_compilations() == 0
     normal(1.0)(key, (4, 5, 6))  # but it is cut out by one of its own
     assert count_compilations() == 1
+
+
+def test_without_values_only_shapes_are_made():
+    key = jax.random.key(0)
+    for initializer in (normal(0.7), uniform(0.7), kaiming_normal):
+        before = initializer(key, (3, 41), jnp.bfloat16)
+        with without_values():
+            traced = jax.make_jaxpr(lambda key, initializer=initializer: initializer(key, (3, 41), jnp.bfloat16))(key)
+        assert traced.out_avals[0] == jax.typeof(before)
+        assert [equation.primitive.name for equation in traced.eqns] == ["empty"]
+        np.testing.assert_array_equal(initializer(key, (3, 41), jnp.bfloat16), before)

@@ -31,7 +31,7 @@ QUALITY = ["ruff>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
 # einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins
 TEST = [*TORCH, *TRAIN, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
-TEST += ["espeakng-loader>=0.2.4", "sentencepiece>=0.2"]
+TEST += ["espeakng-loader>=0.2.4", "sentencepiece>=0.2", "wandb>=0.20"]
 
 setup(
     name="transformers-moshi-flax",

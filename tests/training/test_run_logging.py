@@ -27,7 +27,7 @@ BLOCK, FILE_HEADER, HEADER = 32768, 7, 7
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """Of a log in LevelDB's format: blocks of 32 KB, records in pieces of a checksum, a length, a kind and the data."""
+    """Of a log in LevelDB's format: blocks of 32 KB; a piece of a record has a checksum, a length, a kind and data."""
     data, position, record = path.read_bytes(), FILE_HEADER, b""
     while position < len(data):
         if BLOCK - position % BLOCK < HEADER:  # the rest of a block in which no header has room

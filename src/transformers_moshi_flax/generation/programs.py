@@ -21,16 +21,21 @@ class Program:
     Args:
         function: of arrays.
         donated: positions of arguments whose memory the results may take; they are gone after the call.
+        quickly: to be compiled in less time on CPUs, for what takes longer to compile than to run.
     """
 
-    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...] = ()):
+    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...] = (), quickly: bool = False):
         self._inlined = jax.jit(function)
         self._function = function
         self._donated = donated
+        self._quickly = quickly
 
     @functools.cached_property
     def _whole(self) -> Callable[..., Any]:
-        return jax.jit(self._function, compiler_options=compiler_options(), donate_argnums=self._donated)
+        options = compiler_options()
+        if self._quickly:
+            options = options | cpu_options("xla_backend_optimization_level", "0")
+        return jax.jit(self._function, compiler_options=options, donate_argnums=self._donated)
 
     def __call__(self, *args: Any) -> Any:
         return self.call(is_tracing(args), *args)

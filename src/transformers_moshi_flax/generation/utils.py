@@ -89,14 +89,16 @@ class FlaxGenerationMixin:
         """The decoder of the model's present module."""
         raise NotImplementedError(f"{type(self).__name__} must define make_decoder")
 
-    def compiled(self, function: Callable, donated: tuple[int, ...] = (), /, **static: Any) -> Program:
+    def compiled(
+        self, function: Callable, donated: tuple[int, ...] = (), /, *, quickly: bool = False, **static: Any
+    ) -> Program:
         """The program of ``function(decoder, ..., **static)``, made once per model and static options.
 
-        ``donated`` are positions among the arguments after the decoder.
+        ``donated`` are positions among the arguments after the decoder; for ``quickly`` see :class:`Program`.
         """
         if getattr(self, "_programs_of", None) is not self.module:
             self._programs_of, self._programs, self._decoder = self.module, {}, self.make_decoder()
-        key = (function, *sorted(static.items()))
+        key = (function, quickly, *sorted(static.items()))
         if key not in self._programs:
             decoder = self._decoder
 
@@ -104,7 +106,7 @@ class FlaxGenerationMixin:
                 return function(decoder, *args, **static)
 
             program.__name__ = function.__name__
-            self._programs[key] = Program(program, donated)
+            self._programs[key] = Program(program, donated, quickly)
         return self._programs[key]
 
     def generate(

@@ -781,7 +781,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             moshi_audio_codes = self._encode(params, moshi_input_values)
         codec = config.audio_encoder_config
         silence = np.zeros((1, codec.audio_channels, codec.frame_size), dtype=self.dtype)
-        blank_codes = self.compiled(encode_audio)(params, silence)
+        blank_codes = self.compiled(encode_audio, quickly=True)(params, silence)
 
         # on the host if that is possible: XLA would compile a program for every length of every stream
         xp = jnp if traced else np

@@ -58,3 +58,14 @@ def check_mask(name: str, mask, batch_size: int, lengths: tuple[int, ...]) -> No
         raise ValueError(f"`{name}` must have the shape {expected}, but has the shape {np.shape(mask)}.")
     if not is_traced(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
         raise ValueError(f"`{name}` must hold only 0 (ignored) and 1 (attended).")
+
+
+def check_left_padding(name: str, mask) -> None:
+    """Raises ``ValueError`` if a row of a mask ends with padding, from which nothing can be generated."""
+    if not is_traced(mask):
+        padded = np.flatnonzero(np.asarray(mask)[:, -1] == 0)
+        if padded.size:
+            raise ValueError(
+                f"`{name}` ends with 0 in row {padded[0]}, but what follows is generated from the last frame: pad on "
+                "the left (`padding_side='left'`)."
+            )

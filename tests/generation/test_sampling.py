@@ -176,6 +176,23 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     assert any((np.asarray(tokens) != np.asarray(together)).any() for tokens in other)
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_neighbours_make_no_difference_to_other_generators(impl: str) -> None:
+    """Their own numbers depend on them."""
+    given = jax.random.split(jax.random.key(0, impl=impl), 4)
+    logits, history = jnp.zeros((4, 5000)), jnp.zeros((4, 1), jnp.int32)
+    together = select(logits, history, 1, row_keys(given, 4), 0, Sampling(do_sample=True))
+    assert len(set(np.asarray(together).tolist())) == 4
+    for row in range(4):
+        alone = select(logits[:1], history[:1], 1, row_keys(given[row : row + 1], 1), 0, Sampling(do_sample=True))
+        assert alone[0] == together[row]
+    one = [row_keys(jax.random.key(seed, impl=impl), 2) for seed in (0, 1)]
+    assert len({key.tobytes() for keys in one for key in np.asarray(jax.random.key_data(keys))}) == 4
+    raw = jax.random.key_data(jax.random.key(1, impl=impl))
+    with jax.default_prng_impl(impl):
+        assert (row_keys(raw, 2) == one[1]).all()
+
+
 def test_other_numbers_compile_nothing() -> None:
     @jax.jit
     def program(logits: jax.Array, options: Sampling) -> tuple[jax.Array, jax.Array]:

@@ -46,7 +46,10 @@ def run(
         return advance(state, max_length)
     begin = time.monotonic()
     if streamer is not None:
-        streamer.put(np.array(state.sequences)[:, :prompt_length])
+        try:
+            streamer.put(np.array(state.sequences)[:, :prompt_length])
+        except StopGeneration:
+            max_length = prompt_length
     columns, piece, heard = prompt_length, 1, prompt_length
     takes_audio = audio_codes is not None and hasattr(streamer, "put_audio_codes")
     while columns < max_length:

@@ -27,6 +27,7 @@ from . import logits as filters
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 from .logits_process import FlaxLogitsProcessorList
 
+THREEFRY = "threefry2x32"
 # of top-p without top-k
 TOP_P_CANDIDATES = 1024
 # drawn from in two steps
@@ -72,7 +73,7 @@ class Sampling:
 
 
 def row_keys(prng_key: jax.Array, batch_size: int) -> Key[Array, "batch"]:
-    """One key per row: those that are given, or one key folded with the row's number.
+    """One threefry key per row: those that are given, or one key folded with the row's number.
 
     Args:
         prng_key: a key (of ``jax.random.key`` or ``jax.random.PRNGKey``), or one for every row.
@@ -89,11 +90,27 @@ def row_keys(prng_key: jax.Array, batch_size: int) -> Key[Array, "batch"]:
                 f"{key.shape}."
             )
         key = jax.random.wrap_key_data(key)
+    key = as_threefry(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
     if key.shape != (batch_size,):
         raise ValueError(f"`prng_key` must be one key or one per row ({batch_size}), but has the shape {key.shape}.")
     return key
+
+
+def as_threefry(keys: Key[Array, "*shape"]) -> Key[Array, "*shape"]:
+    """Keys of the generator whose numbers do not depend on the other keys that numbers are drawn for.
+
+    Those of ``rbg``, which people choose for TPUs, do under ``jax.vmap``.
+    """
+    if jax.random.key_impl(keys) == THREEFRY:
+        return keys
+    words = jax.random.key_data(keys)
+    fold = jax.random.fold_in if keys.ndim == 0 else jax.vmap(jax.random.fold_in)
+    keys = jax.random.wrap_key_data(words[..., :2], impl=THREEFRY)
+    for word in range(2, words.shape[-1]):
+        keys = fold(keys, words[..., word])
+    return keys
 
 
 def process_logits(logits: Scores, input_ids: History, cur_len: Length, sampling: Sampling) -> Scores:

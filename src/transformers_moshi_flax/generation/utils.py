@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
-from ..input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
+from ..input_checks import check_ids, check_left_padding, check_mask, check_rank, is_traced, is_tracing
 from ..modeling_flax_outputs import FlaxModelOutput
 from .arrays import cut, on_device, padded
 from .beam_search import advance_beams, finish_beams, start_beams
@@ -158,6 +158,7 @@ class FlaxGenerationMixin:
         attention_mask = inputs.get("attention_mask")
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
+            check_left_padding("attention_mask", attention_mask)
         else:
             pad, eos = config.pad_token_id, config.eos_token_id
             unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])

@@ -340,6 +340,22 @@ class TestStreamer:
         )
         assert capsys.readouterr().out.split() == [str(token) for token in np.asarray(out.sequences)[0, 3:]]
 
+    def test_it_can_stop_at_the_prompt(self, pair: Pair) -> None:
+        class Refusing:
+            ended = 0
+
+            def put(self, tokens: np.ndarray) -> None:
+                raise StopGeneration
+
+            def end(self) -> None:
+                self.ended += 1
+
+        streamer, inputs = Refusing(), prompt(pair.ours.config, batch=1, frames=5)
+        out = pair.ours.generate(**inputs, **GREEDY, streamer=streamer)
+        np.testing.assert_array_equal(out.sequences[:, 1:], inputs["input_ids"])
+        np.testing.assert_array_equal(out.audio_codes, inputs["moshi_audio_codes"][..., :4])
+        assert streamer.ended == 1
+
     def test_without_its_methods(self, pair: Pair) -> None:
         with pytest.raises(ValueError, match="`streamer` must have a method `put`"):
             pair.ours.generate(**GREEDY, streamer=print)
@@ -397,6 +413,35 @@ class TestCompiledOnce:
         key = jax.random.key(4)
         count_compilations()
         jax.block_until_ready(model.generate(**inputs, max_new_tokens=14, prng_key=key, **options))
+        assert count_compilations() == 0
+
+    def test_warmup_for_several_buckets(self, count_compilations: Callable[[], int]) -> None:
+        """Rows that end early, and recordings that end within a frame."""
+        model = FlaxMoshiForConditionalGeneration(tiny_moshi_config())
+        model.warmup(prompt_frames=50, max_new_tokens=125, do_sample=False)
+        count_compilations()
+        for frames, missing, stop in ((50, 0, 125), (50, 3, 3), (49, 4, 20), (42, 15, 90)):
+            silence = np.zeros((1, 1, frames * 16), np.float32)
+            model.generate(
+                ids(1, frames),
+                user_input_values=silence[..., missing:],
+                moshi_input_values=silence,
+                max_new_tokens=125,
+                stop_lengths=[stop],
+                do_sample=False,
+            )
+            assert count_compilations() == 0
+
+    def test_embeds_of_other_lengths(self, pair: Pair, count_compilations: Callable[[], int]) -> None:
+        def run(frames: int) -> None:
+            inputs = prompt(pair.ours.config, batch=1, frames=frames)
+            del inputs["input_ids"]
+            embeds = np.zeros((1, frames, pair.ours.config.hidden_size), np.float32)
+            jax.block_until_ready(pair.ours.generate(inputs_embeds=embeds, **inputs, **GREEDY, max_new_tokens=4))
+
+        run(5)
+        count_compilations()
+        run(7)
         assert count_compilations() == 0
 
     def test_warmup_without_a_prompt(self, count_compilations: Callable[[], int]) -> None:

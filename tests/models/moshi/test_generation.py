@@ -128,9 +128,69 @@ class TestNestedGreedy:
         check_nested(pair, inputs, new=6)
 
     def test_left_padding(self, pair: Pair) -> None:
+        """Upstream puts the start frame before the padding, and lets its codes into the first frame after it."""
         inputs = prompt(pair.theirs.config, batch=2, frames=5)
-        inputs["attention_mask"] = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], np.int32)
-        check_nested(pair, {**inputs, "concat_unconditional_inputs": False}, new=10)
+        start = pair.ours.get_unconditional_inputs()
+        for name in ("user_audio_codes", "moshi_audio_codes"):
+            inputs[name][0, :, :2] = np.asarray(start[name])[0]
+        inputs["input_ids"][0, 1] = start.input_ids[0, 0]
+        inputs["attention_mask"] = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], np.int32)
+        inputs = {**inputs, "concat_unconditional_inputs": False}
+        expected = pair.theirs.generate(
+            **to_torch(inputs), max_new_tokens=10, do_sample=False, return_audio_codes=True
+        )
+        actual = pair.ours.generate(**inputs, max_new_tokens=10, do_sample=False, return_audio_codes=True)
+        np.testing.assert_array_equal(actual.sequences, numpy(expected.sequences))
+        del inputs["concat_unconditional_inputs"]
+        inputs = {name: value[:1, ..., 2:] for name, value in inputs.items()}
+        unpadded = pair.ours.generate(**inputs, max_new_tokens=10, do_sample=False)
+        np.testing.assert_array_equal(unpadded.sequences[0], actual.sequences[0, 1:])
+
+    @pytest.mark.parametrize("concat", [True, False])
+    def test_padding_makes_no_difference(self, pair: Pair, concat: bool) -> None:
+        config, rng = pair.ours.config, np.random.default_rng(7)
+        frames, heard, new, padding = 4, 9, 12, (3, 0, 1)
+        alone = [prompt(config, batch=1, frames=frames, seed=row) for row in range(3)]
+        for row, inputs in enumerate(alone):
+            live = prompt(config, batch=1, frames=heard, seed=10 + row)["user_audio_codes"]
+            inputs["user_audio_codes"] = np.concatenate([inputs["user_audio_codes"], live], axis=-1)
+        # rows of 4, 7 and 6 frames, of which the first 3, none and the first are whatever
+        longest = frames + max(padding)
+
+        def in_front(row: int, name: str, stream: np.ndarray) -> np.ndarray:
+            whatever = rng.integers(0, 30, (*stream.shape[:-1], padding[row])).astype(np.int32)
+            more = longest - frames - padding[row]
+            return np.concatenate([whatever, np.repeat(stream[..., :1], more, axis=-1), stream], axis=-1)
+
+        def repeated(row: int, stream: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.repeat(stream[..., :1], longest - frames - padding[row], axis=-1), stream], -1)
+
+        together = {
+            name: np.concatenate([in_front(row, name, inputs[name]) for row, inputs in enumerate(alone)])
+            for name in alone[0]
+        }
+        mask = np.arange(longest)[None] >= np.array(padding)[:, None]
+        options = {"max_new_tokens": new, "return_audio_codes": True, "concat_unconditional_inputs": concat}
+        options |= {"do_sample": True, "prng_key": jax.random.split(jax.random.key(5), 3)}
+        batch = pair.ours.generate(**together, attention_mask=mask, **options)
+        compiled = jax.jit(lambda inputs: pair.ours.generate(**inputs, **options))(
+            {**together, "attention_mask": mask}
+        )
+        for row, inputs in enumerate(alone):
+            inputs = {name: repeated(row, stream) for name, stream in inputs.items()}
+            single = pair.ours.generate(**inputs, **{**options, "prng_key": options["prng_key"][row : row + 1]})
+            length = int(single.audio_lengths[0])
+            assert int(batch.audio_lengths[row]) == length
+            for out in (batch, compiled):
+                np.testing.assert_array_equal(out.sequences[row, padding[row] :], single.sequences[0])
+                np.testing.assert_array_equal(out.audio_codes[row, :, :length], single.audio_codes[0])
+                samples = single.audio_sequences.shape[-1]
+                assert_close(out.audio_sequences[row, :, :samples], single.audio_sequences[0], 1e-4)
+
+    @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[0, 0, 0]]])
+    def test_padding_on_the_right(self, pair: Pair, mask: list[list[int]]) -> None:
+        with pytest.raises(ValueError, match=r"`attention_mask` ends with 0 in row 0.*pad on the left"):
+            pair.ours.generate(**prompt(pair.ours.config, batch=1, frames=3), attention_mask=np.array(mask))
 
     def test_what_is_returned(self, pair: Pair) -> None:
         inputs = prompt(pair.theirs.config, batch=1, frames=3)
@@ -218,8 +278,8 @@ class TestNestedGreedy:
 
 
 def test_second_call_compiles_nothing(pair: Pair, count_compilations: Callable[[], int]) -> None:
-    first = prompt(pair.theirs.config, batch=1, frames=7, seed=6)
-    second = prompt(pair.theirs.config, batch=1, frames=7, seed=7)
+    first = prompt(pair.theirs.config, batch=5, frames=7, seed=6)
+    second = prompt(pair.theirs.config, batch=5, frames=7, seed=7)
     options = {"max_new_tokens": 9, "do_sample": True, "return_audio_codes": True}
     jax.block_until_ready(pair.ours.generate(**first, **options, prng_key=jax.random.key(0)).audio_sequences)
     keys = [jax.random.key(1), jax.random.key(2)]
@@ -360,6 +420,10 @@ class TestText:
     def test_left_padding(self, text_pair: Pair) -> None:
         mask = np.array([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]], np.int32)
         self.check(text_pair, self.ids(2, 5), attention_mask=mask, max_new_tokens=20)
+
+    def test_right_padding(self, text_pair: Pair) -> None:
+        with pytest.raises(ValueError, match=r"`attention_mask` ends with 0 in row 1.*pad on the left"):
+            text_pair.ours.generate(self.ids(2, 2), attention_mask=np.array([[0, 1], [1, 0]]))
 
     def test_left_padding_equals_unpadded(self, text_pair: Pair) -> None:
         ids = self.ids(2, 5)

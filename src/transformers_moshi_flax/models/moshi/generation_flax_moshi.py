@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 from transformers import GenerationConfig
 
 from ...generation.arrays import on_device, padded
+from ...generation.buckets import SMALLEST
 from ...generation.configuration import resolve_nested_sampling
 from ...generation.decoding import FREE, Request, State, columns, write_column
 from ...generation.sampling import Sampling, select_token
-from ...input_checks import is_traced
+from ...input_checks import is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxModelOutput
 from .delay_pattern import delay, undelay
 
@@ -106,6 +107,59 @@ class FrameInputs:
     user_codes: Any
     fixed_codes: Any
     inputs_embeds: Any = None
+
+
+def lay_out_prompt(
+    input_ids: Int[ArrayLike, "batch frames"],
+    user_codes: Int[ArrayLike, "batch codebooks heard"],
+    moshi_codes: Int[ArrayLike, "batch codebooks frames"],
+    attention_mask: Shaped[ArrayLike, "batch frames"],
+    *,
+    start_token: int | None,
+    start_code: int,
+) -> tuple[
+    Int[ArrayLike, "batch laid_out"],
+    Int[ArrayLike, "batch codebooks laid_out_heard"],
+    Int[ArrayLike, "batch codebooks laid_out"],
+    Int[ArrayLike, "batch laid_out"],
+]:
+    """The streams of a prompt so that the padding before a row makes no difference to it.
+
+    Every row begins with its start frame, directly before the first frame that counts. Before that stands the start
+    code, since the delay takes codes of the last frame of the padding into the first one that counts. On the host
+    unless something is traced.
+
+    Args:
+        input_ids, moshi_codes: the prompt's, codes undelayed.
+        user_codes: the user's, which may go on after the prompt.
+        attention_mask: 0 for the padding.
+        start_token: the text id of the start frame, or None without one.
+        start_code: its codes.
+
+    Returns:
+        The four streams, with one frame more if there is a start frame.
+    """
+    xp = jnp if is_tracing(input_ids, user_codes, moshi_codes, attention_mask) else np
+    input_ids, user_codes, moshi_codes, attention_mask = (
+        xp.asarray(stream).astype(np.int32) for stream in (input_ids, user_codes, moshi_codes, attention_mask)
+    )
+    padding = xp.argmax(attention_mask, axis=1)[:, None]
+    more = int(start_token is not None)
+
+    def columns_of(stream: ArrayLike) -> ArrayLike:
+        return xp.arange(stream.shape[-1] + more, dtype=np.int32)[None]
+
+    def codes(stream: ArrayLike) -> ArrayLike:
+        widths = ((0, 0), (0, 0), (more, 0))
+        before = columns_of(stream) < padding + more
+        return xp.where(before[:, None], start_code, xp.pad(stream, widths)).astype(np.int32)
+
+    if start_token is not None:
+        column = columns_of(input_ids)
+        moved = xp.where(column < padding, xp.pad(input_ids, ((0, 0), (0, 1))), xp.pad(input_ids, ((0, 0), (1, 0))))
+        input_ids = xp.where(column == padding, start_token, moved).astype(np.int32)
+        attention_mask = xp.where(column == padding, 1, xp.pad(attention_mask, ((0, 0), (1, 0)))).astype(np.int32)
+    return input_ids, codes(user_codes), codes(moshi_codes), attention_mask
 
 
 def frame_inputs(
@@ -253,6 +307,15 @@ def new_audio_codes(state: State, begin: int, end: int, filler: int) -> np.ndarr
     return np.where(inside[:, None], audio, filler)
 
 
+def decoded_frames(capacity: int) -> list[int]:
+    """The lengths that waveforms of at most ``capacity`` frames are decoded in: few, so that they share programs, and
+    the longest one without a frame too many."""
+    lengths = [min(SMALLEST, capacity)]
+    while lengths[-1] < capacity:
+        lengths.append(min(2 * lengths[-1], capacity))
+    return lengths
+
+
 def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
     """The waveform of undelayed codes, silent after each row's end (Mimi is causal: what follows changes nothing)."""
     frames = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)
@@ -265,9 +328,15 @@ def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> F
     return jnp.where(inside, audio, jnp.zeros((), audio.dtype)).astype(jnp.float32)
 
 
-def encode_audio(decoder: FrameDecoder, params, input_values) -> Int[Array, "batch codebooks frames"]:
-    """The codes of a waveform."""
-    return decoder.module.apply({"params": params}, input_values, method=decoder.module.encode_audio)
+def encode_audio(
+    decoder: FrameDecoder, params, input_values, samples: Int[Array, ""] | None = None
+) -> Int[Array, "batch codebooks frames"]:
+    """The codes of a waveform, or of its first ``samples``: what follows makes no difference."""
+    mask = None
+    if samples is not None:
+        inside = jnp.arange(input_values.shape[-1], dtype=jnp.int32) < samples
+        mask = jnp.broadcast_to(inside, (input_values.shape[0], *inside.shape))
+    return decoder.module.apply({"params": params}, input_values, mask, method=decoder.module.encode_audio)
 
 
 DEPTH_PREFIX = "depth_decoder_"

@@ -19,12 +19,14 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 from ...generation import FlaxGenerationMixin
 from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
-from ...generation.configuration import merge_generation_config, resolve_plan
+from ...generation.configuration import merge_generation_config, resolve_max_length, resolve_plan
 from ...generation.decoding import FREE
 from ...generation.utils import capacity_of, check_sizes, check_watching, one_token
-from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
+from ...input_checks import check_ids, check_left_padding, check_mask, check_rank, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ..mimi.modeling_flax_mimi import encoded_length
+from ..mimi.streaming_flax_mimi import samples_per_frame
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .generation_flax_moshi import (
@@ -32,9 +34,11 @@ from .generation_flax_moshi import (
     FrameDecoder,
     TextDecoder,
     decode_audio,
+    decoded_frames,
     encode_audio,
     finish_audio,
     frame_inputs,
+    lay_out_prompt,
     new_audio_codes,
     resolve_depth_sampling,
 )
@@ -752,6 +756,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         self._check_streams(audio, text_name, batch_size, length, user_may_go_on=True)
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
+            check_left_padding("attention_mask", attention_mask)
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
         prompt_shape = (batch_size, length)
         length += int(concat_unconditional_inputs)
@@ -786,19 +791,15 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         # on the host if that is possible: XLA would compile a program for every length of every stream
         xp = jnp if traced else np
         text_prompt = input_ids is not None
-        # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
-        input_ids = input_ids if text_prompt else np.full(prompt_shape, config.vocab_size)
-        attention_mask = np.ones(prompt_shape) if attention_mask is None else attention_mask
-        input_ids, user_audio_codes, moshi_audio_codes, attention_mask = (
-            xp.asarray(stream).astype(np.int32)
-            for stream in (input_ids, user_audio_codes, moshi_audio_codes, attention_mask)
+        input_ids, user_audio_codes, moshi_audio_codes, attention_mask = lay_out_prompt(
+            # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
+            input_ids if text_prompt else np.full(prompt_shape, config.vocab_size),
+            user_audio_codes,
+            moshi_audio_codes,
+            np.ones(prompt_shape) if attention_mask is None else attention_mask,
+            start_token=config.vocab_size if concat_unconditional_inputs else None,
+            start_code=config.audio_vocab_size,
         )
-        if concat_unconditional_inputs:
-            start = self.get_unconditional_inputs(batch_size)
-            input_ids = xp.concatenate([start.input_ids, input_ids], axis=-1)
-            user_audio_codes = xp.concatenate([start.user_audio_codes, user_audio_codes], axis=-1)
-            moshi_audio_codes = xp.concatenate([start.moshi_audio_codes, moshi_audio_codes], axis=-1)
-            attention_mask = xp.concatenate([start.attention_mask, attention_mask], axis=-1)
 
         capacity = capacity_of(plan, traced)
         forced_ids = None
@@ -840,14 +841,15 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         sequences, lengths, frames = state.sequences, state.lengths, codes.shape[-1]
         if not traced:
             frames = int(audio_lengths.max())
-            sequences, codes = cut(sequences, int(lengths.max())), cut(codes, min(bucket(frames), codes.shape[-1]))
+            length_decoded = next(size for size in decoded_frames(codes.shape[-1]) if size >= frames)
+            sequences, codes = cut(sequences, int(lengths.max())), cut(codes, length_decoded)
         audio = None
         if return_audio_waveforms:
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)
             audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
         codes = cut(codes, frames)
         if not text_prompt:
-            sequences, lengths = sequences[:, length:], lengths - length
+            sequences, lengths = on_device(xp.asarray(sequences)[:, length:]), lengths - length
         return FlaxMoshiGenerateOutput(
             audio_sequences=audio,
             sequences=sequences,
@@ -893,7 +895,20 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             raise ValueError(
                 f"`batch_size` is {batch_size}, but without a prompt there is one row: set `prompt_frames`."
             )
-        jax.block_until_ready(self.generate(**prompt, **one_token(options, batch_size, max_new_tokens)))
+        options = one_token(options, batch_size, max_new_tokens)
+        outputs = self.generate(**prompt, **options)
+        if outputs.audio_sequences is not None:
+            # rows may end early, and waveforms are decoded in several lengths
+            started = not prompt or options.get("concat_unconditional_inputs", True)
+            given = {name: options[name] for name in ("max_new_tokens", "max_length") if name in options}
+            merged, _ = merge_generation_config(self.generation_config, options.get("generation_config"), given)
+            capacity = bucket(resolve_max_length(vars(merged), prompt_frames + int(started)))
+            for frames in decoded_frames(capacity - 1):
+                codes = np.zeros((len(outputs.sequences), config.num_codebooks, frames), dtype=np.int32)
+                self.compiled(decode_audio)(
+                    options.get("params", self.params), on_device(codes), outputs.audio_lengths
+                )
+        jax.block_until_ready(outputs)
 
     def streaming(
         self,
@@ -919,13 +934,14 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         )
 
     def _encode(self, params, values):
-        """The codes of a waveform, which is padded to a bucket where the codec's causality makes that invisible."""
-        frame_size = self.config.audio_encoder_config.frame_size
+        """The codes of a waveform, which is padded to a bucket."""
+        if is_traced(values):
+            return self.compiled(encode_audio)(params, values)
+        codec = self.config.audio_encoder_config
         samples = np.shape(values)[-1]
-        if is_traced(values) or samples % frame_size:
-            return self.compiled(encode_audio)(params, jnp.asarray(values))
-        frames = samples // frame_size
-        codes = self.compiled(encode_audio)(params, padded(values, bucket(frames) * frame_size, 0.0))
+        frames = encoded_length(codec, samples)
+        values = padded(values, bucket(frames) * samples_per_frame(codec), 0.0)
+        codes = self.compiled(encode_audio)(params, values, on_device(samples, np.int32))
         return codes[..., :frames] if is_traced(codes) else np.asarray(codes)[..., :frames]
 
     def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:

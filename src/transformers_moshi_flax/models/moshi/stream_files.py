@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...generation.sampling import THREEFRY
 from .stream_state import StreamState
 
 STATE_FORMAT = "moshi-stream-state"
@@ -48,7 +49,7 @@ def with_leaves(shapes: StreamState, leaves: dict[str, jax.Array]) -> StreamStat
     return jax.tree.unflatten(
         jax.tree.structure(shapes),
         [
-            jax.random.wrap_key_data(leaf) if is_key(shape) else leaf
+            jax.random.wrap_key_data(leaf, impl=THREEFRY) if is_key(shape) else leaf
             for leaf, shape in zip(leaves.values(), jax.tree.leaves(shapes), strict=True)
         ],
     )

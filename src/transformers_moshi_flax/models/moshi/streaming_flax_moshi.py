@@ -322,7 +322,7 @@ class FlaxMoshiStream:
                 "`forced_text_ids` and `forced_audio_codes` of the first frame go with the first step of a stream "
                 "with `ignore_first_user_frame=True`: leave them out of `init`."
             )
-        keys = self._checked_keys(jax.random.key(0) if prng_key is None else prng_key)
+        keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, self.batch_size)
         return self._run_start(self._create(keys), self._all, forced)
 
     def reset(
@@ -348,7 +348,7 @@ class FlaxMoshiStream:
         self._check_state(state)
         rows = self._checked_rows("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
-        keys = None if prng_key is None else self._checked_keys(prng_key)
+        keys = None if prng_key is None else row_keys(prng_key, self.batch_size)
         state = RESTART(state, rows, *self._starts)
         if keys is not None:
             dialogue = REKEY(state.dialogue, rows, keys)
@@ -516,7 +516,7 @@ class FlaxMoshiStream:
             )
         if slot is not None:
             self._checked_slot(slot, batch_size, f"the file {path}")
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+        keys = jax.eval_shape(lambda: row_keys(jax.random.key(0), batch_size))
         expected = jax.eval_shape(self._create, keys)
         leaves = {}
         for name, shape in named_leaves(expected).items():
@@ -583,15 +583,6 @@ class FlaxMoshiStream:
         if is_traced(array):
             return array
         return np.asarray(array) if self.mesh is None else self._on_devices(np.asarray(array))
-
-    def _checked_keys(self, prng_key: Any) -> jax.Array:
-        keys = row_keys(prng_key, self.batch_size)
-        if keys.dtype != jax.random.key(0).dtype:
-            raise ValueError(
-                f"`prng_key` is of another kind ({keys.dtype}) than `jax.random.key` makes here: use that, so that "
-                "states can be saved and loaded."
-            )
-        return keys
 
     def _checked_slot(self, slot: Any, slots: int | None = None, owner: str = "the stream") -> int:
         slots = self.batch_size if slots is None else slots

@@ -63,9 +63,7 @@ class Oracle:
             )[0]
         )
         self.hear = jax.jit(
-            lambda ids, user, moshi, mask: model(
-                input_ids=ids, user_audio_codes=user, moshi_audio_codes=moshi, attention_mask=mask
-            )
+            lambda ids, user, moshi: model(input_ids=ids, user_audio_codes=user, moshi_audio_codes=moshi)
         )
         self.depth = jax.jit(
             lambda ids, hidden: model.module.apply(
@@ -75,9 +73,7 @@ class Oracle:
         silence = jnp.zeros((1, 1, model.config.audio_encoder_config.frame_size))
         self.blank = np.asarray(model.compiled(encode_audio)(model.params, silence))[0]
 
-    def continue_all(
-        self, hypotheses: list[Hypothesis], user: np.ndarray, mask: np.ndarray, rows: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def continue_all(self, hypotheses: list[Hypothesis], user: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the next ids and hidden states, from a pass over ``rows`` rows, filled up."""
         length = len(hypotheses[0].tokens)
         ids = np.zeros((rows, FRAMES), np.int32)
@@ -85,7 +81,7 @@ class Oracle:
         for row, hypothesis in enumerate(hypotheses):
             ids[row, :length] = hypothesis.tokens
             moshi[row, :, :length] = np.stack(hypothesis.codes, axis=1)
-        outputs = self.hear(ids, np.repeat(user[None], rows, 0), moshi, np.repeat(mask[None], rows, 0))
+        outputs = self.hear(ids, np.repeat(user[None], rows, 0), moshi)
         logits = np.asarray(outputs.logits, np.float64)[: len(hypotheses), length - 1]
         largest = logits.max(-1, keepdims=True)
         log_probs = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
@@ -113,15 +109,16 @@ class Oracle:
     def search(
         self, row: int, prompt: dict[str, np.ndarray], num_beams: int, early_stopping: Any, options: dict[str, Any]
     ) -> list[tuple[float, Hypothesis]]:
-        """The ``num_beams`` best hypotheses of one row with their scores."""
+        """The ``num_beams`` best hypotheses of one row with their scores, from a prompt without its padding."""
         start = np.full((self.config.num_codebooks, 1), AUDIO_VOCAB, np.int32)
-        ids = [VOCAB, *prompt["input_ids"][row]]
+        prompt = {
+            name: stream[row, ..., np.argmax(prompt["attention_mask"][row]) :] for name, stream in prompt.items()
+        }
+        ids = [VOCAB, *prompt["input_ids"]]
         length, limit = len(ids), len(ids) + options["max_new_tokens"]
-        mask = np.ones(FRAMES, np.int32)
-        mask[1:length] = prompt["attention_mask"][row]
-        heard = np.concatenate([start, prompt["user_audio_codes"][row], np.repeat(self.blank, FRAMES, 1)], axis=1)
+        heard = np.concatenate([start, prompt["user_audio_codes"], np.repeat(self.blank, FRAMES, 1)], axis=1)
         user = self.delayed(heard)[:, :FRAMES]
-        moshi = self.delayed(np.concatenate([start, prompt["moshi_audio_codes"][row]], axis=1))
+        moshi = self.delayed(np.concatenate([start, prompt["moshi_audio_codes"]], axis=1))
         ends = set(options["eos_token_id"])
         kept = max(2, 1 + len(ends)) * num_beams
         penalty = options["length_penalty"]
@@ -131,7 +128,7 @@ class Oracle:
         while True:
             position = len(running[0].tokens)
             fixed = moshi[1:, length] if position == length else None
-            log_probs, hidden = self.continue_all(running, user, mask, num_beams)
+            log_probs, hidden = self.continue_all(running, user, num_beams)
             candidates = [
                 (hypothesis.score + log_probs[beam, token], beam, token)
                 for beam, hypothesis in enumerate(running)
@@ -231,17 +228,18 @@ def test_plain_search(
         begin = 1 + prompt["input_ids"].shape[1]
         for row in range(BATCH):
             expected = oracle.search(row, prompt, num_beams, early_stopping, options)[:returned]
+            padding = int(np.argmax(prompt["attention_mask"][row]))
             for rank, (score, best) in enumerate(expected):
-                where, end = row * returned + rank, len(best.tokens)
+                where, end = row * returned + rank, padding + len(best.tokens)
                 assert actual.sequence_lengths[where] == end
-                np.testing.assert_array_equal(actual.sequences[where, :end], best.tokens)
+                np.testing.assert_array_equal(actual.sequences[where, padding:end], best.tokens)
                 assert (actual.sequences[where, end:] == VOCAB).all()
                 np.testing.assert_allclose(actual.sequences_scores[where], score, rtol=1e-5, atol=1e-5)
                 np.testing.assert_array_equal(actual.beam_indices[where, : end - begin], best.beams)
                 assert (actual.beam_indices[where, end - begin :] == -1).all()
                 codes = np.stack(best.codes, axis=1)
                 audio = np.concatenate([codes[:1, 1:-1], codes[1:, 2:]])
-                frames = end - 2
+                frames = end - 2 - padding
                 assert actual.audio_lengths[where] == frames
                 np.testing.assert_array_equal(actual.audio_codes[where, :, :frames], audio)
                 assert (actual.audio_codes[where, :, frames:] == AUDIO_VOCAB).all()
@@ -249,6 +247,6 @@ def test_plain_search(
             wins += expected[0][1].beams[-1] % num_beams != 0
         reached = int(actual.sequence_lengths.max())
         assert actual.sequences.shape == (BATCH * returned, reached)
-        assert actual.audio_codes.shape[2] == reached - 2
+        assert actual.audio_codes.shape[2] == actual.audio_lengths.max()
     assert len(lengths) > 4, "all hypotheses have the same few lengths: nothing ends early"
     assert wins > 0, "the best beam is always the first one: nothing is reordered"

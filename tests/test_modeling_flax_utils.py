@@ -415,6 +415,18 @@ def test_every_format_goes_there_and_back(with_head, tmp_path, options, max_shar
     assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, jax.tree.map(lambda leaf: leaf * 2, params))
 
 
+@pytest.mark.parametrize("to_pt", [True, False])
+def test_a_save_replaces_the_other_layout(with_head, tmp_path, to_pt):
+    """Both share config.json, so weights that stayed would be loaded with the configuration of others."""
+    with_head.save_pretrained(tmp_path, to_pt=not to_pt)
+    other = FlaxToyWithHead(tiny_moshi_config(sliding_window=7), seed=5)
+    other.save_pretrained(tmp_path, to_pt=to_pt)
+    again = FlaxToyWithHead.from_pretrained(tmp_path)
+    assert same(again.params, other.params) and again.config.sliding_window == 7
+    with pytest.raises(OSError, match="from_pt="):
+        FlaxToyWithHead.from_pretrained(tmp_path, from_pt=not to_pt)
+
+
 def test_reads_what_old_transformers_wrote(with_head, tmp_path):
     """Before version 5, msgpack with nested keys, and shards of flat ones listed with slashes."""
     with_head.save_pretrained(tmp_path)

@@ -34,7 +34,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
-from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
+from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
@@ -320,7 +320,7 @@ class FlaxPreTrainedModel:
                 check_float_dtype(name, value)
         source = Source.locate(name_or_path, subfolder, **hub)
         if config is None:
-            config = load_config(cls.config_class, source)
+            config = load_config(cls.config_class, source, from_pt)
         elif not isinstance(config, PreTrainedConfig):
             config = load_config(cls.config_class, Source.locate(config, **hub))
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
@@ -339,7 +339,7 @@ class FlaxPreTrainedModel:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
         params = unflatten_dict(loaded.params, sep="/")
-        if model.can_generate() and (values := source.read_json("generation_config.json")) is not None:
+        if model.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
             model.generation_config = GenerationConfig.from_dict(values)
 
         result: tuple[Any, ...] = (model, params)
@@ -392,7 +392,8 @@ class FlaxPreTrainedModel:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
 
         Args:
-            save_directory: made if it is not there. Saving over the directory that the model came from is fine.
+            save_directory: made if it is not there. A checkpoint that it holds is replaced, in whatever layout it is,
+                as all share ``config.json``; it may be the one that the model came from.
             params: the parameters to write, the model's own if None. Leaves are fetched from their devices file by
                 file.
             push_to_hub: also upload what was written, with a model card if the directory has no ``README.md``.
@@ -429,10 +430,6 @@ class FlaxPreTrainedModel:
             max_shard_bytes=convert_file_size_to_int(max_shard_size),
             companions=companions,
         )
-        if to_pt and (other := active_entry(folder, "flax")):
-            logger.warning(
-                f"{folder} also holds {other.name}, which from_pretrained prefers: remove it or load with from_pt=True"
-            )
         if push_to_hub:
             self._upload(folder, written, repo_id or folder.resolve().name, params, token=token)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from transformers_moshi_flax.checkpoints.files import Source
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 
@@ -195,6 +199,39 @@ def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, mimi: Path,
         assert (destination / "notes.txt").read_text() == "mine"
         assert (destination / "preprocessor_config.json").read_text() == "{}"
     assert list(destination.parent.iterdir()) == [destination]
+
+
+KILLED = """
+import os, signal, sys
+from transformers_moshi_flax.cli import main
+
+unlink = os.unlink
+
+def dying(path, **options):
+    if str(path).endswith("flax_model.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    unlink(path, **options)
+
+os.unlink = dying
+main(sys.argv[1:])
+"""
+
+
+def test_killed_before_the_other_layout_is_gone(mimi: Path, layouts: dict, tmp_path: Path):
+    """The old configuration with the old weights, as those of the other layout are what is found."""
+    destination = tmp_path / "model"
+    shutil.copytree(layouts["flax"], destination)
+    before = (destination / "config.json").read_bytes()
+    config = json.loads((mimi / "config.json").read_text())
+    (mimi / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
+    command = [sys.executable, "-c", KILLED, "convert", mimi, destination, "--to", "pt", "--overwrite"]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    assert (destination / "model.safetensors").exists(), "else nothing was tested"
+    assert (destination / "flax_model.safetensors").read_bytes() == layouts["file"].read_bytes()
+    assert (destination / "config.json").read_bytes() == before
+    source = Source.locate(destination)
+    assert source.read_json("config.json") == json.loads(before)
+    assert source.read_json("config.json", from_pt=True)["sliding_window"] == 7
 
 
 def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):

@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .files import CheckpointNotFoundError, Source
 
 
-def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrainedConfig:
-    """The configuration of ``config_class`` in a checkpoint.
+def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:
+    """The configuration of ``config_class`` in a checkpoint; ``from_pt`` as the weights are read with.
 
     If the checkpoint is of a larger model that contains this part (Moshi contains Mimi and the depth decoder), the
     part's configuration is taken out of the whole's.
@@ -23,7 +23,7 @@ def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrai
         CheckpointNotFoundError: no ``config.json``.
         ValueError: it is damaged, has bad values or is of a model that has no such part.
     """
-    values = source.read_json("config.json")
+    values = source.read_json("config.json", from_pt)
     if values is None:
         raise CheckpointNotFoundError(
             f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are loaded with "

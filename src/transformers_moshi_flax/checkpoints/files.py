@@ -33,6 +33,9 @@ LAYOUTS = {
 }
 """Entries of a layout: the first that is there is the checkpoint. PyTorch's order is that of ``transformers``."""
 
+ENTRIES = tuple(name for names in LAYOUTS.values() for name in names)
+"""Entries of all layouts, in the order in which they are looked for."""
+
 MARKERS = ".save-*.json"
 """Markers of saves under way or interrupted; see ``writing.py``."""
 
@@ -93,15 +96,17 @@ class Source:
         found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub)
         return None if found is None else Path(found)
 
-    def read_json(self, filename: str) -> dict[str, Any] | None:
+    def read_json(self, filename: str, from_pt: bool | None = None) -> dict[str, Any] | None:
         """A JSON object of the checkpoint, None if there is no such file; ValueError if it holds anything else.
 
-        Where a save was interrupted after its weights were in place, what it had still to write counts.
+        Where a save was interrupted after its weights were in place, what it had still to write counts for those who
+        read these weights: ``from_pt`` as in :meth:`weights`.
         """
         path = self.find(filename)
-        carried = None if self.folder is None else carried_files(self.folder)
-        if carried is not None and filename in carried:
-            return parse_json(carried[filename])
+        if self.folder is not None and (save := unfinished_save(self.folder)) is not None:
+            entry, companions = save
+            if filename in companions and self.folder / entry == (self.file or active_entry(self.folder, from_pt)):
+                return parse_json(companions[filename])
         return None if path is None else _read_json(path)
 
     def weights(self, from_pt: bool | None = None) -> tuple[str, TensorFile | ShardedFiles]:
@@ -125,7 +130,7 @@ class Source:
                 raise ValueError(f"from_pt={from_pt}, but {self.file} is in the {layout!r} layout; leave out from_pt")
             return layout, tensors
         found = []
-        for filename in (*LAYOUTS["flax"], *LAYOUTS["pt"]):
+        for filename in ENTRIES:
             path = self.find(filename)
             if path is None:
                 continue
@@ -183,34 +188,47 @@ def _is_plain(filename: str) -> bool:
     return not strange and Path(filename).name == filename and len(filename.encode("utf-8", "replace")) <= 255
 
 
-def carried_files(folder: Path) -> dict[str, str] | None:
-    """Contents of the configuration files that a committed save had still to write, None if there is no such save.
+def unfinished_save(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """The entry of a save that has put it in place and has not ended, and the configuration files that belong to it.
 
-    The save's marker says what the entry that commits it looks like: only if that entry is in place, the files count.
+    None if there is no such save. A marker counts if its temporary file has become the entry. Two signs tell that: the
+    one is not there any more (which a copy of the directory may lack, too), and the other is as the marker says.
     """
     for path in sorted(folder.glob(MARKERS)):
         try:
             marker = _read_json(path)
-            entry = active_entry(folder, marker["layout"])
-            if entry is not None and (entry.name, fingerprint(entry)) == (marker["entry"], marker["fingerprint"]):
-                return {name: content for name, content in marker["files"].items() if isinstance(content, str)}
-        except (OSError, ValueError, KeyError, AttributeError):
+            entry, files = marker["entry"], marker["files"]
+            if (
+                entry in ENTRIES
+                and not (folder / marker["temporary"]).exists()
+                and fingerprint(folder / entry, entry) == marker["fingerprint"]
+            ):
+                return entry, {name: text for name, text in files.items() if _is_plain(name) and isinstance(text, str)}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue  # not a marker of ours, or the save has ended just now
     return None
 
 
-def active_entry(folder: Path, layout: str) -> Path | None:
-    """The file that stands for the checkpoint of a layout: the single file or the index that is read."""
-    return next((folder / name for name in LAYOUTS.get(layout, ()) if (folder / name).is_file()), None)
+def active_entry(folder: Path, from_pt: bool | None = None) -> Path | None:
+    """The file that stands for the checkpoint, single file or index, as :meth:`Source.weights` looks for it."""
+    names = LAYOUTS["pt"] if from_pt else [name for name in ENTRIES if name not in (PT_PICKLE, PICKLE_INDEX)]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def fingerprint(path: Path) -> str:
-    """Tells whether a file is the same as another: its size, beginning and end, hashed."""
-    size, piece = path.stat().st_size, 1 << 16
+def fingerprint(path: Path, entry: str) -> str:
+    """Tells the file that is or becomes ``entry`` from others: size and content, hashed.
+
+    Of safetensors the header is enough, as it has the checksums.
+    """
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        head = file.read(piece)
-        file.seek(max(size - piece, 0))
-        return hashlib.sha256(b"%d " % size + head + file.read(piece)).hexdigest()
+        length = min(8 + int.from_bytes(file.read(8), "little"), size) if entry.endswith(".safetensors") else size
+        file.seek(0)
+        digest = hashlib.sha256(b"%d " % size)
+        while piece := file.read(min(length, 1 << 20)):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
 
 
 def _reader(path: Path, from_pt: bool | None) -> Callable[[Path], TensorFile]:

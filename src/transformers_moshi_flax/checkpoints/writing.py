@@ -1,18 +1,19 @@
 """Writing checkpoints so that a crash leaves the old one or the new one, whole, and never a mixture.
 
-A checkpoint of one layout is an *entry* (the single weight file, or the index of its shards), the shards that an index
-names, and configuration files. A save goes like this, with the directory locked against other savers:
+A checkpoint is an *entry* (the single weight file, or the index of its shards), the shards that an index names, and
+configuration files. The configuration files are the same for all layouts, so a directory holds one checkpoint: a save
+replaces those of every layout. It goes like this, with the directory locked against other savers:
 
 1. Shards are written under names that no index uses.
-2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the entry's fingerprint and
-   the contents of the configuration files that belong to it.
-3. The commit: the entry gets its name. Entries of another format that would be read before it are removed, the one
-   that was the checkpoint so far last; then that removal is the commit.
+2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the names and the fingerprint
+   of the entry and the contents of the configuration files that belong to it.
+3. The entry gets its name. Other entries are removed, those that are looked for first at the end. The commit is the
+   step after which the new entry is the one that is found: the renaming, or the removal of the last entry before it.
 4. The configuration files are written, the marker is removed, then shards that nothing names.
 
-Before the commit everything is as it was: the marker does not fit the entry in place. Between the commit and the end
-of step 4 the marker fits, and readers take the configuration from it (``files.carried_files``). The next save first
-finishes or clears what an interrupted one left. Every file is on the disk before it gets its name.
+Before step 3 the marker does not count. From then on until the end of step 4 whoever reads the new entry takes the
+configuration from it (``Source.read_json``). The next save first ends one that was interrupted there, or clears what
+it left. Every file is on the disk before it gets its name.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .files import FLAX_MSGPACK, LAYOUTS, MARKERS, carried_files, fingerprint
+from .files import ENTRIES, MARKERS, fingerprint, unfinished_save
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     max_shard_bytes: int,
     companions: Mapping[str, str],
 ) -> list[str]:
-    """Write weights and configuration files as one commit.
+    """Write weights and configuration files as one commit; weights of the directory in any layout are replaced.
 
     Args:
         folder: the directory, made if it is not there.
@@ -93,22 +94,14 @@ def save_checkpoint(
             _sync(temporary)
             marker = folder / MARKERS.replace("*", save_id)
             written.append(marker)
-            fields = {"layout": layout, "entry": final, "fingerprint": fingerprint(temporary), "files": companions}
-            write_text(marker, json.dumps(fields))
-
+            fields = {"entry": final, "temporary": temporary.name, "fingerprint": fingerprint(temporary, final)}
+            write_text(marker, json.dumps({**fields, "files": companions}))
             os.replace(temporary, folder / final)
-            order = LAYOUTS[layout]
-            for rival in reversed(order[: order.index(final)]):
-                (folder / rival).unlink(missing_ok=True)
-            _sync(folder)
         except BaseException:
-            if carried_files(folder) is None:  # else it is committed
-                for path in written:
+            if unfinished_save(folder) is None:  # else the entry is in place
+                for path in reversed(written):
                     path.unlink(missing_ok=True)
             raise
-        for stale in order[order.index(final) + 1 :]:
-            if Path(entry).suffix in stale or stale.startswith(FLAX_MSGPACK):
-                (folder / stale).unlink(missing_ok=True)
         _settle(folder)
     return [*names, *companions]
 
@@ -157,9 +150,18 @@ def _write_tensors(
 
 
 def _settle(folder: Path) -> None:
-    """Finish the save that was interrupted after its commit, and clear what those before it left behind."""
-    for name, content in (carried_files(folder) or {}).items():
-        write_text(folder / name, content)
+    """End the save whose entry is in place, and clear what those that did not come so far have left behind."""
+    save = unfinished_save(folder)
+    if save is not None:
+        entry, companions = save
+        _sync(folder)
+        # what is looked for first goes last: until then it is the checkpoint
+        for rival in reversed(ENTRIES):
+            if rival != entry:
+                (folder / rival).unlink(missing_ok=True)
+        _sync(folder)
+        for name, content in companions.items():
+            write_text(folder / name, content)
     for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
         path.unlink(missing_ok=True)
     named = set()
@@ -172,7 +174,7 @@ def _settle(folder: Path) -> None:
     _sync(folder)
 
 
-_SHARD = re.compile(r"(flax_model|model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack)")
+_SHARD = re.compile(r"(flax_model|model|pytorch_model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack|bin)")
 
 
 @contextlib.contextmanager

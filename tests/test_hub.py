@@ -10,7 +10,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from tests.configs import tiny_moshi_config
@@ -31,9 +31,17 @@ def model() -> FlaxToyWithHead:
     return FlaxToyWithHead(tiny_moshi_config(), seed=1)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"to_pt": True}, {"max_shard_size": 2000}, {"safe_serialization": False, "max_shard_size": 2000}]
-)
+FORMS = {
+    "single": {},
+    "sharded": {"max_shard_size": 2000},
+    "msgpack": {"safe_serialization": False},
+    "sharded msgpack": {"safe_serialization": False, "max_shard_size": 2000},
+    "pt": {"to_pt": True},
+    "sharded pt": {"to_pt": True, "max_shard_size": 2000},
+}
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_pushed_and_pulled(hub: Hub, model: FlaxToyWithHead, options: dict):
     commit = model.push_to_hub("tester/toy", token=hub.token, **options)
     assert commit.oid
@@ -43,6 +51,50 @@ def test_pushed_and_pulled(hub: Hub, model: FlaxToyWithHead, options: dict):
     model.push_to_hub("tester/toy", params=model.to_bf16(model.params), token=hub.token, **options)
     assert FlaxToyWithHead.from_pretrained("tester/toy", force_download=True).dtype == jnp.bfloat16
     assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision=commit.oid).params, model.params)
+
+
+def test_what_is_pushed_replaces_other_forms(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    """From the form that is looked for first to the last one and back."""
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/toy")
+    stale = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]
+    others = ["notes.txt", "adapter.safetensors", "onnx/model.safetensors", "tokenizer.json"]
+    api.create_commit(
+        "tester/toy",
+        [CommitOperationAdd(name, b"not ours") for name in [*stale, *others]],
+        commit_message="others",
+    )
+    for number, form in enumerate([*FORMS, *reversed(FORMS)]):
+        params = jax.tree.map(lambda leaf, number=number: leaf + number, model.params)
+        if number % 2:
+            model.save_pretrained(
+                tmp_path / "toy", params, push_to_hub=True, repo_id="tester/toy", token=hub.token, **FORMS[form]
+            )
+        else:
+            model.push_to_hub("tester/toy", params, token=hub.token, **FORMS[form])
+        assert same(FlaxToyWithHead.from_pretrained("tester/toy").params, params), form
+        files = set(hub.files("tester/toy"))
+        weights = {name for name in files if name.startswith(("flax_model", "model", "pytorch_model"))}
+        (stem,) = {name.split(".")[0].split("-")[0] for name in weights}
+        assert stem == ("model" if "pt" in form.split() else "flax_model")
+        assert (len(weights) > 1) == ("sharded" in form) and set(others) <= files
+
+
+def test_a_commit_of_others_meanwhile_is_not_lost(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
+    """Else two that push different forms at once would leave both."""
+    model.push_to_hub("tester/toy", token=hub.token)
+    repo_info = HfApi.repo_info
+
+    def overtaken(api: HfApi, *args: str, **options: str) -> object:
+        info = repo_info(api, *args, **options)
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="tester/toy")
+        return info
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "repo_info", overtaken)
+        with pytest.raises(HfHubHTTPError, match="try again"):
+            model.push_to_hub("tester/toy", token=hub.token, to_pt=True)
+    assert {"notes.txt", "flax_model.safetensors"} <= set(hub.files("tester/toy"))
 
 
 def test_saving_pushes_what_was_written_and_nothing_else(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):

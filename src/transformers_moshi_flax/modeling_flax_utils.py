@@ -34,7 +34,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
-from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source
+from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, is_weights
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
@@ -450,6 +450,8 @@ class FlaxPreTrainedModel:
     ) -> Any:
         """Save to a temporary directory and upload it, with a model card, as one commit.
 
+        Weights that the repository holds in any layout and format are replaced; its other files stay.
+
         Args:
             repo_id: the repository, made if it is not there.
             params, max_shard_size, safe_serialization, to_pt: as in :meth:`save_pretrained`.
@@ -489,21 +491,30 @@ class FlaxPreTrainedModel:
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        **options: Any,
+        revision: str | None = None,
+        create_pr: bool = False,
     ) -> Any:
-        from huggingface_hub import HfApi  # only here: it imports the HTTP client
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # only here: an HTTP client
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        if not (folder / "README.md").exists():
-            text = model_card(self, params, folder, written, repo_id, **(card or {}))
-            write_text(folder / "README.md", text)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[*written, "README.md"],
+        readme = folder / "README.md"
+        if not readme.exists():
+            write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
+        there = api.repo_info(repo_id, revision=revision)
+        names = [*written, "README.md"]
+        # weights of another form would be what is loaded, or what other programs load
+        rivals = [file.rfilename for file in there.siblings if is_weights(file.rfilename)]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in rivals if name not in names),
+                *(CommitOperationAdd(name, folder / name) for name in names),
+            ],
             commit_message=commit_message or f"Upload {type(self).__name__}",
-            **options,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,
         )
 
     def _config_json(self, params: Params) -> str:

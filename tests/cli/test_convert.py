@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tests.hub_server import UPLOAD_WARNING, hub_server
 from transformers_moshi_flax.checkpoints.files import Source
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
@@ -117,29 +117,18 @@ def mimi(layouts: dict, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What would have been uploaded: repository, and the contents of the files."""
-    sent = []
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list, **options: object):
-        sent.append((repo_id, {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}))
-        return SimpleNamespace(commit_url=f"https://example.org/{repo_id}/commit/1")
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return sent
-
-
-def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, uploads: list):
+@pytest.mark.filterwarnings(UPLOAD_WARNING)
+def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     destination = tmp_path / "pt"
     destination.mkdir()
     (destination / "notes.txt").write_text("mine")
     options = ("--to", "pt", "--max-shard-size", "40KB", "--overwrite", "--push-to-hub", "someone/new")
-    result = moshi_flax("convert", mimi, destination, *options)
-    assert result.code == 0 and "https://example.org/someone/new/commit/1" in result.err
-    ((repo_id, files),) = uploads
-    assert repo_id == "someone/new"
+    with hub_server() as hub, hub.client(tmp_path / "home"), monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", hub.token)
+        result = moshi_flax("convert", mimi, destination, *options)
+        assert result.code == 0, result.err
+        assert f"{hub.endpoint}/someone/new/commit/" in result.err
+        files = hub.files("someone/new")
     shards = {name for name in files if name.endswith(".safetensors")}
     assert len(shards) == 5
     others = {"config.json", "model.safetensors.index.json", "preprocessor_config.json", "README.md"}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ LAYOUTS = {
 
 ENTRIES = tuple(name for names in LAYOUTS.values() for name in names)
 """Entries of all layouts, in the order in which they are looked for."""
+
+SHARD = re.compile(r"(flax_model|model|pytorch_model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack|bin)")
+"""Names of shards, as ``transformers`` and ``writing.py`` give them."""
 
 MARKERS = ".save-*.json"
 """Markers of saves under way or interrupted; see ``writing.py``."""
@@ -180,6 +184,11 @@ class Source:
         target = shard.resolve()
         if not any(target.is_relative_to(folder) for folder in allowed):
             raise ValueError(f"{index} names the shard {shard.name!r}, a link out of the directory: not opened")
+
+
+def is_weights(filename: str) -> bool:
+    """Whether a file is an entry or a shard of a checkpoint, by its name."""
+    return filename in ENTRIES or SHARD.fullmatch(filename) is not None
 
 
 def _is_plain(filename: str) -> bool:

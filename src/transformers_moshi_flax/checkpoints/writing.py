@@ -22,7 +22,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .files import ENTRIES, MARKERS, fingerprint, unfinished_save
+from .files import ENTRIES, MARKERS, SHARD, fingerprint, unfinished_save
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
@@ -169,12 +168,9 @@ def _settle(folder: Path) -> None:
         with contextlib.suppress(ValueError, AttributeError):
             named |= set(parse_json(index.read_bytes()).get("weight_map", {}).values())
     for path in folder.iterdir():
-        if _SHARD.fullmatch(path.name) and path.name not in named:
+        if SHARD.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
     _sync(folder)
-
-
-_SHARD = re.compile(r"(flax_model|model|pytorch_model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack|bin)")
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
-from .model_card import model_card
+from .model_card import check_card_fields, is_generated, model_card
 from .param_shapes import param_shapes
 from .partitioning import resolve_shardings
 
@@ -109,6 +109,7 @@ class FlaxPreTrainedModel:
         self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(seed)))
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
+        self.hub_id: str | None = None
         if _do_init:
             self.params = self.init_weights(self.key, self.input_shape)
 
@@ -335,6 +336,7 @@ class FlaxPreTrainedModel:
         stored = param_dtype if param_dtype is not None else dtype
         loaded = _load(model, layout, tensors, stored, shardings, source.name, ignore_mismatched_sizes)
         model.name_or_path = source.name
+        model.hub_id = source.name if source.folder is None else None
         if dtype is None:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
@@ -396,7 +398,8 @@ class FlaxPreTrainedModel:
                 as all share ``config.json``; it may be the one that the model came from.
             params: the parameters to write, the model's own if None. Leaves are fetched from their devices file by
                 file.
-            push_to_hub: also upload what was written, with a model card if the directory has no ``README.md``.
+            push_to_hub: also upload what was written, with a model card (``README.md``). A card that somebody has
+                written or edited, here or in the repository, is kept.
             max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``; a larger
                 model is written as shards with an index.
             token: for the upload.
@@ -459,9 +462,15 @@ class FlaxPreTrainedModel:
             **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`): ``license``,
                 ``language``, ``base_model``, ``tags``.
 
+                A card of the repository that somebody has written or edited is kept.
+
         Returns:
             The ``CommitInfo`` of ``huggingface_hub``.
+
+        Raises:
+            ValueError: as :meth:`save_pretrained`, and for a field that the card does not have.
         """
+        check_card_fields(card, [name for name in inspect.signature(self.push_to_hub).parameters if name != "card"])
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_pretrained(
@@ -498,11 +507,19 @@ class FlaxPreTrainedModel:
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        readme = folder / "README.md"
-        if not readme.exists():
-            write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
         there = api.repo_info(repo_id, revision=revision)
         names = [*written, "README.md"]
+        readme = folder / "README.md"
+        if not readme.exists() or is_generated(readme.read_text("utf-8", errors="replace")):
+            write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
+            published = _card_of_repo(api, there)
+            if published is not None and not is_generated(published):
+                lacking = f", without {dict(card)}" if card else ""
+                logger.warning(
+                    f"{repo_id!r} has a README.md that somebody has written or edited: it is kept as it is{lacking}; "
+                    "correct what it says of the weights, or remove it to get a new one"
+                )
+                names.remove("README.md")
         # weights of another form would be what is loaded, or what other programs load
         rivals = [file.rfilename for file in there.siblings if is_weights(file.rfilename)]
         return api.create_commit(
@@ -523,6 +540,15 @@ class FlaxPreTrainedModel:
         values["architectures"] = [type(self).__name__.removeprefix("Flax")]
         values["dtype"] = main_dtype(flatten_dict(params)).name
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _card_of_repo(api: Any, repo: Any) -> str | None:
+    """The model card of a repository in the Hub's answer about it, None if it has none."""
+    if not any(file.rfilename == "README.md" for file in repo.siblings):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        path = api.hf_hub_download(repo.id, "README.md", revision=repo.sha, cache_dir=scratch)
+        return Path(path).read_text("utf-8", errors="replace")
 
 
 def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:

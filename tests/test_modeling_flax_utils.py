@@ -398,6 +398,8 @@ def test_saving_is_refused(with_head, tmp_path):
         with_head.save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="repo_id"):
         with_head.save_pretrained(tmp_path, repo_id="x")
+    with pytest.raises(ValueError, match="max_shard_size=0"):
+        with_head.save_pretrained(tmp_path, max_shard_size=0)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -30,7 +30,6 @@ from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
-from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
 from .checkpoints.configs import did_you_mean, load_config, override_config
@@ -38,7 +37,7 @@ from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, i
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
-from .checkpoints.writing import save_checkpoint, write_text
+from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .model_card import check_card_fields, is_generated, model_card
 from .param_shapes import param_shapes
 from .partitioning import resolve_shardings
@@ -400,8 +399,8 @@ class FlaxPreTrainedModel:
                 file.
             push_to_hub: also upload what was written, with a model card (``README.md``). A card that somebody has
                 written or edited, here or in the repository, is kept.
-            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``; a larger
-                model is written as shards with an index.
+            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``, ``"1.5GB"``
+                (powers of 1000) or ``"2GiB"`` (of 1024); a larger model is written as shards with an index.
             token: for the upload.
             safe_serialization: False writes msgpack (``flax.serialization``), which has no checksums.
             to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
@@ -410,13 +409,14 @@ class FlaxPreTrainedModel:
 
         Raises:
             ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
-                ``safe_serialization``, ``repo_id`` without ``push_to_hub``.
+                ``safe_serialization``, ``repo_id`` without ``push_to_hub``, a ``max_shard_size`` that is none.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
+        max_shard_bytes = shard_bytes(max_shard_size)
         params = self._whole_params(self.params if params is None else params)
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
@@ -430,7 +430,7 @@ class FlaxPreTrainedModel:
             layout="pt" if to_pt else "flax",
             entry=PT_WEIGHTS if to_pt else FLAX_WEIGHTS if safe_serialization else FLAX_MSGPACK,
             tensors=tensors,
-            max_shard_bytes=convert_file_size_to_int(max_shard_size),
+            max_shard_bytes=max_shard_bytes,
             companions=companions,
         )
         if push_to_hub:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,56 @@ def test_shard_names_are_those_of_transformers_when_they_are_free(tmp_path: Path
     saving.save(tmp_path, 2, "sharded")
     second = set(json.loads((tmp_path / FLAX_INDEX).read_text())["weight_map"].values())
     assert not first & second and len(second) == len(first)
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        (1, 1),
+        (np.int64(7), 7),
+        ("5GB", 5 * 10**9),
+        ("1.5GB", 1_500_000_000),
+        (" 1 mb ", 10**6),
+        ("2KiB", 2048),
+        ("2gib", 1 << 31),
+        ("1TB", 10**12),
+        ("100B", 100),
+        ("0.0015MB", 1500),
+        ("123456", 123456),
+        (10**17 + 1, 10**17 + 1),
+    ],
+)
+def test_sizes_of_shards(size: int | str, expected: int):
+    assert writing.shard_bytes(size) == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        0,
+        -1,
+        True,
+        1.5,
+        None,
+        "",
+        "big",
+        "0MB",
+        "0.5B",
+        "-1GB",
+        "1e3",
+        "5G",
+        "5iB",
+        "5 GB GB",
+        "GB",
+        "1,5GB",
+        "inf",
+        "٣GB",
+        [5],
+    ],
+)
+def test_what_is_no_size_of_a_shard(size: object):
+    with pytest.raises(ValueError, match=f"max_shard_size={re.escape(repr(size))} .*500MB"):
+        writing.shard_bytes(size)
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 60))

@@ -22,10 +22,13 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -103,6 +106,30 @@ def save_checkpoint(
             raise
         _settle(folder)
     return [*names, *companions]
+
+
+def shard_bytes(max_shard_size: Any) -> int:
+    """The bytes that a ``max_shard_size`` says: an integer, or text such as ``"5GB"``, ``"1.5GB"``, ``"2GiB"``.
+
+    Raises:
+        ValueError: it is no size, or less than a byte.
+    """
+    is_number = isinstance(max_shard_size, (int, np.integer)) and not isinstance(max_shard_size, bool)
+    text = str(max_shard_size) if is_number else max_shard_size
+    found = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    size = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        size = int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
+    if size < 1:
+        raise ValueError(
+            f"max_shard_size={max_shard_size!r} is no size of a file; give a number of bytes from 1, or text such as "
+            "'500MB', '1.5GB' or '2GiB'"
+        )
+    return size
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:\s*(?:([KMGT])(i?))?B)?", re.ASCII | re.IGNORECASE)
 
 
 def plan_shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[list[FileTensor]]:

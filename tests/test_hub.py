@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tests.configs import tiny_moshi_config
 from tests.hub_server import UPLOAD_WARNING, Hub, hub_server
 from tests.test_modeling_flax_utils import FlaxToyWithHead, same
+from transformers_moshi_flax.checkpoints.files import is_weights
 from transformers_moshi_flax.model_card import is_generated
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
@@ -75,10 +76,18 @@ def test_what_is_pushed_replaces_other_forms(hub: Hub, model: FlaxToyWithHead, t
             model.push_to_hub("tester/toy", params, token=hub.token, **FORMS[form])
         assert same(FlaxToyWithHead.from_pretrained("tester/toy").params, params), form
         files = set(hub.files("tester/toy"))
-        weights = {name for name in files if name.startswith(("flax_model", "model", "pytorch_model"))}
-        (stem,) = {name.split(".")[0].split("-")[0] for name in weights}
-        assert stem == ("model" if "pt" in form.split() else "flax_model")
-        assert (len(weights) > 1) == ("sharded" in form) and set(others) <= files
+        weights = {layout: {name for name in files if is_weights(name, layout)} for layout in ("flax", "pt")}
+        assert not files & set(stale) and set(others) <= files
+        written = weights["pt" if "pt" in form.split() else "flax"]
+        assert (len(written) > 1) == ("sharded" in form)
+        # PyTorch's stay beside those of Flax, which are what is loaded, but not the other way round
+        assert bool(weights["flax"]) != ("pt" in form.split()) and bool(weights["pt"]) == (
+            number >= list(FORMS).index("pt")
+        )
+    other = FlaxToyWithHead(tiny_moshi_config(sliding_window=7))
+    other.push_to_hub("tester/toy", token=hub.token)
+    assert FlaxToyWithHead.from_pretrained("tester/toy").config.sliding_window == 7
+    assert not any(is_weights(name, "pt") for name in hub.files("tester/toy"))
 
 
 def test_a_commit_of_others_meanwhile_is_not_lost(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):

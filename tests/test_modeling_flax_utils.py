@@ -418,15 +418,17 @@ def test_every_format_goes_there_and_back(with_head, tmp_path, options, max_shar
 
 
 @pytest.mark.parametrize("to_pt", [True, False])
-def test_a_save_replaces_the_other_layout(with_head, tmp_path, to_pt):
-    """Both share config.json, so weights that stayed would be loaded with the configuration of others."""
+def test_the_other_layout_stays_with_its_configuration(with_head, tmp_path, to_pt):
+    """Both share config.json: beside weights of another configuration nothing is written."""
     with_head.save_pretrained(tmp_path, to_pt=not to_pt)
-    other = FlaxToyWithHead(tiny_moshi_config(sliding_window=7), seed=5)
+    other = FlaxToyWithHead(tiny_moshi_config(), seed=5)
     other.save_pretrained(tmp_path, to_pt=to_pt)
-    again = FlaxToyWithHead.from_pretrained(tmp_path)
-    assert same(again.params, other.params) and again.config.sliding_window == 7
-    with pytest.raises(OSError, match="from_pt="):
-        FlaxToyWithHead.from_pretrained(tmp_path, from_pt=not to_pt)
+    for model, from_pt in ((other, to_pt), (with_head, not to_pt)):
+        assert same(FlaxToyWithHead.from_pretrained(tmp_path, from_pt=from_pt).params, model.params)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"weights of another configuration.*save to another directory"):
+        FlaxToyWithHead(tiny_moshi_config(sliding_window=7)).save_pretrained(tmp_path, to_pt=to_pt)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_reads_what_old_transformers_wrote(with_head, tmp_path):

@@ -32,8 +32,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import did_you_mean, load_config, override_config
-from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, is_weights
+from .checkpoints.configs import did_you_mean, has_config, load_config, override_config
+from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
@@ -389,12 +389,14 @@ class FlaxPreTrainedModel:
         safe_serialization: bool = True,
         to_pt: bool = False,
         repo_id: str | None = None,
+        *,
+        _replaces_layouts: bool = False,
     ) -> None:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
 
         Args:
-            save_directory: made if it is not there. A checkpoint that it holds is replaced, in whatever layout it is,
-                as all share ``config.json``; it may be the one that the model came from.
+            save_directory: made if it is not there. A checkpoint of this layout is replaced; it may be the one that
+                the model came from. Weights in the other layout stay.
             params: the parameters to write, the model's own if None. Leaves are fetched from their devices file by
                 file.
             push_to_hub: also upload what was written, with a model card (``README.md``). A card that somebody has
@@ -409,7 +411,8 @@ class FlaxPreTrainedModel:
 
         Raises:
             ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
-                ``safe_serialization``, ``repo_id`` without ``push_to_hub``, a ``max_shard_size`` that is none.
+                ``safe_serialization``, ``repo_id`` without ``push_to_hub``, a ``max_shard_size`` that is none, a
+                directory with weights in the other layout of another configuration, as both share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
@@ -421,18 +424,30 @@ class FlaxPreTrainedModel:
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
+        layout, other_layout = ("pt", "flax") if to_pt else ("flax", "pt")
+        beside = None if _replaces_layouts else entry_of(folder, other_layout)
+        if beside is not None and not has_config(Source.locate(folder), self.config):
+            raise ValueError(
+                f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
+                "lose theirs: save to another directory, or remove them"
+            )
         tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
         companions = {"config.json": self._config_json(params)}
         if self.generation_config is not None:
             companions["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
         written = save_checkpoint(
             folder,
-            layout="pt" if to_pt else "flax",
+            layout=layout,
             entry=PT_WEIGHTS if to_pt else FLAX_WEIGHTS if safe_serialization else FLAX_MSGPACK,
             tensors=tensors,
             max_shard_bytes=max_shard_bytes,
             companions=companions,
+            replaces=ENTRIES if _replaces_layouts else LAYOUTS[layout],
         )
+        if to_pt and beside is not None:
+            logger.warning(
+                f"{folder} holds {beside.name}, which from_pretrained prefers: remove it, or load with from_pt=True"
+            )
         if push_to_hub:
             self._upload(folder, written, repo_id or folder.resolve().name, params, token=token)
 
@@ -453,7 +468,8 @@ class FlaxPreTrainedModel:
     ) -> Any:
         """Save to a temporary directory and upload it, with a model card, as one commit.
 
-        Weights that the repository holds in any layout and format are replaced; its other files stay.
+        What is pushed is what loads then: weights that the repository holds in any layout and format are removed in
+        the same commit, but for PyTorch's of the same configuration. Other files stay.
 
         Args:
             repo_id: the repository, made if it is not there.
@@ -520,8 +536,13 @@ class FlaxPreTrainedModel:
                     "correct what it says of the weights, or remove it to get a new one"
                 )
                 names.remove("README.md")
-        # weights of another form would be what is loaded, or what other programs load
         rivals = [file.rfilename for file in there.siblings if is_weights(file.rfilename)]
+        if any(is_weights(name, "flax") for name in written):
+            # beside it, but only with their own configuration
+            pt_weights = [name for name in rivals if is_weights(name, "pt")]
+            repo = Source.locate(repo_id, revision=there.sha, token=token)
+            if pt_weights and has_config(repo, self.config):
+                rivals = [name for name in rivals if name not in pt_weights]
         return api.create_commit(
             repo_id,
             [

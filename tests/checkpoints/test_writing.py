@@ -198,7 +198,8 @@ def test_markers_of_strangers_write_nothing_outside(tmp_path: Path):
         "temporary": ".gone",
         "fingerprint": fingerprint(folder / FLAX_WEIGHTS, FLAX_WEIGHTS),
     }
-    (folder / ".save-0.json").write_text(json.dumps({**fields, "files": {"../escaped": "x", "note": "y"}}))
+    more = {"replaces": ["../escaped"], "files": {"../escaped": "x", "note": "y"}}
+    (folder / ".save-0.json").write_text(json.dumps({**fields, **more}))
     saving.save(folder, 2, "single")
     assert not (tmp_path / "escaped").exists() and (folder / "note").read_text() == "y"
 

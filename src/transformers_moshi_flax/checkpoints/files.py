@@ -108,9 +108,9 @@ class Source:
         """
         path = self.find(filename)
         if self.folder is not None and (save := unfinished_save(self.folder)) is not None:
-            entry, companions = save
-            if filename in companions and self.folder / entry == (self.file or active_entry(self.folder, from_pt)):
-                return parse_json(companions[filename])
+            read = self.file or active_entry(self.folder, from_pt)
+            if filename in save.companions and self.folder / save.entry == read:
+                return parse_json(save.companions[filename])
         return None if path is None else _read_json(path)
 
     def weights(self, from_pt: bool | None = None) -> tuple[str, TensorFile | ShardedFiles]:
@@ -186,9 +186,10 @@ class Source:
             raise ValueError(f"{index} names the shard {shard.name!r}, a link out of the directory: not opened")
 
 
-def is_weights(filename: str) -> bool:
-    """Whether a file is an entry or a shard of a checkpoint, by its name."""
-    return filename in ENTRIES or SHARD.fullmatch(filename) is not None
+def is_weights(filename: str, layout: str | None = None) -> bool:
+    """Whether a file is an entry or a shard of a checkpoint, of one layout or of any, by its name."""
+    known = filename in ENTRIES or SHARD.fullmatch(filename) is not None
+    return known and (layout is None or filename.startswith("flax_") == (layout == "flax"))
 
 
 def _is_plain(filename: str) -> bool:
@@ -197,10 +198,25 @@ def _is_plain(filename: str) -> bool:
     return not strange and Path(filename).name == filename and len(filename.encode("utf-8", "replace")) <= 255
 
 
-def unfinished_save(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """The entry of a save that has put it in place and has not ended, and the configuration files that belong to it.
+@dataclasses.dataclass(frozen=True)
+class UnfinishedSave:
+    """A save that has put its entry in place and has not ended.
 
-    None if there is no such save. A marker counts if its temporary file has become the entry. Two signs tell that: the
+    Attributes:
+        entry: the entry.
+        replaces: the entries that are to go.
+        companions: configuration files that belong to it, name -> content.
+    """
+
+    entry: str
+    replaces: tuple[str, ...]
+    companions: dict[str, str]
+
+
+def unfinished_save(folder: Path) -> UnfinishedSave | None:
+    """The save of a directory that was interrupted after its entry was in place, None if there is none.
+
+    A marker counts if its temporary file has become the entry. Two signs tell that: the
     one is not there any more (which a copy of the directory may lack, too), and the other is as the marker says.
     """
     for path in sorted(folder.glob(MARKERS)):
@@ -212,10 +228,16 @@ def unfinished_save(folder: Path) -> tuple[str, dict[str, str]] | None:
                 and not (folder / marker["temporary"]).exists()
                 and fingerprint(folder / entry, entry) == marker["fingerprint"]
             ):
-                return entry, {name: text for name, text in files.items() if _is_plain(name) and isinstance(text, str)}
+                companions = {name: text for name, text in files.items() if _is_plain(name) and isinstance(text, str)}
+                return UnfinishedSave(entry, tuple(marker["replaces"]), companions)
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue  # not a marker of ours, or the save has ended just now
     return None
+
+
+def entry_of(folder: Path, layout: str) -> Path | None:
+    """The file that stands for the checkpoint of one layout, pickles included."""
+    return next((folder / name for name in LAYOUTS[layout] if (folder / name).is_file()), None)
 
 
 def active_entry(folder: Path, from_pt: bool | None = None) -> Path | None:

@@ -1,14 +1,15 @@
 """Writing checkpoints so that a crash leaves the old one or the new one, whole, and never a mixture.
 
 A checkpoint is an *entry* (the single weight file, or the index of its shards), the shards that an index names, and
-configuration files. The configuration files are the same for all layouts, so a directory holds one checkpoint: a save
-replaces those of every layout. It goes like this, with the directory locked against other savers:
+configuration files. A save replaces the entries of its layout, and on demand those of the other, which shares the
+configuration files. It goes like this, with the directory locked against other savers:
 
 1. Shards are written under names that no index uses.
 2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the names and the fingerprint
-   of the entry and the contents of the configuration files that belong to it.
-3. The entry gets its name. Other entries are removed, those that are looked for first at the end. The commit is the
-   step after which the new entry is the one that is found: the renaming, or the removal of the last entry before it.
+   of the entry, the entries that it replaces and the contents of the configuration files that belong to it.
+3. The entry gets its name. The entries that it replaces are removed, those that are looked for first at the end. The
+   commit is the step after which the new entry is the one that is found: the renaming, or the removal of the last
+   entry before it.
 4. The configuration files are written, the marker is removed, then shards that nothing names.
 
 Before step 3 the marker does not count. From then on until the end of step 4 whoever reads the new entry takes the
@@ -48,8 +49,9 @@ def save_checkpoint(
     tensors: Sequence[FileTensor],
     max_shard_bytes: int,
     companions: Mapping[str, str],
+    replaces: Sequence[str] = ENTRIES,
 ) -> list[str]:
-    """Write weights and configuration files as one commit; weights of the directory in any layout are replaced.
+    """Write weights and configuration files as one commit.
 
     Args:
         folder: the directory, made if it is not there.
@@ -59,6 +61,7 @@ def save_checkpoint(
         tensors: what to write; each is built once, and no more than a shard's tensors are held at a time.
         max_shard_bytes: the most that one file may hold; a single tensor above it gets a file of its own.
         companions: configuration files, name -> content.
+        replaces: entries that are removed with their shards. Those that stay must be of the same configuration.
 
     Returns:
         The names of the files that make up the checkpoint.
@@ -97,7 +100,7 @@ def save_checkpoint(
             marker = folder / MARKERS.replace("*", save_id)
             written.append(marker)
             fields = {"entry": final, "temporary": temporary.name, "fingerprint": fingerprint(temporary, final)}
-            write_text(marker, json.dumps({**fields, "files": companions}))
+            write_text(marker, json.dumps({**fields, "replaces": list(replaces), "files": companions}))
             os.replace(temporary, folder / final)
         except BaseException:
             if unfinished_save(folder) is None:  # else the entry is in place
@@ -179,14 +182,13 @@ def _settle(folder: Path) -> None:
     """End the save whose entry is in place, and clear what those that did not come so far have left behind."""
     save = unfinished_save(folder)
     if save is not None:
-        entry, companions = save
         _sync(folder)
         # what is looked for first goes last: until then it is the checkpoint
         for rival in reversed(ENTRIES):
-            if rival != entry:
+            if rival in save.replaces and rival != save.entry:
                 (folder / rival).unlink(missing_ok=True)
         _sync(folder)
-        for name, content in companions.items():
+        for name, content in save.companions.items():
             write_text(folder / name, content)
     for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
         path.unlink(missing_ok=True)

@@ -157,7 +157,7 @@ def _write(
                 model.save_kyutai(destination, tokenizer=tokenizer)
             else:
                 size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-                model.save_pretrained(destination, to_pt=to is Layout.pt, **size)
+                model.save_pretrained(destination, to_pt=to is Layout.pt, _replaces_layouts=True, **size)
         companions = [path for path in fresh.iterdir() if path.name not in written]
         for path in companions:
             os.replace(path, destination / path.name)

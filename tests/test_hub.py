@@ -10,12 +10,14 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from tests.configs import tiny_moshi_config
 from tests.hub_server import UPLOAD_WARNING, Hub, hub_server
 from tests.test_modeling_flax_utils import FlaxToyWithHead, same
+from transformers_moshi_flax.checkpoints.files import is_weights
+from transformers_moshi_flax.model_card import is_generated
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
@@ -31,9 +33,17 @@ def model() -> FlaxToyWithHead:
     return FlaxToyWithHead(tiny_moshi_config(), seed=1)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"to_pt": True}, {"max_shard_size": 2000}, {"safe_serialization": False, "max_shard_size": 2000}]
-)
+FORMS = {
+    "single": {},
+    "sharded": {"max_shard_size": 2000},
+    "msgpack": {"safe_serialization": False},
+    "sharded msgpack": {"safe_serialization": False, "max_shard_size": 2000},
+    "pt": {"to_pt": True},
+    "sharded pt": {"to_pt": True, "max_shard_size": 2000},
+}
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_pushed_and_pulled(hub: Hub, model: FlaxToyWithHead, options: dict):
     commit = model.push_to_hub("tester/toy", token=hub.token, **options)
     assert commit.oid
@@ -43,6 +53,58 @@ def test_pushed_and_pulled(hub: Hub, model: FlaxToyWithHead, options: dict):
     model.push_to_hub("tester/toy", params=model.to_bf16(model.params), token=hub.token, **options)
     assert FlaxToyWithHead.from_pretrained("tester/toy", force_download=True).dtype == jnp.bfloat16
     assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision=commit.oid).params, model.params)
+
+
+def test_what_is_pushed_replaces_other_forms(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    """From the form that is looked for first to the last one and back."""
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/toy")
+    stale = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]
+    others = ["notes.txt", "adapter.safetensors", "onnx/model.safetensors", "tokenizer.json"]
+    api.create_commit(
+        "tester/toy",
+        [CommitOperationAdd(name, b"not ours") for name in [*stale, *others]],
+        commit_message="others",
+    )
+    for number, form in enumerate([*FORMS, *reversed(FORMS)]):
+        params = jax.tree.map(lambda leaf, number=number: leaf + number, model.params)
+        if number % 2:
+            model.save_pretrained(
+                tmp_path / "toy", params, push_to_hub=True, repo_id="tester/toy", token=hub.token, **FORMS[form]
+            )
+        else:
+            model.push_to_hub("tester/toy", params, token=hub.token, **FORMS[form])
+        assert same(FlaxToyWithHead.from_pretrained("tester/toy").params, params), form
+        files = set(hub.files("tester/toy"))
+        weights = {layout: {name for name in files if is_weights(name, layout)} for layout in ("flax", "pt")}
+        assert not files & set(stale) and set(others) <= files
+        written = weights["pt" if "pt" in form.split() else "flax"]
+        assert (len(written) > 1) == ("sharded" in form)
+        # PyTorch's stay beside those of Flax, which are what is loaded, but not the other way round
+        assert bool(weights["flax"]) != ("pt" in form.split()) and bool(weights["pt"]) == (
+            number >= list(FORMS).index("pt")
+        )
+    other = FlaxToyWithHead(tiny_moshi_config(sliding_window=7))
+    other.push_to_hub("tester/toy", token=hub.token)
+    assert FlaxToyWithHead.from_pretrained("tester/toy").config.sliding_window == 7
+    assert not any(is_weights(name, "pt") for name in hub.files("tester/toy"))
+
+
+def test_a_commit_of_others_meanwhile_is_not_lost(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
+    """Else two that push different forms at once would leave both."""
+    model.push_to_hub("tester/toy", token=hub.token)
+    repo_info = HfApi.repo_info
+
+    def overtaken(api: HfApi, *args: str, **options: str) -> object:
+        info = repo_info(api, *args, **options)
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="tester/toy")
+        return info
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "repo_info", overtaken)
+        with pytest.raises(HfHubHTTPError, match="try again"):
+            model.push_to_hub("tester/toy", token=hub.token, to_pt=True)
+    assert {"notes.txt", "flax_model.safetensors"} <= set(hub.files("tester/toy"))
 
 
 def test_saving_pushes_what_was_written_and_nothing_else(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
@@ -125,3 +187,72 @@ def test_the_model_card_tells_what_it_is(hub: Hub, model: FlaxToyWithHead, tmp_p
     card = ModelCard(hub.files("tester/copy")["README.md"].decode())
     assert card.data.to_dict()["base_model"] == "tester/toy" and "were loaded from `tester/toy`" in card.text
     assert 'ToyWithHead.from_pretrained("tester/copy")' in card.text and "--to pt" not in card.text
+
+
+def card_of(hub: Hub) -> str:
+    return hub.files("tester/toy")["README.md"].decode()
+
+
+def test_a_second_save_and_push_has_its_own_card(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    for params in (model.params, jax.tree.map(lambda leaf: leaf + 1, model.params)):
+        model.save_pretrained(tmp_path / "toy", params, push_to_hub=True, token=hub.token)
+        assert hashlib.sha256(hub.files("tester/toy")["flax_model.safetensors"]).hexdigest() in card_of(hub)
+
+
+@pytest.mark.parametrize("edit", ["mine\n", None])
+def test_a_card_of_a_person_is_kept(
+    hub: Hub, model: FlaxToyWithHead, tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: str | None
+):
+    """Both one that is new and one that was generated and edited."""
+    model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token)
+    mine = edit or card_of(hub).replace("## Architecture", "Do not use it for songs.\n\n## Architecture")
+    HfApi(token=hub.token).upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="tester/toy")
+    model.push_to_hub("tester/toy", token=hub.token, to_pt=True, license="mit")
+    assert "README.md that somebody has written" in caplog.text and "without {'license': 'mit'}" in caplog.text
+    assert card_of(hub) == mine
+    model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token)
+    assert card_of(hub) == mine
+    # the one in the directory goes with it
+    (tmp_path / "toy" / "README.md").write_text("a newer one of mine\n")
+    model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token)
+    assert card_of(hub) == "a newer one of mine\n"
+
+
+def test_line_ends_are_no_edit(hub: Hub, model: FlaxToyWithHead):
+    model.push_to_hub("tester/toy", token=hub.token)
+    assert is_generated(card_of(hub)) and is_generated(card_of(hub).replace("\n", "\r\n").rstrip())
+    assert not is_generated(card_of(hub).replace("audio-to-audio", "text-to-speech"))
+    assert not is_generated("") and not is_generated("# Mine\n")
+
+
+def test_paths_of_this_machine_stay_here(
+    hub: Hub, model: FlaxToyWithHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "secret").mkdir()
+    model.save_pretrained(tmp_path / "secret" / "run")
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate([tmp_path / "secret" / "run", "secret/run"]):
+        loaded = FlaxToyWithHead.from_pretrained(path)
+        if number:  # where it is not there any more, it must not be taken for a Hub id
+            (tmp_path / "secret").rename(tmp_path / "elsewhere")
+        loaded.push_to_hub("tester/toy", token=hub.token)
+        assert not [name for name, content in hub.files("tester/toy").items() if b"secret" in content]
+        assert "loaded from local files" in card_of(hub)
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        ({"licence": "mit"}, "licence='mit' is no field of the model card, .*; did you mean 'license'"),
+        ({"privat": True}, "did you mean 'private'"),
+        ({"tags": "speech"}, "tags='speech' must be a list"),
+        ({"language": 5}, "language=5 must be"),
+        ({"license": ["mit"]}, "license=.'mit'. must be a text"),
+    ],
+)
+def test_bad_fields_of_the_card_are_refused_before_any_request(
+    hub: Hub, model: FlaxToyWithHead, card: dict, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        model.push_to_hub("tester/toy", token=hub.token, **card)
+    assert not hub.requests

@@ -398,6 +398,8 @@ def test_saving_is_refused(with_head, tmp_path):
         with_head.save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="repo_id"):
         with_head.save_pretrained(tmp_path, repo_id="x")
+    with pytest.raises(ValueError, match="max_shard_size=0"):
+        with_head.save_pretrained(tmp_path, max_shard_size=0)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -413,6 +415,20 @@ def test_every_format_goes_there_and_back(with_head, tmp_path, options, max_shar
     # over itself, changed, in the same format
     with_head.save_pretrained(tmp_path, params=jax.tree.map(lambda leaf: leaf * 2, again.params), **options)
     assert same(FlaxToyWithHead.from_pretrained(tmp_path).params, jax.tree.map(lambda leaf: leaf * 2, params))
+
+
+@pytest.mark.parametrize("to_pt", [True, False])
+def test_the_other_layout_stays_with_its_configuration(with_head, tmp_path, to_pt):
+    """Both share config.json: beside weights of another configuration nothing is written."""
+    with_head.save_pretrained(tmp_path, to_pt=not to_pt)
+    other = FlaxToyWithHead(tiny_moshi_config(), seed=5)
+    other.save_pretrained(tmp_path, to_pt=to_pt)
+    for model, from_pt in ((other, to_pt), (with_head, not to_pt)):
+        assert same(FlaxToyWithHead.from_pretrained(tmp_path, from_pt=from_pt).params, model.params)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"weights of another configuration.*save to another directory"):
+        FlaxToyWithHead(tiny_moshi_config(sliding_window=7)).save_pretrained(tmp_path, to_pt=to_pt)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_reads_what_old_transformers_wrote(with_head, tmp_path):

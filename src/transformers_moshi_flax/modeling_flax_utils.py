@@ -30,16 +30,15 @@ from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
-from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import did_you_mean, load_config, override_config
-from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
+from .checkpoints.configs import did_you_mean, has_config, load_config, override_config
+from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
-from .checkpoints.writing import save_checkpoint, write_text
-from .model_card import model_card
+from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
+from .model_card import check_card_fields, is_generated, model_card
 from .param_shapes import param_shapes
 from .partitioning import resolve_shardings
 
@@ -109,6 +108,7 @@ class FlaxPreTrainedModel:
         self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(seed)))
         self._required_params = set(flatten_dict(self._params_shape_tree))
         self.name_or_path: str | None = None
+        self.hub_id: str | None = None
         if _do_init:
             self.params = self.init_weights(self.key, self.input_shape)
 
@@ -320,7 +320,7 @@ class FlaxPreTrainedModel:
                 check_float_dtype(name, value)
         source = Source.locate(name_or_path, subfolder, **hub)
         if config is None:
-            config = load_config(cls.config_class, source)
+            config = load_config(cls.config_class, source, from_pt)
         elif not isinstance(config, PreTrainedConfig):
             config = load_config(cls.config_class, Source.locate(config, **hub))
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
@@ -335,11 +335,12 @@ class FlaxPreTrainedModel:
         stored = param_dtype if param_dtype is not None else dtype
         loaded = _load(model, layout, tensors, stored, shardings, source.name, ignore_mismatched_sizes)
         model.name_or_path = source.name
+        model.hub_id = source.name if source.folder is None else None
         if dtype is None:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
         params = unflatten_dict(loaded.params, sep="/")
-        if model.can_generate() and (values := source.read_json("generation_config.json")) is not None:
+        if model.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
             model.generation_config = GenerationConfig.from_dict(values)
 
         result: tuple[Any, ...] = (model, params)
@@ -388,16 +389,20 @@ class FlaxPreTrainedModel:
         safe_serialization: bool = True,
         to_pt: bool = False,
         repo_id: str | None = None,
+        *,
+        _replaces_layouts: bool = False,
     ) -> None:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
 
         Args:
-            save_directory: made if it is not there. Saving over the directory that the model came from is fine.
+            save_directory: made if it is not there. A checkpoint of this layout is replaced; it may be the one that
+                the model came from. Weights in the other layout stay.
             params: the parameters to write, the model's own if None. Leaves are fetched from their devices file by
                 file.
-            push_to_hub: also upload what was written, with a model card if the directory has no ``README.md``.
-            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``; a larger
-                model is written as shards with an index.
+            push_to_hub: also upload what was written, with a model card (``README.md``). A card that somebody has
+                written or edited, here or in the repository, is kept.
+            max_shard_size: the most that a weight file may hold, a number of bytes or such as ``"5GB"``, ``"1.5GB"``
+                (powers of 1000) or ``"2GiB"`` (of 1024); a larger model is written as shards with an index.
             token: for the upload.
             safe_serialization: False writes msgpack (``flax.serialization``), which has no checksums.
             to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
@@ -406,32 +411,42 @@ class FlaxPreTrainedModel:
 
         Raises:
             ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
-                ``safe_serialization``, ``repo_id`` without ``push_to_hub``.
+                ``safe_serialization``, ``repo_id`` without ``push_to_hub``, a ``max_shard_size`` that is none, a
+                directory with weights in the other layout of another configuration, as both share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
+        max_shard_bytes = shard_bytes(max_shard_size)
         params = self._whole_params(self.params if params is None else params)
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
+        layout, other_layout = ("pt", "flax") if to_pt else ("flax", "pt")
+        beside = None if _replaces_layouts else entry_of(folder, other_layout)
+        if beside is not None and not has_config(Source.locate(folder), self.config):
+            raise ValueError(
+                f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
+                "lose theirs: save to another directory, or remove them"
+            )
         tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
         companions = {"config.json": self._config_json(params)}
         if self.generation_config is not None:
             companions["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
         written = save_checkpoint(
             folder,
-            layout="pt" if to_pt else "flax",
+            layout=layout,
             entry=PT_WEIGHTS if to_pt else FLAX_WEIGHTS if safe_serialization else FLAX_MSGPACK,
             tensors=tensors,
-            max_shard_bytes=convert_file_size_to_int(max_shard_size),
+            max_shard_bytes=max_shard_bytes,
             companions=companions,
+            replaces=ENTRIES if _replaces_layouts else LAYOUTS[layout],
         )
-        if to_pt and (other := active_entry(folder, "flax")):
+        if to_pt and beside is not None:
             logger.warning(
-                f"{folder} also holds {other.name}, which from_pretrained prefers: remove it or load with from_pt=True"
+                f"{folder} holds {beside.name}, which from_pretrained prefers: remove it, or load with from_pt=True"
             )
         if push_to_hub:
             self._upload(folder, written, repo_id or folder.resolve().name, params, token=token)
@@ -453,6 +468,9 @@ class FlaxPreTrainedModel:
     ) -> Any:
         """Save to a temporary directory and upload it, with a model card, as one commit.
 
+        What is pushed is what loads then: weights that the repository holds in any layout and format are removed in
+        the same commit, but for PyTorch's of the same configuration. Other files stay.
+
         Args:
             repo_id: the repository, made if it is not there.
             params, max_shard_size, safe_serialization, to_pt: as in :meth:`save_pretrained`.
@@ -460,9 +478,15 @@ class FlaxPreTrainedModel:
             **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`): ``license``,
                 ``language``, ``base_model``, ``tags``.
 
+                A card of the repository that somebody has written or edited is kept.
+
         Returns:
             The ``CommitInfo`` of ``huggingface_hub``.
+
+        Raises:
+            ValueError: as :meth:`save_pretrained`, and for a field that the card does not have.
         """
+        check_card_fields(card, [name for name in inspect.signature(self.push_to_hub).parameters if name != "card"])
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_pretrained(
@@ -492,21 +516,43 @@ class FlaxPreTrainedModel:
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        **options: Any,
+        revision: str | None = None,
+        create_pr: bool = False,
     ) -> Any:
-        from huggingface_hub import HfApi  # only here: it imports the HTTP client
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # only here: an HTTP client
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        if not (folder / "README.md").exists():
-            text = model_card(self, params, folder, written, repo_id, **(card or {}))
-            write_text(folder / "README.md", text)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[*written, "README.md"],
+        there = api.repo_info(repo_id, revision=revision)
+        names = [*written, "README.md"]
+        readme = folder / "README.md"
+        if not readme.exists() or is_generated(readme.read_text("utf-8", errors="replace")):
+            write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
+            published = _card_of_repo(api, there)
+            if published is not None and not is_generated(published):
+                lacking = f", without {dict(card)}" if card else ""
+                logger.warning(
+                    f"{repo_id!r} has a README.md that somebody has written or edited: it is kept as it is{lacking}; "
+                    "correct what it says of the weights, or remove it to get a new one"
+                )
+                names.remove("README.md")
+        rivals = [file.rfilename for file in there.siblings if is_weights(file.rfilename)]
+        if any(is_weights(name, "flax") for name in written):
+            # beside it, but only with their own configuration
+            pt_weights = [name for name in rivals if is_weights(name, "pt")]
+            repo = Source.locate(repo_id, revision=there.sha, token=token)
+            if pt_weights and has_config(repo, self.config):
+                rivals = [name for name in rivals if name not in pt_weights]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in rivals if name not in names),
+                *(CommitOperationAdd(name, folder / name) for name in names),
+            ],
             commit_message=commit_message or f"Upload {type(self).__name__}",
-            **options,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,
         )
 
     def _config_json(self, params: Params) -> str:
@@ -515,6 +561,15 @@ class FlaxPreTrainedModel:
         values["architectures"] = [type(self).__name__.removeprefix("Flax")]
         values["dtype"] = main_dtype(flatten_dict(params)).name
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _card_of_repo(api: Any, repo: Any) -> str | None:
+    """The model card of a repository in the Hub's answer about it, None if it has none."""
+    if not any(file.rfilename == "README.md" for file in repo.siblings):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        path = api.hf_hub_download(repo.id, "README.md", revision=repo.sha, cache_dir=scratch)
+        return Path(path).read_text("utf-8", errors="replace")
 
 
 def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:

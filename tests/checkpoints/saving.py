@@ -2,7 +2,8 @@
 
 ``python saving.py kill FOLDER`` copies ``FOLDER/old`` for every write point, saves over the copy in a child process
 that kills itself there with SIGKILL, and prints how many points there were. ``python saving.py save FOLDER N`` saves
-checkpoint N into FOLDER ten times.
+checkpoint N into FOLDER ten times. ``python saving.py die FOLDER N`` saves N over the large checkpoint in FOLDER and
+kills itself right before the commit.
 """
 
 from __future__ import annotations
@@ -30,16 +31,24 @@ def tensors(value: int) -> dict[str, np.ndarray]:
 
 
 def save(folder: Path, value: int, form: str) -> None:
-    """Checkpoint ``value``, with a configuration that says so, in one of the forms of the Flax layout."""
-    entry = "flax_model.msgpack" if "msgpack" in form else "flax_model.safetensors"
+    """Checkpoint ``value``, with a configuration that says so, in one of the forms."""
+    names = {"msgpack": "flax_model.msgpack", "pt": "model.safetensors"}
     writing.save_checkpoint(
         folder,
-        "flax",
-        entry,
+        "pt" if form.endswith("pt") else "flax",
+        names.get(form.split()[-1], "flax_model.safetensors"),
         [FileTensor(key, array.nbytes, partial(np.copy, array)) for key, array in tensors(value).items()],
         max_shard_bytes=200 if "sharded" in form else 1 << 20,
         companions={"config.json": json.dumps({"value": value}), "generation_config.json": json.dumps({"v": value})},
     )
+
+
+def save_large(folder: Path, weight: int, value: int) -> None:
+    """A msgpack file of which only the middle depends on ``weight``, with the configuration ``value``."""
+    leaves = {"a": np.zeros(30_000, np.float32), "b": np.full(4, weight, np.float32), "c": np.ones(30_000, np.float32)}
+    tensors = [FileTensor(key, leaf.nbytes, partial(np.copy, leaf)) for key, leaf in leaves.items()]
+    companions = {"config.json": json.dumps({"value": value})}
+    writing.save_checkpoint(folder, "flax", "flax_model.msgpack", tensors, 1 << 20, companions)
 
 
 def dying(function: Callable[..., Any], counter: list[int], last: int, torn: bool = False) -> Callable[..., Any]:
@@ -84,6 +93,16 @@ def main(command: str, folder: Path, argument: str) -> None:
         for _ in range(10):
             save(folder, int(argument), "sharded")
         return
+    if command == "die":
+        replace = os.replace
+
+        def dying_replace(old: Path, new: Path) -> None:
+            if Path(new).suffix == ".msgpack":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+
+        os.replace = dying_replace
+        save_large(folder, int(argument), 2)
     last = 0
     finished = False
     while not finished:

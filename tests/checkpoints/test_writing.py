@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +20,36 @@ from hypothesis import strategies as st
 
 from tests.checkpoints import saving
 from transformers_moshi_flax.checkpoints import writing
-from transformers_moshi_flax.checkpoints.files import FLAX_INDEX, Source
+from transformers_moshi_flax.checkpoints.files import (
+    FLAX_INDEX,
+    FLAX_MSGPACK,
+    FLAX_WEIGHTS,
+    MARKERS,
+    PT_WEIGHTS,
+    CheckpointNotFoundError,
+    Source,
+    fingerprint,
+)
 from transformers_moshi_flax.checkpoints.rules import FileTensor
 
-FORMS = ["single", "sharded", "msgpack", "sharded msgpack"]
+FORMS = ["single", "sharded", "msgpack", "sharded msgpack", "pt", "sharded pt"]
 ROOT = Path(__file__).parents[2]
 
 
-def loaded_value(folder: Path) -> int:
+def loaded_value(folder: Path, from_pt: bool | None = None) -> int:
     """Which checkpoint lies in the folder; fails if it isn't one whole checkpoint with its own configuration."""
     source = Source.locate(folder)
-    layout, tensors = source.weights()
-    assert layout == "flax"
+    layout, tensors = source.weights(from_pt)
+    assert from_pt is None or layout == ("pt" if from_pt else "flax")
     (value,) = {float(number) for tensor in tensors.values() for number in np.unique(tensor)}
     expected = saving.tensors(int(value))
     assert {key: tensor.shape for key, tensor in tensors.items()} == {k: t.shape for k, t in expected.items()}
-    assert source.read_json("config.json") == {"value": value}
-    assert source.read_json("generation_config.json") == {"v": value}
+    assert source.read_json("config.json", from_pt) == {"value": value}
+    assert source.read_json("generation_config.json", from_pt) == {"v": value}
+    if from_pt is None:  # whoever insists on a layout gets a whole one, too, or none
+        for insists in (True, False):
+            with contextlib.suppress(CheckpointNotFoundError):
+                loaded_value(folder, insists)
     return int(value)
 
 
@@ -47,7 +64,7 @@ def test_every_form_replaces_every_form(tmp_path: Path, old: str, new: str):
     assert loaded_value(tmp_path) == 1
     saving.save(tmp_path, 2, new)
     assert loaded_value(tmp_path) == 2
-    weights = [path for path in tmp_path.iterdir() if path.name.startswith("flax_model")]
+    weights = [path for path in tmp_path.iterdir() if path.name.startswith(("flax_model", "model"))]
     assert len(list(tmp_path.iterdir())) == len(weights) + 2, "litter"
     assert len(weights) == files_of(new)
 
@@ -63,6 +80,56 @@ def test_shard_names_are_those_of_transformers_when_they_are_free(tmp_path: Path
     assert not first & second and len(second) == len(first)
 
 
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        (1, 1),
+        (np.int64(7), 7),
+        ("5GB", 5 * 10**9),
+        ("1.5GB", 1_500_000_000),
+        (" 1 mb ", 10**6),
+        ("2KiB", 2048),
+        ("2gib", 1 << 31),
+        ("1TB", 10**12),
+        ("100B", 100),
+        ("0.0015MB", 1500),
+        ("123456", 123456),
+        (10**17 + 1, 10**17 + 1),
+    ],
+)
+def test_sizes_of_shards(size: int | str, expected: int):
+    assert writing.shard_bytes(size) == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        0,
+        -1,
+        True,
+        1.5,
+        None,
+        "",
+        "big",
+        "0MB",
+        "0.5B",
+        "-1GB",
+        "1e3",
+        "5G",
+        "5iB",
+        "5 GB GB",
+        "GB",
+        "1,5GB",
+        "inf",
+        "٣GB",
+        [5],
+    ],
+)
+def test_what_is_no_size_of_a_shard(size: object):
+    with pytest.raises(ValueError, match=f"max_shard_size={re.escape(repr(size))} .*500MB"):
+        writing.shard_bytes(size)
+
+
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 60))
 def test_shards_keep_the_order_and_the_limit(sizes: list[int], limit: int):
     tensors = [FileTensor(str(number), size, lambda: np.zeros(1)) for number, size in enumerate(sizes)]
@@ -74,10 +141,21 @@ def test_shards_keep_the_order_and_the_limit(sizes: list[int], limit: int):
 
 
 @pytest.mark.parametrize(
-    "old, new", [("sharded", "sharded"), ("single", "sharded"), ("sharded", "single"), ("sharded", "sharded msgpack")]
+    "old, new",
+    [
+        ("sharded", "sharded"),
+        ("single", "sharded"),
+        ("sharded", "sharded msgpack"),
+        ("sharded pt", "single"),
+        ("several", "pt"),
+    ],
 )
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, old: str, new: str):
-    saving.save(tmp_path / "old", 1, old)
+    saving.save(tmp_path / "old", 1, "single" if old == "several" else old)
+    if old == "several":  # as other programs leave it: the same in another layout, and a stale one
+        for value, form, name in ((1, "pt", PT_WEIGHTS), (0, "msgpack", FLAX_MSGPACK)):
+            saving.save(tmp_path / form, value, form)
+            shutil.copy(tmp_path / form / name, tmp_path / "old")
     run = subprocess.run(
         [sys.executable, "-m", "tests.checkpoints.saving", "kill", str(tmp_path), new],
         cwd=ROOT,
@@ -96,6 +174,34 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, old:
         saving.save(folder, 3, new)
         assert loaded_value(folder) == 3
         assert len(list(folder.iterdir())) == files_of(new) + 2
+
+
+@pytest.mark.parametrize("weight", [2, 1])
+def test_before_the_commit_no_likeness_of_the_old_file_to_the_new_one_counts(tmp_path: Path, weight: int):
+    """Ends and size are the same, or with weight 1 everything but the configuration."""
+    saving.save_large(tmp_path, 1, 1)
+    command = [sys.executable, "-m", "tests.checkpoints.saving", "die", str(tmp_path), str(weight)]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    source = Source.locate(tmp_path)
+    assert list(tmp_path.glob(MARKERS)) and source.weights()[1]["b"][0] == 1
+    assert source.read_json("config.json") == {"value": 1}
+    # a copy may lack temporary files: where weights differ, it is the old checkpoint all the same
+    next(tmp_path.glob(".*.tmp")).unlink()
+    assert source.read_json("config.json") == {"value": 1 if weight == 2 else 2}
+
+
+def test_markers_of_strangers_write_nothing_outside(tmp_path: Path):
+    folder = tmp_path / "inner"
+    saving.save(folder, 1, "single")
+    fields = {
+        "entry": FLAX_WEIGHTS,
+        "temporary": ".gone",
+        "fingerprint": fingerprint(folder / FLAX_WEIGHTS, FLAX_WEIGHTS),
+    }
+    more = {"replaces": ["../escaped"], "files": {"../escaped": "x", "note": "y"}}
+    (folder / ".save-0.json").write_text(json.dumps({**fields, **more}))
+    saving.save(folder, 2, "single")
+    assert not (tmp_path / "escaped").exists() and (folder / "note").read_text() == "y"
 
 
 def test_two_savers_at_once(tmp_path: Path):
@@ -173,14 +279,17 @@ def test_a_failure_right_after_the_commit_removes_nothing(tmp_path: Path, monkey
 
 
 def test_files_of_others_stay(tmp_path: Path):
-    names = [
-        "README.md",
-        "model.safetensors",
-        "pytorch_model-00001-of-00001.bin",
-        "adapter-00001-of-00001.safetensors",
-    ]
+    names = ["README.md", "adapter.safetensors", "adapter-00001-of-00001.safetensors", "pytorch_lora.bin"]
     for name in names:
         (tmp_path / name).write_text("mine")
-    saving.save(tmp_path, 1, "single")
-    saving.save(tmp_path, 2, "sharded")
+    for form in FORMS:
+        saving.save(tmp_path, 1, form)
     assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
+
+
+def test_pickles_go_too(tmp_path: Path):
+    """They would be loaded, on demand, with the configuration of the new checkpoint."""
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"):
+        (tmp_path / name).write_text("{}")
+    saving.save(tmp_path, 1, "single")
+    assert len(list(tmp_path.iterdir())) == files_of("single") + 2

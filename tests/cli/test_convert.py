@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tests.hub_server import UPLOAD_WARNING, hub_server
+from transformers_moshi_flax.checkpoints.files import Source
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 
@@ -113,29 +117,18 @@ def mimi(layouts: dict, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What would have been uploaded: repository, and the contents of the files."""
-    sent = []
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list, **options: object):
-        sent.append((repo_id, {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}))
-        return SimpleNamespace(commit_url=f"https://example.org/{repo_id}/commit/1")
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return sent
-
-
-def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, uploads: list):
+@pytest.mark.filterwarnings(UPLOAD_WARNING)
+def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     destination = tmp_path / "pt"
     destination.mkdir()
     (destination / "notes.txt").write_text("mine")
     options = ("--to", "pt", "--max-shard-size", "40KB", "--overwrite", "--push-to-hub", "someone/new")
-    result = moshi_flax("convert", mimi, destination, *options)
-    assert result.code == 0 and "https://example.org/someone/new/commit/1" in result.err
-    ((repo_id, files),) = uploads
-    assert repo_id == "someone/new"
+    with hub_server() as hub, hub.client(tmp_path / "home"), monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", hub.token)
+        result = moshi_flax("convert", mimi, destination, *options)
+        assert result.code == 0, result.err
+        assert f"{hub.endpoint}/someone/new/commit/" in result.err
+        files = hub.files("someone/new")
     shards = {name for name in files if name.endswith(".safetensors")}
     assert len(shards) == 5
     others = {"config.json", "model.safetensors.index.json", "preprocessor_config.json", "README.md"}
@@ -195,6 +188,39 @@ def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, mimi: Path,
         assert (destination / "notes.txt").read_text() == "mine"
         assert (destination / "preprocessor_config.json").read_text() == "{}"
     assert list(destination.parent.iterdir()) == [destination]
+
+
+KILLED = """
+import os, signal, sys
+from transformers_moshi_flax.cli import main
+
+unlink = os.unlink
+
+def dying(path, **options):
+    if str(path).endswith("flax_model.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    unlink(path, **options)
+
+os.unlink = dying
+main(sys.argv[1:])
+"""
+
+
+def test_killed_before_the_other_layout_is_gone(mimi: Path, layouts: dict, tmp_path: Path):
+    """The old configuration with the old weights, as those of the other layout are what is found."""
+    destination = tmp_path / "model"
+    shutil.copytree(layouts["flax"], destination)
+    before = (destination / "config.json").read_bytes()
+    config = json.loads((mimi / "config.json").read_text())
+    (mimi / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
+    command = [sys.executable, "-c", KILLED, "convert", mimi, destination, "--to", "pt", "--overwrite"]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    assert (destination / "model.safetensors").exists(), "else nothing was tested"
+    assert (destination / "flax_model.safetensors").read_bytes() == layouts["file"].read_bytes()
+    assert (destination / "config.json").read_bytes() == before
+    source = Source.locate(destination)
+    assert source.read_json("config.json") == json.loads(before)
+    assert source.read_json("config.json", from_pt=True)["sliding_window"] == 7
 
 
 def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):

@@ -12,9 +12,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .files import CheckpointNotFoundError, Source
 
+METADATA = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
 
-def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrainedConfig:
-    """The configuration of ``config_class`` in a checkpoint.
+
+def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:
+    """The configuration of ``config_class`` in a checkpoint; ``from_pt`` as the weights are read with.
 
     If the checkpoint is of a larger model that contains this part (Moshi contains Mimi and the depth decoder), the
     part's configuration is taken out of the whole's.
@@ -23,7 +25,7 @@ def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrai
         CheckpointNotFoundError: no ``config.json``.
         ValueError: it is damaged, has bad values or is of a model that has no such part.
     """
-    values = source.read_json("config.json")
+    values = source.read_json("config.json", from_pt)
     if values is None:
         raise CheckpointNotFoundError(
             f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are loaded with "
@@ -44,6 +46,28 @@ def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrai
         f"config.json of {source.name!r} has model_type={model_type!r}, which neither is nor contains "
         f"{config_class.model_type!r}; load the class that belongs to it or pass config="
     )
+
+
+def meaning(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration but for those that say nothing about the model."""
+
+    def of(fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: of(value) for name, value in fields.items() if name not in METADATA}
+
+    return of(config.to_dict())
+
+
+def has_config(source: Source, config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is of the model that ``config`` describes."""
+    try:
+        values = source.read_json("config.json") or {}
+        return values["model_type"] == config.model_type and meaning(build_config(type(config), values)) == meaning(
+            config
+        )
+    except (KeyError, ValueError):
+        return False
 
 
 def build_config(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ LAYOUTS = {
     "pt": (PT_WEIGHTS, PT_INDEX, PT_PICKLE, PICKLE_INDEX),
 }
 """Entries of a layout: the first that is there is the checkpoint. PyTorch's order is that of ``transformers``."""
+
+ENTRIES = tuple(name for names in LAYOUTS.values() for name in names)
+"""Entries of all layouts, in the order in which they are looked for."""
+
+SHARD = re.compile(r"(flax_model|model|pytorch_model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack|bin)")
+"""Names of shards, as ``transformers`` and ``writing.py`` give them."""
 
 MARKERS = ".save-*.json"
 """Markers of saves under way or interrupted; see ``writing.py``."""
@@ -93,15 +100,17 @@ class Source:
         found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub)
         return None if found is None else Path(found)
 
-    def read_json(self, filename: str) -> dict[str, Any] | None:
+    def read_json(self, filename: str, from_pt: bool | None = None) -> dict[str, Any] | None:
         """A JSON object of the checkpoint, None if there is no such file; ValueError if it holds anything else.
 
-        Where a save was interrupted after its weights were in place, what it had still to write counts.
+        Where a save was interrupted after its weights were in place, what it had still to write counts for those who
+        read these weights: ``from_pt`` as in :meth:`weights`.
         """
         path = self.find(filename)
-        carried = None if self.folder is None else carried_files(self.folder)
-        if carried is not None and filename in carried:
-            return parse_json(carried[filename])
+        if self.folder is not None and (save := unfinished_save(self.folder)) is not None:
+            read = self.file or active_entry(self.folder, from_pt)
+            if filename in save.companions and self.folder / save.entry == read:
+                return parse_json(save.companions[filename])
         return None if path is None else _read_json(path)
 
     def weights(self, from_pt: bool | None = None) -> tuple[str, TensorFile | ShardedFiles]:
@@ -125,7 +134,7 @@ class Source:
                 raise ValueError(f"from_pt={from_pt}, but {self.file} is in the {layout!r} layout; leave out from_pt")
             return layout, tensors
         found = []
-        for filename in (*LAYOUTS["flax"], *LAYOUTS["pt"]):
+        for filename in ENTRIES:
             path = self.find(filename)
             if path is None:
                 continue
@@ -177,40 +186,80 @@ class Source:
             raise ValueError(f"{index} names the shard {shard.name!r}, a link out of the directory: not opened")
 
 
+def is_weights(filename: str, layout: str | None = None) -> bool:
+    """Whether a file is an entry or a shard of a checkpoint, of one layout or of any, by its name."""
+    known = filename in ENTRIES or SHARD.fullmatch(filename) is not None
+    return known and (layout is None or filename.startswith("flax_") == (layout == "flax"))
+
+
 def _is_plain(filename: str) -> bool:
     """Whether a string is the name of a file in a directory, on any system."""
     strange = any(character in filename for character in "/\\\0") or filename in ("", ".", "..")
     return not strange and Path(filename).name == filename and len(filename.encode("utf-8", "replace")) <= 255
 
 
-def carried_files(folder: Path) -> dict[str, str] | None:
-    """Contents of the configuration files that a committed save had still to write, None if there is no such save.
+@dataclasses.dataclass(frozen=True)
+class UnfinishedSave:
+    """A save that has put its entry in place and has not ended.
 
-    The save's marker says what the entry that commits it looks like: only if that entry is in place, the files count.
+    Attributes:
+        entry: the entry.
+        replaces: the entries that are to go.
+        companions: configuration files that belong to it, name -> content.
+    """
+
+    entry: str
+    replaces: tuple[str, ...]
+    companions: dict[str, str]
+
+
+def unfinished_save(folder: Path) -> UnfinishedSave | None:
+    """The save of a directory that was interrupted after its entry was in place, None if there is none.
+
+    A marker counts if its temporary file has become the entry. Two signs tell that: the
+    one is not there any more (which a copy of the directory may lack, too), and the other is as the marker says.
     """
     for path in sorted(folder.glob(MARKERS)):
         try:
             marker = _read_json(path)
-            entry = active_entry(folder, marker["layout"])
-            if entry is not None and (entry.name, fingerprint(entry)) == (marker["entry"], marker["fingerprint"]):
-                return {name: content for name, content in marker["files"].items() if isinstance(content, str)}
-        except (OSError, ValueError, KeyError, AttributeError):
+            entry, files = marker["entry"], marker["files"]
+            if (
+                entry in ENTRIES
+                and not (folder / marker["temporary"]).exists()
+                and fingerprint(folder / entry, entry) == marker["fingerprint"]
+            ):
+                companions = {name: text for name, text in files.items() if _is_plain(name) and isinstance(text, str)}
+                return UnfinishedSave(entry, tuple(marker["replaces"]), companions)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue  # not a marker of ours, or the save has ended just now
     return None
 
 
-def active_entry(folder: Path, layout: str) -> Path | None:
-    """The file that stands for the checkpoint of a layout: the single file or the index that is read."""
-    return next((folder / name for name in LAYOUTS.get(layout, ()) if (folder / name).is_file()), None)
+def entry_of(folder: Path, layout: str) -> Path | None:
+    """The file that stands for the checkpoint of one layout, pickles included."""
+    return next((folder / name for name in LAYOUTS[layout] if (folder / name).is_file()), None)
 
 
-def fingerprint(path: Path) -> str:
-    """Tells whether a file is the same as another: its size, beginning and end, hashed."""
-    size, piece = path.stat().st_size, 1 << 16
+def active_entry(folder: Path, from_pt: bool | None = None) -> Path | None:
+    """The file that stands for the checkpoint, single file or index, as :meth:`Source.weights` looks for it."""
+    names = LAYOUTS["pt"] if from_pt else [name for name in ENTRIES if name not in (PT_PICKLE, PICKLE_INDEX)]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def fingerprint(path: Path, entry: str) -> str:
+    """Tells the file that is or becomes ``entry`` from others: size and content, hashed.
+
+    Of safetensors the header is enough, as it has the checksums.
+    """
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        head = file.read(piece)
-        file.seek(max(size - piece, 0))
-        return hashlib.sha256(b"%d " % size + head + file.read(piece)).hexdigest()
+        length = min(8 + int.from_bytes(file.read(8), "little"), size) if entry.endswith(".safetensors") else size
+        file.seek(0)
+        digest = hashlib.sha256(b"%d " % size)
+        while piece := file.read(min(length, 1 << 20)):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
 
 
 def _reader(path: Path, from_pt: bool | None) -> Callable[[Path], TensorFile]:

@@ -1,4 +1,4 @@
-"""Saving into a directory that has a checkpoint already, such that what is loaded from it then is the new one."""
+"""Saving into a directory that holds a checkpoint, such that nothing of that one's weights is left."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import logging
-
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
 
 
 @contextmanager
 def replacing_weights(folder: Path) -> Iterator[list[str]]:
-    """Remove the weights that are in ``folder``, of any layout, when the block has saved others without an error.
+    """Remove the weights that are in ``folder`` when the block has saved others without an error.
 
-    Weights of another layout would be what is loaded, or what other programs load.
+    A save of ours replaces what we would load. This is for the rest, such as files that Kyutai's format names.
 
     Args:
         folder: where to; it need not be there yet.
@@ -25,24 +23,12 @@ def replacing_weights(folder: Path) -> Iterator[list[str]]:
     """
     before = _identities(folder)
     written: list[str] = []
-    with _quiet():
-        yield written
+    yield written
     after = _identities(folder)
     written += [name for name, identity in after.items() if before.get(name) != identity]
     for name in after.keys() - set(written):
         if any(Path(name).match(pattern) for pattern in WEIGHTS):
             (folder / name).unlink()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of weights in another layout that lie in the directory: they are about to go."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _identities(folder: Path) -> dict[str, tuple[int, int]]:

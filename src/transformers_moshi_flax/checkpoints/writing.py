@@ -1,18 +1,20 @@
 """Writing checkpoints so that a crash leaves the old one or the new one, whole, and never a mixture.
 
-A checkpoint of one layout is an *entry* (the single weight file, or the index of its shards), the shards that an index
-names, and configuration files. A save goes like this, with the directory locked against other savers:
+A checkpoint is an *entry* (the single weight file, or the index of its shards), the shards that an index names, and
+configuration files. A save replaces the entries of its layout, and on demand those of the other, which shares the
+configuration files. It goes like this, with the directory locked against other savers:
 
 1. Shards are written under names that no index uses.
-2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the entry's fingerprint and
-   the contents of the configuration files that belong to it.
-3. The commit: the entry gets its name. Entries of another format that would be read before it are removed, the one
-   that was the checkpoint so far last; then that removal is the commit.
+2. The new entry is written under a temporary name, then a *marker*, ``.save-<id>.json``: the names and the fingerprint
+   of the entry, the entries that it replaces and the contents of the configuration files that belong to it.
+3. The entry gets its name. The entries that it replaces are removed, those that are looked for first at the end. The
+   commit is the step after which the new entry is the one that is found: the renaming, or the removal of the last
+   entry before it.
 4. The configuration files are written, the marker is removed, then shards that nothing names.
 
-Before the commit everything is as it was: the marker does not fit the entry in place. Between the commit and the end
-of step 4 the marker fits, and readers take the configuration from it (``files.carried_files``). The next save first
-finishes or clears what an interrupted one left. Every file is on the disk before it gets its name.
+Before step 3 the marker does not count. From then on until the end of step 4 whoever reads the new entry takes the
+configuration from it (``Source.read_json``). The next save first ends one that was interrupted there, or clears what
+it left. Every file is on the disk before it gets its name.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .files import FLAX_MSGPACK, LAYOUTS, MARKERS, carried_files, fingerprint
+from .files import ENTRIES, MARKERS, SHARD, fingerprint, unfinished_save
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
@@ -45,6 +49,7 @@ def save_checkpoint(
     tensors: Sequence[FileTensor],
     max_shard_bytes: int,
     companions: Mapping[str, str],
+    replaces: Sequence[str] = ENTRIES,
 ) -> list[str]:
     """Write weights and configuration files as one commit.
 
@@ -56,6 +61,7 @@ def save_checkpoint(
         tensors: what to write; each is built once, and no more than a shard's tensors are held at a time.
         max_shard_bytes: the most that one file may hold; a single tensor above it gets a file of its own.
         companions: configuration files, name -> content.
+        replaces: entries that are removed with their shards. Those that stay must be of the same configuration.
 
     Returns:
         The names of the files that make up the checkpoint.
@@ -93,24 +99,40 @@ def save_checkpoint(
             _sync(temporary)
             marker = folder / MARKERS.replace("*", save_id)
             written.append(marker)
-            fields = {"layout": layout, "entry": final, "fingerprint": fingerprint(temporary), "files": companions}
-            write_text(marker, json.dumps(fields))
-
+            fields = {"entry": final, "temporary": temporary.name, "fingerprint": fingerprint(temporary, final)}
+            write_text(marker, json.dumps({**fields, "replaces": list(replaces), "files": companions}))
             os.replace(temporary, folder / final)
-            order = LAYOUTS[layout]
-            for rival in reversed(order[: order.index(final)]):
-                (folder / rival).unlink(missing_ok=True)
-            _sync(folder)
         except BaseException:
-            if carried_files(folder) is None:  # else it is committed
-                for path in written:
+            if unfinished_save(folder) is None:  # else the entry is in place
+                for path in reversed(written):
                     path.unlink(missing_ok=True)
             raise
-        for stale in order[order.index(final) + 1 :]:
-            if Path(entry).suffix in stale or stale.startswith(FLAX_MSGPACK):
-                (folder / stale).unlink(missing_ok=True)
         _settle(folder)
     return [*names, *companions]
+
+
+def shard_bytes(max_shard_size: Any) -> int:
+    """The bytes that a ``max_shard_size`` says: an integer, or text such as ``"5GB"``, ``"1.5GB"``, ``"2GiB"``.
+
+    Raises:
+        ValueError: it is no size, or less than a byte.
+    """
+    is_number = isinstance(max_shard_size, (int, np.integer)) and not isinstance(max_shard_size, bool)
+    text = str(max_shard_size) if is_number else max_shard_size
+    found = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    size = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        size = int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
+    if size < 1:
+        raise ValueError(
+            f"max_shard_size={max_shard_size!r} is no size of a file; give a number of bytes from 1, or text such as "
+            "'500MB', '1.5GB' or '2GiB'"
+        )
+    return size
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:\s*(?:([KMGT])(i?))?B)?", re.ASCII | re.IGNORECASE)
 
 
 def plan_shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[list[FileTensor]]:
@@ -157,9 +179,17 @@ def _write_tensors(
 
 
 def _settle(folder: Path) -> None:
-    """Finish the save that was interrupted after its commit, and clear what those before it left behind."""
-    for name, content in (carried_files(folder) or {}).items():
-        write_text(folder / name, content)
+    """End the save whose entry is in place, and clear what those that did not come so far have left behind."""
+    save = unfinished_save(folder)
+    if save is not None:
+        _sync(folder)
+        # what is looked for first goes last: until then it is the checkpoint
+        for rival in reversed(ENTRIES):
+            if rival in save.replaces and rival != save.entry:
+                (folder / rival).unlink(missing_ok=True)
+        _sync(folder)
+        for name, content in save.companions.items():
+            write_text(folder / name, content)
     for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
         path.unlink(missing_ok=True)
     named = set()
@@ -167,12 +197,9 @@ def _settle(folder: Path) -> None:
         with contextlib.suppress(ValueError, AttributeError):
             named |= set(parse_json(index.read_bytes()).get("weight_map", {}).values())
     for path in folder.iterdir():
-        if _SHARD.fullmatch(path.name) and path.name not in named:
+        if SHARD.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
     _sync(folder)
-
-
-_SHARD = re.compile(r"(flax_model|model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safetensors|msgpack)")
 
 
 @contextlib.contextmanager

@@ -107,12 +107,10 @@ def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | No
             if value is not None:
                 raise UserMistake(f"{option}: not with --to kyutai, whose layout has neither shards nor a model card")
     if max_shard_size is not None:
-        from transformers.utils.hub import convert_file_size_to_int
+        from transformers_moshi_flax.checkpoints.writing import shard_bytes
 
-        with as_mistake(f"--max-shard-size: {max_shard_size!r} is no size", ValueError):
-            size = convert_file_size_to_int(max_shard_size)
-        if size <= 0:
-            raise UserMistake(f"--max-shard-size: {max_shard_size!r} is nothing; give a size such as 500MB")
+        with as_mistake("--max-shard-size", ValueError):
+            shard_bytes(max_shard_size)
     if push_to_hub is not None:
         from huggingface_hub.utils import validate_repo_id
 
@@ -159,7 +157,7 @@ def _write(
                 model.save_kyutai(destination, tokenizer=tokenizer)
             else:
                 size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-                model.save_pretrained(destination, to_pt=to is Layout.pt, **size)
+                model.save_pretrained(destination, to_pt=to is Layout.pt, _replaces_layouts=True, **size)
         companions = [path for path in fresh.iterdir() if path.name not in written]
         for path in companions:
             os.replace(path, destination / path.name)

@@ -67,12 +67,9 @@ def _weights_of_kyutai(source: Any) -> tuple[str, Any]:
 
 def _has_weights(source: Any) -> bool:
     """Whether a directory has an entry of a checkpoint (where a shard is missing all the same)."""
-    from transformers_moshi_flax.checkpoints.files import LAYOUTS, active_entry
+    from transformers_moshi_flax.checkpoints.files import active_entry
 
-    if source.folder is None:
-        return False
-    entries = (active_entry(source.folder, layout) for layout in LAYOUTS)
-    return any(entry is not None and ".bin" not in entry.suffixes for entry in entries)
+    return source.folder is not None and active_entry(source.folder) is not None
 
 
 def headers_on_hub(source: Any) -> tuple[str, Any]:

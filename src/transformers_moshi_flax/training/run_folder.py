@@ -208,7 +208,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         copy_companions(Source.locate(self.model), folder)
         with replacing_weights(folder):
-            self.load_model().save_pretrained(folder, params=params, to_pt=to_pt)
+            self.load_model().save_pretrained(folder, params=params, to_pt=to_pt, _replaces_layouts=True)
 
 
 def export_checkpoint(

@@ -297,6 +297,7 @@ def test_there_and_back_is_exact(tiny: Checkpoint, copied: Path, tmp_path: Path,
         save_file({key: value.to(dtype) for key, value in load_file(copied / name).items()}, copied / name)
     model, params = Moshi.from_kyutai(copied, _do_init=False)
     assert model.dtype == jnp.dtype(str(dtype).removeprefix("torch."))
+    assert model.name_or_path == str(copied) and model.hub_id is None
     model.save_kyutai(tmp_path / "back", params)
     for before, after in (("moshi", of_moshi.MOSHI_NAME), ("mimi", of_moshi.MIMI_NAME)):
         theirs, ours = load_file(copied / f"{before}.safetensors"), load_file(tmp_path / "back" / after)

@@ -342,6 +342,8 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         stored = dtype if param_dtype is None else param_dtype
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(kyutai_config(files), dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **kwargs)
+        source = Source.locate(name_or_path)
+        model.name_or_path, model.hub_id = source.name, source.name if source.folder is None else None
         model.generation_config = generation_config_from_kyutai(files.config.get("lm_gen_config") or {})
         shapes = model.params_shape_tree
         params = read_kyutai_params(files, model.config, shapes, lambda leaf: to_device(leaf, stored))

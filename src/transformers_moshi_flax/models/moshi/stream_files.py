@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...checkpoints.configs import meaning
 from ...generation.sampling import THREEFRY
 from .stream_state import StreamState
 
@@ -20,14 +21,7 @@ TEXT_IDS = "dialogue.text_ids"
 
 def digest(config: Any, dtype: Any, *options: Any) -> str:
     """Tells configurations and kinds of streams apart; what says nothing about the model is left out."""
-    metadata = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
-
-    def meaning(fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: meaning(value) for name, value in fields.items() if name not in metadata}
-
-    fields = {"config": meaning(config.to_dict()), "dtype": jnp.dtype(dtype).name, "options": options}
+    fields = {"config": meaning(config), "dtype": jnp.dtype(dtype).name, "options": options}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
 from .model_card import model_card
-from .param_shapes import param_shapes
+from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
 
 logger = logging.get_logger(__name__)
@@ -165,14 +165,16 @@ class FlaxPreTrainedModel:
     def params(self, params: Params) -> None:
         if not self._is_initialized:
             raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
-        self._params = self._whole_params(params)
-
-    def _whole_params(self, params: Params) -> dict[str, Any]:
-        """The parameters as a plain dict; ValueError if some are missing."""
         params = unfreeze(params)
         missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
         if missing:
             raise ValueError(f"params lack {missing}; give all of required_params")
+        self._params = params
+
+    def _savable_params(self, params: Params | None) -> dict[str, Any]:
+        """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""
+        params = unfreeze(self.params if params is None else params)
+        refuse_unsavable(params, self.params_shape_tree)
         return params
 
     @property
@@ -405,15 +407,16 @@ class FlaxPreTrainedModel:
             repo_id: where to upload to, the name of the directory if None.
 
         Raises:
-            ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
-                ``safe_serialization``, ``repo_id`` without ``push_to_hub``.
+            ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
+                file in place of the directory, ``to_pt`` without ``safe_serialization``, ``repo_id`` without
+                ``push_to_hub``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
-        params = self._whole_params(self.params if params is None else params)
+        params = self._savable_params(params)
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")

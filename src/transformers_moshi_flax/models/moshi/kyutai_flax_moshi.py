@@ -368,7 +368,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
             tokenizer: a SentencePiece model to copy into it.
 
         Raises:
-            ValueError: incomplete ``params``; a configuration that the format cannot express.
+            ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a
+                configuration that the format cannot express.
         """
-        params = self._whole_params(self.params if params is None else params)
-        write_kyutai(self.config, params, directory, tokenizer)
+        write_kyutai(self.config, self._savable_params(params), directory, tokenizer)

@@ -35,7 +35,8 @@ from .files import FLAX_MSGPACK, LAYOUTS, MARKERS, carried_files, fingerprint
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
-_TEMPORARY = ".*.tmp"
+TEMPORARY = ".*.tmp"
+"""Files that are being written, or were when a process was killed."""
 
 
 def save_checkpoint(
@@ -65,7 +66,7 @@ def save_checkpoint(
     """
     shards = plan_shards(tensors, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with lock_folder(folder):
         _settle(folder)
         save_id = uuid.uuid4().hex[:8]
         final = entry if len(shards) == 1 else f"{entry}.index.json"
@@ -160,7 +161,7 @@ def _settle(folder: Path) -> None:
     """Finish the save that was interrupted after its commit, and clear what those before it left behind."""
     for name, content in (carried_files(folder) or {}).items():
         write_text(folder / name, content)
-    for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
+    for path in [*folder.glob(MARKERS), *folder.glob(TEMPORARY)]:
         path.unlink(missing_ok=True)
     named = set()
     for index in folder.glob("*.index.json"):
@@ -176,7 +177,7 @@ _SHARD = re.compile(r"(flax_model|model)-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.(safeten
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Waits for other savers of the directory; the lock goes with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -12,6 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .files import CheckpointNotFoundError, Source
 
+_KYUTAIS = (
+    "loaded with FlaxMoshiForConditionalGeneration.from_kyutai, or converted with moshi-flax convert --from kyutai"
+)
+
 
 def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrainedConfig:
     """The configuration of ``config_class`` in a checkpoint.
@@ -26,13 +30,10 @@ def load_config(config_class: type[PreTrainedConfig], source: Source) -> PreTrai
     values = source.read_json("config.json")
     if values is None:
         raise CheckpointNotFoundError(
-            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are loaded with "
-            "FlaxMoshiForConditionalGeneration.from_kyutai)"
+            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
         )
     if "depformer_dim" in values or "moshi_name" in values:
-        raise ValueError(
-            f"{source.name!r} is in Kyutai's own format: load it with FlaxMoshiForConditionalGeneration.from_kyutai"
-        )
+        raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
     model_type = values.get("model_type", config_class.model_type)
     if model_type == config_class.model_type:
         return build_config(config_class, values)

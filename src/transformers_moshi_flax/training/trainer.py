@@ -344,8 +344,8 @@ class _Evaluation:
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         trainer = self._trainer
         with contextlib.closing(self._loader()) as loader:
-            batches = map(trainer._put, loader)
-            metrics = evaluate(self._step, state, batches, trainer.config.objective)
+            read = iter(lambda: _explained("data.evaluation", partial(next, loader, None)), None)
+            metrics = evaluate(self._step, state, map(trainer._put, read), trainer.config.objective)
         if trainer.config.run.samples:
             self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
         return metrics
@@ -353,7 +353,8 @@ class _Evaluation:
     def _speak(self, state: TrainState, folder: Path) -> None:
         trainer, run = self._trainer, self._trainer.config.run
         held_out = trainer._held_out
-        spoken = [held_out[index] for index in range(min(run.samples, len(held_out)))]
+        numbers = range(min(run.samples, len(held_out)))
+        spoken = _explained("data.evaluation", lambda: [held_out[number] for number in numbers])
         params = trainer._all_params(state)
         write_samples(self._model, params, spoken, folder, run.sample_frames, self._tokenizer(), run.seed)
 

@@ -389,6 +389,22 @@ def test_generation_config_goes_to_the_file_and_back(with_head, config, tmp_path
     assert again.top_k == 7 and again.depth_decoder_config == {"top_k": 9}
 
 
+def test_temp_of_a_file_is_read_as_temperature(with_head, tmp_path, caplog):
+    """At both levels, on load; what is saved then says temperature."""
+    with_head.save_pretrained(tmp_path)
+    written = {"do_sample": True, "temp": 0.5, "depth_decoder_config": {"temp": 0.7, "top_k": 9}}
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    config = FlaxToyWithHead.from_pretrained(tmp_path).generation_config
+    assert config.temperature == 0.5 and not hasattr(config, "temp")
+    assert config.depth_decoder_config == {"temperature": 0.7, "top_k": 9}
+    for name in ("temp", "depth_decoder_temp"):
+        assert f"`{name}` in a generation configuration is read as" in caplog.text
+    FlaxToyWithHead.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.5 and saved["depth_decoder_config"] == {"temperature": 0.7, "top_k": 9}
+    assert "temp" not in saved
+
+
 @pytest.mark.parametrize("options", [{}, {"to_pt": True}, {"safe_serialization": False}])
 def test_params_that_would_not_load_are_not_saved(with_head, tmp_path, options):
     """All of them are told, and the checkpoint that is there stays."""

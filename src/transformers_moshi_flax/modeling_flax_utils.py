@@ -39,6 +39,7 @@ from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, write_text
+from .generation.configuration import load_generation_config
 from .model_card import model_card
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
@@ -342,7 +343,7 @@ class FlaxPreTrainedModel:
             model._module = model._build_module()
         params = unflatten_dict(loaded.params, sep="/")
         if model.can_generate() and (values := source.read_json("generation_config.json")) is not None:
-            model.generation_config = GenerationConfig.from_dict(values)
+            model.generation_config = load_generation_config(values)
 
         result: tuple[Any, ...] = (model, params)
         if _do_init:

@@ -344,6 +344,12 @@ def test_held_out_data_that_are_damaged_cost_no_steps(
     assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [1]
 
 
+def test_padding_ids_must_be_of_the_model(inputs: Path, tmp_path: Path) -> None:
+    options = {"run__output_dir": str(tmp_path / "run"), "objective__text_padding_ids": [70_000]}
+    with pytest.raises(ConfigurationError, match=r"`objective`: `text_padding_ids` has \[70000\]"):
+        train(inputs, **options)
+
+
 class Killed(BaseException):
     """In the place of SIGKILL: nothing handles it."""
 

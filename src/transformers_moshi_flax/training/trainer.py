@@ -34,6 +34,7 @@ from .data.loading import Loader, make_loader
 from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
+from .objective import check_padding_ids
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
@@ -127,6 +128,7 @@ class Trainer:
         config, run = self.config, self.config.run
         resumes = _in_all(self._prepare_folder)
         model, params = _in_all(self._resumed_model if resumes else self._new_model)
+        _explained("objective", lambda: check_padding_ids(config.objective, model.config.vocab_size))
         module = model.module.clone(
             gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
         )

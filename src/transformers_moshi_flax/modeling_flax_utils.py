@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import did_you_mean, load_config, override_config
+from .checkpoints.configs import check_sizes, did_you_mean, load_config, override_config
 from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, PT_WEIGHTS, Source, active_entry
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
@@ -71,7 +71,8 @@ class FlaxPreTrainedModel:
         **kwargs: further fields of the module, such as ``gradient_checkpointing=True``.
 
     Raises:
-        ValueError: a configuration of another class, a dtype that is not floating, an unknown keyword.
+        ValueError: a configuration of another class or with sizes that no model has, a dtype that is not floating, an
+            unknown keyword.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -94,6 +95,7 @@ class FlaxPreTrainedModel:
     ):
         if not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        check_sizes(type(config), config.to_dict())
         for name in kwargs:
             if name not in self._module_fields():
                 hint = did_you_mean(name, self._module_fields())

@@ -136,7 +136,7 @@ def _fitting(
         try:
             sharding.shard_shape(shapes[path].shape)
         except (ValueError, IndexError):  # IndexError: more axes than dimensions
-            problems.append(f"{path} of shape {shapes[path].shape} by {sharding}")
+            problems.append(f"{path} of shape {shapes[path].shape} by {getattr(sharding, 'spec', sharding)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(

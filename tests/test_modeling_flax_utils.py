@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import jax_utils
 from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
@@ -386,6 +387,55 @@ def test_generation_config_goes_to_the_file_and_back(with_head, config, tmp_path
     model.save_pretrained(tmp_path)
     again = FlaxToyWithHead.from_pretrained(tmp_path).generation_config
     assert again.top_k == 7 and again.depth_decoder_config == {"top_k": 9}
+
+
+def test_temp_of_a_file_is_read_as_temperature(with_head, tmp_path, caplog):
+    """At both levels, on load; what is saved then says temperature."""
+    with_head.save_pretrained(tmp_path)
+    written = {"do_sample": True, "temp": 0.5, "depth_decoder_config": {"temp": 0.7, "top_k": 9}}
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    config = FlaxToyWithHead.from_pretrained(tmp_path).generation_config
+    assert config.temperature == 0.5 and not hasattr(config, "temp")
+    assert config.depth_decoder_config == {"temperature": 0.7, "top_k": 9}
+    for name in ("temp", "depth_decoder_temp"):
+        assert f"`{name}` in a generation configuration is read as" in caplog.text
+    FlaxToyWithHead.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.5 and saved["depth_decoder_config"] == {"temperature": 0.7, "top_k": 9}
+    assert "temp" not in saved
+
+
+@pytest.mark.parametrize("options", [{}, {"to_pt": True}, {"safe_serialization": False}])
+def test_params_that_would_not_load_are_not_saved(with_head, tmp_path, options):
+    """All of them are told, and the checkpoint that is there stays."""
+    with_head.save_pretrained(tmp_path, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refused(params):
+        with pytest.raises(ValueError, match="params would not load again") as error:
+            with_head.save_pretrained(tmp_path, params=params, **options)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        return str(error.value)
+
+    message = refused(jax_utils.replicate(with_head.params))
+    assert "lm_head/kernel has the shape (1, 3, 5) instead of (3, 5)" in message and "unreplicate(params)" in message
+    flat = flatten_dict(with_head.params)
+    flat["lm_head", "kernel"] = flat["lm_head", "kernel"].astype(jnp.int8)
+    flat["lm_head", "lora_a"] = jnp.zeros((3, 2))
+    flat["model", "layer0", "kernel"] = jnp.zeros((2, 3))
+    flat["model", "layer1", "kernel"] = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    del flat["model", "top", "heads", "0", "kernel"]
+    message = refused(unflatten_dict(flat))
+    assert "model/top/heads/0/kernel is missing" in message
+    assert "lm_head/kernel is int8 instead of floating-point" in message
+    assert "lm_head/lora_a is no parameter of the model" in message
+    assert "model/layer0/kernel has the shape (2, 3) instead of (64, 64)" in message
+    assert "model/layer1/kernel is no array with values, but a ShapeDtypeStruct" in message
+    assert "params_shape_tree" in message and "unreplicate" not in message
+    many = {**with_head.params, "lora": {str(number): jnp.zeros(1) for number in range(30)}}
+    assert "; and 22 more. " in refused(many)
+    with pytest.raises(ValueError, match=r"but a .*Tracer"):
+        jax.jit(lambda params: with_head.save_pretrained(tmp_path, params=params, **options))(with_head.params)
 
 
 def test_saving_is_refused(with_head, tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
@@ -69,6 +69,18 @@ def test_what_sharding_may_be(shapes: dict):
         resolve_shardings({"decoder": {"lm_head": {}}}, {"decoder": {"lm_head": {"kernel": jnp.zeros(3)}}})
 
 
+def test_shardings_that_do_not_fit_are_all_told():
+    shapes = {"a": jnp.zeros(4), "b": {"c": jnp.zeros((3, 4)), "d": jnp.zeros(2)}}
+    sharding = NamedSharding(AbstractMesh((2,), ("fsdp",)), PartitionSpec(None, "fsdp"))
+    with pytest.raises(ValueError, match=r"cannot split a of shape \(4,\) by .*; b/d of shape \(2,\) by ") as error:
+        resolve_shardings(sharding, shapes)
+    assert "b/c" not in str(error.value)
+    with pytest.raises(ValueError, match=r"cannot split a of"):
+        resolve_shardings(jax.tree.map(lambda _: sharding, shapes), shapes)
+    with pytest.raises(ValueError, match=r" and 12 more\. Give"):
+        resolve_shardings(sharding, {str(number): jnp.zeros(4) for number in range(20)})
+
+
 ON_EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
@@ -101,6 +113,12 @@ except ValueError as error:
     assert "not divisible by tensor = 5" in str(error), error
 else:
     raise AssertionError("five devices divide nothing")
+try:
+    Moshi.from_pretrained(source, sharding=NamedSharding(mesh, PartitionSpec("tensor")))
+except ValueError as error:
+    assert "decoder/layers/0/conv/kernel of shape (7, 32, 64) by " in str(error), error
+else:
+    raise AssertionError("two devices do not divide an odd number")
 """
 
 

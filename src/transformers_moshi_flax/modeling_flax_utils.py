@@ -32,14 +32,15 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import did_you_mean, has_config, load_config, override_config
+from .checkpoints.configs import check_sizes, did_you_mean, has_config, load_config, override_config
 from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
+from .generation.configuration import load_generation_config
 from .model_card import check_card_fields, is_generated, model_card
-from .param_shapes import param_shapes
+from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
 
 logger = logging.get_logger(__name__)
@@ -69,7 +70,8 @@ class FlaxPreTrainedModel:
         **kwargs: further fields of the module, such as ``gradient_checkpointing=True``.
 
     Raises:
-        ValueError: a configuration of another class, a dtype that is not floating, an unknown keyword.
+        ValueError: a configuration of another class or with sizes that no model has, a dtype that is not floating, an
+            unknown keyword.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -92,6 +94,7 @@ class FlaxPreTrainedModel:
     ):
         if not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        check_sizes(type(config), config.to_dict())
         for name in kwargs:
             if name not in self._module_fields():
                 hint = did_you_mean(name, self._module_fields())
@@ -165,14 +168,16 @@ class FlaxPreTrainedModel:
     def params(self, params: Params) -> None:
         if not self._is_initialized:
             raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
-        self._params = self._whole_params(params)
-
-    def _whole_params(self, params: Params) -> dict[str, Any]:
-        """The parameters as a plain dict; ValueError if some are missing."""
         params = unfreeze(params)
         missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
         if missing:
             raise ValueError(f"params lack {missing}; give all of required_params")
+        self._params = params
+
+    def _savable_params(self, params: Params | None) -> dict[str, Any]:
+        """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""
+        params = unfreeze(self.params if params is None else params)
+        refuse_unsavable(params, self.params_shape_tree)
         return params
 
     @property
@@ -341,7 +346,7 @@ class FlaxPreTrainedModel:
             model._module = model._build_module()
         params = unflatten_dict(loaded.params, sep="/")
         if model.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
-            model.generation_config = GenerationConfig.from_dict(values)
+            model.generation_config = load_generation_config(values)
 
         result: tuple[Any, ...] = (model, params)
         if _do_init:
@@ -410,9 +415,10 @@ class FlaxPreTrainedModel:
             repo_id: where to upload to, the name of the directory if None.
 
         Raises:
-            ValueError: incomplete ``params``, a file in place of the directory, ``to_pt`` without
-                ``safe_serialization``, ``repo_id`` without ``push_to_hub``, a ``max_shard_size`` that is none, a
-                directory with weights in the other layout of another configuration, as both share ``config.json``.
+            ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
+                file in place of the directory, ``to_pt`` without ``safe_serialization``, ``repo_id`` without
+                ``push_to_hub``, a ``max_shard_size`` that is none, a directory with weights in the other layout of
+                another configuration, as both share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
@@ -420,7 +426,7 @@ class FlaxPreTrainedModel:
         if repo_id is not None and not push_to_hub:
             raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
         max_shard_bytes = shard_bytes(max_shard_size)
-        params = self._whole_params(self.params if params is None else params)
+        params = self._savable_params(params)
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")

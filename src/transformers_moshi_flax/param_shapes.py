@@ -1,13 +1,16 @@
-"""The shapes of a model's parameters, found without tracing every one of its many equal layers."""
+"""The shapes of a model's parameters, found without tracing every one of its many equal layers, and what fits them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
 
@@ -51,6 +54,39 @@ def param_shapes(init: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with without_values(), nn.intercept_methods(trace_once):
         # a function of its own: JAX keeps traces by function, and this one is of no other use
         return jax.eval_shape(lambda: init())
+
+
+def refuse_unsavable(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """ValueError, naming the leaves, for parameters whose files a model could not load. Nothing is fetched.
+
+    Args:
+        params: a parameter tree.
+        shapes: of the model.
+    """
+    wanted, given = flatten_dict(shapes), flatten_dict(params)
+    problems = [f"{name} is missing" for name in sorted("/".join(path) for path in wanted.keys() - given.keys())]
+    replicated = False
+    for path, leaf in given.items():
+        name = "/".join(map(str, path))
+        if path not in wanted:
+            problems.append(f"{name} is no parameter of the model")
+        elif not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+            problems.append(f"{name} is no array with values, but a {type(leaf).__name__}")
+        elif leaf.shape != wanted[path].shape:
+            problems.append(f"{name} has the shape {leaf.shape} instead of {wanted[path].shape}")
+            replicated |= leaf.shape[1:] == wanted[path].shape
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            problems.append(f"{name} is {leaf.dtype.name} instead of floating-point")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        remedy = "give arrays with the paths and shapes of params_shape_tree"
+        if replicated:
+            remedy = "take a leading axis of devices off with flax.jax_utils.unreplicate(params)"
+        shown = "; ".join(problems[:_SHOWN])
+        raise ValueError(f"params would not load again: {shown}{more}. Nothing is written; {remedy}")
+
+
+_SHOWN = 8
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

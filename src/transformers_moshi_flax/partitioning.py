@@ -112,17 +112,35 @@ def resolve_shardings(sharding: Any, shapes: Mapping[str, Any]) -> dict[str, Any
     """``sharding=`` of ``from_pretrained``: a mesh, one sharding for all, or a tree of them -> by "/"-joined path.
 
     Raises:
-        ValueError: it is none of these, or the tree lacks parameters.
+        ValueError: it is none of these, the tree lacks parameters, or shardings do not fit the parameters' shapes.
     """
     flat_shapes = flatten_dict(shapes, sep="/")
     if isinstance(sharding, Mesh):
         sharding = param_shardings(sharding, shapes)
     if isinstance(sharding, jax.sharding.Sharding):
-        return dict.fromkeys(flat_shapes, sharding)
+        return _fitting(dict.fromkeys(flat_shapes, sharding), flat_shapes)
     if not isinstance(sharding, Mapping):
         raise ValueError(f"sharding must be a Mesh, a Sharding or a tree of them, got {type(sharding).__name__}")
     flat = flatten_dict(sharding, sep="/")
     wrong = sorted(path for path in flat_shapes if not isinstance(flat.get(path), jax.sharding.Sharding))
     if wrong:
         raise ValueError(f"sharding has no Sharding for {wrong[:8]}; give one for every parameter")
-    return {path: flat[path] for path in flat_shapes}
+    return _fitting({path: flat[path] for path in flat_shapes}, flat_shapes)
+
+
+def _fitting(
+    shardings: dict[str, jax.sharding.Sharding], shapes: Mapping[str, Any]
+) -> dict[str, jax.sharding.Sharding]:
+    problems = []
+    for path, sharding in shardings.items():
+        try:
+            sharding.shard_shape(shapes[path].shape)
+        except (ValueError, IndexError):  # IndexError: more axes than dimensions
+            problems.append(f"{path} of shape {shapes[path].shape} by {getattr(sharding, 'spec', sharding)}")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"sharding cannot split {'; '.join(problems[:8])}{more}. Give a mesh, or a tree of Shardings that divide "
+            "the parameters"
+        )
+    return shardings

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
+from transformers_moshi_flax.training.data.prepared import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,8 @@ def flax_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_and_back(moshi_flax, flax_folder: Path, tmp_path: Path):
     assert moshi_flax("convert", flax_folder, tmp_path / "kyutai", "--to", "kyutai").code == 0
     assert json.loads((tmp_path / "kyutai" / "config.json").read_text())["tokenizer_name"] == "tokenizer.model"
-    assert moshi_flax("convert", tmp_path / "kyutai", tmp_path / "back", "--from", "kyutai").code == 0
+    result = moshi_flax("convert", tmp_path / "kyutai", tmp_path / "back", "--from", "kyutai")
+    assert result.code == 0 and "tokenizer.model' is no SentencePiece model" in result.err
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"a SentencePiece model"
     result = moshi_flax("verify", flax_folder, tmp_path / "back", "--no-outputs", "--json")
     assert result.code == 0 and json.loads(result.out)["differences"] == []
@@ -58,3 +63,45 @@ def test_damage_in_either_file_is_found(moshi_flax, flax_folder: Path, tmp_path:
         path.write_bytes(content)
     result = moshi_flax("verify", tmp_path / "kyutai", "--json")
     assert result.code == 1 and len(json.loads(result.out)["checkpoints"][0]["damaged"]) == 2
+
+
+def test_a_conversion_can_prepare_recordings(moshi_flax, flax_folder: Path, tmp_path: Path):
+    """The ids of words are those of Kyutai's tokenizer."""
+    spoken = ["hello world", "  how are   you", "the sky is blue", "", "Ä"]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([*spoken[:3], *string.ascii_lowercase] * 9),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=55,
+        pad_id=3,
+        unk_id=0,
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(flax_folder)
+    model.save_kyutai(tmp_path / "kyutai", tokenizer=tmp_path / "spm.model")
+    assert moshi_flax("convert", tmp_path / "kyutai", tmp_path / "flax", "--from", "kyutai").code == 0
+    processor = MoshiProcessor.from_pretrained(tmp_path / "flax")
+    theirs = SentencePieceProcessor(str(tmp_path / "spm.model"))
+    assert len(processor.tokenizer) == theirs.vocab_size()
+    for text in spoken:
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text)
+        assert text == "Ä" or processor.tokenizer.decode(ids) == theirs.decode(ids)
+    codec = model.config.audio_encoder_config
+    assert (processor.sampling_rate, processor.frame_size) == (codec.sampling_rate, codec.frame_size)
+
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (codec.sampling_rate // 10, 2))
+    soundfile.write(tmp_path / "said.wav", noise, codec.sampling_rate)
+    words = {"alignments": [["hello", [0, 0.05], "SPEAKER_MAIN"]]}
+    (tmp_path / "said.json").write_text(json.dumps(words))
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "said.wav"}) + "\n")
+    result = moshi_flax("prepare", tmp_path / "list.jsonl", tmp_path / "out", "--model", tmp_path / "flax")
+    assert result.code == 0, result.err
+    (conversation,) = open_dataset(tmp_path / "out")
+    assert set(theirs.encode("hello")) <= set(conversation.moshi_text_tokens.tolist())
+
+
+def test_kyutais_files_are_known_for_what_they_are(moshi_flax, flax_folder: Path, tmp_path: Path):
+    assert moshi_flax("convert", flax_folder, tmp_path / "kyutai", "--to", "kyutai").code == 0
+    result = moshi_flax("convert", tmp_path / "kyutai", tmp_path / "out")
+    assert result.code == 2 and "moshi-flax convert --from kyutai" in result.err

@@ -20,7 +20,13 @@ from tests.torch_oracle import Pair, assert_close, block_params, double_oracle, 
 from tests.training.examples import draw_batch, make_module, small_config
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.training.losses import audio_weights, divided, text_weights, token_losses, weighted_sum
-from transformers_moshi_flax.training.objective import ObjectiveConfig, metrics_of, objective_loss, weight_totals
+from transformers_moshi_flax.training.objective import (
+    ObjectiveConfig,
+    check_padding_ids,
+    metrics_of,
+    objective_loss,
+    weight_totals,
+)
 
 PARTS = ("embed_tokens", "decoder", "depth_decoder")
 FRAMES = 6
@@ -219,3 +225,10 @@ def test_nothing_to_predict_is_no_loss(pair: Pair) -> None:
 def test_wrong_weights(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ObjectiveConfig(), **wrong)
+
+
+@pytest.mark.parametrize("token", [-1, 60, 70_000])
+def test_padding_ids_are_text_tokens(token: int) -> None:
+    check_padding_ids(ObjectiveConfig(text_padding_ids=(3, 59)), 60)
+    with pytest.raises(ValueError, match=rf"`text_padding_ids` has \[{token}\], but the text tokens .* 0 to 59"):
+        check_padding_ids(ObjectiveConfig(text_padding_ids=(3, token)), 60)

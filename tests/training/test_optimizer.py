@@ -172,3 +172,11 @@ def test_wrong_paths(pattern: str, message: str) -> None:
     config = OptimizerConfig(learning_rate_multipliers={pattern: 2.0})
     with pytest.raises(ValueError, match=message):
         make_optimizer(config, 10, draw(0))
+
+
+def test_multipliers_that_never_count_are_refused() -> None:
+    later = {"decoder/lm_head/.*": 2.0, "decoder/.*": 0.5}
+    make_optimizer(OptimizerConfig(learning_rate_multipliers=later), 10, draw(0))
+    earlier = dict(reversed(later.items()))
+    with pytest.raises(ValueError, match=r"has 'decoder/lm_head/\.\*', which never counts.*Put it first"):
+        make_optimizer(OptimizerConfig(learning_rate_multipliers=earlier), 10, draw(0))

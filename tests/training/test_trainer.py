@@ -10,7 +10,7 @@ import signal
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -312,6 +312,42 @@ def test_held_out_data_are_looked_at_before_any_step(inputs: Path, tmp_path: Pat
     with pytest.raises(ConfigurationError, match=r"data\.evaluation.*has 1 codebooks, but the model wants 2"):
         train(inputs, **options)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_held_out_data_that_are_damaged_cost_no_steps(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    """Be it beyond the first batch, which is looked at before any step, or where the samples are read."""
+    write_conversations(tmp_path / "bad", LENGTHS[:3])
+    evaluate = trainer_module.evaluate
+
+    def spoil(spoiled: Callable[[np.ndarray], np.ndarray]) -> None:
+        with np.load(tmp_path / "bad" / "2.npz") as file:
+            arrays = {name: spoiled(array) for name, array in file.items()}
+        np.savez(tmp_path / "bad" / "2.npz", **arrays)
+
+    def evaluate_and_spoil(*args: Any) -> dict[str, float]:
+        metrics = evaluate(*args)
+        spoil(lambda array: array[..., :3])
+        run._held_out._opened.clear()  # files that have been read of late are kept
+        return metrics
+
+    if samples:
+        monkeypatch.setattr(trainer_module, "evaluate", evaluate_and_spoil)
+    else:
+        spoil(lambda array: array + 999)
+    options = {"run__output_dir": str(tmp_path / "run"), "data__evaluation": str(tmp_path / "bad")}
+    run = Trainer(run_config(inputs, run__steps=1, run__samples=samples, **options), quiet())
+    with pytest.raises(ConfigurationError, match=r"^`data\.evaluation`: .*2\.npz"):
+        run.train()
+    assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [1]
+
+
+def test_padding_ids_must_be_of_the_model(inputs: Path, tmp_path: Path) -> None:
+    options = {"run__output_dir": str(tmp_path / "run"), "objective__text_padding_ids": [70_000]}
+    with pytest.raises(ConfigurationError, match=r"`objective`: `text_padding_ids` has \[70000\]"):
+        train(inputs, **options)
 
 
 class Killed(BaseException):

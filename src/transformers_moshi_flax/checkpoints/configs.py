@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .files import CheckpointNotFoundError, Source
 
 METADATA = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
+_KYUTAIS = (
+    "loaded with FlaxMoshiForConditionalGeneration.from_kyutai, or converted with moshi-flax convert --from kyutai"
+)
 
 
 def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:
@@ -28,17 +32,14 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
     values = source.read_json("config.json", from_pt)
     if values is None:
         raise CheckpointNotFoundError(
-            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are loaded with "
-            "FlaxMoshiForConditionalGeneration.from_kyutai)"
+            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
         )
     if "depformer_dim" in values or "moshi_name" in values:
-        raise ValueError(
-            f"{source.name!r} is in Kyutai's own format: load it with FlaxMoshiForConditionalGeneration.from_kyutai"
-        )
+        raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
     model_type = values.get("model_type", config_class.model_type)
     if model_type == config_class.model_type:
         return build_config(config_class, values)
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         found = _find_part(build_config(CONFIG_MAPPING[model_type], values), config_class)
         if found is not None:
             return found
@@ -63,19 +64,64 @@ def has_config(source: Source, config: PreTrainedConfig) -> bool:
     """Whether a checkpoint is of the model that ``config`` describes."""
     try:
         values = source.read_json("config.json") or {}
-        return values["model_type"] == config.model_type and meaning(build_config(type(config), values)) == meaning(
-            config
-        )
-    except (KeyError, ValueError):
+        found = build_config(type(config), values)
+    except ValueError:
         return False
+    return values.get("model_type") == config.model_type and meaning(found) == meaning(config)
 
 
 def build_config(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
     """``config_class.from_dict`` whose complaints are ValueErrors that name the class."""
+    check_sizes(config_class, values)
     try:
         return config_class.from_dict(dict(values))
-    except (StrictDataclassError, TypeError, ValueError) as error:
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the values do not make a {config_class.__name__}: {error}") from error
+
+
+def check_sizes(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> None:
+    """ValueError that lists the sizes of a configuration and its parts that no model can have."""
+    if problems := _bad_sizes(values):
+        raise ValueError(
+            f"the values do not make a {config_class.__name__}: {'; '.join(problems)}. Repair config.json, or pass a "
+            "config with other values"
+        )
+
+
+def _bad_sizes(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    problems = []
+    for name, value in values.items():
+        if name.endswith("_config") and isinstance(value, Mapping):
+            problems += _bad_sizes(value, f"{prefix}{name}.")
+        elif name in _SIZES and value is not None and not (_is_whole(value) and value >= _SIZES[name]):
+            problems.append(f"{prefix}{name} must be a whole number, at least {_SIZES[name]}, but is {value!r:.50}")
+        elif name == "_frame_rate" and value is not None and not (_is_number(value) and value > 0):
+            problems.append(f"{prefix}{name} must be a positive number, but is {value!r:.50}")
+        elif prefix == "audio_encoder_config." and name == "model_type" and value != "mimi":
+            problems.append(f"{prefix}{name} must be 'mimi', but is {value!r:.50}")
+    return problems
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+_SIZES = dict.fromkeys(
+    (
+        *("hidden_size", "input_size", "intermediate_size", "ffn_dim", "head_dim"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("max_position_embeddings", "sliding_window", "vocab_size", "audio_vocab_size", "num_codebooks"),
+        *("sampling_rate", "audio_channels", "num_filters", "kernel_size", "last_kernel_size", "residual_kernel_size"),
+        *("dilation_growth_rate", "compress", "upsample_groups", "codebook_size", "codebook_dim"),
+        *("num_quantizers", "num_semantic_quantizers", "vector_quantization_hidden_dimension"),
+    ),
+    1,
+) | {"num_residual_layers": 0}
+"""The least that a size may be. Those that may be None then follow from others."""
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:

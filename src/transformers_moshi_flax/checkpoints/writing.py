@@ -39,7 +39,8 @@ from .files import ENTRIES, MARKERS, SHARD, fingerprint, unfinished_save
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
-_TEMPORARY = ".*.tmp"
+TEMPORARY = ".*.tmp"
+"""Files that are being written, or were when a process was killed."""
 
 
 def save_checkpoint(
@@ -71,7 +72,7 @@ def save_checkpoint(
     """
     shards = plan_shards(tensors, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with lock_folder(folder):
         _settle(folder)
         save_id = uuid.uuid4().hex[:8]
         final = entry if len(shards) == 1 else f"{entry}.index.json"
@@ -190,7 +191,7 @@ def _settle(folder: Path) -> None:
         _sync(folder)
         for name, content in save.companions.items():
             write_text(folder / name, content)
-    for path in [*folder.glob(MARKERS), *folder.glob(_TEMPORARY)]:
+    for path in [*folder.glob(MARKERS), *folder.glob(TEMPORARY)]:
         path.unlink(missing_ok=True)
     named = set()
     for index in folder.glob("*.index.json"):
@@ -203,7 +204,7 @@ def _settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Waits for other savers of the directory; the lock goes with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -69,7 +69,8 @@ def convert(
         else:
             model = model_class.from_pretrained(source, from_pt=FROM_PT[from_], **options)
     with as_mistake(f"DST: cannot write {str(destination)!r}", OSError, ValueError), slow(f"writing {destination}"):
-        written = _write(model, source, destination, to, max_shard_size, _tokenizer(source, from_))
+        tokenizer, from_kyutai = _tokenizer(source, from_), from_ is SourceLayout.kyutai
+        written = _write(model, source, destination, to, max_shard_size, tokenizer, from_kyutai)
     typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
     if push_to_hub is not None:
         _upload(model, destination, written, push_to_hub)
@@ -130,8 +131,24 @@ def _tokenizer(source: str, layout: SourceLayout) -> Path | None:
     return sentencepiece_model(Source.locate(source))
 
 
+def _save_processor(source: str, folder: Path) -> None:
+    """Write what ``prepare`` and the processor read, and Kyutai's files do not have; its lack spoils no weights."""
+    from transformers_moshi_flax import MoshiProcessor
+
+    try:
+        MoshiProcessor.from_kyutai(source).save_pretrained(folder)
+    except ValueError as error:
+        typer.echo(f"no processor is written, which prepare would need: {error}", err=True)
+
+
 def _write(
-    model: Any, source: str, destination: Path, to: Layout, max_shard_size: str | None, tokenizer: Path | None
+    model: Any,
+    source: str,
+    destination: Path,
+    to: Layout,
+    max_shard_size: str | None,
+    tokenizer: Path | None,
+    from_kyutai: bool,
 ) -> list[str]:
     """Write weights, configurations and what lies beside them; returns the names of all files of the checkpoint.
 
@@ -152,6 +169,8 @@ def _write(
             copy_companions(Source.locate(source), fresh)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, fresh / "tokenizer.model")
+            if from_kyutai:
+                _save_processor(source, fresh)
         with replacing_weights(destination) as written:
             if to is Layout.kyutai:
                 model.save_kyutai(destination, tokenizer=tokenizer)

@@ -260,6 +260,14 @@ def read_temp(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {**values, "temperature": temp if values.get("temperature") is None else values["temperature"]}
 
 
+def load_generation_config(values: dict[str, Any]) -> GenerationConfig:
+    """What a ``generation_config.json`` says, with ``temp`` read, the depth decoder's too."""
+    values, nested = read_temp(values), values.get("depth_decoder_config")
+    if isinstance(nested, dict):
+        values = {**values, "depth_decoder_config": read_temp(nested, "depth_decoder_")}
+    return GenerationConfig.from_dict(values)
+
+
 def refuse_unsupported(
     values: dict[str, Any], prefix: str = "", supported: tuple[str, ...] = SUPPORTED_FIELDS
 ) -> None:

@@ -59,6 +59,16 @@ class ObjectiveConfig:
             raise ValueError("`text_weight` and `audio_weight` are both 0; give at least one a weight.")
 
 
+def check_padding_ids(objective: ObjectiveConfig, vocab_size: int) -> None:
+    """ValueError if ``text_padding_ids`` has ids that are no text tokens of the model."""
+    wrong = [token for token in objective.text_padding_ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"`text_padding_ids` has {wrong}, but the text tokens of the model are 0 to {vocab_size - 1}; give those "
+            "of PAD and end-of-PAD."
+        )
+
+
 def batch_arrays(batch: Batch) -> dict[str, Array]:
     """The arrays that the objective reads, on the device, without what else there is.
 

@@ -139,11 +139,13 @@ def make_optimizer(
         it is known.
 
     Raises:
-        ValueError: see :func:`make_schedule`; a multiplier's expression is wrong or matches no path.
+        ValueError: see :func:`make_schedule`; a multiplier's expression is wrong, matches no path, or only paths that
+            those before it match.
     """
     schedule = make_schedule(config, steps)
     paths = [path for stored, leaf in flatten_dict(params, sep="/").items() for path in layer_paths(stored, leaf)]
     rules = path_rules("learning_rate_multipliers", config.learning_rate_multipliers, paths)
+    _refuse_shadowed("learning_rate_multipliers", rules, paths)
     parts = [
         clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -193,6 +195,19 @@ def scale_by_path(factors: Iterable[tuple[re.Pattern[str], float]]) -> optax.Gra
         return unflatten_dict({path: scaled(path, leaf) for path, leaf in flat.items()}, sep="/")
 
     return optax.stateless(update)
+
+
+def _refuse_shadowed(name: str, rules: Iterable[re.Pattern[str]], paths: Iterable[str]) -> None:
+    """ValueError for an expression that never counts, as the first that matches a path does."""
+    left = set(paths)
+    for rule in rules:
+        counts = {path for path in left if rule.fullmatch(path)}
+        if not counts:
+            raise ValueError(
+                f"`{name}` has {rule.pattern!r}, which never counts: all that it matches is matched by one before it. "
+                "Put it first, or leave it out."
+            )
+        left -= counts
 
 
 def path_rules(name: str, patterns: Iterable[str], paths: Iterable[str]) -> list[re.Pattern[str]]:

@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from transformers import GenerationConfig
 
 from .. import __version__
 from ..checkpoints.companions import copy_companions, sentencepiece_model
@@ -33,6 +32,7 @@ from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
 from ..checkpoints.replacing import replacing_weights
 from ..checkpoints.writing import atomic_file, write_text
+from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from .configuration import ConfigurationError, TrainingConfig, changes_of_the_run, load_configuration, to_yaml
 from .run_checkpoints import DAMAGED, PARAMS, DamagedCheckpointError, RunCheckpoints
@@ -151,7 +151,7 @@ class RunFolder:
         source = Source.locate(self.model)
         config = load_config(FlaxMoshiForConditionalGeneration.config_class, source)
         model = FlaxMoshiForConditionalGeneration(config, _do_init=False, **fields)
-        model.generation_config = GenerationConfig.from_dict(source.read_json("generation_config.json"))
+        model.generation_config = load_generation_config(source.read_json("generation_config.json"))
         return model
 
     def exported_step(self) -> int | None:

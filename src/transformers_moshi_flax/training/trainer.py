@@ -34,6 +34,7 @@ from .data.loading import Loader, make_loader
 from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
+from .objective import check_padding_ids
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
@@ -127,6 +128,7 @@ class Trainer:
         config, run = self.config, self.config.run
         resumes = _in_all(self._prepare_folder)
         model, params = _in_all(self._resumed_model if resumes else self._new_model)
+        _explained("objective", lambda: check_padding_ids(config.objective, model.config.vocab_size))
         module = model.module.clone(
             gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
         )
@@ -344,8 +346,8 @@ class _Evaluation:
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         trainer = self._trainer
         with contextlib.closing(self._loader()) as loader:
-            batches = map(trainer._put, loader)
-            metrics = evaluate(self._step, state, batches, trainer.config.objective)
+            read = iter(lambda: _explained("data.evaluation", partial(next, loader, None)), None)
+            metrics = evaluate(self._step, state, map(trainer._put, read), trainer.config.objective)
         if trainer.config.run.samples:
             self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
         return metrics
@@ -353,7 +355,8 @@ class _Evaluation:
     def _speak(self, state: TrainState, folder: Path) -> None:
         trainer, run = self._trainer, self._trainer.config.run
         held_out = trainer._held_out
-        spoken = [held_out[index] for index in range(min(run.samples, len(held_out)))]
+        numbers = range(min(run.samples, len(held_out)))
+        spoken = _explained("data.evaluation", lambda: [held_out[number] for number in numbers])
         params = trainer._all_params(state)
         write_samples(self._model, params, spoken, folder, run.sample_frames, self._tokenizer(), run.seed)
 

@@ -20,8 +20,10 @@ from tests.configs import tiny_moshi_config
 from tests.hub_server import hub_server
 from tests.test_package import NO_TORCH, run
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError
 from transformers_moshi_flax.generation.utils import FlaxGreedySearchOutput
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import FlaxMoshiGenerateOutput
+from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import MIMI_NAME, MOSHI_NAME
 from transformers_moshi_flax.models.moshi.processing_moshi import MoshiProcessor
 
 EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
@@ -320,6 +322,7 @@ def test_generate(generate: Callable[..., FlaxMoshiGenerateOutput]) -> None:
 WITHOUT_TORCH = """
 import sys
 import numpy as np
+from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import MIMI_NAME, MOSHI_NAME
 from transformers_moshi_flax.models.moshi.processing_moshi import MoshiProcessor
 processor = MoshiProcessor.from_pretrained(sys.argv[1])
 inputs = processor("you", np.ones(1921), sampling_rate=24000)
@@ -332,3 +335,10 @@ assert not any(name.partition(".")[0] == "torch" for name in sys.modules)
 def test_without_torch(tmp_path: Path) -> None:
     run(NO_TORCH + WITHOUT_TORCH, str(EMBEDDED), cwd=tmp_path)
     assert (tmp_path / "processor" / "processor_config.json").is_file()
+
+
+def test_kyutais_files_without_a_tokenizer(tmp_path: Path) -> None:
+    for name in (MOSHI_NAME, MIMI_NAME):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"has no tokenizer: add tokenizer_spm_32k_3\.model"):
+        MoshiProcessor.from_kyutai(tmp_path)

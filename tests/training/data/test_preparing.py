@@ -439,6 +439,13 @@ def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
         preparing.read_manifest(tmp_path / "all.jsonl")
 
 
+def test_manifests_of_other_editors(tmp_path: Path) -> None:
+    """A byte order mark, CR LF, and characters that end a line for Python alone."""
+    text = '\ufeff{"path": "a.wav", "said": "one\u2028two\u0085three"}\r\n\r\n{"path": "b.wav"}\r\n'
+    (tmp_path / "all.jsonl").write_bytes(text.encode())
+    assert [item.id for item in preparing.read_manifest(tmp_path / "all.jsonl")] == ["a.wav", "b.wav"]
+
+
 @pytest.mark.parametrize("rate", [8_000, 24_000, 44_100])
 @pytest.mark.parametrize("seconds", [0.01, 10, 21])
 def test_blocks_are_the_resampled_file(tmp_path: Path, rate: int, seconds: float) -> None:

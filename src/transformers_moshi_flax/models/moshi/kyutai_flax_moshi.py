@@ -8,11 +8,13 @@ the same way, for the ``moshi`` package and what else reads its files.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +28,7 @@ from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.formats import open_safetensors
 from ...checkpoints.joined import IDENTITY, REVERSED, SCALE, JoinedRule, read_joined, to_joined_state
 from ...checkpoints.loading import main_dtype, to_device
-from ...checkpoints.writing import atomic_file, write_safetensors, write_text
+from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_float_dtype
 from ..mimi.kyutai_flax_mimi import (
     KYUTAI_MIMI,
@@ -223,8 +225,9 @@ def write_kyutai(
     """Write a model in Kyutai's format; replacing ``config.json``, which names the files, is the one commit.
 
     The names are those of the published checkpoints, or new ones where such files are there already; files that only
-    the replaced ``config.json`` named go at the end. ``mimi_config.json`` is written if Mimi is not the published one.
-    How to sample is not written: Kyutai's generation has its own defaults.
+    the replaced ``config.json`` named go at the end, as do those that a killed save left. Other savers of the
+    directory wait. ``mimi_config.json`` is written if Mimi is not the published one. How to sample is not written:
+    Kyutai's generation has its own defaults.
 
     Args:
         config: of the model.
@@ -237,6 +240,7 @@ def write_kyutai(
         ValueError: the configuration cannot be expressed in that format, ``directory`` is a file or holds a checkpoint
             of ``transformers``, incomplete ``params``.
         CheckpointNotFoundError: ``tokenizer`` is no file.
+        OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
     """
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
     values = {"model_type": "moshi", **moshi_config_to_kyutai(config)}
@@ -247,46 +251,88 @@ def write_kyutai(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
-    # Both formats call their files config.json and model.safetensors.
-    if folder.is_dir() and _is_of_transformers(Source.locate(folder).read_json("config.json") or {}):
-        raise ValueError(f"directory={str(folder)!r} holds a checkpoint of transformers; give another directory")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
     folder.mkdir(parents=True, exist_ok=True)
 
-    # config.json names the files, so its replacement is the commit: until then, files of the old names stay
-    taken = _named_files(folder)
     save_id = uuid.uuid4().hex[:8]
+    written: list[Path] = []
 
-    def free(name: str) -> str:
+    def free(name: str) -> Path:
         stem, suffix = name.split(".", 1)
-        return f"{stem}-{save_id}.{suffix}" if (folder / name).exists() else name
+        path = folder / (f"{stem}-{save_id}.{suffix}" if (folder / name).exists() else name)
+        written.append(path)
+        return path
 
-    values |= {"moshi_name": free(MOSHI_NAME), "mimi_name": free(MIMI_NAME)}
-    moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-    write_safetensors(folder / values["moshi_name"], to_joined_state(moshi, moshi_rules), "pt")
-    write_safetensors(folder / values["mimi_name"], to_joined_state(params["audio_encoder"], mimi_rules), "pt")
-    if tokenizer is not None:
-        values["tokenizer_name"] = Path(tokenizer).name
-        if Path(tokenizer).resolve() != (folder / values["tokenizer_name"]).resolve():
-            values["tokenizer_name"] = free(values["tokenizer_name"])
-            with atomic_file(folder / values["tokenizer_name"]) as temporary:
-                shutil.copyfile(tokenizer, temporary)
-    if mimi != KYUTAI_MIMI:
-        values["mimi_config_name"] = free(MIMI_CONFIG_NAME)
-        write_text(folder / values["mimi_config_name"], json.dumps(mimi, indent=2) + "\n")
-    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
-    for name in taken:
-        if name not in values.values():
+    with lock_folder(folder):
+        replaced = _config_of(folder)
+        # Both formats call their files config.json and model.safetensors.
+        if _is_of_transformers(replaced):
+            raise ValueError(f"directory={str(folder)!r} holds a checkpoint of transformers; give another directory")
+        kept = {Path(tokenizer).resolve().name} if tokenizer is not None else set()
+        if replaced:  # else files of the usual names may be a checkpoint, as that of moshiko is published
+            _clear(folder, _named_files(replaced) | kept)
+        try:
+            moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
+            values["moshi_name"] = _write_weights(free(MOSHI_NAME), moshi, moshi_rules)
+            values["mimi_name"] = _write_weights(free(MIMI_NAME), params["audio_encoder"], mimi_rules)
+            if tokenizer is not None:
+                values["tokenizer_name"] = Path(tokenizer).name
+                there = folder / values["tokenizer_name"]
+                if not (there.is_file() and filecmp.cmp(tokenizer, there, shallow=False)):
+                    copy = free(values["tokenizer_name"])
+                    values["tokenizer_name"] = copy.name
+                    with atomic_file(copy) as temporary:
+                        shutil.copyfile(tokenizer, temporary)
+            if mimi != KYUTAI_MIMI:
+                path = free(MIMI_CONFIG_NAME)
+                values["mimi_config_name"] = path.name
+                write_text(path, json.dumps(mimi, indent=2) + "\n")
+            write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+        except BaseException:
+            committed = _named_files(_config_of(folder))
+            for path in written:
+                if path.name not in committed:
+                    path.unlink(missing_ok=True)
+            raise
+        for name in _named_files(replaced, tokenizer=False) - _named_files(values):
             (folder / name).unlink(missing_ok=True)
+        _clear(folder, _named_files(values) | kept)
 
 
-def _named_files(folder: Path) -> set[str]:
-    """The weights and Mimi's configuration that the checkpoint in a directory consists of."""
-    config = Source.locate(folder).read_json("config.json") or KYUTAI_MOSHI
+def _write_weights(path: Path, params: Mapping[str, Any], rules: tuple[JoinedRule, ...]) -> str:
+    write_safetensors(path, to_joined_state(params, rules), "pt")
+    return path.name
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    return Source.locate(folder).read_json("config.json") or {}
+
+
+def _named_files(config: Mapping[str, Any], tokenizer: bool = True) -> set[str]:
+    """The files of the directory that a ``config.json`` names; none if there is no such file."""
+    if not config:
+        return set()
     defaults = {"moshi_name": MOSHI_NAME, "mimi_name": MIMI_NAME, "mimi_config_name": None}
+    defaults |= {"tokenizer_name": TOKENIZER_NAME} if tokenizer else {}
     names = {config.get(field, default) for field, default in defaults.items()}
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
+
+
+def _clear(folder: Path, kept: Set[str]) -> None:
+    """Remove what only a save that was killed can have left: files of our names that are not ``kept``."""
+    for path in folder.iterdir():
+        ours = path.match(TEMPORARY) or _OURS.fullmatch(path.name)
+        if ours and path.name not in kept and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+_ID = "-[0-9a-f]{8}"
+_OURS = re.compile(
+    rf"({Path(MOSHI_NAME).stem}|{Path(MIMI_NAME).stem})({_ID})?\.safetensors"
+    rf"|{Path(MIMI_CONFIG_NAME).stem}({_ID})?\.json|tokenizer.*{_ID}\.model"
+)
+"""Names that :func:`write_kyutai` gives."""
 
 
 class KyutaiCheckpointMixin(FlaxPreTrainedModel):
@@ -370,7 +416,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
             tokenizer: a SentencePiece model to copy into it.
 
         Raises:
-            ValueError: incomplete ``params``; a configuration that the format cannot express.
+            ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a
+                configuration that the format cannot express.
         """
-        params = self._whole_params(self.params if params is None else params)
-        write_kyutai(self.config, params, directory, tokenizer)
+        write_kyutai(self.config, self._savable_params(params), directory, tokenizer)

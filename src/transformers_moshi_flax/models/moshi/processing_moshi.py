@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...checkpoints.configs import load_config
-from ...checkpoints.files import Source
+from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...input_checks import check_ids
 from ...modeling_flax_outputs import FlaxModelOutput
+from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
+from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
 Waveform = ArrayLike | Sequence[float]
 Ids = ArrayLike | Sequence[int]
@@ -253,6 +255,27 @@ class MoshiProcessor(ProcessorMixin):
                 raise
             # upstream's message about a missing tokenizer does not tell where it was looked for
             raise ValueError(f"{os.fspath(pretrained_model_name_or_path)!r} gives no processor: {error}") from error
+
+    @classmethod
+    def from_kyutai(cls, name_or_path: str | os.PathLike, **hub: Any) -> MoshiProcessor:
+        """The processor of a checkpoint in Kyutai's format: of its tokenizer, and of what its Mimi hears.
+
+        Args:
+            name_or_path: a directory or a Hub id.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) the checkpoint or its tokenizer is missing.
+            ValueError: the tokenizer is damaged or of another kind, or Mimi cannot be expressed.
+        """
+        files = find_kyutai_files(name_or_path, **hub)
+        if files.tokenizer is None:
+            raise CheckpointNotFoundError(
+                f"{files.name!r} has no tokenizer: add {TOKENIZER_NAME}, or set tokenizer_name in config.json"
+            )
+        mimi = kyutai_config(files).audio_encoder_config
+        extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=mimi.sampling_rate)
+        return cls(extractor, sentencepiece_tokenizer(files.tokenizer), frame_size=mimi.frame_size)
 
     @classmethod
     def get_processor_dict(

@@ -180,7 +180,8 @@ def read_manifest(manifest: Path) -> list[Listed]:
         OSError: it cannot be read.
     """
     listed: dict[str, Listed] = {}
-    for number, line in enumerate(manifest.read_text("utf-8").splitlines(), 1):
+    # a text may have what else str.splitlines() takes for the end of a line
+    for number, line in enumerate(manifest.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import GenerationConfig
 
-from ..input_checks import is_traced
+from ..input_checks import is_traced, is_whole
 from .arrays import on_device
 from .logits_process import (
     FlaxExponentialDecayLengthPenalty,
@@ -39,7 +39,6 @@ from .logits_process import (
     biased_sequences,
     decay,
     is_real,
-    is_whole,
     token_list,
     top_k_bound,
 )
@@ -224,8 +223,13 @@ def merge_generation_config(
 
     Raises:
         ValueError: for a keyword that is neither a field nor in ``extra``, with the nearest name; for a field that is
-            set and has no effect here.
+            set and has no effect here; for a ``given`` that is no ``GenerationConfig``.
     """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(
+            f"`generation_config` must be a `transformers.GenerationConfig`, but is {given!r}: make one, or pass its "
+            "fields as keywords."
+        )
     config = copy.deepcopy(default)
     if hasattr(config, "temp"):
         config.temperature = read_temp(vars(config)).get("temperature")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from ..input_checks import is_traced
+from ..input_checks import is_traced, is_whole
 from . import logits
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 
@@ -36,11 +36,6 @@ def check(name: str, value: Any, good: bool, rule: str) -> None:
     """Raises ``ValueError`` unless ``good``."""
     if not good:
         raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")
-
-
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer of Python or NumPy."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:

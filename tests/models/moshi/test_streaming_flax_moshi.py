@@ -604,7 +604,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"batch_size": 0}, "`batch_size` must be at least 1"),
+            ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, but is 0"),
             ({"tempreature": 1.0}, "no argument `tempreature`.*`temperature`"),
             ({"max_new_tokens": 5}, "`max_new_tokens` has no meaning in a stream"),
             ({"num_beams": 2}, "`num_beams` has no meaning in a stream"),
@@ -620,6 +620,13 @@ class TestFaults:
     def test_options(self, model: Moshi, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             model.streaming(**options)
+
+    @pytest.mark.parametrize("size", ["2", 2.0, True])
+    def test_wrong_types(self, model: Moshi, greedy: FlaxMoshiStream, size: Any, unchecked_types: None) -> None:
+        with pytest.raises(ValueError, match=f"`batch_size` must be a whole number of at least 1, but is {size!r}"):
+            model.streaming(batch_size=size)
+        with pytest.raises(ValueError, match=r"`prng_key` must be a key of .*, but is 'seed'"):
+            greedy.init(prng_key="seed")
 
     def test_lengths_and_ends_of_a_configuration_are_for_generate(self, model: Moshi) -> None:
         shared = GenerationConfig(max_length=40, eos_token_id=2, pad_token_id=3, do_sample=False)

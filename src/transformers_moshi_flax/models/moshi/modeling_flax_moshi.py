@@ -21,8 +21,8 @@ from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
 from ...generation.configuration import merge_generation_config, resolve_plan
 from ...generation.decoding import FREE
-from ...generation.utils import capacity_of, check_sizes, check_watching, one_token
-from ...input_checks import check_ids, check_mask, check_rank, is_traced, is_tracing
+from ...generation.utils import capacity_of, check_watching, one_token
+from ...input_checks import check_ids, check_mask, check_rank, check_sizes, is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from .checkpoint_flax_moshi import MOSHI_RULES

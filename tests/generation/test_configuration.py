@@ -188,10 +188,59 @@ def test_logits_processors_of_the_call() -> None:
 
 def test_traced_numbers() -> None:
     def temperature_of(number: jax.Array) -> jax.Array:
-        options = plan(do_sample=True, temperature=number, top_p=number, repetition_penalty=number).sampling
-        return options.temperature + options.top_p + options.processors[0].penalty
+        resolved = plan(
+            num_beams=2,
+            length_penalty=number,
+            do_sample=True,
+            temperature=number,
+            top_p=number,
+            repetition_penalty=number,
+        )
+        options = resolved.sampling
+        return options.temperature + options.top_p + options.processors[0].penalty + resolved.length_penalty
 
-    assert float(jax.jit(temperature_of)(0.5)) == 1.5
+    assert float(jax.jit(temperature_of)(0.5)) == 2.0
+    with pytest.raises(ValueError, match=r"`depth_decoder_length_penalty=.* is not supported"):
+        jax.jit(lambda number: nested(length_penalty=number).temperature)(0.5)
+
+
+TRACED = {
+    "top_k": 5,
+    "do_sample": True,
+    "num_beams": 2,
+    "early_stopping": True,
+    "max_new_tokens": 2,
+    "min_length": 2,
+    "max_time": 3.0,
+    "eos_token_id": 5,
+    "pad_token_id": 5,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": np.array([1, 2]),
+    "forced_eos_token_id": 2,
+    "output_scores": True,
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_where_the_program_depends_on_it(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is traced, but must be known.*pass its value.*`static_argnames`"):
+        jax.jit(lambda value: plan(**{name: value}).eos_token_ids)(TRACED[name])
+    with pytest.raises(ValueError, match=f"`depth_decoder_{name}` is traced"):
+        jax.jit(lambda value: nested(**{name: value}).temperature)(TRACED[name])
+
+
+@pytest.mark.parametrize(
+    "name, wrap",
+    [
+        ("eos_token_id", lambda value: [1, value]),
+        ("sequence_bias", lambda value: {(1,): value}),
+        ("sequence_bias", lambda value: [[[1], value]]),
+        ("exponential_decay_length_penalty", lambda value: (1, value)),
+    ],
+)
+def test_traced_inside_of_a_value(name: str, wrap: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is traced"):
+        jax.jit(lambda value: plan(**{name: wrap(value)}).eos_token_ids)(2.0)
 
 
 def test_temp_is_temperature(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,6 +125,17 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "max_matching_ngram_size": (),
     "speculation_type": (),
 }
+# numbers that programs take as arguments, so that they may be traced; everything else decides what a program is
+OPERANDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "length_penalty",
+)
 DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
@@ -202,7 +213,7 @@ class Plan:
     max_time: float | None = None
     num_beams: int = 1
     num_return_sequences: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float | jax.Array = 1.0
     early_stopping: bool | str = False
     output_scores: bool = False
     output_logits: bool = False
@@ -223,7 +234,8 @@ def merge_generation_config(
 
     Raises:
         ValueError: for a keyword that is neither a field nor in ``extra``, with the nearest name; for a field that is
-            set and has no effect here; for a ``given`` that is no ``GenerationConfig``.
+            set and has no effect here; for values out of range, or traced ones that must be known; for a ``given``
+            that is no ``GenerationConfig``.
     """
     if given is not None and not isinstance(given, GenerationConfig):
         raise ValueError(
@@ -251,6 +263,8 @@ def merge_generation_config(
         for name, value in layer.items():
             setattr(config, name, value)
     refuse_unsupported(vars(config))
+    refuse_traced(vars(config))
+    check_values(vars(config))
     return config, inputs
 
 
@@ -275,6 +289,26 @@ def refuse_unsupported(
         neutral = isinstance(value, bool | int | float | str) and value in UNSUPPORTED_FIELDS.get(name, ())
         if not neutral:
             raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
+
+
+def has_tracer(value: Any) -> bool:
+    """Whether a field's value is traced, or a member of it."""
+    if isinstance(value, dict):
+        return has_tracer([*value.keys(), *value.values()])
+    if isinstance(value, list | tuple | set):
+        return any(has_tracer(member) for member in value)
+    return is_traced(value)
+
+
+def refuse_traced(values: dict[str, Any], prefix: str = "", operands: tuple[str, ...] = OPERANDS) -> None:
+    """Raises ``ValueError`` for the first value that is traced and not one of ``operands``."""
+    for name, value in values.items():
+        # the options in there are checked as those of the depth decoder
+        if name not in operands and name != "depth_decoder_config" and has_tracer(value):
+            raise ValueError(
+                f"`{prefix}{name}` is traced, but must be known before: pass its value, or make it static "
+                "(`static_argnames` of `jax.jit`)."
+            )
 
 
 def check_values(values: dict[str, Any], prefix: str = "") -> None:
@@ -429,7 +463,7 @@ def resolve_plan(
     """Resolves the options of the text stream.
 
     Args:
-        config: merged configuration.
+        config: of :func:`merge_generation_config`.
         prompt_length: tokens of the prompt.
         vocab_size: for the check of the token ids.
         batch_size: rows of the prompt.
@@ -442,7 +476,6 @@ def resolve_plan(
         ValueError: for values out of range, lengths that leave nothing to generate and ids outside the vocabulary.
     """
     values = {name: getattr(config, name, None) for name in (*SUPPORTED_FIELDS, *DEFAULTS)}
-    check_values(values)
     max_length = resolve_max_length(values, prompt_length)
     eos = values["eos_token_id"]
     eos_token_ids = () if eos is None else tuple(token_list("eos_token_id", eos, vocab_size + 1))
@@ -454,6 +487,7 @@ def resolve_plan(
         values, prompt_length, max_length, vocab_size, eos_token_ids, padding_lengths(attention_mask, prompt_length)
     )
     keep = len(eos_token_ids) + 1 if eos_token_ids else 2
+    length_penalty = or_default(values, "length_penalty")
     return Plan(
         sampling=resolve_sampling(
             values, with_custom(processors, logits_processor), keep=keep if num_beams > 1 else 1
@@ -465,7 +499,7 @@ def resolve_plan(
         max_time=None if values["max_time"] is None else float(values["max_time"]),
         num_beams=num_beams,
         num_return_sequences=num_return_sequences,
-        length_penalty=float(or_default(values, "length_penalty")),
+        length_penalty=length_penalty if is_traced(length_penalty) else float(length_penalty),
         early_stopping=or_default(values, "early_stopping"),
         **{name: bool(values[name]) for name in OUTPUT_FIELDS},
     )
@@ -588,12 +622,13 @@ def resolve_nested_sampling(values: dict[str, Any], prefix: str, max_length: int
     """
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     values = read_temp(values, prefix)
+    refuse_traced(values, prefix)
     for name in ("min_length", "max_length"):
         if values.pop(name, None) not in (None, max_length):
             raise ValueError(f"`{prefix}{name}` must be {max_length} (the prompt and all new tokens).")
     for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
-        if values.get(name) == DEFAULTS[name]:
-            values.pop(name)
+        if not active(values.get(name), DEFAULTS[name]):
+            values.pop(name, None)
     values = {name: value for name, value in values.items() if not (name in OUTPUT_FIELDS and value is False)}
     supported = (*SAMPLING_FIELDS, *PROCESSOR_FIELDS, *RUNTIME_FIELDS, *RESULT_FIELDS, *METADATA_FIELDS)
     refuse_unsupported(values, prefix, supported)

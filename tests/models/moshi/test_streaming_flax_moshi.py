@@ -597,6 +597,14 @@ class TestFaults:
         with pytest.raises(ValueError, match=message):
             sampling.configure(sampling.init(), **numbers)
 
+    def test_traced_numbers(self, sampling: FlaxMoshiStream) -> None:
+        def configure(numbers: Any) -> Any:
+            return sampling.configure(sampling.init(), temperature=numbers)
+
+        for numbers in (0.5, [0.5, 0.5, 0.5]):
+            with pytest.raises(ValueError, match="`temperature` is traced"):
+                jax.jit(configure)(numbers)
+
     def test_greedy_streams_have_no_numbers(self, greedy: FlaxMoshiStream) -> None:
         with pytest.raises(ValueError, match="none, as it does not sample"):
             greedy.configure(greedy.init(), temperature=1.0)

@@ -18,6 +18,7 @@ from ...generation.configuration import (
     SAMPLING_FIELDS,
     SUPPORTED_FIELDS,
     merge_generation_config,
+    refuse_traced,
     resolve_processors,
     resolve_sampling,
 )
@@ -85,8 +86,9 @@ def checked_numbers(
         batch_size: slots.
 
     Raises:
-        ValueError: for numbers that the stream does not have, a wrong shape, or values out of range.
+        ValueError: for numbers that the stream does not have, a wrong shape, values that are out of range or traced.
     """
+    refuse_traced(numbers, operands=())
     checked = {}
     for name, value in numbers.items():
         if name not in known:

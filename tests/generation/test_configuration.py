@@ -297,6 +297,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop_lengths": [1, 21]}, r"`stop_lengths` must be in \[1, 20\].*has 21"),
     ({"logits_processor": [3]}, "`logits_processor` must be a function"),
     ({"num_beam": 2}, "no argument `num_beam`. Did you mean `num_beams`?"),
+    *(({"top_k": k}, "`top_k` must be a whole number below 2") for k in (2**31, float("nan"), float("inf"), 10**12)),
+    *(({"temperature": t}, r"`temperature` must be .* \[1e-30, 1e30\]") for t in (1e-45, 9e-31, 1e39, float("nan"))),
+    ({"repetition_penalty": 1e-45}, r"`repetition_penalty` must be .* \[1e-30, 1e30\]"),
+    ({"max_new_tokens": 2**31}, r"`max_new_tokens` must be .* below 2\*\*31, but is 2147483648"),
+    ({"sequence_bias": {(1,): float("nan")}}, "`sequence_bias` must be made of biases that are finite, or -inf"),
+    ({"sequence_bias": [[[1], 1e39]]}, "`sequence_bias` must be made of biases that are finite, or -inf"),
+    ({"suppress_tokens": range(VOCAB)}, "No token is left by `suppress_tokens`, which forbid all 50: allow at least"),
+    ({"begin_suppress_tokens": [*range(VOCAB)]}, "No token is left by `begin_suppress_tokens`,"),
+    (
+        {"suppress_tokens": [*range(2, VOCAB)], "bad_words_ids": [[1]], "sequence_bias": {(0,): float("-inf")}},
+        "No token is left by `sequence_bias` and `bad_words_ids` and `suppress_tokens`,",
+    ),
 ]
 
 
@@ -304,6 +316,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(**options)
+
+
+def test_a_token_is_left() -> None:
+    """One is enough; words of several tokens and ends among the words leave theirs."""
+    forbidden = {"suppress_tokens": [*range(2, VOCAB)], "sequence_bias": {(0,): float("-inf"), (1,): -9.0}}
+    assert plan(**forbidden, bad_words_ids=[[1, 1], [1]], eos_token_id=1).eos_token_ids == (1,)
 
 
 NESTED_WRONG: list[tuple[dict[str, Any], str]] = [
@@ -319,6 +337,10 @@ NESTED_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"do_sample": True, "top_p": 3}, "`depth_decoder_top_p` must be"),
     ({"suppress_tokens": [32]}, r"`depth_decoder_suppress_tokens` must be .*\[0, 32\)"),
     ({"bad_words_ids": [[]]}, "`depth_decoder_bad_words_ids` must be"),
+    ({"top_k": 2**31}, "`depth_decoder_top_k` must be a whole number below"),
+    ({"temperature": 1e-45}, "`depth_decoder_temperature` must be"),
+    ({"sequence_bias": {(1,): float("nan")}}, "`depth_decoder_sequence_bias` must be made of biases"),
+    ({"suppress_tokens": [*range(32)]}, "No token is left by `depth_decoder_suppress_tokens`, which forbid all 32"),
 ]
 
 

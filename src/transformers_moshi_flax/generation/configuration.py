@@ -22,6 +22,9 @@ from transformers import GenerationConfig
 from ..input_checks import is_traced, is_whole
 from .arrays import on_device
 from .logits_process import (
+    PENALTIES,
+    TEMPERATURES,
+    WHOLE_LIMIT,
     FlaxExponentialDecayLengthPenalty,
     FlaxForcedBOSTokenLogitsProcessor,
     FlaxForcedEOSTokenLogitsProcessor,
@@ -38,6 +41,7 @@ from .logits_process import (
     bad_words,
     biased_sequences,
     decay,
+    is_divisor,
     is_real,
     token_list,
     top_k_bound,
@@ -149,7 +153,8 @@ DEFAULT_NEW_TOKENS = 20
 
 
 def whole_from(minimum: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: is_whole(value) and value >= minimum, f"a whole number of at least {minimum}"
+    rule = f"a whole number of at least {minimum} and below 2**31"
+    return lambda value: is_whole(value) and minimum <= value < WHOLE_LIMIT, rule
 
 
 def real_that(good: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], bool], str]:
@@ -160,15 +165,18 @@ def real_that(good: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], b
 BOOLEAN = (lambda value: isinstance(value, bool | np.bool_), "True or False")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "do_sample": BOOLEAN,
-    "temperature": real_that(lambda t: t > 0, "above 0 (for greedy search use `do_sample=False`)"),
-    "top_k": (lambda k: is_real(k) and int(k) == k and k >= 0, "a whole number, 0 for no limit"),
+    "temperature": real_that(is_divisor, TEMPERATURES),
+    "top_k": (
+        lambda k: is_real(k) and bool(0 <= k < WHOLE_LIMIT and int(k) == k),
+        "a whole number below 2**31, 0 for no limit",
+    ),
     "top_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
     "min_p": real_that(lambda p: 0 <= p <= 1, "in [0, 1]"),
     "typical_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
     "epsilon_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
     "eta_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
     "renormalize_logits": BOOLEAN,
-    "repetition_penalty": real_that(lambda p: p > 0, "above 0, 1 for none"),
+    "repetition_penalty": real_that(is_divisor, PENALTIES),
     "no_repeat_ngram_size": whole_from(0),
     "remove_invalid_values": BOOLEAN,
     "max_length": whole_from(1),
@@ -386,7 +394,8 @@ def resolve_processors(
         prefix: of the names in errors.
 
     Raises:
-        ValueError: for values out of range, ids outside the vocabulary, and options that need an end and have none.
+        ValueError: for values out of range, ids outside the vocabulary, options that need an end and have none, and
+            options that leave no token.
     """
     check_values(values, prefix)
 
@@ -432,7 +441,22 @@ def resolve_processors(
         forced_first = prompt_length <= 1 and given("forced_bos_token_id") is not None
         begin = prompt_length + int(forced_first)
         processors.append(FlaxSuppressTokensAtBeginLogitsProcessor(ids("begin_suppress_tokens"), begin))
+    check_tokens_left(values, vocab_size, eos_token_ids, prefix)
     return processors
+
+
+def check_tokens_left(values: dict[str, Any], vocab_size: int, eos_token_ids: tuple[int, ...], prefix: str) -> None:
+    """Raises ``ValueError`` if options, which have been checked each, forbid all tokens together."""
+    biases = biased_sequences("sequence_bias", values["sequence_bias"]) if values.get("sequence_bias") else {}
+    forbidden = {
+        "sequence_bias": {sequence[0] for sequence, bias in biases.items() if len(sequence) == 1 and bias == -np.inf},
+        "bad_words_ids": {word[0] for word in values.get("bad_words_ids") or () if len(word) == 1} - {*eos_token_ids},
+    }
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        forbidden[name] = set() if values.get(name) is None else {*token_list(name, values[name])}
+    if len(set().union(*forbidden.values())) == vocab_size:
+        names = " and ".join(f"`{prefix}{name}`" for name, ids in forbidden.items() if ids)
+        raise ValueError(f"No token is left by {names}, which forbid all {vocab_size}: allow at least one.")
 
 
 def check_forced_and_suppressed(values: dict[str, Any], prefix: str = "") -> None:

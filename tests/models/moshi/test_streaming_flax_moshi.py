@@ -591,6 +591,9 @@ class TestFaults:
             ({"top_k": 65}, r"`top_k` must be in \[1, 64\] in this stream"),
             ({"depth_decoder_top_k": 0}, r"`depth_decoder_top_k` must be in \[1, 64\]"),
             ({"top_k": 2.5}, "`top_k` must be a whole number"),
+            ({"top_k": np.nan}, "`top_k` must be a whole number"),
+            ({"depth_decoder_top_k": [3, np.inf, 3]}, "`depth_decoder_top_k` must be a whole number"),
+            ({"temperature": 1e-45}, r"`temperature` must be .* \[1e-30, 1e30\]"),
         ],
     )
     def test_bad_numbers(self, sampling: FlaxMoshiStream, numbers: dict[str, Any], message: str) -> None:
@@ -623,6 +626,8 @@ class TestFaults:
             ({"guidance_scale": 3}, "`guidance_scale=3` is not supported"),
             ({"depth_decoder_max_length": 3}, "`depth_decoder_max_length` must be 5"),
             ({"temperature": 0.0, "do_sample": True}, "`temperature` must be a number above 0"),
+            ({"suppress_tokens": list(range(60))}, "No token is left by `suppress_tokens`, which forbid all 60"),
+            ({"depth_decoder_suppress_tokens": list(range(32))}, "No token is left by `depth_decoder_suppress"),
         ],
     )
     def test_options(self, model: Moshi, options: dict[str, Any], message: str) -> None:

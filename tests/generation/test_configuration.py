@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -279,8 +282,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"max_new_tokens": 0}, "`max_new_tokens` must be"),
     ({"max_length": PROMPT}, "`max_length` is 4, .*raise it or use `max_new_tokens`"),
-    ({"max_length": 9, "min_length": 10}, "`min_length` is 10.*lower it or raise"),
-    ({"max_new_tokens": 3, "min_new_tokens": 4}, "`min_new_tokens` is 4.*lower it or raise"),
+    ({"max_length": 9, "min_length": 10, "eos_token_id": 1}, "`min_length` is 10.*lower it or raise"),
+    ({"max_new_tokens": 3, "min_new_tokens": 4, "eos_token_id": 1}, "`min_new_tokens` is 4.*lower it or raise"),
     ({"max_time": 0}, "`max_time` must be"),
     ({"eos_token_id": VOCAB + 1}, "`eos_token_id` must be"),
     ({"eos_token_id": [1, None]}, "`eos_token_id` must be"),
@@ -322,6 +325,50 @@ def test_a_token_is_left() -> None:
     """One is enough; words of several tokens and ends among the words leave theirs."""
     forbidden = {"suppress_tokens": [*range(2, VOCAB)], "sequence_bias": {(0,): float("-inf"), (1,): -9.0}}
     assert plan(**forbidden, bad_words_ids=[[1, 1], [1]], eos_token_id=1).eos_token_ids == (1,)
+
+
+# what it lacks, the value, and the values that are not worth a warning
+WITHOUT_EFFECT: dict[str, tuple[str, Any, list[Any]]] = {
+    "temperature": ("do_sample=True", 0.5, [1.0, 1]),
+    "top_k": ("do_sample=True", 1, [0, 50]),
+    "top_p": ("do_sample=True", 0.5, [1.0]),
+    "min_p": ("do_sample=True", 0.5, [0]),
+    "typical_p": ("do_sample=True", 0.5, [1.0]),
+    "epsilon_cutoff": ("do_sample=True", 0.1, [0.0]),
+    "eta_cutoff": ("do_sample=True", 0.1, [0.0]),
+    "length_penalty": ("num_beams", 2.0, [1.0]),
+    "early_stopping": ("num_beams", True, [False]),
+    "min_length": ("eos_token_id", 5, [0]),
+    "min_new_tokens": ("eos_token_id", 1, [0]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_keywords_without_an_effect_warn(name: str) -> None:
+    remedy, value, neutral = WITHOUT_EFFECT[name]
+    with pytest.warns(UserWarning, match=f"^`{name}={value}` has no effect .*: set `{remedy}`, or leave it out"):
+        plan(**{name: value})
+    for quiet in (None, *neutral):
+        plan(**{name: quiet})
+    # as upstream, what stands in a configuration is not meant for this call alone
+    plan({name: value})
+    plan(given={name: value})
+    plan(**{name: value}, do_sample=True, num_beams=2, eos_token_id=0)
+    plan({"do_sample": True, "num_beams": 2, "eos_token_id": [3]}, **{name: value})
+
+
+def test_the_warning_points_to_the_caller() -> None:
+    script = (
+        "import sys, warnings\n"
+        "from transformers import GenerationConfig\n"
+        "from transformers_moshi_flax.generation.configuration import merge_generation_config\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    merge_generation_config(GenerationConfig(), None, {'top_k': 3})\n"
+        "print(caught[0].filename, caught[0].lineno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == "<string> 6\n", done.stderr
 
 
 NESTED_WRONG: list[tuple[dict[str, Any], str]] = [

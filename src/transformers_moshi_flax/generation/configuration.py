@@ -1,6 +1,7 @@
 """What ``generate`` is asked for: ``GenerationConfig`` and keyword arguments, checked and resolved.
 
-A field either has its effect or raises, naming itself. Fields that only choose the PyTorch runtime (the cache's
+A field has its effect or raises, naming itself. Where it lacks another one (a temperature without sampling) it is
+accepted, as upstream does, and a keyword of the call warns. Fields that only choose the PyTorch runtime (the cache's
 class, ``torch.compile``) have nothing to choose here and are accepted, since the published generation configurations
 set them. Fields that are unset take upstream's defaults, ``GenerationConfig._get_default_generation_params()``.
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +153,18 @@ DEFAULTS: dict[str, Any] = {
     "early_stopping": False,
 }
 DEFAULT_NEW_TOKENS = 20
+# values that change nothing, of the fields that mean nothing without sampling, without beams and without an end
+NEUTRAL_WITHOUT_SAMPLING = {
+    "temperature": (1,),
+    "top_k": (0, DEFAULTS["top_k"]),
+    "top_p": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
+NEUTRAL_WITHOUT_BEAMS = {"length_penalty": (1,), "early_stopping": (False,)}
+NEUTRAL_WITHOUT_END = {"min_length": (0,), "min_new_tokens": (0,)}
 
 
 def whole_from(minimum: int) -> tuple[Callable[[Any], bool], str]:
@@ -232,7 +247,7 @@ class Plan:
 def merge_generation_config(
     default: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any], extra: tuple[str, ...] = ()
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Keyword arguments over ``given`` over the model's default.
+    """Keyword arguments over ``given`` over the model's default. Keywords without an effect warn.
 
     Args:
         default: the model's generation configuration.
@@ -273,6 +288,7 @@ def merge_generation_config(
     refuse_unsupported(vars(config))
     refuse_traced(vars(config))
     check_values(vars(config))
+    warn_without_effect(kwargs, vars(config))
     return config, inputs
 
 
@@ -325,6 +341,37 @@ def check_values(values: dict[str, Any], prefix: str = "") -> None:
         value = values.get(name)
         if value is not None and not good(value):
             raise ValueError(f"`{prefix}{name}` must be {rule}, but is {value!r}.")
+
+
+def warn_without_effect(given: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
+    """Warns of what was ``given`` for a call and does nothing in it.
+
+    Args:
+        given: the arguments of the call, without ``prefix``.
+        values: all fields, which have been checked.
+        prefix: of the names.
+    """
+    ends = values.get("eos_token_id")
+    for lacks, neutral, remedy in (
+        (not values.get("do_sample"), NEUTRAL_WITHOUT_SAMPLING, "without sampling: set `{}do_sample=True`"),
+        ((values.get("num_beams") or 1) == 1, NEUTRAL_WITHOUT_BEAMS, "with one beam: set `{}num_beams`"),
+        (ends is None or np.size(ends) == 0, NEUTRAL_WITHOUT_END, "without an end: set `{}eos_token_id`"),
+    ):
+        for name in neutral if lacks else ():
+            if active(given.get(name), *neutral[name]):
+                warnings.warn(
+                    f"`{prefix}{name}={given[name]!r}` has no effect {remedy.format(prefix)}, or leave it out.",
+                    stacklevel=callers_level(),
+                )
+
+
+def callers_level() -> int:
+    """``stacklevel`` by which a warning of the function that calls this one points to the first line of a user."""
+    package = __name__.partition(".")[0]
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def active(value: Any, *neutral: Any) -> bool:

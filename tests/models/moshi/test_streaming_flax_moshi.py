@@ -641,6 +641,52 @@ class TestFaults:
         with pytest.raises(ValueError, match=r"`prng_key` must be a key of .*, but is 'seed'"):
             greedy.init(prng_key="seed")
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"num_beams": 2},
+            {"num_return_sequences": 3, "do_sample": True},
+            {"max_time": 3.0},
+            {"output_scores": True, "return_dict_in_generate": True},
+            {"output_logits": True, "return_dict_in_generate": True},
+            {"output_attentions": True, "return_dict_in_generate": True},
+            {"output_hidden_states": True, "return_dict_in_generate": True},
+        ],
+        ids=lambda fields: next(iter(fields)),
+    )
+    def test_configurations_of_other_results(
+        self, model: Moshi, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name, value = next(iter(fields.items()))
+        with pytest.raises(ValueError, match=f"`{name}={value}` .* no meaning in a stream.*: leave it unset"):
+            model.streaming(1, GenerationConfig(**fields))
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**fields))
+        with pytest.raises(ValueError, match=f"`{name}={value}` .* no meaning in a stream"):
+            model.streaming(1)
+
+    def test_configuration_of_the_released_checkpoints(self, model: Moshi, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With what their conversion writes, and the defaults that some versions write out."""
+        codes = {"do_sample": True, "temperature": 0.8, "top_k": 25, "min_length": 5, "max_length": 5}
+        released = GenerationConfig(
+            do_sample=True,
+            temperature=0.7,
+            top_k=25,
+            max_length=40,
+            pad_token_id=3,
+            bos_token_id=1,
+            eos_token_id=2,
+            cache_implementation="sliding_window",
+            depth_decoder_config={**codes, "cache_implementation": "sliding_window"},
+            num_beams=1,
+            num_return_sequences=1,
+            output_attentions=False,
+            output_scores=False,
+        )
+        monkeypatch.setattr(model, "generation_config", released)
+        assert set(model.streaming(1)._numbers) == {
+            f"{p}{n}" for p in ("", "depth_decoder_") for n in ("temperature", "top_k")
+        }
+
     def test_lengths_and_ends_of_a_configuration_are_for_generate(self, model: Moshi) -> None:
         shared = GenerationConfig(max_length=40, eos_token_id=2, pad_token_id=3, do_sample=False)
         model.streaming(1, shared)

@@ -43,6 +43,12 @@ def x64() -> Iterator[None]:
 
 
 @pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annotations are not checked while the test runs: what users meet who pass something else."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def count_compilations() -> Iterator[Callable[[], int]]:
     """A function that tells how many programs XLA has compiled since it was last asked."""
     compiled: list[str] = []

@@ -4,6 +4,9 @@ Inside ``jax.jit`` values are not known. There :func:`check_ids` adds ``checkify
 until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`` then reports ids out of range.
 """
 
+import numbers
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,18 @@ def is_traced(*arrays) -> bool:
 def is_tracing(*trees) -> bool:
     """Whether this runs inside of ``jax.jit`` (where every new array is a tracer) or a leaf of ``trees`` is traced."""
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises ``ValueError`` for the first size that is no whole number of at least 1."""
+    for name, size in sizes.items():
+        if not is_whole(size) or size < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, but is {size!r}.")
 
 
 def check_rank(name: str, array, axes: tuple[str, ...]) -> None:

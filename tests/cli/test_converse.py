@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from transformers_moshi_flax.cli import converse
 from transformers_moshi_flax.cli.audio import read_audio
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
@@ -132,6 +133,23 @@ def test_silence_after_the_recording(moshi_flax, speech: Path, tmp_path: Path, e
     assert not written[len(user) :, 1].any()
     assert close(written[: len(user), 0], expected[0][: len(user)])
     assert written[len(user) :, 0].any()
+
+
+def test_silence_takes_no_memory_ahead(moshi_flax, speech: Path, tmp_path: Path, one_model, monkeypatch):
+    """A day of it would be 8 GB."""
+    dialogue, given = converse._dialogue, []
+
+    def watched(stream, samples, length, *args):
+        given.extend([len(samples), length])
+        return dialogue(stream, samples, 2 * FRAME, *args)
+
+    monkeypatch.setattr(converse, "_dialogue", watched)
+    output = tmp_path / "reply.wav"
+    args = ("converse", "--user-audio", speech, "--output", output, "--stereo", "--extra-seconds", 86_400, *GREEDY)
+    assert moshi_flax(*args).code == 0
+    user = read_audio(speech, 24_000)
+    assert given == [len(user), len(user) + 86_400 * 24_000]
+    assert close(soundfile.read(output, dtype="float32")[0][:, 1], user[: 2 * FRAME])
 
 
 def test_seed_decides(moshi_flax, speech: Path, tmp_path: Path):

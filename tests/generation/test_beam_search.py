@@ -337,10 +337,11 @@ class TestGenerate:
     def test_inside_of_jit(self, pair: Pair) -> None:
         inputs = draw_prompt(3, 4)
 
-        def generate(input_ids: Any, attention_mask: Any) -> Any:
+        def generate(length_penalty: Any, input_ids: Any, attention_mask: Any) -> Any:
             output = pair.ours.generate(
                 input_ids,
                 attention_mask=attention_mask,
+                length_penalty=length_penalty,
                 num_beams=3,
                 early_stopping="never",
                 max_new_tokens=9,
@@ -353,8 +354,8 @@ class TestGenerate:
             )
             return output.sequences, output.sequences_scores, output.beam_indices
 
-        eager = [np.asarray(array) for array in generate(**inputs)]
-        for inside, outside in zip(jax.jit(generate)(**inputs), eager):
+        eager = [np.asarray(array) for array in generate(0.5, **inputs)]
+        for inside, outside in zip(jax.jit(generate)(0.5, **inputs), eager):
             inside = np.asarray(inside)
             if inside.ndim == 2:
                 inside, behind = np.split(inside, [outside.shape[1]], axis=1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -188,10 +191,59 @@ def test_logits_processors_of_the_call() -> None:
 
 def test_traced_numbers() -> None:
     def temperature_of(number: jax.Array) -> jax.Array:
-        options = plan(do_sample=True, temperature=number, top_p=number, repetition_penalty=number).sampling
-        return options.temperature + options.top_p + options.processors[0].penalty
+        resolved = plan(
+            num_beams=2,
+            length_penalty=number,
+            do_sample=True,
+            temperature=number,
+            top_p=number,
+            repetition_penalty=number,
+        )
+        options = resolved.sampling
+        return options.temperature + options.top_p + options.processors[0].penalty + resolved.length_penalty
 
-    assert float(jax.jit(temperature_of)(0.5)) == 1.5
+    assert float(jax.jit(temperature_of)(0.5)) == 2.0
+    with pytest.raises(ValueError, match=r"`depth_decoder_length_penalty=.* is not supported"):
+        jax.jit(lambda number: nested(length_penalty=number).temperature)(0.5)
+
+
+TRACED = {
+    "top_k": 5,
+    "do_sample": True,
+    "num_beams": 2,
+    "early_stopping": True,
+    "max_new_tokens": 2,
+    "min_length": 2,
+    "max_time": 3.0,
+    "eos_token_id": 5,
+    "pad_token_id": 5,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": np.array([1, 2]),
+    "forced_eos_token_id": 2,
+    "output_scores": True,
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_where_the_program_depends_on_it(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is traced, but must be known.*pass its value.*`static_argnames`"):
+        jax.jit(lambda value: plan(**{name: value}).eos_token_ids)(TRACED[name])
+    with pytest.raises(ValueError, match=f"`depth_decoder_{name}` is traced"):
+        jax.jit(lambda value: nested(**{name: value}).temperature)(TRACED[name])
+
+
+@pytest.mark.parametrize(
+    "name, wrap",
+    [
+        ("eos_token_id", lambda value: [1, value]),
+        ("sequence_bias", lambda value: {(1,): value}),
+        ("sequence_bias", lambda value: [[[1], value]]),
+        ("exponential_decay_length_penalty", lambda value: (1, value)),
+    ],
+)
+def test_traced_inside_of_a_value(name: str, wrap: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is traced"):
+        jax.jit(lambda value: plan(**{name: wrap(value)}).eos_token_ids)(2.0)
 
 
 def test_temp_is_temperature(caplog: pytest.LogCaptureFixture) -> None:
@@ -230,8 +282,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"max_new_tokens": 0}, "`max_new_tokens` must be"),
     ({"max_length": PROMPT}, "`max_length` is 4, .*raise it or use `max_new_tokens`"),
-    ({"max_length": 9, "min_length": 10}, "`min_length` is 10.*lower it or raise"),
-    ({"max_new_tokens": 3, "min_new_tokens": 4}, "`min_new_tokens` is 4.*lower it or raise"),
+    ({"max_length": 9, "min_length": 10, "eos_token_id": 1}, "`min_length` is 10.*lower it or raise"),
+    ({"max_new_tokens": 3, "min_new_tokens": 4, "eos_token_id": 1}, "`min_new_tokens` is 4.*lower it or raise"),
     ({"max_time": 0}, "`max_time` must be"),
     ({"eos_token_id": VOCAB + 1}, "`eos_token_id` must be"),
     ({"eos_token_id": [1, None]}, "`eos_token_id` must be"),
@@ -248,6 +300,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop_lengths": [1, 21]}, r"`stop_lengths` must be in \[1, 20\].*has 21"),
     ({"logits_processor": [3]}, "`logits_processor` must be a function"),
     ({"num_beam": 2}, "no argument `num_beam`. Did you mean `num_beams`?"),
+    *(({"top_k": k}, "`top_k` must be a whole number below 2") for k in (2**31, float("nan"), float("inf"), 10**12)),
+    *(({"temperature": t}, r"`temperature` must be .* \[1e-30, 1e30\]") for t in (1e-45, 9e-31, 1e39, float("nan"))),
+    ({"repetition_penalty": 1e-45}, r"`repetition_penalty` must be .* \[1e-30, 1e30\]"),
+    ({"max_new_tokens": 2**31}, r"`max_new_tokens` must be .* below 2\*\*31, but is 2147483648"),
+    ({"sequence_bias": {(1,): float("nan")}}, "`sequence_bias` must be made of biases that are finite, or -inf"),
+    ({"sequence_bias": [[[1], 1e39]]}, "`sequence_bias` must be made of biases that are finite, or -inf"),
+    ({"suppress_tokens": range(VOCAB)}, "No token is left by `suppress_tokens`, which forbid all 50: allow at least"),
+    ({"begin_suppress_tokens": [*range(VOCAB)]}, "No token is left by `begin_suppress_tokens`,"),
+    (
+        {"suppress_tokens": [*range(2, VOCAB)], "bad_words_ids": [[1]], "sequence_bias": {(0,): float("-inf")}},
+        "No token is left by `sequence_bias` and `bad_words_ids` and `suppress_tokens`,",
+    ),
 ]
 
 
@@ -255,6 +319,56 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(**options)
+
+
+def test_a_token_is_left() -> None:
+    """One is enough; words of several tokens and ends among the words leave theirs."""
+    forbidden = {"suppress_tokens": [*range(2, VOCAB)], "sequence_bias": {(0,): float("-inf"), (1,): -9.0}}
+    assert plan(**forbidden, bad_words_ids=[[1, 1], [1]], eos_token_id=1).eos_token_ids == (1,)
+
+
+# what it lacks, the value, and the values that are not worth a warning
+WITHOUT_EFFECT: dict[str, tuple[str, Any, list[Any]]] = {
+    "temperature": ("do_sample=True", 0.5, [1.0, 1]),
+    "top_k": ("do_sample=True", 1, [0, 50]),
+    "top_p": ("do_sample=True", 0.5, [1.0]),
+    "min_p": ("do_sample=True", 0.5, [0]),
+    "typical_p": ("do_sample=True", 0.5, [1.0]),
+    "epsilon_cutoff": ("do_sample=True", 0.1, [0.0]),
+    "eta_cutoff": ("do_sample=True", 0.1, [0.0]),
+    "length_penalty": ("num_beams", 2.0, [1.0]),
+    "early_stopping": ("num_beams", True, [False]),
+    "min_length": ("eos_token_id", 5, [0]),
+    "min_new_tokens": ("eos_token_id", 1, [0]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_keywords_without_an_effect_warn(name: str) -> None:
+    remedy, value, neutral = WITHOUT_EFFECT[name]
+    with pytest.warns(UserWarning, match=f"^`{name}={value}` has no effect .*: set `{remedy}`, or leave it out"):
+        plan(**{name: value})
+    for quiet in (None, *neutral):
+        plan(**{name: quiet})
+    # as upstream, what stands in a configuration is not meant for this call alone
+    plan({name: value})
+    plan(given={name: value})
+    plan(**{name: value}, do_sample=True, num_beams=2, eos_token_id=0)
+    plan({"do_sample": True, "num_beams": 2, "eos_token_id": [3]}, **{name: value})
+
+
+def test_the_warning_points_to_the_caller() -> None:
+    script = (
+        "import sys, warnings\n"
+        "from transformers import GenerationConfig\n"
+        "from transformers_moshi_flax.generation.configuration import merge_generation_config\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    merge_generation_config(GenerationConfig(), None, {'top_k': 3})\n"
+        "print(caught[0].filename, caught[0].lineno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == "<string> 6\n", done.stderr
 
 
 NESTED_WRONG: list[tuple[dict[str, Any], str]] = [
@@ -270,6 +384,10 @@ NESTED_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"do_sample": True, "top_p": 3}, "`depth_decoder_top_p` must be"),
     ({"suppress_tokens": [32]}, r"`depth_decoder_suppress_tokens` must be .*\[0, 32\)"),
     ({"bad_words_ids": [[]]}, "`depth_decoder_bad_words_ids` must be"),
+    ({"top_k": 2**31}, "`depth_decoder_top_k` must be a whole number below"),
+    ({"temperature": 1e-45}, "`depth_decoder_temperature` must be"),
+    ({"sequence_bias": {(1,): float("nan")}}, "`depth_decoder_sequence_bias` must be made of biases"),
+    ({"suppress_tokens": [*range(32)]}, "No token is left by `depth_decoder_suppress_tokens`, which forbid all 32"),
 ]
 
 

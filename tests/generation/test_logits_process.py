@@ -190,6 +190,18 @@ def test_forced_tokens() -> None:
     np.testing.assert_array_equal(pairs.force_token_map, processor.force_token_map)
 
 
+def test_a_bias_of_minus_infinity_forbids() -> None:
+    scores = jnp.asarray(scores_of(np.random.default_rng(0), ""))
+    bias = {(1,): -np.inf, (0, 2): -np.inf, (3,): 1.0}
+    actual = run(
+        ours.FlaxSequenceBiasLogitsProcessor(bias), np.zeros((ROWS, CAPACITY), np.int32), scores, jnp.int32(1)
+    )
+    expected = upstream.SequenceBiasLogitsProcessor(bias)(
+        torch.zeros(ROWS, 1).long(), torch.from_numpy(np.array(scores))
+    )
+    np.testing.assert_array_equal(actual, expected.numpy())
+
+
 class TestList:
     ids = np.zeros((ROWS, CAPACITY), np.int32)
 
@@ -236,6 +248,18 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_ignore_length": ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.0, "prompt_ignore_length": -1}),
     "sequence_bias": ("SequenceBiasLogitsProcessor", {"sequence_bias": {(): 1.0}}),
     "sequence_bias ": ("SequenceBiasLogitsProcessor", {"sequence_bias": [[[1], None]]}),
+    "sequence_bias  ": ("SequenceBiasLogitsProcessor", {"sequence_bias": {(1,): np.inf}}),
+    # beyond float32 and int32
+    " temperature": ("TemperatureLogitsWarper", {"temperature": 1e-45}),
+    " top_k": ("TopKLogitsWarper", {"top_k": 2**31}),
+    " min_length": ("MinLengthLogitsProcessor", {"min_length": 2**31, "eos_token_id": 0}),
+    " eos_token_id": ("MinLengthLogitsProcessor", {"min_length": 1, "eos_token_id": 2**31}),
+    " bad_words_ids": ("NoBadWordsLogitsProcessor", {"bad_words_ids": [[2**31]]}),
+    " penalty": ("RepetitionPenaltyLogitsProcessor", {"penalty": np.inf}),
+    " exponential_decay_length_penalty": (
+        "ExponentialDecayLengthPenalty",
+        {"exponential_decay_length_penalty": (2**31, 2.0), "eos_token_id": 0, "input_ids_seq_length": 0},
+    ),
     "bad_words_ids": ("NoBadWordsLogitsProcessor", {"bad_words_ids": [[1], []]}),
     "exponential_decay_length_penalty": (
         "ExponentialDecayLengthPenalty",

@@ -38,6 +38,7 @@ from transformers_moshi_flax.cli.timing import compilation_time
 from transformers_moshi_flax.cli.transcript import subtitles, timed_words, to_record, to_srt
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
+DAY = 86_400.0
 TEXT_OUT = (".srt", ".json")
 
 
@@ -62,8 +63,8 @@ def converse(
     from transformers_moshi_flax.checkpoints.writing import write_text
 
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
-    if not math.isfinite(extra_seconds):
-        raise UserMistake(f"--extra-seconds: {extra_seconds} is no time; give a finite number")
+    if not extra_seconds <= DAY:
+        raise UserMistake(f"--extra-seconds: {extra_seconds} is not in [0, {DAY:.0f}]; give at most a day")
     user_audio = user_audio or EMBEDDED_CLIP
     _check_file("--output", output, AUDIO_OUT, user_audio, overwrite)
     if text is not None:
@@ -71,7 +72,7 @@ def converse(
     source = model or str(EMBEDDED_MODEL)
     rate = check_moshi(source)
     samples = read_audio(user_audio, rate)
-    samples = np.concatenate([samples, np.zeros(round(extra_seconds * rate), np.float32)])
+    length = len(samples) + round(extra_seconds * rate)
 
     notes = Console(stderr=True, highlight=False)
     use_compilation_cache()
@@ -87,21 +88,21 @@ def converse(
     gc.freeze()
     frame_rate = stream.sampling_rate / stream.frame_size
     pace = Pace(1 / frame_rate, realtime)
-    moshi, text_ids = _dialogue(stream, samples, seed, pace, notes)
+    moshi, text_ids = _dialogue(stream, samples, length, seed, pace, notes)
     words = timed_words(text_ids, speaker.tokenizer, frame_rate)
     typer.echo(" ".join(word.text for word in words))
 
-    interrupted = len(moshi) < len(samples)
-    samples = samples[: len(moshi)]
+    interrupted = len(moshi) < length
+    seconds = len(moshi) / rate
     if text is not None:
         if text.suffix.lower() == ".srt":
-            content = to_srt(subtitles(words, len(samples) / rate))
+            content = to_srt(subtitles(words, seconds))
         else:
             record = {
                 "model": EMBEDDED_MODEL.name if is_random(source) else source,
                 "random": is_random(source),
                 "seed": seed,
-                "seconds": len(samples) / rate,
+                "seconds": seconds,
                 "interrupted": interrupted,
                 **to_record(text_ids, speaker.tokenizer, frame_rate),
             }
@@ -109,11 +110,11 @@ def converse(
         with as_mistake(f"--text: cannot write {str(text)!r}", OSError):
             write_text(text, content)
     with as_mistake(f"--output: cannot write {str(output)!r}", OSError):
-        write_audio(output, np.stack([moshi, samples], axis=1) if stereo else moshi, rate)
+        write_audio(output, np.stack([moshi, _heard(samples, len(moshi))], axis=1) if stereo else moshi, rate)
     written = f"{output} and {text}" if text else str(output)
     warning = f" ({RANDOM})" if is_random(source) else ""
     notes.print(
-        f"{written}: {len(samples) / rate:.2f} s, {len(text_ids)} frames after {compilation.seconds:.0f} s of "
+        f"{written}: {seconds:.2f} s, {len(text_ids)} frames after {compilation.seconds:.0f} s of "
         f"compilation{warning}",
         soft_wrap=True,
     )
@@ -130,17 +131,23 @@ def _check_file(option: str, path: Path, suffixes: tuple[str, ...], user_audio: 
         raise UserMistake(f"{option}: {str(path)!r} is there already; give another name, or --overwrite")
 
 
+def _heard(samples: Float[np.ndarray, "recorded"], length: int) -> Float[np.ndarray, "samples"]:
+    """The first ``length`` samples of the user, with silence after the recording."""
+    samples = samples[:length]
+    return np.pad(samples, (0, length - len(samples)))
+
+
 def _dialogue(
-    stream: object, samples: Float[np.ndarray, "samples"], seed: int, pace: Pace, notes: Console
+    stream: object, samples: Float[np.ndarray, "recorded"], length: int, seed: int, pace: Pace, notes: Console
 ) -> tuple[Float[np.ndarray, "samples"], Int[np.ndarray, "frames"]]:
-    """Moshi's samples, cut where the user's end, and its text ids; less of both after Ctrl-C."""
+    """Moshi's samples, ``length`` of them, and its text ids; less of both after Ctrl-C."""
     import jax
 
     from transformers_moshi_flax.generation import StopGeneration
     from transformers_moshi_flax.models.moshi.pcm import PcmDialogue
 
     dialogue = PcmDialogue(stream, jax.random.key(seed))
-    frames = math.ceil(len(samples) / stream.frame_size)
+    frames = math.ceil(length / stream.frame_size)
     spoken: list[np.ndarray] = []
     text_ids: list[int] = []
     with progress_bar(notes) as bar:
@@ -149,11 +156,11 @@ def _dialogue(
             notes.print(f"a dialogue of {frames} frames; Ctrl-C keeps what there is", soft_wrap=True)
             for frame in range(frames):
                 pace.begin()
-                # what the last frame lacks is silence
+                # what a frame lacks is silence, and after the recording it lacks everything
                 dialogue.feed(samples[frame * stream.frame_size : (frame + 1) * stream.frame_size])
                 reply = dialogue.step()
                 pace.end()
                 spoken.append(reply.audio[0])
                 text_ids.append(reply.text_ids[0])
                 watcher.put(np.array(text_ids[-1:], np.int32))
-    return np.concatenate(spoken)[: len(samples)], np.array(text_ids, np.int32)
+    return np.concatenate(spoken)[:length], np.array(text_ids, np.int32)

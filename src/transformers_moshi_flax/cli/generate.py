@@ -37,6 +37,7 @@ from transformers_moshi_flax.cli.transcript import END_OF_PAD, PAD
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
 RANDOM = "random weights: what it says is noise"
+DAY_OF_FRAMES = 1_080_000
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 
 
@@ -48,7 +49,9 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask turn by turn for a text prompt or an audio file.")
     ] = False,
-    max_new_frames: Annotated[int, typer.Option(min=1, help="Frames to generate, 12.5 a second.")] = 125,
+    max_new_frames: Annotated[
+        int, typer.Option(min=1, max=DAY_OF_FRAMES, help="Frames to generate, 12.5 a second.")
+    ] = 125,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,

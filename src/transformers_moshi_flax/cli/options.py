@@ -18,10 +18,10 @@ UserAudio = Annotated[
     Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: the embedded clip.")
 ]
 Temperature = Annotated[float | None, typer.Option(min=0, help="Of the text; 0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Of the text.")]
+TopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Of the text.")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Of the text; above 0.")]
 DepthTemperature = Annotated[float | None, typer.Option(min=0, help="Of the audio; 0 is greedy.")]
-DepthTopK = Annotated[int | None, typer.Option(min=1, help="Of the audio.")]
+DepthTopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Of the audio.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's.")]
 

@@ -1,6 +1,7 @@
 """What ``generate`` is asked for: ``GenerationConfig`` and keyword arguments, checked and resolved.
 
-A field either has its effect or raises, naming itself. Fields that only choose the PyTorch runtime (the cache's
+A field has its effect or raises, naming itself. Where it lacks another one (a temperature without sampling) it is
+accepted, as upstream does, and a keyword of the call warns. Fields that only choose the PyTorch runtime (the cache's
 class, ``torch.compile``) have nothing to choose here and are accepted, since the published generation configurations
 set them. Fields that are unset take upstream's defaults, ``GenerationConfig._get_default_generation_params()``.
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import GenerationConfig
 
-from ..input_checks import is_traced
+from ..input_checks import is_traced, is_whole
 from .arrays import on_device
 from .logits_process import (
+    PENALTIES,
+    TEMPERATURES,
+    WHOLE_LIMIT,
     FlaxExponentialDecayLengthPenalty,
     FlaxForcedBOSTokenLogitsProcessor,
     FlaxForcedEOSTokenLogitsProcessor,
@@ -38,8 +44,8 @@ from .logits_process import (
     bad_words,
     biased_sequences,
     decay,
+    is_divisor,
     is_real,
-    is_whole,
     token_list,
     top_k_bound,
 )
@@ -126,6 +132,17 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "max_matching_ngram_size": (),
     "speculation_type": (),
 }
+# numbers that programs take as arguments, so that they may be traced; everything else decides what a program is
+OPERANDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "length_penalty",
+)
 DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
@@ -136,10 +153,23 @@ DEFAULTS: dict[str, Any] = {
     "early_stopping": False,
 }
 DEFAULT_NEW_TOKENS = 20
+# values that change nothing, of the fields that mean nothing without sampling, without beams and without an end
+NEUTRAL_WITHOUT_SAMPLING = {
+    "temperature": (1,),
+    "top_k": (0, DEFAULTS["top_k"]),
+    "top_p": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
+NEUTRAL_WITHOUT_BEAMS = {"length_penalty": (1,), "early_stopping": (False,)}
+NEUTRAL_WITHOUT_END = {"min_length": (0,), "min_new_tokens": (0,)}
 
 
 def whole_from(minimum: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: is_whole(value) and value >= minimum, f"a whole number of at least {minimum}"
+    rule = f"a whole number of at least {minimum} and below 2**31"
+    return lambda value: is_whole(value) and minimum <= value < WHOLE_LIMIT, rule
 
 
 def real_that(good: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], bool], str]:
@@ -150,15 +180,18 @@ def real_that(good: Callable[[Any], bool], rule: str) -> tuple[Callable[[Any], b
 BOOLEAN = (lambda value: isinstance(value, bool | np.bool_), "True or False")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "do_sample": BOOLEAN,
-    "temperature": real_that(lambda t: t > 0, "above 0 (for greedy search use `do_sample=False`)"),
-    "top_k": (lambda k: is_real(k) and int(k) == k and k >= 0, "a whole number, 0 for no limit"),
+    "temperature": real_that(is_divisor, TEMPERATURES),
+    "top_k": (
+        lambda k: is_real(k) and bool(0 <= k < WHOLE_LIMIT and int(k) == k),
+        "a whole number below 2**31, 0 for no limit",
+    ),
     "top_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
     "min_p": real_that(lambda p: 0 <= p <= 1, "in [0, 1]"),
     "typical_p": real_that(lambda p: 0 < p <= 1, "in (0, 1], 1 for no limit"),
     "epsilon_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
     "eta_cutoff": real_that(lambda e: 0 <= e < 1, "in [0, 1), 0 for no limit"),
     "renormalize_logits": BOOLEAN,
-    "repetition_penalty": real_that(lambda p: p > 0, "above 0, 1 for none"),
+    "repetition_penalty": real_that(is_divisor, PENALTIES),
     "no_repeat_ngram_size": whole_from(0),
     "remove_invalid_values": BOOLEAN,
     "max_length": whole_from(1),
@@ -203,7 +236,7 @@ class Plan:
     max_time: float | None = None
     num_beams: int = 1
     num_return_sequences: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float | jax.Array = 1.0
     early_stopping: bool | str = False
     output_scores: bool = False
     output_logits: bool = False
@@ -214,7 +247,7 @@ class Plan:
 def merge_generation_config(
     default: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any], extra: tuple[str, ...] = ()
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Keyword arguments over ``given`` over the model's default.
+    """Keyword arguments over ``given`` over the model's default. Keywords without an effect warn.
 
     Args:
         default: the model's generation configuration.
@@ -224,8 +257,14 @@ def merge_generation_config(
 
     Raises:
         ValueError: for a keyword that is neither a field nor in ``extra``, with the nearest name; for a field that is
-            set and has no effect here.
+            set and has no effect here; for values out of range, or traced ones that must be known; for a ``given``
+            that is no ``GenerationConfig``.
     """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(
+            f"`generation_config` must be a `transformers.GenerationConfig`, but is {given!r}: make one, or pass its "
+            "fields as keywords."
+        )
     config = copy.deepcopy(default)
     if hasattr(config, "temp"):
         config.temperature = read_temp(vars(config)).get("temperature")
@@ -247,6 +286,9 @@ def merge_generation_config(
         for name, value in layer.items():
             setattr(config, name, value)
     refuse_unsupported(vars(config))
+    refuse_traced(vars(config))
+    check_values(vars(config))
+    warn_without_effect(kwargs, vars(config))
     return config, inputs
 
 
@@ -281,12 +323,63 @@ def refuse_unsupported(
             raise ValueError(f"`{prefix}{name}={value!r}` is not supported by `generate` here: leave it unset.")
 
 
+def has_tracer(value: Any) -> bool:
+    """Whether a field's value is traced, or a member of it."""
+    if isinstance(value, dict):
+        return has_tracer([*value.keys(), *value.values()])
+    if isinstance(value, list | tuple | set):
+        return any(has_tracer(member) for member in value)
+    return is_traced(value)
+
+
+def refuse_traced(values: dict[str, Any], prefix: str = "", operands: tuple[str, ...] = OPERANDS) -> None:
+    """Raises ``ValueError`` for the first value that is traced and not one of ``operands``."""
+    for name, value in values.items():
+        # the options in there are checked as those of the depth decoder
+        if name not in operands and name != "depth_decoder_config" and has_tracer(value):
+            raise ValueError(
+                f"`{prefix}{name}` is traced, but must be known before: pass its value, or make it static "
+                "(`static_argnames` of `jax.jit`)."
+            )
+
+
 def check_values(values: dict[str, Any], prefix: str = "") -> None:
     """Raises ``ValueError`` for the first value out of range; names carry ``prefix``."""
     for name, (good, rule) in RULES.items():
         value = values.get(name)
         if value is not None and not good(value):
             raise ValueError(f"`{prefix}{name}` must be {rule}, but is {value!r}.")
+
+
+def warn_without_effect(given: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
+    """Warns of what was ``given`` for a call and does nothing in it.
+
+    Args:
+        given: the arguments of the call, without ``prefix``.
+        values: all fields, which have been checked.
+        prefix: of the names.
+    """
+    ends = values.get("eos_token_id")
+    for lacks, neutral, remedy in (
+        (not values.get("do_sample"), NEUTRAL_WITHOUT_SAMPLING, "without sampling: set `{}do_sample=True`"),
+        ((values.get("num_beams") or 1) == 1, NEUTRAL_WITHOUT_BEAMS, "with one beam: set `{}num_beams`"),
+        (ends is None or np.size(ends) == 0, NEUTRAL_WITHOUT_END, "without an end: set `{}eos_token_id`"),
+    ):
+        for name in neutral if lacks else ():
+            if active(given.get(name), *neutral[name]):
+                warnings.warn(
+                    f"`{prefix}{name}={given[name]!r}` has no effect {remedy.format(prefix)}, or leave it out.",
+                    stacklevel=callers_level(),
+                )
+
+
+def callers_level() -> int:
+    """``stacklevel`` by which a warning of the function that calls this one points to the first line of a user."""
+    package = __name__.partition(".")[0]
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def active(value: Any, *neutral: Any) -> bool:
@@ -356,7 +449,8 @@ def resolve_processors(
         prefix: of the names in errors.
 
     Raises:
-        ValueError: for values out of range, ids outside the vocabulary, and options that need an end and have none.
+        ValueError: for values out of range, ids outside the vocabulary, options that need an end and have none, and
+            options that leave no token.
     """
     check_values(values, prefix)
 
@@ -402,7 +496,22 @@ def resolve_processors(
         forced_first = prompt_length <= 1 and given("forced_bos_token_id") is not None
         begin = prompt_length + int(forced_first)
         processors.append(FlaxSuppressTokensAtBeginLogitsProcessor(ids("begin_suppress_tokens"), begin))
+    check_tokens_left(values, vocab_size, eos_token_ids, prefix)
     return processors
+
+
+def check_tokens_left(values: dict[str, Any], vocab_size: int, eos_token_ids: tuple[int, ...], prefix: str) -> None:
+    """Raises ``ValueError`` if options, which have been checked each, forbid all tokens together."""
+    biases = biased_sequences("sequence_bias", values["sequence_bias"]) if values.get("sequence_bias") else {}
+    forbidden = {
+        "sequence_bias": {sequence[0] for sequence, bias in biases.items() if len(sequence) == 1 and bias == -np.inf},
+        "bad_words_ids": {word[0] for word in values.get("bad_words_ids") or () if len(word) == 1} - {*eos_token_ids},
+    }
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        forbidden[name] = set() if values.get(name) is None else {*token_list(name, values[name])}
+    if len(set().union(*forbidden.values())) == vocab_size:
+        names = " and ".join(f"`{prefix}{name}`" for name, ids in forbidden.items() if ids)
+        raise ValueError(f"No token is left by {names}, which forbid all {vocab_size}: allow at least one.")
 
 
 def check_forced_and_suppressed(values: dict[str, Any], prefix: str = "") -> None:
@@ -433,7 +542,7 @@ def resolve_plan(
     """Resolves the options of the text stream.
 
     Args:
-        config: merged configuration.
+        config: of :func:`merge_generation_config`.
         prompt_length: tokens of the prompt.
         vocab_size: for the check of the token ids.
         batch_size: rows of the prompt.
@@ -446,7 +555,6 @@ def resolve_plan(
         ValueError: for values out of range, lengths that leave nothing to generate and ids outside the vocabulary.
     """
     values = {name: getattr(config, name, None) for name in (*SUPPORTED_FIELDS, *DEFAULTS)}
-    check_values(values)
     max_length = resolve_max_length(values, prompt_length)
     eos = values["eos_token_id"]
     eos_token_ids = () if eos is None else tuple(token_list("eos_token_id", eos, vocab_size + 1))
@@ -458,6 +566,7 @@ def resolve_plan(
         values, prompt_length, max_length, vocab_size, eos_token_ids, padding_lengths(attention_mask, prompt_length)
     )
     keep = len(eos_token_ids) + 1 if eos_token_ids else 2
+    length_penalty = or_default(values, "length_penalty")
     return Plan(
         sampling=resolve_sampling(
             values, with_custom(processors, logits_processor), keep=keep if num_beams > 1 else 1
@@ -469,7 +578,7 @@ def resolve_plan(
         max_time=None if values["max_time"] is None else float(values["max_time"]),
         num_beams=num_beams,
         num_return_sequences=num_return_sequences,
-        length_penalty=float(or_default(values, "length_penalty")),
+        length_penalty=length_penalty if is_traced(length_penalty) else float(length_penalty),
         early_stopping=or_default(values, "early_stopping"),
         **{name: bool(values[name]) for name in OUTPUT_FIELDS},
     )
@@ -592,12 +701,13 @@ def resolve_nested_sampling(values: dict[str, Any], prefix: str, max_length: int
     """
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     values = read_temp(values, prefix)
+    refuse_traced(values, prefix)
     for name in ("min_length", "max_length"):
         if values.pop(name, None) not in (None, max_length):
             raise ValueError(f"`{prefix}{name}` must be {max_length} (the prompt and all new tokens).")
     for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
-        if values.get(name) == DEFAULTS[name]:
-            values.pop(name)
+        if not active(values.get(name), DEFAULTS[name]):
+            values.pop(name, None)
     values = {name: value for name, value in values.items() if not (name in OUTPUT_FIELDS and value is False)}
     supported = (*SAMPLING_FIELDS, *PROCESSOR_FIELDS, *RUNTIME_FIELDS, *RESULT_FIELDS, *METADATA_FIELDS)
     refuse_unsupported(values, prefix, supported)

@@ -22,11 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from ..input_checks import is_traced
+from ..input_checks import is_traced, is_whole
 from . import logits
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 
 T = TypeVar("T")
+
+WHOLE_LIMIT = 2**31
+"""Above the whole numbers that programs take: they are int32."""
+
+DIVISORS = (1e-30, 1e30)
+"""What scores may be divided by: float32 takes much less for 0, and the quotients overflow before."""
+
+LARGEST_BIAS = float(np.finfo(np.float32).max)
 
 
 # --------------------------------------------------------------------------------------------- checks
@@ -38,16 +46,17 @@ def check(name: str, value: Any, good: bool, rule: str) -> None:
         raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")
 
 
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer of Python or NumPy."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def is_real(value: Any) -> bool:
     """Whether ``value`` is a single number."""
     if isinstance(value, np.ndarray | jax.Array):
-        return value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_divisor(value: Any) -> bool:
+    """Whether scores may be divided by the number ``value``."""
+    smallest, largest = DIVISORS
+    return bool(smallest <= value <= largest)
 
 
 def real(name: str, value: Any, good: Callable[[Any], bool], rule: str) -> jax.Array:
@@ -60,15 +69,21 @@ def real(name: str, value: Any, good: Callable[[Any], bool], rule: str) -> jax.A
     return jnp.asarray(value).astype(jnp.float32)
 
 
+def check_whole(name: str, value: Any, minimum: int) -> None:
+    """Raises ``ValueError`` unless ``value`` is a whole number of int32 and of at least ``minimum``."""
+    good = is_whole(value) and minimum <= value < WHOLE_LIMIT
+    check(name, value, good, f"a whole number of at least {minimum} and below 2**31")
+
+
 def whole(name: str, value: Any, minimum: int) -> jax.Array:
     """``value`` as an int32 scalar; what is traced is taken as it is.
 
     Raises:
-        ValueError: if it is no whole number of at least ``minimum``.
+        ValueError: if it is no whole number of at least ``minimum``, or none of int32.
     """
     if is_traced(value):
         return value.astype(jnp.int32)
-    check(name, value, is_whole(value) and value >= minimum, f"a whole number of at least {minimum}")
+    check_whole(name, value, minimum)
     return jnp.asarray(int(value), dtype=jnp.int32)
 
 
@@ -76,11 +91,11 @@ def token_list(name: str, value: Any, vocab_size: int | None = None) -> list[int
     """One id or several as a list.
 
     Raises:
-        ValueError: unless they are whole numbers in ``[0, vocab_size)``, or of at least 0 without ``vocab_size``.
+        ValueError: unless they are whole numbers in ``[0, vocab_size)``, or in ``[0, 2**31)`` without ``vocab_size``.
     """
     ids = np.asarray(value).tolist() if isinstance(value, np.ndarray | jax.Array) else value
     ids = [ids] if is_whole(ids) else ids
-    limit = np.inf if vocab_size is None else vocab_size
+    limit = WHOLE_LIMIT if vocab_size is None else vocab_size
     good = isinstance(ids, list | tuple | set | range) and all(is_whole(i) and 0 <= i < limit for i in ids)
     rule = "token ids of at least 0" if vocab_size is None else f"token ids in [0, {vocab_size})"
     check(name, value, good, f"{rule}: one or a list")
@@ -102,21 +117,23 @@ def biased_sequences(name: str, value: Any, vocab_size: int | None = None) -> di
     """``{(id, …): bias}`` of such a dictionary, or of upstream's ``[[[id, …], bias], …]``.
 
     Raises:
-        ValueError: for anything else, and for ids outside the vocabulary.
+        ValueError: for anything else, for ids outside the vocabulary, and for biases that are NaN or above float32.
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     rule = "a dictionary {(id, …): bias} or a list of [[id, …], bias], not empty"
+    numbers_rule = "made of biases that are finite, or -inf for what never comes"
     check(name, value, isinstance(pairs, list | tuple) and len(pairs) > 0, rule)
     for pair in pairs:
         check(name, value, isinstance(pair, list | tuple) and len(pair) == 2, rule)
         check_sequence(name, pair[0], vocab_size)
-        check(name, value, is_real(pair[1]), rule)
+        check(name, value, is_real(pair[1]) and not is_traced(pair[1]), rule)
+        check(name, value, bool(pair[1] <= LARGEST_BIAS), numbers_rule)
     return {tuple(int(i) for i in sequence): float(bias) for sequence, bias in pairs}
 
 
 def check_sequence(name: str, value: Any, vocab_size: int | None = None) -> None:
     """Raises ``ValueError`` unless ``value`` is a list of token ids that is not empty."""
-    limit = np.inf if vocab_size is None else vocab_size
+    limit = WHOLE_LIMIT if vocab_size is None else vocab_size
     good = isinstance(value, list | tuple) and len(value) > 0 and all(is_whole(i) and 0 <= i < limit for i in value)
     rule = "of at least 0" if vocab_size is None else f"in [0, {vocab_size})"
     check(name, value, good, f"made of lists of token ids {rule}, none of them empty")
@@ -231,19 +248,22 @@ def is_leaf(item: Any) -> bool:
 # --------------------------------------------------------------------------------------------- warpers
 
 
+TEMPERATURES = "above 0 and in [1e-30, 1e30] (for greedy search use `do_sample=False`)"
+PENALTIES = "above 0 and in [1e-30, 1e30], 1 for none"
+
+
 @operands
 class FlaxTemperatureLogitsWarper(FlaxLogitsWarper):
     """Divides the scores by ``temperature``.
 
     Raises:
-        ValueError: unless ``temperature`` is above 0.
+        ValueError: unless ``temperature`` is in [1e-30, 1e30].
     """
 
     temperature: Any
 
     def __post_init__(self) -> None:
-        rule = "a number above 0 (for greedy search use `do_sample=False`)"
-        set_fields(self, temperature=real("temperature", self.temperature, lambda t: t > 0, rule))
+        set_fields(self, temperature=real("temperature", self.temperature, is_divisor, f"a number {TEMPERATURES}"))
 
     def __call__(self, input_ids: History, scores: Scores, cur_len: Length) -> Scores:
         return scores / self.temperature.astype(scores.dtype)
@@ -260,7 +280,7 @@ class FlaxTopKLogitsWarper(FlaxLogitsWarper):
         bound: the largest ``top_k`` that the compiled program serves, a power of two of at least 64.
 
     Raises:
-        ValueError: for numbers that are not whole or below 1.
+        ValueError: for numbers that are not whole, below 1 or beyond int32.
     """
 
     top_k: Any
@@ -269,7 +289,7 @@ class FlaxTopKLogitsWarper(FlaxLogitsWarper):
     bound: int = static(default=0)
 
     def __post_init__(self) -> None:
-        check("top_k", self.top_k, is_whole(self.top_k) and self.top_k >= 1, "a whole number of at least 1")
+        check_whole("top_k", self.top_k, 1)
         check_kept(self.min_tokens_to_keep)
         top_k = max(int(self.top_k), self.min_tokens_to_keep)
         set_fields(self, top_k=jnp.int32(top_k), bound=max(self.bound, top_k_bound(top_k)))
@@ -284,8 +304,7 @@ def top_k_bound(top_k: int) -> int:
 
 
 def check_kept(min_tokens_to_keep: Any) -> None:
-    good = is_whole(min_tokens_to_keep) and min_tokens_to_keep >= 1
-    check("min_tokens_to_keep", min_tokens_to_keep, good, "a whole number of at least 1")
+    check_whole("min_tokens_to_keep", min_tokens_to_keep, 1)
 
 
 @operands
@@ -618,7 +637,7 @@ class FlaxRepetitionPenaltyLogitsProcessor(FlaxLogitsProcessor):
     prompt_ignore_length: Any = None
 
     def __post_init__(self) -> None:
-        set_fields(self, penalty=real("penalty", self.penalty, lambda p: p > 0, "a number above 0"))
+        set_fields(self, penalty=real("penalty", self.penalty, is_divisor, f"a number {PENALTIES}"))
         ignored = self.prompt_ignore_length
         if ignored is None:
             return
@@ -746,12 +765,12 @@ def decay(name: str, value: Any) -> tuple[jax.Array, jax.Array]:
     """``(start, factor)`` as arrays.
 
     Raises:
-        ValueError: unless ``start`` is a whole number of at least 0 and ``factor`` a number above 0.
+        ValueError: unless ``start`` is a whole number of int32, at least 0, and ``factor`` a number above 0.
     """
-    rule = "a pair (start, factor) of a whole number of at least 0 and a number above 0"
+    rule = "a pair (start, factor) of a whole number of at least 0 and below 2**31, and a number above 0"
     check(name, value, isinstance(value, list | tuple) and len(value) == 2, rule)
     start, factor = value
-    check(name, value, is_whole(start) and start >= 0 and is_real(factor) and bool(factor > 0), rule)
+    check(name, value, is_whole(start) and 0 <= start < WHOLE_LIMIT and is_real(factor) and bool(factor > 0), rule)
     return jnp.int32(start), jnp.float32(factor)
 
 

@@ -82,14 +82,17 @@ def row_keys(prng_key: jax.Array, batch_size: int) -> Key[Array, "batch"]:
     Raises:
         ValueError: if there is neither one key nor one per row.
     """
-    key = jnp.asarray(prng_key)
+    try:
+        key = jnp.asarray(prng_key)
+        if key.dtype == jnp.uint32 and key.ndim > 0:
+            key = jax.random.wrap_key_data(key)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`prng_key` must be a key of `jax.random.key(seed)`, but is {prng_key!r}.") from error
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.ndim == 0:
-            raise ValueError(
-                f"`prng_key` must be a key of `jax.random.key(seed)`, but is an array of {key.dtype} with the shape "
-                f"{key.shape}."
-            )
-        key = jax.random.wrap_key_data(key)
+        raise ValueError(
+            f"`prng_key` must be a key of `jax.random.key(seed)`, but is an array of {key.dtype} with the shape "
+            f"{key.shape}."
+        )
     key = as_threefry(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))

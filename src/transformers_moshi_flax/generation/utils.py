@@ -11,7 +11,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
-from ..input_checks import check_ids, check_left_padding, check_mask, check_rank, is_traced, is_tracing
+from ..input_checks import (
+    check_ids,
+    check_left_padding,
+    check_mask,
+    check_rank,
+    check_sizes,
+    is_traced,
+    is_tracing,
+)
 from ..modeling_flax_outputs import FlaxModelOutput
 from .arrays import cut, on_device, padded
 from .beam_search import advance_beams, finish_beams, start_beams
@@ -302,13 +310,6 @@ def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:
 def end_tokens(ids: tuple[int, ...]) -> np.ndarray:
     """``ids`` with what is no token behind them, so that requests of few or no ends share programs."""
     return np.array([*ids, *[FREE] * (-len(ids) % 4 if ids else 4)])
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises ``ValueError`` for the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {size}.")
 
 
 def one_token(options: dict[str, Any], batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:

@@ -452,7 +452,7 @@ def test_faults_leave_the_state_alive(model: FlaxMimiModel, method: str, inputs:
         (lambda m: m.encode_step(other_window(m), SOUND), r"`state` has a leaf float32\[4, 10, 8\].*\[4, 6, 8\]"),
         (lambda m: m.decode_step(FlaxMimiDecoderState.create(m.config, 2, jnp.bfloat16), CODES), "bfloat16.*dtype"),
         (lambda m: m.encode_step(m.init_encoder_state(2).replace(histories=()), SOUND), "`state` has 7 arrays"),
-        (lambda m: m.init_encoder_state(0), "`batch_size` is 0"),
+        (lambda m: m.init_encoder_state(0), "`batch_size` must be a whole number of at least 1, but is 0"),
         (lambda m: m.init_encoder_state(2).reset(np.array([0, 1])), "`rows` must be one bool per row"),
         (lambda m: m.encode(SOUND[..., :9], use_streaming=True), "`input_values` has 9 samples"),
         (lambda m: m.encode(SOUND, np.arange(FRAME)[None].repeat(2, 0) < 9, use_streaming=True), "`padding_mask` can"),
@@ -468,6 +468,30 @@ def test_faults_leave_the_state_alive(model: FlaxMimiModel, method: str, inputs:
     ],
 )
 def test_faults(model: FlaxMimiModel, call: Callable[[FlaxMimiModel], Any], match: str):
+    with pytest.raises(ValueError, match=match):
+        call(model)
+
+
+def swapped(model: FlaxMimiModel) -> Any:
+    first = model.encode(SOUND, use_streaming=True)
+    return model.encode(
+        SOUND, encoder_past_key_values=first.padding_cache, padding_cache=first.encoder_past_key_values
+    )
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda m: m.init_encoder_state("a"), "`batch_size` must be a whole number of at least 1, but is 'a'"),
+        (lambda m: m.init_decoder_state(2.0), "`batch_size` must be a whole number of at least 1, but is 2.0"),
+        (swapped, "`encoder_past_key_values` must be a RingCache, but is of the type tuple: pass on"),
+        (
+            lambda m: m.encode(SOUND, encoder_past_key_values=m.init_encoder_state(2).cache, padding_cache=3),
+            "`padding_cache` must be a tuple, but is of the type int: pass on",
+        ),
+    ],
+)
+def test_wrong_types(model: FlaxMimiModel, call: Callable[[FlaxMimiModel], Any], match: str, unchecked_types: None):
     with pytest.raises(ValueError, match=match):
         call(model)
 

@@ -160,6 +160,31 @@ def test_options_for_text(text_model: FlaxMoshiForCausalLM, name: str) -> None:
         text_model.generate(ids(2, 3), **options)
 
 
+WRONG_TYPES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "generation config": (
+        lambda model: model.generate(ids(2, 3), generation_config={"do_sample": True}),
+        "`generation_config` must be a `transformers.GenerationConfig`, but is {'do_sample': True}: .* as keywords",
+    ),
+    "key": (lambda model: model.warmup(2, 3, 2, prng_key="seed"), "`prng_key` must be a key of .* is 'seed'"),
+    "data of a key": (
+        lambda model: model.warmup(2, 3, 2, prng_key=np.zeros(3, np.uint32)),
+        "`prng_key` must be a key",
+    ),
+    "rows of warmup": (lambda model: model.warmup("a"), "`batch_size` must be a whole number of at least 1, .* 'a'"),
+    "prompt of warmup": (lambda model: model.warmup(1, 2.5), "`prompt_.*` must be a whole number .* is 2.5"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types(
+    model: FlaxMoshiForConditionalGeneration, text_model: FlaxMoshiForCausalLM, name: str, unchecked_types: None
+) -> None:
+    call, message = WRONG_TYPES[name]
+    for either in (model, text_model):
+        with pytest.raises(ValueError, match=message):
+            call(either)
+
+
 TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "rank": (lambda model: model(ids(3)), "`input_ids`"),
     "id above": (lambda model: model(ids(1, 3, value=61)), "`input_ids`.* 61"),

@@ -106,6 +106,23 @@ class TestRecords:
         assert list(out) == ["sequences"]
 
 
+class TestWithoutAnEffect:
+    """A keyword of the call that does nothing in it warns; the fields are in ``test_configuration.py``."""
+
+    def test_generate(self, pair: Pair, text_pair: Pair) -> None:
+        with pytest.warns(UserWarning, match="`temperature=0.5` has no effect without sampling: set `do_sample=True`"):
+            text_pair.ours.generate(ids(1, 2), do_sample=False, max_new_tokens=2, temperature=0.5)
+        with pytest.warns(UserWarning, match="`depth_decoder_top_k=3` has no effect .*`depth_decoder_do_sample=True`"):
+            pair.ours.generate(max_new_tokens=2, depth_decoder_top_k=3, **CODES_ONLY)
+
+    def test_streaming(self, pair: Pair) -> None:
+        options = {"do_sample": False, "depth_decoder_do_sample": False}
+        with pytest.warns(UserWarning, match="`top_p=0.5` has no effect without sampling"):
+            pair.ours.streaming(1, top_p=0.5, **options)
+        with pytest.warns(UserWarning, match="`depth_decoder_top_p=0.5` has no effect without sampling"):
+            pair.ours.streaming(1, depth_decoder_top_p=0.5, **options)
+
+
 class TestSeveralResults:
     def test_copies_of_a_row_are_draws_of_their_own(self, pair: Pair) -> None:
         inputs = prompt(pair.theirs.config, batch=2, frames=3)

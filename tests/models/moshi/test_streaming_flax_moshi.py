@@ -605,11 +605,22 @@ class TestFaults:
             ({"top_k": 65}, r"`top_k` must be in \[1, 64\] in this stream"),
             ({"depth_decoder_top_k": 0}, r"`depth_decoder_top_k` must be in \[1, 64\]"),
             ({"top_k": 2.5}, "`top_k` must be a whole number"),
+            ({"top_k": np.nan}, "`top_k` must be a whole number"),
+            ({"depth_decoder_top_k": [3, np.inf, 3]}, "`depth_decoder_top_k` must be a whole number"),
+            ({"temperature": 1e-45}, r"`temperature` must be .* \[1e-30, 1e30\]"),
         ],
     )
     def test_bad_numbers(self, sampling: FlaxMoshiStream, numbers: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             sampling.configure(sampling.init(), **numbers)
+
+    def test_traced_numbers(self, sampling: FlaxMoshiStream) -> None:
+        def configure(numbers: Any) -> Any:
+            return sampling.configure(sampling.init(), temperature=numbers)
+
+        for numbers in (0.5, [0.5, 0.5, 0.5]):
+            with pytest.raises(ValueError, match="`temperature` is traced"):
+                jax.jit(configure)(numbers)
 
     def test_greedy_streams_have_no_numbers(self, greedy: FlaxMoshiStream) -> None:
         with pytest.raises(ValueError, match="none, as it does not sample"):
@@ -618,7 +629,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"batch_size": 0}, "`batch_size` must be at least 1"),
+            ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, but is 0"),
             ({"tempreature": 1.0}, "no argument `tempreature`.*`temperature`"),
             ({"max_new_tokens": 5}, "`max_new_tokens` has no meaning in a stream"),
             ({"num_beams": 2}, "`num_beams` has no meaning in a stream"),
@@ -629,11 +640,66 @@ class TestFaults:
             ({"guidance_scale": 3}, "`guidance_scale=3` is not supported"),
             ({"depth_decoder_max_length": 3}, "`depth_decoder_max_length` must be 5"),
             ({"temperature": 0.0, "do_sample": True}, "`temperature` must be a number above 0"),
+            ({"suppress_tokens": list(range(60))}, "No token is left by `suppress_tokens`, which forbid all 60"),
+            ({"depth_decoder_suppress_tokens": list(range(32))}, "No token is left by `depth_decoder_suppress"),
         ],
     )
     def test_options(self, model: Moshi, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             model.streaming(**options)
+
+    @pytest.mark.parametrize("size", ["2", 2.0, True])
+    def test_wrong_types(self, model: Moshi, greedy: FlaxMoshiStream, size: Any, unchecked_types: None) -> None:
+        with pytest.raises(ValueError, match=f"`batch_size` must be a whole number of at least 1, but is {size!r}"):
+            model.streaming(batch_size=size)
+        with pytest.raises(ValueError, match=r"`prng_key` must be a key of .*, but is 'seed'"):
+            greedy.init(prng_key="seed")
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"num_beams": 2},
+            {"num_return_sequences": 3, "do_sample": True},
+            {"max_time": 3.0},
+            {"output_scores": True, "return_dict_in_generate": True},
+            {"output_logits": True, "return_dict_in_generate": True},
+            {"output_attentions": True, "return_dict_in_generate": True},
+            {"output_hidden_states": True, "return_dict_in_generate": True},
+        ],
+        ids=lambda fields: next(iter(fields)),
+    )
+    def test_configurations_of_other_results(
+        self, model: Moshi, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name, value = next(iter(fields.items()))
+        with pytest.raises(ValueError, match=f"`{name}={value}` .* no meaning in a stream.*: leave it unset"):
+            model.streaming(1, GenerationConfig(**fields))
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**fields))
+        with pytest.raises(ValueError, match=f"`{name}={value}` .* no meaning in a stream"):
+            model.streaming(1)
+
+    def test_configuration_of_the_released_checkpoints(self, model: Moshi, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With what their conversion writes, and the defaults that some versions write out."""
+        codes = {"do_sample": True, "temperature": 0.8, "top_k": 25, "min_length": 5, "max_length": 5}
+        released = GenerationConfig(
+            do_sample=True,
+            temperature=0.7,
+            top_k=25,
+            max_length=40,
+            pad_token_id=3,
+            bos_token_id=1,
+            eos_token_id=2,
+            cache_implementation="sliding_window",
+            depth_decoder_config={**codes, "cache_implementation": "sliding_window"},
+            num_beams=1,
+            num_return_sequences=1,
+            output_attentions=False,
+            output_scores=False,
+        )
+        monkeypatch.setattr(model, "generation_config", released)
+        assert set(model.streaming(1)._numbers) == {
+            f"{p}{n}" for p in ("", "depth_decoder_") for n in ("temperature", "top_k")
+        }
 
     def test_lengths_and_ends_of_a_configuration_are_for_generate(self, model: Moshi) -> None:
         shared = GenerationConfig(max_length=40, eos_token_id=2, pad_token_id=3, do_sample=False)

@@ -1315,6 +1315,12 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             check_rank("input_values", input_values, ("batch", "channels", "samples"))
             state = FlaxMimiEncoderState.create(self.config, np.shape(input_values)[0], self.dtype)
         else:
+            for argument, value, kind in ((name, cache, RingCache), ("padding_cache", padding_cache, tuple)):
+                if not isinstance(value, kind):
+                    raise ValueError(
+                        f"`{argument}` must be a {kind.__name__}, but is of the type {type(value).__name__}: "
+                        "pass on what the chunk before returned under this name."
+                    )
             state = FlaxMimiEncoderState(histories=padding_cache, cache=cache)
             state = self._checked_state(f"{name}` and `padding_cache", state, FlaxMimiEncoderState)
         audio = self._checked_chunk(state, input_values)

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 from transformers import MimiConfig
 
-from ...input_checks import is_traced
+from ...input_checks import check_sizes, is_traced
 from ..ring_cache import RingCache
 
 # ------------------------------------------------------------------------------------------------------------ frames
@@ -155,8 +155,7 @@ class _State:
                 are not whole; no rows.
         """
         check_streamable(config)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        check_sizes(batch_size=batch_size)
         return cls(
             histories=tuple(jnp.zeros((batch_size, *size), dtype) for size in cls.history_sizes(config)),
             cache=RingCache.create(config, batch_size, dtype, steps_per_frame(config)),

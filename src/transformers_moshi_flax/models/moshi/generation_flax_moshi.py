@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from ...generation.arrays import on_device, padded
 from ...generation.buckets import SMALLEST
-from ...generation.configuration import resolve_nested_sampling
+from ...generation.configuration import resolve_nested_sampling, warn_without_effect
 from ...generation.decoding import FREE, Request, State, columns, write_column
 from ...generation.sampling import Sampling, select_token
 from ...input_checks import is_traced, is_tracing
@@ -347,6 +347,7 @@ def resolve_depth_sampling(
     depth_config: Any, kwargs: dict[str, Any], num_codebooks: int, audio_vocab_size: int
 ) -> Sampling:
     """How codes are chosen: ``depth_decoder_*`` arguments over the generation configuration's sub-configuration.
+    Arguments without an effect warn.
 
     The history of its processors is the text token of the frame and the codes so far.
 
@@ -356,4 +357,7 @@ def resolve_depth_sampling(
     """
     values = depth_config.to_dict() if isinstance(depth_config, GenerationConfig) else depth_config or {}
     given = {name.removeprefix(DEPTH_PREFIX): value for name, value in kwargs.items()}
-    return resolve_nested_sampling({**values, **given}, DEPTH_PREFIX, num_codebooks + 1, audio_vocab_size)
+    values = {**values, **given}
+    sampling = resolve_nested_sampling(values, DEPTH_PREFIX, num_codebooks + 1, audio_vocab_size)
+    warn_without_effect(given, values, DEPTH_PREFIX)
+    return sampling

@@ -21,8 +21,16 @@ from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
 from ...generation.configuration import merge_generation_config, resolve_max_length, resolve_plan
 from ...generation.decoding import FREE
-from ...generation.utils import capacity_of, check_sizes, check_watching, one_token
-from ...input_checks import check_ids, check_left_padding, check_mask, check_rank, is_traced, is_tracing
+from ...generation.utils import capacity_of, check_watching, one_token
+from ...input_checks import (
+    check_ids,
+    check_left_padding,
+    check_mask,
+    check_rank,
+    check_sizes,
+    is_traced,
+    is_tracing,
+)
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ..mimi.modeling_flax_mimi import encoded_length

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Int16
 
-from ...generation.logits_process import is_whole
+from ...input_checks import is_whole
 
 INT16_SCALE = 32768
 """What 16-bit samples are divided by; the way back is exact."""

@@ -13,11 +13,14 @@ from transformers import GenerationConfig, MoshiConfig
 
 from ...generation.configuration import (
     DEFAULTS,
+    OUTPUT_FIELDS,
     PROCESSOR_FIELDS,
     RULES,
     SAMPLING_FIELDS,
     SUPPORTED_FIELDS,
+    active,
     merge_generation_config,
+    refuse_traced,
     resolve_processors,
     resolve_sampling,
 )
@@ -26,7 +29,9 @@ from .generation_flax_moshi import DEPTH_PREFIX, resolve_depth_sampling
 
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 STREAM_FIELDS = (*SAMPLING_FIELDS, "suppress_tokens", "remove_invalid_values")
-NEUTRAL = {**DEFAULTS, "repetition_penalty": 1, "no_repeat_ngram_size": 0}
+# what a configuration may not ask for: other results than those of a stream, or those of a search with an end
+REFUSED_FIELDS = ("num_beams", "num_return_sequences", "max_time", *OUTPUT_FIELDS)
+NEUTRAL = {**DEFAULTS, "repetition_penalty": 1, "no_repeat_ngram_size": 0, **dict.fromkeys(OUTPUT_FIELDS, False)}
 
 
 def resolve_stream_sampling(
@@ -41,17 +46,24 @@ def resolve_stream_sampling(
         config: of the model.
 
     Raises:
-        ValueError: for unknown options, options without an effect in a stream, and values out of range.
+        ValueError: for unknown options, options without a meaning in a stream, and values out of range.
     """
     depth = {name: value for name, value in kwargs.items() if name.startswith(DEPTH_PREFIX)}
     text = {name: value for name, value in kwargs.items() if name not in depth}
     if "depth_decoder_config" in depth:
         text["depth_decoder_config"] = depth.pop("depth_decoder_config")
-    options, _ = merge_generation_config(default, given, text)
     for name in set(text) & set(SUPPORTED_FIELDS) - {*STREAM_FIELDS, *PROCESSOR_FIELDS, "depth_decoder_config"}:
         raise ValueError(
             f"`{name}` has no meaning in a stream, which has no end, one result and a cache: leave it out."
         )
+    options, _ = merge_generation_config(default, given, text)
+    for name in REFUSED_FIELDS:
+        value = getattr(options, name, None)
+        if active(value, NEUTRAL.get(name)):
+            raise ValueError(
+                f"`{name}={value!r}` of the generation configuration has no meaning in a stream, which has one result "
+                "and no end: leave it unset there (and in the model's `generation_config`)."
+            )
     for name in set(PROCESSOR_FIELDS) - set(STREAM_FIELDS):
         value = getattr(options, name, None)
         if value is not None and value != NEUTRAL.get(name):
@@ -85,8 +97,9 @@ def checked_numbers(
         batch_size: slots.
 
     Raises:
-        ValueError: for numbers that the stream does not have, a wrong shape, or values out of range.
+        ValueError: for numbers that the stream does not have, a wrong shape, values that are out of range or traced.
     """
+    refuse_traced(numbers, operands=())
     checked = {}
     for name, value in numbers.items():
         if name not in known:

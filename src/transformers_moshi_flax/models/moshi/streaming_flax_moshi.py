@@ -31,9 +31,8 @@ from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
 from ...generation.decoding import FREE
-from ...generation.logits_process import is_whole
 from ...generation.sampling import Sampling, row_keys, select_token
-from ...input_checks import check_ids, is_traced
+from ...input_checks import check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.modeling_flax_mimi import prepared_for_frames
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
@@ -227,8 +226,7 @@ class FlaxMoshiStream:
         return_audio_waveforms: bool = True,
         **kwargs: Any,
     ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        check_sizes(batch_size=batch_size)
         config, codec = model.config, model.config.audio_encoder_config
         if return_audio_waveforms and codec.decoder_config is None:
             raise ValueError(

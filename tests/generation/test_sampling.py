@@ -70,6 +70,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect:UserWarning")  # some are drawn without what they need
 def test_list_equals_upstream(theirs: MoshiForCausalLM) -> None:
     """Options are drawn few at a time; eager on our side, as nearly every draw would be another program."""
 

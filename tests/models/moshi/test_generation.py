@@ -182,7 +182,10 @@ class TestNestedGreedy:
             length = int(single.audio_lengths[0])
             assert int(batch.audio_lengths[row]) == length
             for out in (batch, compiled):
-                np.testing.assert_array_equal(out.sequences[row, padding[row] :], single.sequences[0])
+                begin = int(concat)
+                np.testing.assert_array_equal(out.sequences[row, :begin], single.sequences[0, :begin])
+                np.testing.assert_array_equal(out.sequences[row, begin : begin + longest], together["input_ids"][row])
+                np.testing.assert_array_equal(out.sequences[row, begin + padding[row] :], single.sequences[0, begin:])
                 np.testing.assert_array_equal(out.audio_codes[row, :, :length], single.audio_codes[0])
                 samples = single.audio_sequences.shape[-1]
                 assert_close(out.audio_sequences[row, :, :samples], single.audio_sequences[0], 1e-4)

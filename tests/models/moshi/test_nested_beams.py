@@ -217,8 +217,7 @@ def test_plain_search(
             pad_token_id=VOCAB,
             do_sample=False,
             depth_decoder_do_sample=do_sample,
-            depth_decoder_temperature=TEMPERATURE,
-            depth_decoder_top_k=0,
+            **({"depth_decoder_temperature": TEMPERATURE, "depth_decoder_top_k": 0} if do_sample else {}),
             prng_key=keys,
             return_audio_codes=True,
             return_audio_waveforms=False,
@@ -232,7 +231,8 @@ def test_plain_search(
             for rank, (score, best) in enumerate(expected):
                 where, end = row * returned + rank, padding + len(best.tokens)
                 assert actual.sequence_lengths[where] == end
-                np.testing.assert_array_equal(actual.sequences[where, padding:end], best.tokens)
+                np.testing.assert_array_equal(actual.sequences[where, 1 + padding : end], best.tokens[1:])
+                assert actual.sequences[where, 0] == best.tokens[0]
                 assert (actual.sequences[where, end:] == VOCAB).all()
                 np.testing.assert_allclose(actual.sequences_scores[where], score, rtol=1e-5, atol=1e-5)
                 np.testing.assert_array_equal(actual.beam_indices[where, : end - begin], best.beams)

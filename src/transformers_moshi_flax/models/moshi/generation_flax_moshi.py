@@ -162,6 +162,23 @@ def lay_out_prompt(
     return input_ids, codes(user_codes), codes(moshi_codes), attention_mask
 
 
+def with_start_first(sequences: Int[ArrayLike, "rows length"], attention_mask, start_token: int) -> ArrayLike:
+    """Sequences that :func:`lay_out_prompt` laid out as upstream returns them: start frame, prompt, new tokens.
+
+    Args:
+        sequences: with the start frame of each row behind its padding.
+        attention_mask: of the prompt without the start frame, ``(batch, frames)``; ``rows`` are a multiple of it.
+        start_token: the text id of the start frame.
+    """
+    xp = jnp if is_tracing(sequences, attention_mask) else np
+    sequences = xp.asarray(sequences)
+    padding = xp.argmax(xp.asarray(attention_mask) != 0, axis=1)
+    padding = xp.repeat(padding, sequences.shape[0] // padding.shape[0])[:, None]
+    column = xp.arange(sequences.shape[1], dtype=np.int32)[None]
+    prompt = xp.where(column <= padding, xp.roll(sequences, 1, axis=1), sequences)
+    return on_device(xp.where(column == 0, start_token, prompt), np.int32)
+
+
 def frame_inputs(
     user_codes: Int[ArrayLike, "batch codebooks heard"],
     moshi_codes: Int[ArrayLike, "batch codebooks prompt"],

@@ -49,6 +49,7 @@ from .generation_flax_moshi import (
     lay_out_prompt,
     new_audio_codes,
     resolve_depth_sampling,
+    with_start_first,
 )
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
 from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
@@ -799,7 +800,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         # on the host if that is possible: XLA would compile a program for every length of every stream
         xp = jnp if traced else np
         text_prompt = input_ids is not None
-        input_ids, user_audio_codes, moshi_audio_codes, attention_mask = lay_out_prompt(
+        input_ids, user_audio_codes, moshi_audio_codes, laid_out_mask = lay_out_prompt(
             # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
             input_ids if text_prompt else np.full(prompt_shape, config.vocab_size),
             user_audio_codes,
@@ -818,7 +819,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         request = self.make_request(
             plan,
             input_ids,
-            attention_mask,
+            laid_out_mask,
             prng_key,
             capacity,
             forced_ids=forced_ids,
@@ -851,6 +852,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             frames = int(audio_lengths.max())
             length_decoded = next(size for size in decoded_frames(codes.shape[-1]) if size >= frames)
             sequences, codes = cut(sequences, int(lengths.max())), cut(codes, length_decoded)
+        if concat_unconditional_inputs and attention_mask is not None:
+            sequences = with_start_first(sequences, attention_mask, config.vocab_size)
         audio = None
         if return_audio_waveforms:
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)

@@ -29,9 +29,10 @@ TORCH = ["torch>=2.6,<2.14"]
 TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6"]
 QUALITY = ["ruff>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
-# einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins
+# einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins; protobuf is what
+# transformers reads Kyutai's tokenizers with
 TEST = [*TORCH, *TRAIN, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
-TEST += ["espeakng-loader>=0.2.4", "sentencepiece>=0.2", "wandb>=0.20"]
+TEST += ["espeakng-loader>=0.2.4", "protobuf>=4.0", "sentencepiece>=0.2", "wandb>=0.20"]
 
 setup(
     name="transformers-moshi-flax",

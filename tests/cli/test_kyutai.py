@@ -67,7 +67,7 @@ def test_damage_in_either_file_is_found(moshi_flax, flax_folder: Path, tmp_path:
 
 def test_a_conversion_can_prepare_recordings(moshi_flax, flax_folder: Path, tmp_path: Path):
     """The ids of words are those of Kyutai's tokenizer."""
-    spoken = ["hello world", "  how are   you", "the sky is blue", "", "Ä"]
+    spoken = ["hello world", "how are you", "the sky is blue", "", "Ä"]
     SentencePieceTrainer.train(
         sentence_iterator=iter([*spoken[:3], *string.ascii_lowercase] * 9),
         model_prefix=str(tmp_path / "spm"),

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceTrainer
+from transformers.utils import import_utils
 
 from transformers_moshi_flax.models.moshi.kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
 
-@pytest.mark.parametrize("content", [b"", b"\x0a\xff", b"\x0a\x02\x08\x01", b"\x80" * 30, b"version https://git-lfs"])
+@pytest.mark.parametrize("content", [b"", b"\x0a\xff", b"\x80" * 30, b"version https://git-lfs"])
 def test_damaged_tokenizers_are_refused(tmp_path: Path, content: bytes):
     (tmp_path / "spm.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"spm.model' is no SentencePiece model; download it again"):
@@ -27,4 +28,11 @@ def test_tokenizers_of_another_algorithm_are_refused(tmp_path: Path):
         minloglevel=9,
     )
     with pytest.raises(ValueError, match="another algorithm than unigram"):
+        sentencepiece_tokenizer(tmp_path / "spm.model")
+
+
+def test_what_reads_them_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "spm.model").touch()
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "protobuf", (lambda: False, "{0} needs protobuf"))
+    with pytest.raises(ValueError, match=r"spm.model' is read by protobuf.*pip install protobuf"):
         sentencepiece_tokenizer(tmp_path / "spm.model")

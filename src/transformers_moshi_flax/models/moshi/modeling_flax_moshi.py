@@ -76,11 +76,9 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         """An empty static cache for ``max_length`` frames, to be passed as ``past_key_values``.
 
         Raises:
-            ValueError: if either size is below 1.
+            ValueError: if either size is no whole number of at least 1.
         """
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        check_sizes(batch_size=batch_size, max_length=max_length)
         return self.cache_class.create(self.config, batch_size, max_length, self.dtype)
 
     def _cache_for(self, past_key_values, use_cache: bool | None, batch_size: int, max_length: int):
@@ -476,8 +474,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         Raises:
             ValueError: if ``num_samples`` is below 1.
         """
-        if num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1, but is {num_samples}.")
+        check_sizes(num_samples=num_samples)
         codes = jnp.full((num_samples, self.config.num_codebooks, 1), self.config.audio_vocab_size, dtype=jnp.int32)
         return FlaxMoshiUnconditionalInput(
             input_ids=jnp.full((num_samples, 1), self.config.vocab_size, dtype=jnp.int32),

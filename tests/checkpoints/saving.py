@@ -70,15 +70,15 @@ def dying(function: Callable[..., Any], counter: list[int], last: int, torn: boo
     return wrapped
 
 
-def run_to_point(folder: Path, form: str, last: int) -> bool:
-    """Save over ``folder`` in a child that dies at point ``last``; whether the child came to the end instead."""
+def run_to_point(save: Callable[[], None], last: int) -> bool:
+    """Call ``save`` in a child that dies at write point ``last``; whether the child came to the end instead."""
     child = os.fork()
     if child == 0:
         counter = [0]
         for name in ("replace", "fsync", "unlink", "chmod"):
             setattr(os, name, dying(getattr(os, name), counter, last))
         writing.save_file = dying(writing.save_file, counter, last, torn=True)
-        save(folder, 2, form)
+        save()
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
@@ -108,7 +108,7 @@ def main(command: str, folder: Path, argument: str) -> None:
     while not finished:
         last += 1
         shutil.copytree(folder / "old", folder / f"killed-{last}")
-        finished = run_to_point(folder / f"killed-{last}", argument, last)
+        finished = run_to_point(partial(save, folder / f"killed-{last}", 2, argument), last)
     print(last)
 
 

@@ -8,19 +8,17 @@ every second write point, in a child process that kills itself there with SIGKIL
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from transformers import MoshiConfig
 
-from tests.checkpoints.saving import dying
-from transformers_moshi_flax.checkpoints import writing
+from tests.checkpoints.saving import run_to_point
 from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import write_kyutai
 
 DIRECTORIES = 5
@@ -33,24 +31,6 @@ def save(inputs: Path, folder: Path, value: int) -> None:
     params = {path: np.full(shape, value, np.float32) for path, shape in shapes.items()}
     config = MoshiConfig.from_json_file(inputs / "config.json")
     write_kyutai(config, unflatten_dict(params, sep="/"), folder, inputs / "tokenizer_spm_32k_3.model")
-
-
-def run_to_point(inputs: Path, folder: Path, last: int) -> bool:
-    """Save in a child that dies at point ``last``; whether the child came to the end instead."""
-    child = os.fork()
-    if child == 0:
-        counter = [0]
-        for name in ("replace", "fsync", "unlink", "chmod"):
-            setattr(os, name, dying(getattr(os, name), counter, last))
-        writing.save_file = dying(writing.save_file, counter, last, torn=True)
-        save(inputs, folder, 2)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return False
-    assert os.WEXITSTATUS(status) == 0
-    return True
 
 
 def main(command: str, inputs: Path, argument: str) -> None:
@@ -67,7 +47,7 @@ def main(command: str, inputs: Path, argument: str) -> None:
         last += STEP
         if (inputs / argument).exists():
             shutil.copytree(inputs / argument, inputs / f"killed-{last}")
-        finished = run_to_point(inputs, inputs / f"killed-{last}", last)
+        finished = run_to_point(partial(save, inputs, inputs / f"killed-{last}", 2), last)
     print(last)
 
 

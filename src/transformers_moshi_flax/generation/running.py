@@ -55,7 +55,7 @@ def run(
     while columns < max_length:
         before = time.monotonic()
         state = advance(state, min(columns + piece, max_length))
-        reached, done = int(state.position), bool(np.all(state.finished))
+        reached, done = int(state.position), bool(np.asarray(state.finished).all())
         seconds = time.monotonic() - before
         if streamer is not None:
             try:

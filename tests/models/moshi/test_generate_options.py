@@ -449,6 +449,14 @@ class TestCompiledOnce:
             )
             assert count_compilations() == 0
 
+    def test_warmup_with_parameters_from_outside(self, pair: Pair, count_compilations: Callable[[], int]) -> None:
+        model = FlaxMoshiForConditionalGeneration(pair.ours.config, _do_init=False)
+        options = {"max_new_tokens": 3, "do_sample": False, "params": pair.ours.params}
+        model.warmup(**options)
+        count_compilations()
+        jax.block_until_ready(model.generate(**options))
+        assert count_compilations() == 0
+
     def test_embeds_of_other_lengths(self, pair: Pair, count_compilations: Callable[[], int]) -> None:
         def run(frames: int) -> None:
             inputs = prompt(pair.ours.config, batch=1, frames=frames)

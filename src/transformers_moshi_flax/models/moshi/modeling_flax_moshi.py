@@ -904,7 +904,10 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 f"`batch_size` is {batch_size}, but without a prompt there is one row: set `prompt_frames`."
             )
         options = one_token(options, batch_size, max_new_tokens)
+        params = self.params if options.get("params") is None else options["params"]
         outputs = self.generate(**prompt, **options)
+        if prompt and waveforms:
+            self._encode(params, samples[..., 1:])  # a recording may end within a frame
         if outputs.audio_sequences is not None:
             # rows may end early, and waveforms are decoded in several lengths
             started = not prompt or options.get("concat_unconditional_inputs", True)
@@ -913,9 +916,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             capacity = bucket(resolve_max_length(vars(merged), prompt_frames + int(started)))
             for frames in decoded_frames(capacity - 1):
                 codes = np.zeros((len(outputs.sequences), config.num_codebooks, frames), dtype=np.int32)
-                self.compiled(decode_audio)(
-                    options.get("params", self.params), on_device(codes), outputs.audio_lengths
-                )
+                self.compiled(decode_audio)(params, on_device(codes), outputs.audio_lengths)
         jax.block_until_ready(outputs)
 
     def streaming(
@@ -949,7 +950,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         samples = np.shape(values)[-1]
         frames = encoded_length(codec, samples)
         values = padded(values, bucket(frames) * samples_per_frame(codec), 0.0)
-        codes = self.compiled(encode_audio)(params, values, on_device(samples, np.int32))
+        # leaving out what follows takes as long again, and whole frames of a causal codec do not hear it
+        whole = samples % samples_per_frame(codec) == 0 and codec.use_causal_conv
+        codes = self.compiled(encode_audio)(params, values, None if whole else on_device(samples, np.int32))
         return codes[..., :frames] if is_traced(codes) else np.asarray(codes)[..., :frames]
 
     def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:

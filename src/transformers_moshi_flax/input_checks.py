@@ -5,6 +5,7 @@ until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`
 """
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,12 @@ def is_tracing(*trees) -> bool:
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is an integer of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def shortened(items: Sequence[str], shown: int, separator: str) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(items[:shown]) + more
 
 
 def check_sizes(**sizes: Any) -> None:

@@ -32,7 +32,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import check_sizes, did_you_mean, has_config, load_config, override_config
+from .checkpoints.configs import check_config_sizes, did_you_mean, has_config, load_config, override_config
 from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import fit
 from .checkpoints.loading import Transfers, main_dtype
@@ -94,7 +94,7 @@ class FlaxPreTrainedModel:
     ):
         if not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
-        check_sizes(type(config), config.to_dict())
+        check_config_sizes(type(config), config.to_dict())
         for name in kwargs:
             if name not in self._module_fields():
                 hint = did_you_mean(name, self._module_fields())
@@ -546,8 +546,7 @@ class FlaxPreTrainedModel:
         if any(is_weights(name, "flax") for name in written):
             # beside it, but only with their own configuration
             pt_weights = [name for name in rivals if is_weights(name, "pt")]
-            repo = Source.locate(repo_id, revision=there.sha, token=token)
-            if pt_weights and has_config(repo, self.config):
+            if pt_weights and has_config(Source.locate(repo_id, revision=there.sha, token=token), self.config):
                 rivals = [name for name in rivals if name not in pt_weights]
         return api.create_commit(
             repo_id,

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
 
+from .input_checks import shortened
 from .models.initializers import without_values
 
 
@@ -78,15 +79,10 @@ def refuse_unsavable(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> No
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             problems.append(f"{name} is {leaf.dtype.name} instead of floating-point")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         remedy = "give arrays with the paths and shapes of params_shape_tree"
         if replicated:
             remedy = "take a leading axis of devices off with flax.jax_utils.unreplicate(params)"
-        shown = "; ".join(problems[:_SHOWN])
-        raise ValueError(f"params would not load again: {shown}{more}. Nothing is written; {remedy}")
-
-
-_SHOWN = 8
+        raise ValueError(f"params would not load again: {shortened(problems, 8, '; ')}. Nothing is written; {remedy}")
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

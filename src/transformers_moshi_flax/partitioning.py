@@ -17,6 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from .input_checks import shortened
+
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel", PartitionSpec("fsdp", "tensor")),
     (r"(?:.*/)?(?:o_proj|fc2)/(?:.*/)?kernel", PartitionSpec("tensor", "fsdp")),
@@ -138,9 +140,8 @@ def _fitting(
         except (ValueError, IndexError):  # IndexError: more axes than dimensions
             problems.append(f"{path} of shape {shapes[path].shape} by {getattr(sharding, 'spec', sharding)}")
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"sharding cannot split {'; '.join(problems[:8])}{more}. Give a mesh, or a tree of Shardings that divide "
+            f"sharding cannot split {shortened(problems, 8, '; ')}. Give a mesh, or a tree of Shardings that divide "
             "the parameters"
         )
     return shardings

@@ -24,6 +24,7 @@ from transformers_moshi_flax.checkpoints.files import (
     FLAX_INDEX,
     FLAX_MSGPACK,
     FLAX_WEIGHTS,
+    LAYOUTS,
     MARKERS,
     PT_WEIGHTS,
     CheckpointNotFoundError,
@@ -285,6 +286,15 @@ def test_files_of_others_stay(tmp_path: Path):
     for form in FORMS:
         saving.save(tmp_path, 1, form)
     assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
+
+
+def test_pickles_stay_where_their_layout_does(tmp_path: Path):
+    names = ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    tensors = [FileTensor("a", 4, lambda: np.zeros(1, np.float32))]
+    writing.save_checkpoint(tmp_path, "flax", FLAX_WEIGHTS, tensors, 1 << 20, {}, LAYOUTS["flax"])
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_pickles_go_too(tmp_path: Path):

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..input_checks import is_whole
 from .files import CheckpointNotFoundError, Source
 
 METADATA = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
@@ -72,14 +73,14 @@ def has_config(source: Source, config: PreTrainedConfig) -> bool:
 
 def build_config(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
     """``config_class.from_dict`` whose complaints are ValueErrors that name the class."""
-    check_sizes(config_class, values)
+    check_config_sizes(config_class, values)
     try:
         return config_class.from_dict(dict(values))
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the values do not make a {config_class.__name__}: {error}") from error
 
 
-def check_sizes(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> None:
+def check_config_sizes(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> None:
     """ValueError that lists the sizes of a configuration and its parts that no model can have."""
     if problems := _bad_sizes(values):
         raise ValueError(
@@ -93,21 +94,17 @@ def _bad_sizes(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     for name, value in values.items():
         if name.endswith("_config") and isinstance(value, Mapping):
             problems += _bad_sizes(value, f"{prefix}{name}.")
-        elif name in _SIZES and value is not None and not (_is_whole(value) and value >= _SIZES[name]):
+        elif name in _SIZES and value is not None and not (is_whole(value) and value >= _SIZES[name]):
             problems.append(f"{prefix}{name} must be a whole number, at least {_SIZES[name]}, but is {value!r:.50}")
-        elif name == "_frame_rate" and value is not None and not (_is_number(value) and value > 0):
+        elif name == "_frame_rate" and value is not None and not _is_positive(value):
             problems.append(f"{prefix}{name} must be a positive number, but is {value!r:.50}")
         elif prefix == "audio_encoder_config." and name == "model_type" and value != "mimi":
             problems.append(f"{prefix}{name} must be 'mimi', but is {value!r:.50}")
     return problems
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0
 
 
 _SIZES = dict.fromkeys(

@@ -216,8 +216,8 @@ class UnfinishedSave:
 def unfinished_save(folder: Path) -> UnfinishedSave | None:
     """The save of a directory that was interrupted after its entry was in place, None if there is none.
 
-    A marker counts if its temporary file has become the entry. Two signs tell that: the
-    one is not there any more (which a copy of the directory may lack, too), and the other is as the marker says.
+    A marker counts if its temporary file has become the entry. Two signs tell that: the one is not there any more
+    (which a copy of the directory may lack, too), and the other is as the marker says.
     """
     for path in sorted(folder.glob(MARKERS)):
         try:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from ..input_checks import shortened
+
 Shape = tuple[int, ...]
 
 
@@ -119,8 +121,8 @@ def read_joined(
     groups = _grouped(_slots(shapes, rules), key_of)
     missing = [key for key in groups if key not in tensors]
     unexpected = [key for key in tensors if key not in groups]
-    problems = [f"it lacks {_shortened(missing)}"] if missing else []
-    problems += [f"the model has no place for {_shortened(unexpected)}"] if unexpected else []
+    problems = [f"it lacks {shortened(missing, 6, ', ')}"] if missing else []
+    problems += [f"the model has no place for {shortened(unexpected, 6, ', ')}"] if unexpected else []
     leaves: dict[str, Any] = {}
     misfits = []
     for key, group in groups.items() if not problems else ():
@@ -134,7 +136,7 @@ def read_joined(
         for slot, shape in zip(group, rows):
             leaves[slot.path] = convert(slot.transform.read(tensor[start : start + shape[0]]))
             start += shape[0]
-    problems += [_shortened(misfits)] if misfits else []
+    problems += [shortened(misfits, 6, ", ")] if misfits else []
     if problems:
         raise ValueError(f"{name} does not fit: {'; '.join(problems)}. Use the weights that belong to the config.json")
     return leaves
@@ -176,9 +178,3 @@ def _grouped(slots: list[_Slot], key_of: Callable[[_Slot], str]) -> dict[str, li
     for slot in slots:
         groups.setdefault(key_of(slot), []).append(slot)
     return {key: sorted(group, key=lambda slot: slot.order) for key, group in groups.items()}
-
-
-def _shortened(items: list[str]) -> str:
-    """The first few, and how many more there are."""
-    shown = ", ".join(items[:6])
-    return shown if len(items) <= 6 else f"{shown} and {len(items) - 6} more"

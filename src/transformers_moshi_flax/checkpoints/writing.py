@@ -35,7 +35,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .files import ENTRIES, MARKERS, SHARD, fingerprint, unfinished_save
+from ..input_checks import is_whole
+from .files import ENTRIES, MARKERS, PICKLE_INDEX, SHARD, fingerprint, unfinished_save
 from .formats import CHECKSUMS, checksum, parse_json
 from .rules import FileTensor
 
@@ -118,8 +119,7 @@ def shard_bytes(max_shard_size: Any) -> int:
     Raises:
         ValueError: it is no size, or less than a byte.
     """
-    is_number = isinstance(max_shard_size, (int, np.integer)) and not isinstance(max_shard_size, bool)
-    text = str(max_shard_size) if is_number else max_shard_size
+    text = str(max_shard_size) if is_whole(max_shard_size) else max_shard_size
     found = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     size = 0
     if found is not None:
@@ -198,7 +198,9 @@ def _settle(folder: Path) -> None:
         with contextlib.suppress(ValueError, AttributeError):
             named |= set(parse_json(index.read_bytes()).get("weight_map", {}).values())
     for path in folder.iterdir():
-        if SHARD.fullmatch(path.name) and path.name not in named:
+        # saves of ours leave no pickles: those that lie about are somebody's, unless theirs is the index that went
+        ours = not path.name.endswith(".bin") or (save is not None and PICKLE_INDEX in save.replaces)
+        if ours and SHARD.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
     _sync(folder)
 

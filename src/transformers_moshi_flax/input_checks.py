@@ -31,7 +31,7 @@ def is_whole(value: Any) -> bool:
 
 def shortened(items: Sequence[str], shown: int, separator: str) -> str:
     """The first few, and how many more there are."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    more = f"{separator}and {len(items) - shown} more" if len(items) > shown else ""
     return separator.join(items[:shown]) + more
 
 

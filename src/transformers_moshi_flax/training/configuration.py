@@ -115,7 +115,7 @@ class RunConfig:
         max_to_keep: how many of the latest checkpoints are kept; the best one is kept besides.
         best_metric: which of the held-out metrics makes a checkpoint the best (the lowest value).
         evaluate_every: steps between two evaluations; null evaluates at the end alone.
-        samples: how many held-out dialogues Moshi speaks at an evaluation; 0 with several processes.
+        samples: how many held-out dialogues Moshi speaks at an evaluation.
         sample_frames: the most frames of each of these.
         max_bad_steps: after how many steps in a row whose loss or gradient is not finite the run gives up.
         tensorboard: also log to ``tensorboard/`` in the run folder.
@@ -236,11 +236,6 @@ class TrainingConfig:
             yield (
                 f"`mesh`: data * fsdp = {devices} is not divisible by distributed.num_processes = {processes}; each "
                 "process must have rows of its own"
-            )
-        if processes > 1 and self.run.samples and self.data.evaluation is not None:
-            yield (
-                f"`run.samples`: {self.run.samples} dialogues cannot be spoken by distributed.num_processes = "
-                f"{processes}, none of which has all weights; set run.samples to 0"
             )
         try:
             make_schedule(self.optimizer, self.run.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,32 +50,42 @@ def evaluate(
     return {name: float(value) for name, value in metrics_of(total, objective).items()}
 
 
-def write_samples(
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A dialogue of :func:`speak`.
+
+    Attributes:
+        voices: left Moshi, right the user, ``(samples, 2)`` float32.
+        record: ``id`` and ``frames``; the ``text_ids`` of Moshi, one a frame, and those of the conversation
+            (``reference_text_ids``), both as words too (``text``, ``reference_text``) if there is a tokenizer.
+    """
+
+    voices: Float[np.ndarray, "samples 2"]
+    record: Mapping[str, Any]
+
+
+def speak(
     model: FlaxMoshiForConditionalGeneration,
     params: Mapping[str, Any],
     conversations: Sequence[Conversation],
-    folder: Path,
     max_frames: int,
     tokenizer: Any | None = None,
     seed: int = 0,
-) -> None:
+) -> list[Sample]:
     """Let Moshi speak with the users of conversations, who are heard live from the first frame on.
 
-    ``folder`` gets, for every conversation, a stereo WAV (left Moshi, right the user) and a JSON: the ``text_ids`` of
-    Moshi, one a frame, and those of the conversation (``reference_text_ids``), both as words too if there is a
-    tokenizer.
+    With several processes all of them must call it alike, and all have the result.
 
     Args:
         model: without parameters; how text and codes are chosen is in its generation config.
-        params: of the model.
+        params: of the model, on whatever mesh.
         conversations: each of at least one frame.
-        folder: made if it is not there.
         max_frames: the most that are spoken.
         tokenizer: of the model.
         seed: of the sampling.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, conversation in enumerate(conversations):
+    samples = []
+    for conversation in conversations:
         frames = min(conversation.frames, max_frames)
         user = conversation.user_audio_tokens[None, : model.config.num_codebooks, :frames].astype(np.int32)
         start = model.get_unconditional_inputs(1)
@@ -98,9 +109,23 @@ def write_samples(
         heard = _decoded(model, params, user)
         # a reply that ends itself is shorter
         voices = np.stack([np.pad(voice, (0, len(heard) - len(voice))), heard], axis=-1)
+        samples.append(Sample(voices, record))
+    return samples
+
+
+def write_samples(samples: Iterable[Sample], folder: Path, sampling_rate: int) -> None:
+    """Write the voices of each sample as ``N.wav``, and its record as ``N.json``.
+
+    Args:
+        samples: of :func:`speak`.
+        folder: made if it is not there.
+        sampling_rate: of the voices, in hertz.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
         with atomic_file(folder / f"{number}.wav") as path:
-            soundfile.write(path, voices, model.config.audio_encoder_config.sampling_rate, format="WAV")
-        write_text(folder / f"{number}.json", json.dumps(record, ensure_ascii=False) + "\n")
+            soundfile.write(path, sample.voices, sampling_rate, format="WAV")
+        write_text(folder / f"{number}.json", json.dumps(sample.record, ensure_ascii=False) + "\n")
 
 
 def _decoded(

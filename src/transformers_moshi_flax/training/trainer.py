@@ -32,7 +32,7 @@ from ..partitioning import param_shardings
 from .configuration import ConfigurationError, TrainingConfig
 from .data.loading import Loader, make_loader
 from .data.prepared import PreparedDataset, open_dataset
-from .evaluation import evaluate, write_samples
+from .evaluation import evaluate, speak, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
 from .objective import check_padding_ids
 from .optimizer import make_optimizer
@@ -356,9 +356,11 @@ class _Evaluation:
         trainer, run = self._trainer, self._trainer.config.run
         held_out = trainer._held_out
         numbers = range(min(run.samples, len(held_out)))
-        spoken = _explained("data.evaluation", lambda: [held_out[number] for number in numbers])
+        users = _in_all(lambda: _explained("data.evaluation", lambda: [held_out[number] for number in numbers]))
         params = trainer._all_params(state)
-        write_samples(self._model, params, spoken, folder, run.sample_frames, self._tokenizer(), run.seed)
+        samples = speak(self._model, params, users, run.sample_frames, self._tokenizer(), run.seed)
+        rate = self._model.config.audio_encoder_config.sampling_rate
+        _in_all(lambda: write_samples(samples, folder, rate) if trainer._is_first else None)
 
     def _tokenizer(self) -> Any | None:
         folder = self._trainer.folder.model

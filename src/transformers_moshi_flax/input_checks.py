@@ -53,16 +53,15 @@ def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: 
 
     JAX would clamp them silently. Traced ids are checked under ``checkify`` only.
     """
-    dtype = ids.dtype if hasattr(ids, "dtype") else np.asarray(ids).dtype
-    if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"`{name}` must hold integer ids, but has the dtype {dtype}. {remedy}".rstrip())
+    ids = ids if is_traced(ids) else np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`{name}` must hold integer ids, but has the dtype {ids.dtype}. {remedy}".rstrip())
     if is_traced(ids):
         good = (ids >= 0) & (ids < size)
         for value in allowed:
             good |= ids == value
         checkify.debug_check(jnp.all(good), f"`{name}` has ids outside [0, {size})")
         return
-    ids = np.asarray(ids)
     wrong = ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, allowed)]
     if wrong.size:
         extra = f" (or one of {allowed})" if allowed else ""
@@ -82,12 +81,19 @@ def check_mask(name: str, mask, batch_size: int, lengths: tuple[int, ...]) -> No
         raise ValueError(f"`{name}` must hold only 0 (ignored) and 1 (attended).")
 
 
-def check_left_padding(name: str, mask) -> None:
-    """Raises ``ValueError`` if a row of a mask ends with padding, from which nothing can be generated."""
+def check_left_padding(name: str, mask, padding: str = "0", otherwise: str = "") -> None:
+    """Raises ``ValueError`` if a row of a mask ends with padding, from which nothing can be generated.
+
+    Args:
+        name: of the argument that the mask comes from.
+        mask: ``(batch, frames)``.
+        padding: what stands for it in the argument.
+        otherwise: what else can be done about it.
+    """
     if not is_traced(mask):
         padded = np.flatnonzero(np.asarray(mask)[:, -1] == 0)
         if padded.size:
             raise ValueError(
-                f"`{name}` ends with 0 in row {padded[0]}, but what follows is generated from the last frame: pad on "
-                "the left (`padding_side='left'`)."
+                f"`{name}` ends with {padding} in row {padded[0]}, but what follows is generated from the last frame: "
+                f"pad on the left (`padding_side='left'`){otherwise}."
             )

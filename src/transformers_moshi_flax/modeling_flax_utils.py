@@ -39,6 +39,7 @@ from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import load_generation_config
+from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
@@ -168,11 +169,20 @@ class FlaxPreTrainedModel:
     def params(self, params: Params) -> None:
         if not self._is_initialized:
             raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
-        params = unfreeze(params)
+        self._params = unfreeze(self.whole_params(params))
+
+    def whole_params(self, params: Any) -> Any:
+        """``params``, the model's own if None; ValueError if some of ``required_params`` are missing."""
+        if params is None:
+            return self.params
+        if not isinstance(params, Mapping):
+            raise ValueError(f"params must be a nested dict as model.params, but is {type(params).__name__}")
         missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
         if missing:
-            raise ValueError(f"params lack {missing}; give all of required_params")
-        self._params = params
+            wrapped = " itself, without the level 'params'" if set(params) == {"params"} else ""
+            names = shortened(missing, 5, ", ")
+            raise ValueError(f"params lack {names}; give all of required_params, such as model.params{wrapped}")
+        return params
 
     def _savable_params(self, params: Params | None) -> dict[str, Any]:
         """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""

@@ -352,6 +352,7 @@ class TestGenerate:
                 output_hidden_states=True,
                 output_attentions=True,
             )
+            assert output.beam_indices.shape[1] <= 9  # the new tokens
             return output.sequences, output.sequences_scores, output.beam_indices
 
         eager = [np.asarray(array) for array in generate(0.5, **inputs)]

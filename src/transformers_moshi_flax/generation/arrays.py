@@ -15,6 +15,8 @@ from ..input_checks import is_traced
 
 def cut(array: jax.Array, length: int) -> jax.Array:
     """The first ``length`` entries of the last axis, cut on the host: XLA would compile a program for each length."""
+    if is_traced(array):
+        return array[..., :length]
     return array if array.shape[-1] == length else on_device(np.asarray(array)[..., :length])
 
 

@@ -274,7 +274,7 @@ def merge_generation_config(
     known = {*config.to_dict(), *vars(config), *SUPPORTED_FIELDS, *UNSUPPORTED_FIELDS}
     for name in kwargs:
         if name not in known or name.startswith("_"):
-            near = difflib.get_close_matches(name, [*known, *extra], n=1)
+            near = difflib.get_close_matches(name, [*SUPPORTED_FIELDS, *extra], n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise ValueError(f"`generate` has no argument `{name}`.{hint}")
     values = {} if given is None else {name: value for name, value in given.to_dict().items() if value is not None}
@@ -562,9 +562,9 @@ def resolve_plan(
     if pad is not None and not (is_whole(pad) and 0 <= pad <= vocab_size):
         raise ValueError(f"`pad_token_id` must be in [0, {vocab_size}], but is {pad!r}.")
     num_beams, num_return_sequences = resolve_counts(values)
-    processors = resolve_processors(
-        values, prompt_length, max_length, vocab_size, eos_token_ids, padding_lengths(attention_mask, prompt_length)
-    )
+    mask = np.ones((batch_size, prompt_length)) if attention_mask is None else attention_mask
+    padding = padding_lengths(mask, prompt_length)
+    processors = resolve_processors(values, prompt_length, max_length, vocab_size, eos_token_ids, padding)
     keep = len(eos_token_ids) + 1 if eos_token_ids else 2
     length_penalty = or_default(values, "length_penalty")
     return Plan(
@@ -635,10 +635,8 @@ def resolve_counts(values: dict[str, Any]) -> tuple[int, int]:
     return num_beams, num_return_sequences
 
 
-def padding_lengths(attention_mask: Any, prompt_length: int) -> jax.Array | None:
-    """Columns of the prompt before the first one of each row that is attended, ``(batch,)``; None without a mask."""
-    if attention_mask is None:
-        return None
+def padding_lengths(attention_mask: Any, prompt_length: int) -> jax.Array:
+    """Columns of the prompt before the first one of each row that is attended, ``(batch,)``."""
     xp = jnp if is_traced(attention_mask) else np
     first = xp.argmax(xp.asarray(attention_mask) != 0, axis=-1)
     return on_device(first + prompt_length - np.shape(attention_mask)[1], np.int32)
@@ -673,18 +671,31 @@ def with_custom(processors: FlaxLogitsProcessorList, custom: Any) -> FlaxLogitsP
     """``processors`` and those of the call.
 
     Raises:
-        ValueError: for what cannot be called.
+        ValueError: for what cannot be called so.
     """
     if custom is None:
         return processors
     custom = list(custom) if isinstance(custom, list | tuple) else [custom]
     for processor in custom:
-        if not callable(processor):
+        if not callable(processor) or not takes_three(processor):
             raise ValueError(
                 f"`logits_processor` must be a function `(input_ids, scores, cur_len) -> scores` or a list of such, "
                 f"but has {processor!r}."
             )
     return processors.merged_with(custom)
+
+
+def takes_three(function: Callable) -> bool:
+    """Whether a function can be called with three arguments, as far as it says."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # not written in Python
+        return True
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def resolve_nested_sampling(values: dict[str, Any], prefix: str, max_length: int, vocab_size: int) -> Sampling:

@@ -105,12 +105,15 @@ def token_list(name: str, value: Any, vocab_size: int | None = None) -> list[int
 def token_ids(name: str, value: Any) -> jax.Array:
     """One id or several as a vector of int32; what is traced is taken as it is.
 
+    Behind them stands what is no token, so that lists of similar length share programs.
+
     Raises:
         ValueError: unless they are whole numbers of at least 0.
     """
     if is_traced(value):
         return jnp.atleast_1d(value).astype(jnp.int32)
-    return jnp.asarray(token_list(name, value), dtype=jnp.int32)
+    ids = token_list(name, value)
+    return jnp.asarray([*ids, *[WHOLE_LIMIT - 1] * (-len(ids) % 4)], dtype=jnp.int32)
 
 
 def biased_sequences(name: str, value: Any, vocab_size: int | None = None) -> dict[tuple[int, ...], float]:
@@ -216,9 +219,19 @@ class FlaxLogitsProcessorList(list):
     """
 
     def __call__(self, input_ids: History, scores: Scores, cur_len: Length) -> Scores:
-        """Applies all of them; arguments as in :meth:`FlaxLogitsProcessor.__call__`."""
+        """Applies all of them; arguments as in :meth:`FlaxLogitsProcessor.__call__`.
+
+        Raises:
+            ValueError: one returns something else than scores of the same shape.
+        """
         for processor in self:
-            scores = processor(input_ids, scores, cur_len)
+            changed = processor(input_ids, scores, cur_len)
+            if jnp.shape(changed) != scores.shape:
+                raise ValueError(
+                    f"`logits_processor`: {processor!r} must return scores of the shape {scores.shape}, but returned "
+                    f"{jnp.shape(changed)}."
+                )
+            scores = changed
         return scores
 
     def merged_with(self, custom: Iterable[Callable]) -> FlaxLogitsProcessorList:

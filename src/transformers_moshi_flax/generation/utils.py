@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from transformers import GenerationConfig
@@ -126,6 +127,7 @@ class FlaxGenerationMixin:
         params: Any | None = None,
         logits_processor: Callable | list[Callable] | None = None,
         streamer: Any | None = None,
+        forced_text_ids: ArrayLike | None = None,
         **kwargs: Any,
     ) -> FlaxGreedySearchOutput | FlaxSampleOutput:
         """Generates text ids: greedily, by sampling, or with beams.
@@ -145,6 +147,8 @@ class FlaxGenerationMixin:
                 scores of each step before sampling; ``sequences`` has ``length`` columns in use.
             streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the ids of the
                 prompt and then of every new column ``(batch,)`` while generation goes on. Not under ``jax.jit``.
+            forced_text_ids: the new tokens from the first on, ``(batch, tokens)``, at most all of them; -1 where the
+                model chooses.
             **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
                 ``(batch,)``, after how many new tokens each row ends at the latest. Without a mask, ``pad_token_id``
                 in the prompt is masked unless it is also an end or the start token.
@@ -152,6 +156,8 @@ class FlaxGenerationMixin:
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
         """
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(f"`inputs_embeds` is no prompt for {type(self).__name__}: pass `input_ids`.")
         if input_ids is None:
             raise ValueError("`input_ids` is missing: pass the prompt's ids, (batch, length).")
         check_rank("input_ids", input_ids, ("batch", "length"))
@@ -171,12 +177,18 @@ class FlaxGenerationMixin:
             pad, eos = config.pad_token_id, config.eos_token_id
             unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])
             attention_mask = np.ones(np.shape(input_ids), dtype=bool) if unmasked else input_ids != pad
+            otherwise = ", or pass an `attention_mask` if it is part of the text"
+            check_left_padding("input_ids", attention_mask, f"`pad_token_id` = {pad}", otherwise)
         plan = resolve_plan(
             config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
         )
-        traced = is_tracing(input_ids, attention_mask, params, prng_key, plan.sampling)
+        if forced_text_ids is not None:
+            axes = {"batch": batch_size}
+            check_forced("forced_text_ids", forced_text_ids, axes, plan.max_length - length, vocab_size)
+        traced = is_tracing(input_ids, attention_mask, params, prng_key, plan.sampling, forced_text_ids)
         check_watching(plan, streamer, traced)
-        request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity_of(plan, traced))
+        capacity = capacity_of(plan, traced)
+        request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity, forced_text_ids)
         with jax.disable_jit(not trace):
             state, more = self.decode(plan, request, length, params, streamer)
         sequences = state.sequences
@@ -210,10 +222,17 @@ class FlaxGenerationMixin:
         attention_mask: ArrayLike,
         prng_key: jax.Array | None,
         capacity: int,
+        forced_text_ids: ArrayLike | None = None,
         **extra: Any,
     ) -> Request:
         """The operands of the programs; ids and mask are padded to ``capacity`` columns."""
         batch_size, length = np.shape(input_ids)
+        forced_ids = None
+        if forced_text_ids is not None:
+            xp = jnp if is_traced(forced_text_ids) else np
+            prompt = np.full((batch_size, length), FREE, dtype=np.int32)
+            forced_ids = xp.concatenate([prompt, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
+            forced_ids = on_device(padded(forced_ids, capacity, FREE), np.int32)
         limits = np.full((batch_size,), plan.max_length) if plan.stop_lengths is None else plan.stop_lengths
         return Request(
             input_ids=on_device(padded(input_ids, capacity, plan.pad_token_id), np.int32),
@@ -224,6 +243,7 @@ class FlaxGenerationMixin:
             sampling=plan.sampling,
             eos_token_ids=on_device(end_tokens(plan.eos_token_ids), np.int32),
             pad_token_id=on_device(plan.pad_token_id, np.int32),
+            forced_ids=forced_ids,
             **extra,
         )
 
@@ -237,7 +257,7 @@ class FlaxGenerationMixin:
         audio_codes: Callable | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
-        params = self.params if params is None else params
+        params = self.whole_params(params)
         traced = is_tracing(request, params)
         new_tokens = plan.max_length - prompt_length
         names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
@@ -282,7 +302,7 @@ class FlaxGenerationMixin:
         searched = reached = plan.max_length
         if not is_traced(scores):
             searched, reached = int(state.position), int(state.lengths.max())
-            beam_indices = cut(beam_indices, reached - prompt_length)
+        beam_indices = cut(beam_indices, reached - prompt_length)
         more = unrolled(state.records, prompt_length, searched)
         return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
 
@@ -304,6 +324,18 @@ def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:
         raise ValueError(
             f"`streamer` cannot be used with `num_beams={plan.num_beams}`, as no token is final before the end: "
             "leave one of them out."
+        )
+
+
+def check_forced(name: str, ids: ArrayLike, axes: dict[str, int], new_tokens: int, vocab_size: int) -> None:
+    """Raises ``ValueError`` unless ``ids`` are of ``axes`` (name -> size) and at most all new tokens, -1 or known."""
+    check_rank(name, ids, (*axes, "new tokens"))
+    check_ids(name, ids, vocab_size, allowed=(FREE,), remedy="-1 leaves the choice to the model.")
+    *leading, length = np.shape(ids)
+    if leading != [*axes.values()] or not 0 < length <= new_tokens:
+        raise ValueError(
+            f"`{name}` must have the shape ({', '.join(map(str, axes.values()))}, 1 to {new_tokens} new tokens), but "
+            f"has the shape {np.shape(ids)}: pass fewer or raise `max_new_tokens`."
         )
 
 

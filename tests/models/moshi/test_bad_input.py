@@ -142,6 +142,20 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "padding outside the vocabulary": ({"eos_token_id": 5, "pad_token_id": -1}, "`pad_token_id`"),
     "not supported": ({"num_beam_groups": 3}, "num_beam_groups"),
     "keys for another batch": ({"do_sample": True, "prng_key": jax.random.split(jax.random.key(0), 3)}, "`prng_key`"),
+    "a processor of two": (
+        {"logits_processor": lambda ids, scores: scores},
+        r"`logits_processor` must be .*cur_len\)",
+    ),
+    "a processor that cuts": (
+        {"logits_processor": lambda ids, scores, length: scores[:, :5]},
+        r"`logits_processor`: .* must return scores of the shape \(2, 60\), but returned \(2, 5\)",
+    ),
+    "forced for another batch": ({"forced_text_ids": ids(3, 1)}, r"`forced_text_ids` must have the shape \(2, 1 to"),
+    "forced for too long": ({"forced_text_ids": ids(2, 21)}, r"`forced_text_ids` must have .*\(2, 21\): pass fewer"),
+    "forced and unknown": ({"forced_text_ids": ids(2, 1, value=60)}, r"`forced_text_ids` has the id 60.* -1 leaves"),
+    "no params": ({"params": {}}, r"params lack .* give all of required_params, such as model\.params"),
+    "params in a collection": ({"params": {"params": {}}}, "params lack .* itself, without the level 'params'"),
+    "params of no tree": ({"params": [1]}, "params must be a nested dict .* but is list"),
     "numbers for a key": ({"do_sample": True, "prng_key": jnp.zeros(2)}, "`prng_key`.*float32"),
 }
 

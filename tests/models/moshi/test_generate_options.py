@@ -258,6 +258,20 @@ class TestForced:
         np.testing.assert_array_equal(out.sequences, expected.sequences)
         np.testing.assert_array_equal(out.audio_codes, expected.audio_codes)
 
+    def test_text_alone(self, text_pair: Pair, unchecked_types: None) -> None:
+        """Also from a tensor of PyTorch, as tokenizers give it on demand."""
+        prompt, said = ids(2, 3), np.array([[4, -1, 7], [9, 8, -1]])
+        out = numpy(
+            text_pair.ours.generate(
+                torch.tensor(prompt), forced_text_ids=said, max_new_tokens=6, do_sample=False
+            ).sequences
+        )
+        longer = np.concatenate([prompt, said[:, :1]], axis=1)
+        free = numpy(text_pair.ours.generate(longer, max_new_tokens=1, do_sample=False).sequences)
+        assert out[0, 3:6].tolist() == [4, free[0, 4], 7] and out[1, 3:5].tolist() == [9, 8]
+        free = numpy(text_pair.ours.generate(out[:, :6], max_new_tokens=3, do_sample=False).sequences)
+        np.testing.assert_array_equal(out, free)
+
     def test_free_places_are_chosen(self, pair: Pair) -> None:
         inputs = prompt(pair.ours.config, batch=1, frames=3)
         free = pair.ours.generate(**inputs, **CODES_ONLY, max_new_tokens=8)
@@ -415,6 +429,34 @@ class TestCompiledOnce:
         assert count_compilations() > 0
         run(57, 7)
         run(33, 2, eos_token_id=4, streamer=Listener())
+        assert count_compilations() == 0
+
+    def test_numbers_of_ids(self, text_pair: Pair, count_compilations: Callable[[], int]) -> None:
+        """Ends, forced and suppressed tokens, up to four each, with a mask and without."""
+
+        def run(count: int, **options: Any) -> None:
+            tokens = list(range(1, 1 + count))
+            options |= dict.fromkeys(("eos_token_id", "forced_eos_token_id", "begin_suppress_tokens"), tokens)
+            options |= {"suppress_tokens": [9, *tokens[1:]], "min_new_tokens": 2, "repetition_penalty": 1.5}
+            jax.block_until_ready(text_pair.ours.generate(ids(2, 5), do_sample=False, max_new_tokens=7, **options))
+
+        run(1)
+        assert count_compilations() > 0
+        run(3)
+        run(4, attention_mask=np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+        assert count_compilations() == 0
+
+    def test_streamer_of_audio(self, pair: Pair, count_compilations: Callable[[], int]) -> None:
+        """In pieces of whatever length, since they depend on time."""
+
+        def run(frames: int) -> None:
+            inputs = prompt(pair.ours.config, batch=1, frames=frames)
+            pair.ours.generate(**inputs, **CODES_ONLY, max_new_tokens=30, streamer=Listener())
+
+        run(3)
+        assert count_compilations() > 0
+        run(4)
+        run(9)
         assert count_compilations() == 0
 
     @pytest.mark.parametrize("waveforms", [True, False])

@@ -150,6 +150,7 @@ class TestNestedGreedy:
     def test_padding_makes_no_difference(self, pair: Pair, concat: bool) -> None:
         config, rng = pair.ours.config, np.random.default_rng(7)
         frames, heard, new, padding = 4, 9, 12, (3, 0, 1)
+        frame_size = config.audio_encoder_config.frame_size
         alone = [prompt(config, batch=1, frames=frames, seed=row) for row in range(3)]
         for row, inputs in enumerate(alone):
             live = prompt(config, batch=1, frames=heard, seed=10 + row)["user_audio_codes"]
@@ -179,21 +180,37 @@ class TestNestedGreedy:
         for row, inputs in enumerate(alone):
             inputs = {name: repeated(row, stream) for name, stream in inputs.items()}
             single = pair.ours.generate(**inputs, **{**options, "prng_key": options["prng_key"][row : row + 1]})
-            length = int(single.audio_lengths[0])
-            assert int(batch.audio_lengths[row]) == length
+            first, end = padding[row], padding[row] + int(single.audio_lengths[0])
             for out in (batch, compiled):
                 begin = int(concat)
+                assert int(out.audio_lengths[row]) == end
                 np.testing.assert_array_equal(out.sequences[row, :begin], single.sequences[0, :begin])
                 np.testing.assert_array_equal(out.sequences[row, begin : begin + longest], together["input_ids"][row])
                 np.testing.assert_array_equal(out.sequences[row, begin + padding[row] :], single.sequences[0, begin:])
-                np.testing.assert_array_equal(out.audio_codes[row, :, :length], single.audio_codes[0])
-                samples = single.audio_sequences.shape[-1]
-                assert_close(out.audio_sequences[row, :, :samples], single.audio_sequences[0], 1e-4)
+                given = together["moshi_audio_codes"][row, :, :first]
+                np.testing.assert_array_equal(out.audio_codes[row, :, :first], given)
+                np.testing.assert_array_equal(out.audio_codes[row, :, first:end], single.audio_codes[0])
+                voice = numpy(out.audio_sequences[row]).reshape(-1, frame_size)
+                assert not voice[:first].any()
+                assert_close(voice[first:end].ravel(), single.audio_sequences[0, 0], 1e-4)
 
     @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[0, 0, 0]]])
     def test_padding_on_the_right(self, pair: Pair, mask: list[list[int]]) -> None:
         with pytest.raises(ValueError, match=r"`attention_mask` ends with 0 in row 0.*pad on the left"):
             pair.ours.generate(**prompt(pair.ours.config, batch=1, frames=3), attention_mask=np.array(mask))
+
+    def test_start_codes_in_the_prompt(self, pair: Pair) -> None:
+        """Upstream takes them out wherever they stand; ours where a row begins."""
+        inputs = prompt(pair.theirs.config, batch=1, frames=6)
+        inputs["moshi_audio_codes"][:, :, :2] = pair.ours.config.audio_vocab_size
+        actual = check_nested(pair, inputs, new=6)
+        np.testing.assert_array_equal(actual.audio_codes[..., :4], inputs["moshi_audio_codes"][..., 2:])
+        inputs["moshi_audio_codes"][:, 1, 4] = pair.ours.config.audio_vocab_size
+        with pytest.raises(ValueError, match=r"`moshi_audio_codes` has the start code 32 in frame 4 of row 0"):
+            pair.ours.generate(**inputs, max_new_tokens=6)
+        # what stands in the padding does not matter
+        inputs["attention_mask"] = np.array([[0, 0, 0, 0, 0, 1]])
+        pair.ours.generate(**inputs, max_new_tokens=6)
 
     def test_what_is_returned(self, pair: Pair) -> None:
         inputs = prompt(pair.theirs.config, batch=1, frames=3)
@@ -427,6 +444,10 @@ class TestText:
     def test_right_padding(self, text_pair: Pair) -> None:
         with pytest.raises(ValueError, match=r"`attention_mask` ends with 0 in row 1.*pad on the left"):
             text_pair.ours.generate(self.ids(2, 2), attention_mask=np.array([[0, 1], [1, 0]]))
+        with pytest.raises(
+            ValueError, match=r"`input_ids` ends with `pad_token_id` = 7 in row 1.*pass an `attention_m"
+        ):
+            text_pair.ours.generate(np.array([[1, 2], [3, 7]]), pad_token_id=7)
 
     def test_left_padding_equals_unpadded(self, text_pair: Pair) -> None:
         ids = self.ids(2, 5)

@@ -291,6 +291,13 @@ class FrameDecoder:
         return write_column(state.streams, codes, state.position)
 
 
+def leading_starts(moshi_codes: Int[ArrayLike, "batch codebooks frames"], start_code: int) -> Int[ArrayLike, "batch"]:
+    """How many frames each row begins with that have the start code, those of its padding included."""
+    xp = jnp if is_traced(moshi_codes) else np
+    leading = xp.cumprod(moshi_codes[:, 0] == start_code, axis=-1, dtype=np.int32)
+    return xp.sum(leading, axis=-1, dtype=np.int32)
+
+
 def finish_audio(
     decoder: FrameDecoder,
     codes: Int[Array, "batch codebooks capacity"],
@@ -303,7 +310,7 @@ def finish_audio(
         decoder: the model.
         codes: delayed.
         lengths: text ids of each row.
-        starts: how many start frames each row begins with. Its audio ends one frame before its text.
+        starts: :func:`leading_starts`. The audio of a row ends one frame before its text.
     """
     lengths = jnp.maximum(lengths - 1 - starts, 0)
     frames = jnp.arange(codes.shape[-1] - 1, dtype=jnp.int32)
@@ -313,12 +320,41 @@ def finish_audio(
     return jnp.where(inside, audio, decoder.module.config.audio_vocab_size), lengths
 
 
+def after_padding(
+    codes: Int[ArrayLike, "rows codebooks frames"],
+    audio: Float[ArrayLike, "rows channels samples"] | None,
+    padding: Int[ArrayLike, "rows"],
+    given_codes: Int[ArrayLike, "batch codebooks prompt"],
+) -> tuple[Int[Array, "rows codebooks frames"], Float[Array, "rows channels samples"] | None]:
+    """What :func:`finish_audio` and :func:`decode_audio` made, with the padding of each row in front of it again.
+
+    Args:
+        codes, audio: with as many frames behind each row as it has padding, at least.
+        padding: frames.
+        given_codes: of the prompt; they stand in the padding, and silence in that of the audio.
+    """
+    xp = jnp if is_traced(codes, padding, given_codes) else np
+    frames = codes.shape[-1]
+    given = xp.repeat(xp.asarray(given_codes), codes.shape[0] // np.shape(given_codes)[0], axis=0)
+    given = padded(given, max(frames, given.shape[-1]), 0)[..., :frames]
+
+    def moved(array: ArrayLike, shift: Int[ArrayLike, "rows"], front: ArrayLike) -> Array:
+        column = xp.arange(array.shape[-1], dtype=np.int32) - shift[:, None]
+        behind = xp.take_along_axis(xp.asarray(array), xp.maximum(column, 0)[:, None], axis=-1)
+        return on_device(xp.where((column < 0)[:, None], front, behind), array.dtype)
+
+    if audio is not None:
+        audio = moved(audio, padding * np.int32(audio.shape[-1] // frames), np.zeros((), audio.dtype))
+    return moved(codes, padding, given), audio
+
+
 def new_audio_codes(state: State, begin: int, end: int, filler: int) -> np.ndarray:
     """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of columns, copied to the host.
 
     ``filler`` stands after a row's end; the column ``end`` must be there, as it has the delayed ones.
     """
-    codes, lengths = np.array(state.streams[:, :, : end + 1]), np.array(state.lengths)
+    # all columns: XLA would compile a program for every range
+    codes, lengths = np.array(state.streams), np.array(state.lengths)
     audio = np.concatenate([codes[:, :1, begin:end], codes[:, 1:, begin + 1 : end + 1]], axis=1)
     inside = np.arange(begin, end)[None] < lengths[:, None] - 1
     return np.where(inside[:, None], audio, filler)

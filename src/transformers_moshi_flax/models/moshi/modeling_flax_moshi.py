@@ -19,9 +19,13 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 from ...generation import FlaxGenerationMixin
 from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
-from ...generation.configuration import merge_generation_config, resolve_max_length, resolve_plan
-from ...generation.decoding import FREE
-from ...generation.utils import capacity_of, check_watching, one_token
+from ...generation.configuration import (
+    merge_generation_config,
+    padding_lengths,
+    resolve_max_length,
+    resolve_plan,
+)
+from ...generation.utils import capacity_of, check_forced, check_watching, one_token
 from ...input_checks import (
     check_ids,
     check_left_padding,
@@ -41,12 +45,14 @@ from .generation_flax_moshi import (
     FlaxMoshiGenerateOutput,
     FrameDecoder,
     TextDecoder,
+    after_padding,
     decode_audio,
     decoded_frames,
     encode_audio,
     finish_audio,
     frame_inputs,
     lay_out_prompt,
+    leading_starts,
     new_audio_codes,
     resolve_depth_sampling,
     with_start_first,
@@ -112,7 +118,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
                 "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
             )
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        params = self.params if params is None else params
+        params = self.whole_params(params)
         return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
 
 
@@ -713,11 +719,14 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
 
         Returns:
             ``sequences`` have the prompt (after the start frame, if it is concatenated) and the new tokens.
-            ``audio_codes`` and ``audio_sequences`` have the prompt's frames and one less than the new tokens.
+            ``audio_codes`` and ``audio_sequences`` have the prompt's frames and one less than the new tokens; before
+            a row that was padded they have the codes that were given for the padding, and silence. All lengths count
+            the padding.
 
         Raises:
             ValueError: unknown or unsupported options (named); streams that are missing, of different length or batch
-                size; ids outside a vocabulary; audio that is empty or not finite.
+                size; ids outside a vocabulary; start codes behind other ones in Moshi's prompt; audio that is empty or
+                not finite.
         """
         config = self.config
         depth_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("depth_decoder_")}
@@ -763,6 +772,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
             check_left_padding("attention_mask", attention_mask)
+        if moshi_audio_codes is not None:
+            check_start_codes("moshi_audio_codes", moshi_audio_codes, attention_mask, config.audio_vocab_size)
         concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
         prompt_shape = (batch_size, length)
         length += int(concat_unconditional_inputs)
@@ -785,7 +796,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 "`return_audio_waveforms=False`."
             )
 
-        params = self.params if params is None else params
+        params = self.whole_params(params)
         if user_audio_codes is None:
             user_audio_codes = self._encode(params, user_input_values)
         if moshi_audio_codes is None:
@@ -796,7 +807,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
 
         # on the host if that is possible: XLA would compile a program for every length of every stream
         xp = jnp if traced else np
-        text_prompt = input_ids is not None
+        text_prompt, given_codes = input_ids is not None, moshi_audio_codes
         input_ids, user_audio_codes, moshi_audio_codes, laid_out_mask = lay_out_prompt(
             # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
             input_ids if text_prompt else np.full(prompt_shape, config.vocab_size),
@@ -808,18 +819,13 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         )
 
         capacity = capacity_of(plan, traced)
-        forced_ids = None
-        if forced_text_ids is not None:
-            free = np.full((batch_size, length), FREE, dtype=np.int32)
-            forced = xp.concatenate([free, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
-            forced_ids = on_device(padded(forced, capacity, FREE), np.int32)
         request = self.make_request(
             plan,
             input_ids,
             laid_out_mask,
             prng_key,
             capacity,
-            forced_ids=forced_ids,
+            forced_text_ids,
             streams=frame_inputs(
                 user_audio_codes,
                 moshi_audio_codes,
@@ -839,14 +845,16 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             streamer=streamer,
             audio_codes=partial(new_audio_codes, filler=config.audio_vocab_size),
         )
-        starts = xp.repeat(
-            xp.sum(moshi_audio_codes[:, 0] == config.audio_vocab_size, axis=-1, dtype=np.int32),
-            plan.num_return_sequences,
-        )
+        copies = plan.num_return_sequences
+        starts = xp.repeat(leading_starts(moshi_audio_codes, config.audio_vocab_size), copies)
         codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
-        sequences, lengths, frames = state.sequences, state.lengths, codes.shape[-1]
+        sequences, lengths = state.sequences, state.lengths
+        padding = None
+        if attention_mask is not None:
+            padding = xp.repeat(xp.asarray(padding_lengths(attention_mask, prompt_shape[1])), copies)
+        frames, length_decoded = plan.max_length - 1 - int(concat_unconditional_inputs), codes.shape[-1]
         if not traced:
-            frames = int(audio_lengths.max())
+            frames = int((audio_lengths if padding is None else audio_lengths + padding).max())
             length_decoded = next(size for size in decoded_frames(codes.shape[-1]) if size >= frames)
             sequences, codes = cut(sequences, int(lengths.max())), cut(codes, length_decoded)
         if concat_unconditional_inputs and attention_mask is not None:
@@ -856,6 +864,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             audio = self.compiled(decode_audio)(params, codes, audio_lengths)
             audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
         codes = cut(codes, frames)
+        if padding is not None:
+            codes, audio = after_padding(codes, audio, padding, given_codes)
+            audio_lengths = audio_lengths + padding
         if not text_prompt:
             sequences, lengths = on_device(xp.asarray(sequences)[:, length:]), lengths - length
         return FlaxMoshiGenerateOutput(
@@ -904,7 +915,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 f"`batch_size` is {batch_size}, but without a prompt there is one row: set `prompt_frames`."
             )
         options = one_token(options, batch_size, max_new_tokens)
-        params = self.params if options.get("params") is None else options["params"]
+        params = self.whole_params(options.get("params"))
         outputs = self.generate(**prompt, **options)
         if prompt and waveforms:
             self._encode(params, samples[..., 1:])  # a recording may end within a frame
@@ -956,17 +967,14 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         return codes[..., :frames] if is_traced(codes) else np.asarray(codes)[..., :frames]
 
     def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:
-        """Checks what is to be said: ids of new frames, ``FREE`` where they are to be chosen."""
+        """Checks what is to be said in the new frames."""
         config = self.config
-        free = "-1 leaves the choice to the model."
         if text_ids is not None:
-            check_rank("forced_text_ids", text_ids, ("batch", "new frames"))
-            check_ids("forced_text_ids", text_ids, config.vocab_size, allowed=(FREE,), remedy=free)
-            check_forced_frames("forced_text_ids", text_ids, (batch_size,), new_frames)
+            axes = {"batch": batch_size}
+            check_forced("forced_text_ids", text_ids, axes, new_frames, config.vocab_size)
         if audio_codes is not None:
-            check_rank("forced_audio_codes", audio_codes, ("batch", "num_codebooks", "new frames"))
-            check_ids("forced_audio_codes", audio_codes, config.audio_vocab_size, allowed=(FREE,), remedy=free)
-            check_forced_frames("forced_audio_codes", audio_codes, (batch_size, config.num_codebooks), new_frames)
+            axes = {"batch": batch_size, "num_codebooks": config.num_codebooks}
+            check_forced("forced_audio_codes", audio_codes, axes, new_frames, config.audio_vocab_size)
 
     def _check_prompt(self, input_ids, inputs_embeds) -> tuple[int, int]:
         """Batch size and frames of the prompt."""
@@ -994,13 +1002,19 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         return FlaxMoshiDepthCache.create(config, batch_size, config.num_codebooks, self.dtype)
 
 
-def check_forced_frames(name: str, forced, leading: tuple[int, ...], new_frames: int) -> None:
-    """Raises ``ValueError`` unless ``forced`` is ``(*leading, at most new_frames)``."""
-    shape = np.shape(forced)
-    if shape[:-1] != leading or not 0 < shape[-1] <= new_frames:
+def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None:
+    """Raises ``ValueError`` for start codes anywhere but in the frames that a row begins with, padding left out."""
+    if is_traced(codes, attention_mask):
+        return
+    starts = np.asarray(codes) == start_code
+    counts = np.ones(starts.shape[::2], bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    leading = np.logical_and.accumulate(starts.all(axis=1) | ~counts, axis=-1)
+    wrong = np.argwhere(starts.any(axis=1) & counts & ~leading)
+    if wrong.size:
+        row, frame = wrong[0]
         raise ValueError(
-            f"`{name}` must have the shape ({', '.join(map(str, leading))}, 1 to {new_frames} new frames), but has "
-            f"the shape {shape}: pass fewer frames or raise `max_new_tokens`."
+            f"`{name}` has the start code {start_code} in frame {frame} of row {row}, behind other codes: no sound "
+            "belongs to it; leave such frames out."
         )
 
 

@@ -206,6 +206,8 @@ class MoshiProcessor(ProcessorMixin):
     def decode_audio(self, outputs: FlaxModelOutput) -> list[Float[np.ndarray, "samples"]]:
         """Moshi's voice in each row of what ``generate`` returned, prompt included, cut at the row's end.
 
+        Rows that were padded begin with as much silence.
+
         Raises:
             ValueError: the outputs have no waveforms.
         """

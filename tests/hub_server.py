@@ -11,7 +11,7 @@
 
 It speaks what uploading and downloading need: creation, information, preupload, Git LFS (basic, and multipart above
 ``part_size``), commits, trees, and files with entity tags and byte ranges. It offers no Xet storage, knows one user
-and his token, and has no branches: a revision is ``main`` or a commit.
+and his token; a revision is a branch, a commit or a pull request, ``refs/pr/N``.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class _Repo:
     repo_id: str
     private: bool
     commits: dict[str, dict[str, _File]] = field(default_factory=dict)
-    head: str = ""
+    heads: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, _File]) -> str:
+    def commit(self, files: dict[str, _File], branch: str = "main") -> str:
         tree = [(path, files[path].git_oid) for path in sorted(files)]
-        text = json.dumps([self.repo_id, len(self.commits), self.head, tree])
-        self.head = hashlib.sha1(text.encode()).hexdigest()
-        self.commits[self.head] = dict(files)
-        return self.head
+        text = json.dumps([self.repo_id, len(self.commits), self.heads.get(branch), tree])
+        sha = self.heads[branch] = hashlib.sha1(text.encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        return sha
 
 
 class _HubError(Exception):
@@ -146,9 +146,9 @@ class Hub:
         self._cuts: dict[str, int] = {}
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Path and content of every file at a revision, ``main`` or the hash of a commit."""
+        """Path and content of every file at a revision, a branch or the hash of a commit."""
         repo = self.repos[repo_id]
-        return {path: file.data for path, file in repo.commits[repo.head if revision == "main" else revision].items()}
+        return {path: file.data for path, file in repo.commits[repo.heads.get(revision, revision)].items()}
 
     def cut_download_after(self, number: int) -> None:
         """Drop the connection after so many bytes of the next file that is longer; once."""
@@ -391,16 +391,30 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo_id: str, revision: str) -> dict[str, Any]:
         self._check_writable()
         repo = self._repo(repo_id)
-        if revision != "main":
+        if revision not in repo.heads:
             raise _HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        answer = {}
         with self.hub.lock:
-            files = dict(repo.commits[repo.head])
+            branch, head = revision, repo.heads[revision]
+            if self.query.get("create_pr") == "1":
+                number = 1 + sum(name.startswith("refs/pr/") for name in repo.heads)
+                branch = f"refs/pr/{number}"
+                answer["pullRequestUrl"] = f"{self.hub.endpoint}/{repo_id}/discussions/{number}"
+            files = dict(repo.commits[head])
             for line in self.body.splitlines():
                 item = json.loads(line)
-                self._apply(item["key"], item["value"], files, repo.head)
-            sha = repo.commit(files)
+                self._apply(item["key"], item["value"], files, head)
+            sha = repo.commit(files, branch)
         url = f"{self.hub.endpoint}/{repo_id}/commit/{sha}"
-        return {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""}
+        return {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": "", **answer}
+
+    def create_branch(self, repo_id: str, revision: str) -> dict[str, Any]:
+        self._check_writable()
+        repo = self._repo(repo_id)
+        if revision in repo.heads:
+            raise _HubError(409, f"Reference already exists: {revision}")
+        repo.heads[revision] = repo.heads["main"]
+        return {}
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         sha, files = self._commit(self._repo(repo_id), revision)
@@ -442,7 +456,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def _commit(self, repo: _Repo, revision: str) -> tuple[str, dict[str, _File]]:
-        sha = repo.head if revision == "main" else revision
+        sha = repo.heads.get(revision, revision)
         if sha not in repo.commits:
             raise _HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha, repo.commits[sha]
@@ -554,6 +568,7 @@ _ROUTES = [
     ("GET", rf"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<path>.+))?", _Handler.tree),
     ("POST", rf"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),
+    ("POST", rf"/api/models/{_REPO}/branch/{_REVISION}", _Handler.create_branch),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("POST", rf"/{_REPO}\.git/info/lfs/verify", _Handler.lfs_verify),
     ("PUT", r"/large-files/(?P<oid>\w+)", _Handler.lfs_put),

@@ -90,6 +90,45 @@ def test_what_is_pushed_replaces_other_forms(hub: Hub, model: FlaxToyWithHead, t
     assert not any(is_weights(name, "pt") for name in hub.files("tester/toy"))
 
 
+def test_branches_and_pull_requests(hub: Hub, model: FlaxToyWithHead):
+    model.push_to_hub("tester/toy", token=hub.token)
+    main = hub.files("tester/toy")
+    other = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    for number in (1, 2):  # made by the first one
+        params = jax.tree.map(lambda leaf, number=number: leaf + number, model.params)
+        model.push_to_hub("tester/toy", params, token=hub.token, revision="dev")
+        assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision="dev", force_download=True).params, params)
+    commit = model.push_to_hub("tester/toy", other, token=hub.token, create_pr=True)
+    assert commit.pr_url.endswith("/tester/toy/discussions/1")
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision="refs/pr/1").params, other)
+    model.push_to_hub("tester/toy", model.params, token=hub.token, revision="refs/pr/1")
+    assert same(FlaxToyWithHead.from_pretrained("tester/toy", revision="refs/pr/1").params, model.params)
+    assert hub.files("tester/toy") == main
+
+
+def test_a_checkpoint_of_kyutai_is_not_replaced(hub: Hub, model: FlaxToyWithHead):
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/toy")
+    files = {"config.json": b'{"moshi_name": "lm.safetensors"}', "lm.safetensors": b"weights"}
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    api.create_commit("tester/toy", operations, commit_message="theirs")
+    there = hub.files("tester/toy")
+    with pytest.raises(ValueError, match=r"repo_id='tester/toy' holds a checkpoint in Kyutai's format"):
+        model.push_to_hub("tester/toy", token=hub.token)
+    assert hub.files("tester/toy") == there
+
+
+def test_a_directory_of_the_same_name_is_not_the_repository(
+    hub: Hub, model: FlaxToyWithHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model.push_to_hub("tester/toy", token=hub.token, to_pt=True)
+    monkeypatch.chdir(tmp_path)
+    other = FlaxToyWithHead(tiny_moshi_config(sliding_window=7))
+    other.save_pretrained("tester/toy", push_to_hub=True, repo_id="tester/toy", token=hub.token)
+    # those of PyTorch would stay beside ones of the same configuration
+    assert not any(is_weights(name, "pt") for name in hub.files("tester/toy"))
+
+
 def test_a_commit_of_others_meanwhile_is_not_lost(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
     """Else two that push different forms at once would leave both."""
     model.push_to_hub("tester/toy", token=hub.token)

@@ -147,11 +147,18 @@ def test_bad_arguments(config):
         FlaxToy(tiny_mimi_config())
     with pytest.raises(ValueError, match="'gradient_checkpoint'; did you mean 'gradient_checkpointing'"):
         FlaxToy(config, gradient_checkpoint=True)
-    for dtype in (jnp.int32, "float23"):
-        with pytest.raises(ValueError, match="dtype must be a floating dtype"):
+    for dtype in (jnp.int32, "float23", jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match="dtype must be a floating dtype of 16 bits or more"):
             FlaxToy(config, dtype=dtype)
     with pytest.raises(ValueError, match="jax_enable_x64"):
         FlaxToy(config, dtype=jnp.float64)
+
+
+def test_arguments_of_loading(toy, tmp_path, unchecked_types):
+    toy.save_pretrained(tmp_path)
+    assert same(FlaxToy.from_pretrained(tmp_path, subfolder=None).params, toy.params)
+    with pytest.raises(ValueError, match=r"config must be .* but is {'vocab_size': 60}; single fields are keyword"):
+        FlaxToy.from_pretrained(tmp_path, config={"vocab_size": 60})
 
 
 def test_casts(toy):

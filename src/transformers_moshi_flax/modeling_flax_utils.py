@@ -32,9 +32,18 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoints import rules as tables
-from .checkpoints.configs import check_config_sizes, did_you_mean, has_config, load_config, override_config
+from .checkpoints.configs import (
+    check_config_sizes,
+    describes,
+    did_you_mean,
+    known_values,
+    load_config,
+    override_config,
+    refuse_to_replace_kyutais,
+)
 from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import fit
+from .checkpoints.formats import parse_json
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
@@ -279,7 +288,7 @@ class FlaxPreTrainedModel:
         param_dtype: DTypeLike | None = None,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         revision: str = "main",
-        subfolder: str = "",
+        subfolder: str | None = "",
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
@@ -333,7 +342,12 @@ class FlaxPreTrainedModel:
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             if value is not None:
                 check_float_dtype(name, value)
-        source = Source.locate(name_or_path, subfolder, **hub)
+        if not isinstance(config, PreTrainedConfig | str | os.PathLike | None):
+            raise ValueError(
+                f"config must be a configuration or where to load one, but is {config!r}; single fields are keyword "
+                "arguments of their own"
+            )
+        source = Source.locate(name_or_path, subfolder or "", **hub)
         if config is None:
             config = load_config(cls.config_class, source, from_pt)
         elif not isinstance(config, PreTrainedConfig):
@@ -427,8 +441,9 @@ class FlaxPreTrainedModel:
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
                 file in place of the directory, ``to_pt`` without ``safe_serialization``, ``repo_id`` without
-                ``push_to_hub``, a ``max_shard_size`` that is none, a directory with weights in the other layout of
-                another configuration, as both share ``config.json``.
+                ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or repository) with a checkpoint in
+                Kyutai's format, or with weights in the other layout of another configuration, as all share
+                ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
@@ -440,9 +455,11 @@ class FlaxPreTrainedModel:
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
+        replaced = known_values(lambda: Source.locate(folder).read_json("config.json")) if folder.is_dir() else {}
+        refuse_to_replace_kyutais(f"save_directory={str(folder)!r}", replaced)
         layout, other_layout = ("pt", "flax") if to_pt else ("flax", "pt")
         beside = None if _replaces_layouts else entry_of(folder, other_layout)
-        if beside is not None and not has_config(Source.locate(folder), self.config):
+        if beside is not None and not describes(replaced, self.config):
             raise ValueError(
                 f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
                 "lose theirs: save to another directory, or remove them"
@@ -490,7 +507,8 @@ class FlaxPreTrainedModel:
         Args:
             repo_id: the repository, made if it is not there.
             params, max_shard_size, safe_serialization, to_pt: as in :meth:`save_pretrained`.
-            commit_message, private, token, revision, create_pr: as in ``huggingface_hub``.
+            commit_message, private, token, revision, create_pr: as in ``huggingface_hub``; a branch is made if it is
+                not there.
             **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`): ``license``,
                 ``language``, ``base_model``, ``tags``.
 
@@ -539,12 +557,16 @@ class FlaxPreTrainedModel:
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.repo_info(repo_id, revision=revision)
+        replaced = known_values(lambda: parse_json(_file_of_repo(api, there, "config.json") or "{}"))
+        refuse_to_replace_kyutais(f"repo_id={repo_id!r}", replaced)
         names = [*written, "README.md"]
         readme = folder / "README.md"
         if not readme.exists() or is_generated(readme.read_text("utf-8", errors="replace")):
             write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
-            published = _card_of_repo(api, there)
+            published = _file_of_repo(api, there, "README.md")
             if published is not None and not is_generated(published):
                 lacking = f", without {dict(card)}" if card else ""
                 logger.warning(
@@ -556,7 +578,7 @@ class FlaxPreTrainedModel:
         if any(is_weights(name, "flax") for name in written):
             # beside it, but only with their own configuration
             pt_weights = [name for name in rivals if is_weights(name, "pt")]
-            if pt_weights and has_config(Source.locate(repo_id, revision=there.sha, token=token), self.config):
+            if pt_weights and describes(replaced, self.config):
                 rivals = [name for name in rivals if name not in pt_weights]
         return api.create_commit(
             repo_id,
@@ -578,12 +600,12 @@ class FlaxPreTrainedModel:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _card_of_repo(api: Any, repo: Any) -> str | None:
-    """The model card of a repository in the Hub's answer about it, None if it has none."""
-    if not any(file.rfilename == "README.md" for file in repo.siblings):
+def _file_of_repo(api: Any, repo: Any, name: str) -> str | None:
+    """A text of a repository in the Hub's answer about it, None if it has none of this name."""
+    if not any(file.rfilename == name for file in repo.siblings):
         return None
     with tempfile.TemporaryDirectory() as scratch:
-        path = api.hf_hub_download(repo.id, "README.md", revision=repo.sha, cache_dir=scratch)
+        path = api.hf_hub_download(repo.id, name, revision=repo.sha, cache_dir=scratch)
         return Path(path).read_text("utf-8", errors="replace")
 
 
@@ -648,11 +670,12 @@ def _load(
 
 def check_float_dtype(name: str, dtype: Any) -> None:
     try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        # nothing is computed in less than 16 bits
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating) and jnp.dtype(dtype).itemsize > 1
     except TypeError:
         floating = False
     if not floating:
-        raise ValueError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype!r}")
+        raise ValueError(f"{name} must be a floating dtype of 16 bits or more, such as jnp.bfloat16, got {dtype!r}")
     if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError(f"{name} is float64, which JAX has only with jax_enable_x64: enable it or use jnp.float32")
 

@@ -190,6 +190,11 @@ def test_logits_processors_of_the_call() -> None:
     assert plan(logits_processor=function).sampling.processors == [function]
 
 
+def test_a_model_without_a_configuration() -> None:
+    config, _ = merge_generation_config(None, None, {"max_new_tokens": 3})
+    assert resolve_plan(config, PROMPT, VOCAB, BATCH).max_length == PROMPT + 3
+
+
 def test_traced_numbers() -> None:
     def temperature_of(number: jax.Array) -> jax.Array:
         resolved = plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -35,7 +35,7 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
         raise CheckpointNotFoundError(
             f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
         )
-    if "depformer_dim" in values or "moshi_name" in values:
+    if is_kyutai_config(values):
         raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
     model_type = values.get("model_type", config_class.model_type)
     if model_type == config_class.model_type:
@@ -50,6 +50,23 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
     )
 
 
+def is_kyutai_config(values: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of Kyutai's own format."""
+    return "depformer_dim" in values or "moshi_name" in values
+
+
+def refuse_to_replace_kyutais(name: str, values: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if a ``config.json`` is of Kyutai's format, in which it says which files are the model's.
+
+    ``name`` says where it is.
+    """
+    if is_kyutai_config(values):
+        raise ValueError(
+            f"{name} holds a checkpoint in Kyutai's format, which would lose its config.json: give another one, or "
+            "remove it"
+        )
+
+
 def meaning(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a configuration but for those that say nothing about the model."""
 
@@ -61,10 +78,17 @@ def meaning(config: PreTrainedConfig) -> dict[str, Any]:
     return of(config.to_dict())
 
 
-def has_config(source: Source, config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint is of the model that ``config`` describes."""
+def known_values(read: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any]:
+    """What ``read`` finds in a ``config.json``, nothing if there is none or it is damaged."""
     try:
-        values = source.read_json("config.json") or {}
+        return read() or {}
+    except ValueError:
+        return {}
+
+
+def describes(values: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether the values of a ``config.json`` are those of the model that ``config`` describes."""
+    try:
         found = build_config(type(config), values)
     except ValueError:
         return False

@@ -245,12 +245,15 @@ class Plan:
 
 
 def merge_generation_config(
-    default: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any], extra: tuple[str, ...] = ()
+    default: GenerationConfig | None,
+    given: GenerationConfig | None,
+    kwargs: dict[str, Any],
+    extra: tuple[str, ...] = (),
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """Keyword arguments over ``given`` over the model's default. Keywords without an effect warn.
 
     Args:
-        default: the model's generation configuration.
+        default: the model's generation configuration; without one every field is unset.
         given: the call's, or None.
         kwargs: keyword arguments of the call.
         extra: names of arguments among them that are no fields, which are returned apart.
@@ -265,7 +268,7 @@ def merge_generation_config(
             f"`generation_config` must be a `transformers.GenerationConfig`, but is {given!r}: make one, or pass its "
             "fields as keywords."
         )
-    config = copy.deepcopy(default)
+    config = GenerationConfig() if default is None else copy.deepcopy(default)
     if hasattr(config, "temp"):
         config.temperature = read_temp(vars(config)).get("temperature")
         del config.temp

@@ -611,6 +611,16 @@ def test_bad_arguments_of_writing(tmp_path: Path) -> None:
         of_moshi.write_kyutai(config, whole, tmp_path)
 
 
+def test_saving_over_files_of_kyutai_is_refused(copied: Path) -> None:
+    """Whatever they are called: config.json names them."""
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    model = Moshi.from_kyutai(copied)
+    for to_pt in (False, True):
+        with pytest.raises(ValueError, match=r"save_directory=.* holds a checkpoint in Kyutai's format"):
+            model.save_pretrained(copied, to_pt=to_pt)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 

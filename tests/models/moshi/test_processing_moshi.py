@@ -308,8 +308,9 @@ def test_generate(generate: Callable[..., FlaxMoshiGenerateOutput]) -> None:
     assert all(whole.startswith(prompt) for whole, prompt in zip(processor.batch_decode(outputs), text))
     assert any(processor.batch_decode(sequences[:, 4:]))
     audio = processor.decode_audio(outputs)
-    # each row from its own first frame on
-    assert [samples.shape for samples in audio] == [((3 + 3 - 1) * frame,), ((1 + 3 - 1) * frame,)]
+    # in the columns of the text; the padding is silent
+    assert [samples.shape for samples in audio] == [((3 + 3 - 1) * frame,)] * 2
+    assert not np.any(audio[1][: 2 * frame]) and np.any(audio[1][2 * frame :])
     for samples, row in zip(audio, outputs.audio_sequences[:, 0]):
         np.testing.assert_array_equal(samples, row[: samples.size])
         assert not np.any(row[samples.size :])

@@ -35,7 +35,7 @@ NEUTRAL = {**DEFAULTS, "repetition_penalty": 1, "no_repeat_ngram_size": 0, **dic
 
 
 def resolve_stream_sampling(
-    default: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any], config: MoshiConfig
+    default: GenerationConfig | None, given: GenerationConfig | None, kwargs: dict[str, Any], config: MoshiConfig
 ) -> tuple[Sampling, Sampling, dict[str, Any]]:
     """How text and codes are chosen, and the numbers that slots begin with, by name.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -304,6 +305,15 @@ def test_data_that_fail_cost_no_steps(inputs: Path, tmp_path: Path, monkeypatch:
     assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [3]
     train(inputs, **options)
     assert losses_of(tmp_path / "run").keys() == set(range(1, 7))
+
+
+def test_a_script_without_a_guard_is_told_before_any_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importing = types.SimpleNamespace(_inheriting=True, daemon=False)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: importing)
+    with pytest.raises(loading.WorkerError, match=r"`data\.workers` is 2, .*__main__"):
+        Trainer(run_config(inputs, run__output_dir=str(tmp_path / "run"), data__workers=2))
 
 
 def test_held_out_data_are_looked_at_before_any_step(inputs: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ..checkpoints.files import Source
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..partitioning import param_shardings
 from .configuration import ConfigurationError, TrainingConfig
-from .data.loading import Loader, make_loader
+from .data.loading import Loader, check_workers, make_loader
 from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, speak, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
@@ -73,9 +73,11 @@ class Trainer:
 
     Raises:
         ConfigurationError: the data, the model or the run folder do not go with the configuration.
+        WorkerError: this process can have no ``data.workers``, as where a script has no guard for them.
     """
 
     def __init__(self, config: TrainingConfig, notes: Console | None = None):
+        check_workers(config.data.workers)
         self.config = config
         self.folder = RunFolder(config.run.output_dir)
         self._notes = notes
@@ -113,6 +115,7 @@ class Trainer:
             DamagedCheckpointError: no checkpoint of the run is whole, or the weights that are not trained are not.
             Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
             NotFiniteError: see the class.
+            WorkerError: one of the ``data.workers`` has ended.
             OSError: the disk is full, or the like; the checkpoints before are kept.
         """
 

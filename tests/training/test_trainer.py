@@ -271,6 +271,23 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     assert_has(whole["export"], ours)
 
 
+def test_an_evaluation_is_made_up_for_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if there is no checkpoint after it: in the middle of a run, and at its end."""
+    run = tmp_path / "run"
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 4}
+    options |= {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 2}
+    with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 2"):
+        train(inputs, **options)
+    killed_at(inputs, trainer_module._Loop, "_save", **options)
+    assert losses_of(run, "evaluation").keys() == {2, 4}
+    with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 4"):
+        train(inputs, **options)
+    assert losses_of(run, "evaluation").keys() == {2}
+    metrics = train(inputs, **options)
+    assert train(inputs, **options) == {}
+    assert losses_of(run, "evaluation").keys() == {2, 4} and losses_of(run, "evaluation")[4] == metrics["loss"]
+
+
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
     options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__steps": 6}
     with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 3 has the parameters"):

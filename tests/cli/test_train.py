@@ -11,6 +11,7 @@ import yaml
 
 from tests.training.runs import run_values, write_inputs
 from transformers_moshi_flax.training import run_checkpoints, trainer
+from transformers_moshi_flax.training.data import loading
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_without_the_extra(moshi_flax, config: Path, monkeypatch: pytest.MonkeyP
     [
         (trainer.NotFiniteError("10 steps in a row"), 1),
         (run_checkpoints.DamagedCheckpointError("no checkpoint is whole"), 1),
+        (loading.WorkerError("one of these processes has ended"), 1),
         (OSError("no space left on the disk"), 1),
         (trainer.Interrupted(signal.SIGTERM, 7), 143),
         (trainer.Interrupted(signal.SIGINT, 7), 130),

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers_moshi_flax.training.run_logging import drop_lines_after, has_evaluation
+
 LOGGED = """
 import sys
 from pathlib import Path
@@ -39,6 +41,24 @@ def records(path: Path) -> Iterator[bytes]:
         if kind in (1, 4):  # whole, or its last piece
             yield record
             record = b""
+
+
+def test_lines_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """What was torn is dropped, and a line that lacks its end gets it."""
+    path = tmp_path / "metrics.jsonl"
+    assert not has_evaluation(path, 2)
+    drop_lines_after(path, 2)
+    lines = [
+        f'{{"step": {step}, "split": "{split}"}}\n' for step, split in ((2, "train"), (2, "evaluation"), (3, "train"))
+    ]
+    path.write_text("".join(lines)[:-1])
+    assert [has_evaluation(path, step) for step in (1, 2, 3)] == [False, True, False]
+    drop_lines_after(path, 3)
+    assert path.read_text() == "".join(lines)
+    path.write_text("".join(lines) + '{"step": 3, "split": "eval')
+    assert not has_evaluation(path, 3)
+    drop_lines_after(path, 2)
+    assert path.read_text() == "".join(lines[:2])
 
 
 def test_weights_and_biases(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -270,6 +271,23 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     assert_has(whole["export"], ours)
 
 
+def test_an_evaluation_is_made_up_for_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if there is no checkpoint after it: in the middle of a run, and at its end."""
+    run = tmp_path / "run"
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 4}
+    options |= {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 2}
+    with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 2"):
+        train(inputs, **options)
+    killed_at(inputs, trainer_module._Loop, "_save", **options)
+    assert losses_of(run, "evaluation").keys() == {2, 4}
+    with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 4"):
+        train(inputs, **options)
+    assert losses_of(run, "evaluation").keys() == {2}
+    metrics = train(inputs, **options)
+    assert train(inputs, **options) == {}
+    assert losses_of(run, "evaluation").keys() == {2, 4} and losses_of(run, "evaluation")[4] == metrics["loss"]
+
+
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
     options = {"run__output_dir": str(tmp_path / "run"), "run__max_bad_steps": 2, "run__steps": 6}
     with pytest.raises(NotFiniteError, match=r"2 steps in a row .* the checkpoint of step 3 has the parameters"):
@@ -304,6 +322,15 @@ def test_data_that_fail_cost_no_steps(inputs: Path, tmp_path: Path, monkeypatch:
     assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [3]
     train(inputs, **options)
     assert losses_of(tmp_path / "run").keys() == set(range(1, 7))
+
+
+def test_a_script_without_a_guard_is_told_before_any_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importing = types.SimpleNamespace(_inheriting=True, daemon=False)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: importing)
+    with pytest.raises(loading.WorkerError, match=r"`data\.workers` is 2, .*__main__"):
+        Trainer(run_config(inputs, run__output_dir=str(tmp_path / "run"), data__workers=2))
 
 
 def test_held_out_data_are_looked_at_before_any_step(inputs: Path, tmp_path: Path) -> None:

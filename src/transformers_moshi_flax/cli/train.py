@@ -34,11 +34,12 @@ def train(
     """Train as CONFIG says. A run that was interrupted goes on when it is started again.
 
     SIGTERM and SIGINT (Ctrl-C) write a checkpoint first; a second one ends the run at once. Exit codes: 0 all steps
-    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged, a full disk); 2 a
-    mistake in what was given; 130 after SIGINT, 143 after SIGTERM.
+    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged, a full disk, a
+    process of data.workers that was killed); 2 a mistake in what was given; 130 after SIGINT, 143 after SIGTERM.
     """
     check_extra()
     from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
+    from transformers_moshi_flax.training.data.loading import WorkerError
     from transformers_moshi_flax.training.run_checkpoints import DamagedCheckpointError
     from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
 
@@ -47,7 +48,7 @@ def train(
         Trainer(load_configuration(config, assignments or ())).train()
     except ConfigurationError as error:
         raise UserMistake(str(error)) from error
-    except (DamagedCheckpointError, NotFiniteError, OSError) as error:
+    except (DamagedCheckpointError, NotFiniteError, WorkerError, OSError) as error:
         raise FailedRun(str(error)) from error
     except Interrupted as interruption:
         raise InterruptedRun(str(interruption), interruption.signal) from interruption

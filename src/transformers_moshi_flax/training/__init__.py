@@ -14,7 +14,7 @@ _PUBLIC = {
         "build_configuration",
         "load_configuration",
     ],
-    "data.loading": ["Loader", "make_loader"],
+    "data.loading": ["Loader", "WorkerError", "make_loader"],
     "data.prepared": ["Conversation", "PreparedDataset", "open_dataset"],
     "data.preparing": ["prepare"],
     "mesh": [

@@ -1,7 +1,8 @@
 """What a run tells while it goes on: a progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases.
 
 A line of ``metrics.jsonl`` is an object with ``step``, ``split`` (``train`` or ``evaluation``) and the metrics. When a
-run goes on from a checkpoint, the lines of the steps after it are dropped, since these steps are made again.
+run goes on from a checkpoint, the lines of the steps after it are dropped, since these steps are made again. The line
+of an evaluation is also the record that it has been made, where the checkpoint was written before it.
 """
 
 from __future__ import annotations
@@ -138,10 +139,18 @@ def drop_lines_after(path: Path, step: int) -> None:
     """Remove the lines of later steps, and what is no line, from ``metrics.jsonl``, if it is there."""
     if not path.exists():
         return
+    text = path.read_text("utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
+    if kept != text:
+        write_text(path, kept)
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether ``metrics.jsonl`` has an evaluation of that step."""
+    if not path.exists():
+        return False
     lines = path.read_text("utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
-    if kept != lines:
-        write_text(path, "".join(f"{line}\n" for line in kept))
+    return any(json.loads(line).get("split") == "evaluation" for line in lines if _step_of(line) == step)
 
 
 def _step_of(line: str) -> float:

@@ -30,7 +30,7 @@ from ..checkpoints.files import Source
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..partitioning import param_shardings
 from .configuration import ConfigurationError, TrainingConfig
-from .data.loading import Loader, make_loader
+from .data.loading import Loader, check_workers, make_loader
 from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, speak, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
@@ -38,7 +38,7 @@ from .objective import check_padding_ids
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
-from .run_logging import RunLog, check_packages
+from .run_logging import METRICS, RunLog, check_packages, has_evaluation
 from .scanned_layers import stack_layers, unstack_layers
 from .train_state import TrainState, create_train_state, split_params
 from .train_step import make_eval_step, make_train_step
@@ -73,9 +73,11 @@ class Trainer:
 
     Raises:
         ConfigurationError: the data, the model or the run folder do not go with the configuration.
+        WorkerError: this process can have no ``data.workers``, as where a script has no guard for them.
     """
 
     def __init__(self, config: TrainingConfig, notes: Console | None = None):
+        check_workers(config.data.workers)
         self.config = config
         self.folder = RunFolder(config.run.output_dir)
         self._notes = notes
@@ -113,6 +115,7 @@ class Trainer:
             DamagedCheckpointError: no checkpoint of the run is whole, or the weights that are not trained are not.
             Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
             NotFiniteError: see the class.
+            WorkerError: one of the ``data.workers`` has ended.
             OSError: the disk is full, or the like; the checkpoints before are kept.
         """
 
@@ -149,7 +152,7 @@ class Trainer:
         step, evaluated = 0, True
         if resumes:
             state, step, progress = self._restored(checkpoints, target)
-            evaluated = progress["evaluated"]
+            evaluated = progress["evaluated"] or self._has_evaluated(step)
             _explained("data.train", lambda: loader.set_state(progress["data"]))
             self._say(f"going on from the checkpoint of step {step}")
         else:
@@ -240,6 +243,13 @@ class Trainer:
         kept = self.folder.restore_frozen(target.frozen_params)
         state = found.arrays[REST].replace(params=found.arrays[PARAMS], frozen_params=kept)
         return state, found.step, found.progress
+
+    def _has_evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step has been made after its checkpoint; all processes say the same."""
+        found = self._is_first and has_evaluation(self.folder.path / METRICS, step)
+        if jax.process_count() == 1:
+            return found
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
     # Parts
 

@@ -456,6 +456,9 @@ def test_faults_leave_the_state_alive(model: FlaxMimiModel, method: str, inputs:
         (lambda m: m.init_encoder_state(2).reset(np.array([0, 1])), "`rows` must be one bool per row"),
         (lambda m: m.encode(SOUND[..., :9], use_streaming=True), "`input_values` has 9 samples"),
         (lambda m: m.encode(SOUND, np.arange(FRAME)[None].repeat(2, 0) < 9, use_streaming=True), "`padding_mask` can"),
+        (lambda m: m.encode(SOUND, np.ones((2, 7)), use_streaming=True), "`padding_mask` must have the shape .*7"),
+        (lambda m: m.encode(SOUND, np.ones((1, FRAME)), use_streaming=True), "`padding_mask` must have the shape"),
+        (lambda m: m.decode(CODES, np.ones((2, 7)), use_cache=True), r"`padding_mask` must have the shape \(2, 16\)"),
         (lambda m: m.encode(SOUND, use_streaming=True, output_attentions=True), "`output_attentions` cannot"),
         (lambda m: m.encode(SOUND, padding_cache=()), "`padding_cache` is given without `encoder_past_key_values`"),
         (
@@ -484,6 +487,8 @@ def swapped(model: FlaxMimiModel) -> Any:
     [
         (lambda m: m.init_encoder_state("a"), "`batch_size` must be a whole number of at least 1, but is 'a'"),
         (lambda m: m.init_decoder_state(2.0), "`batch_size` must be a whole number of at least 1, but is 2.0"),
+        (lambda m: m.encode(SOUND, use_streaming="no"), "`use_streaming` must be True, False, or None .* is 'no'"),
+        (lambda m: m.decode(CODES, use_cache=0), "`use_cache` must be True, False, or None .* is 0"),
         (swapped, "`encoder_past_key_values` must be a RingCache, but is of the type tuple: pass on"),
         (
             lambda m: m.encode(SOUND, encoder_past_key_values=m.init_encoder_state(2).cache, padding_cache=3),

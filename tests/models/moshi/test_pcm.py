@@ -45,13 +45,17 @@ def take(buffer: PcmBuffer, slot: int = 0) -> list[float]:
     return buffer.take()[slot, 0].tolist()
 
 
-@given(chunks=st.lists(st.integers(0, 3 * FRAME), max_size=12), column=st.booleans(), kind=st.sampled_from("fdeh"))
+@given(
+    chunks=st.lists(st.integers(0, 3 * FRAME), max_size=12),
+    column=st.booleans(),
+    kind=st.sampled_from(["f", ">f", "d", "e", "h", ">h"]),
+)
 def test_chunks_of_any_length_give_the_same_frames(chunks: list[int], column: bool, kind: str):
     total = sum(chunks)
     buffer = PcmBuffer(1, FRAME, buffer_frames=max(1, -(-total // FRAME)))
     sent = np.split(RAMP[:total], np.cumsum(chunks)[:-1]) if chunks else []
     for chunk in sent:
-        chunk = (chunk * 32768).astype(np.int16) if kind == "h" else chunk.astype(kind)
+        chunk = (chunk * (32768 if kind.endswith("h") else 1)).astype(kind)
         assert buffer.feed(chunk[None] if column else chunk) == 0
     heard = np.concatenate([buffer.take()[0, 0] for _ in range(total // FRAME)] or [RAMP[:0]])
     np.testing.assert_array_equal(heard, RAMP[: len(heard)])
@@ -252,9 +256,31 @@ def test_slots_that_cannot(act: str, slot: int):
     assert dialogue.step().text_ids == {0: 0}
 
 
-def test_arguments_of_the_wrong_kind():
-    with pytest.raises(ValueError, match=r"`output_dtype`.*int32"):
-        PcmDialogue(EchoStream(), output_dtype=np.int32)
+def test_some_slots_are_dialogues_from_the_start():
+    given_ = np.array([True, False])
+    dialogue = PcmDialogue(EchoStream(2), active=given_)
+    dialogue.join(1)
+    assert given_.tolist() == [True, False] and dialogue.active.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_dtype": np.int32}, r"`output_dtype` must be .*int32"),
+        ({"output_dtype": "foo"}, r"`output_dtype` must be numpy\.float32 or numpy\.int16, got 'foo'"),
+        ({"output_dtype": None}, r"`output_dtype` must be .*None"),
+        ({"active": 1}, r"`active` must be True, False or an array of 2 bools, .*got 1"),
+        ({"active": np.array([1, 0])}, r"`active` must be .*array\(\[1, 0\]\)"),
+        ({"active": np.ones(3, bool)}, r"`active` must be .*array\(\[ True,  True,  True\]\)"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_kind(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        PcmDialogue(EchoStream(2), **options)
+
+
+def test_what_is_taken_is_said_of_every_slot():
     with pytest.raises(ValueError, match=r"`active`.*\(2,\)"):
         PcmBuffer(2, FRAME).take(np.ones(3, bool))
 

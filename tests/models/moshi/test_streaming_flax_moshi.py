@@ -236,6 +236,22 @@ def test_endless(model: Moshi, steps: int, large_cache: int, monkeypatch: pytest
 
 
 class TestSlots:
+    def test_arrays_of_jax_compile_nothing(
+        self, sampling: FlaxMoshiStream, count_compilations: Callable[[], int]
+    ) -> None:
+        """They are made before: making them is what JAX compiles programs for."""
+        sampling.warmup()
+        audio, codes, ids = jnp.asarray(user_audio(3, 1)), jnp.asarray(user_codes(3, 1)[..., 0]), jnp.arange(3)
+        rows, numbers, key = jnp.array([True, False, True]), jnp.full(3, 0.5), jax.random.key(1)
+        state = sampling.init()
+        count_compilations()
+        for heard in ({"user_audio": audio}, {"user_audio_codes": codes}):
+            for options in ({}, {"active": rows}, {"forced_text_ids": ids, "forced_audio_codes": codes}):
+                state, _ = sampling.step(state, **heard, **options)
+        state = sampling.reset(state, rows, key, forced_text_ids=ids)
+        sampling.configure(state, rows, temperature=numbers)
+        assert count_compilations() == 0
+
     def test_dialogues_come_and_go(
         self, sampling: FlaxMoshiStream, alone: FlaxMoshiStream, count_compilations: Callable[[], int]
     ) -> None:
@@ -411,6 +427,14 @@ np.save(f"{folder}/said.npy", np.concatenate(said, -1))
         subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
         _, expected = run(greedy, state, user_codes(2, 6, seed=2))
         assert_close(np.load(tmp_path / "said.npy"), expected["audio"], 1e-5)
+
+    def test_places_that_are_no_good(self, greedy: FlaxMoshiStream, tmp_path: Path) -> None:
+        state = greedy.init()
+        with pytest.raises(ValueError, match=f"`path` is '{tmp_path}', which is a folder: give the name of a file"):
+            greedy.save_state(state, tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"`path` is .*, but there is no folder {tmp_path}/no: make it"):
+            greedy.save_state(state, tmp_path / "no" / "state.safetensors")
+        assert not list(tmp_path.iterdir())
 
     def test_files_that_are_no_good(self, model: Moshi, greedy: FlaxMoshiStream, tmp_path: Path) -> None:
         state, path = greedy.init(), tmp_path / "state.safetensors"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from tests.training.data.test_alignment import EMBEDDED
 from tests.training.data.test_prepared import CODEBOOKS, sample
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
-from transformers_moshi_flax.training.data.loading import BatchPlan, Loader, make_loader
+from transformers_moshi_flax.training.data.loading import BatchPlan, Loader, WorkerError, make_loader
 from transformers_moshi_flax.training.data.prepared import PreparedDataset, open_dataset
 
 MODEL = {"vocab_size": 60, "audio_vocab_size": 32, "num_codebooks": CODEBOOKS}
@@ -249,7 +252,10 @@ def test_worker_processes_make_the_same_batches() -> None:
     with_workers = loader_of(dataset, workers=2)
     without = loader_of(dataset)
     for _ in range(3):
-        assert_equal(next(with_workers), next(without))
+        batch = next(with_workers)
+        assert_equal(batch, next(without))
+        # not in shared memory, which an error would leave behind
+        assert {type(array) for array in batch.values()} == {np.ndarray}
     state = with_workers.get_state()
     with_workers.close()
     again = loader_of(dataset)
@@ -257,8 +263,36 @@ def test_worker_processes_make_the_same_batches() -> None:
     assert_equal(next(again), next(without))
 
 
-KILLED = """
-import time
+def test_a_worker_that_is_killed_is_told() -> None:
+    loader = loader_of(dataset_of([6] * 20), workers=1)
+    next(loader)
+    (worker,) = [child for child in multiprocessing.active_children() if "grain" in child.name]
+    worker.kill()
+    with pytest.raises(WorkerError, match=r"`data\.workers` is 1, .* exit code -9\. .*__main__.* memory may lack"):
+        list(loader)  # some are made already
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        (
+            SimpleNamespace(_inheriting=True, daemon=False),
+            "is 1, but what starts .* under `if __name__ == .__main__.:`",
+        ),
+        (SimpleNamespace(daemon=True), "is 1, but this process is a daemon.*: set it to 0"),
+    ],
+)
+def test_processes_that_can_have_no_workers(
+    process: SimpleNamespace, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patches:
+        patches.setattr(multiprocessing, "current_process", lambda: process)
+        with pytest.raises(WorkerError, match=message):
+            next(loader_of(dataset_of([4]), workers=1))
+        next(loader_of(dataset_of([4])))
+
+
+UNGUARDED = """
 import numpy as np
 from transformers_moshi_flax.training.data.loading import make_loader
 from transformers_moshi_flax.training.data.prepared import open_dataset
@@ -268,9 +302,18 @@ dataset = open_dataset([{"moshi_text_tokens": text, "moshi_audio_tokens": audio,
 sizes = {"vocab_size": 60, "audio_vocab_size": 32, "num_codebooks": 1}
 loader = make_loader(dataset, batch_size=1, max_length=5, workers=1, **sizes)
 next(loader)
-print("made", flush=True)
-time.sleep(60)
 """
+KILLED = f"import time\n{UNGUARDED}\nprint('made', flush=True)\ntime.sleep(60)"
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    """By the worker, which ends there, and by the script."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    process = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    told = [line for line in process.stderr.splitlines() if "WorkerError: " in line]
+    assert process.returncode == 1 and len(told) == 2 and process.stderr.count("\nTraceback") == 1
+    assert all('under `if __name__ == "__main__":`' in line for line in told)
+    assert "exit code 1. If" in told[1]
 
 
 def test_worker_processes_end_with_a_killed_trainer() -> None:

@@ -142,7 +142,7 @@ def test_codes_are_those_of_the_whole_recording(
 def test_what_cannot_be_used_is_reported(
     run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(tmp_path, {f"{name}.wav": 200 for name in "abcdefghijkl"})
+    record(tmp_path, {f"{name}.wav": 200 for name in "abcdefghijklpqr"})
     long = f"{'m' * 300}.wav"
     with (tmp_path / "all.jsonl").open("a") as file:
         file.writelines(json.dumps({"path": path}) + "\n" for path in (long, "n.raw", "o\0.wav", "."))
@@ -156,6 +156,11 @@ def test_what_cannot_be_used_is_reported(
     broken = np.zeros((1200, 2), np.float32)
     broken[1100, 1] = np.nan
     soundfile.write(tmp_path / "e.wav", broken, RATE, subtype="FLOAT")
+    loud = np.full((200, 2), 3e38, np.float32)
+    soundfile.write(tmp_path / "p.wav", loud, RATE, subtype="FLOAT")
+    # resampled, they would be infinite
+    soundfile.write(tmp_path / "q.wav", loud * [[-1, 1]], RATE * 2 // 3, subtype="FLOAT")
+    soundfile.write(tmp_path / "r.wav", loud / 3e37, RATE, subtype="FLOAT")  # as loud as 10: that can be
     (tmp_path / "f.json").unlink()
     (tmp_path / "g.json").write_text("{")
     (tmp_path / "h.json").write_text("{}")
@@ -177,6 +182,8 @@ def test_what_cannot_be_used_is_reported(
         "i.wav": "`alignments[0]`",
         long: "File name too long",
         "n.raw": "does not say its rate",
+        "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale it",
+        "q.wav": "samples of up to 3e+38",
         "o\0.wav": "no such file",
         ".": "no such file",
     }
@@ -192,7 +199,7 @@ def test_what_cannot_be_used_is_reported(
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text())["skipped"] == report.skipped
     dataset = open_dataset(tmp_path / "out")
-    assert dataset.ids == ["j.wav", "k.wav", "l.wav"]
+    assert dataset.ids == ["j.wav", "k.wav", "l.wav", "r.wav"]
     # nobody wrote down what the user says
     assert dataset.without_user_text == ["l.wav"]
     assert (dataset[2].moshi_text_tokens == PAD).all()

@@ -1144,16 +1144,18 @@ def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) 
 
 def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:
     """Whether a call is part of a stream: it was asked for, or is given what the chunk before returned."""
+    if not isinstance(asked, bool | np.bool_ | None):
+        raise ValueError(f"`{name}` must be True, False, or None for what the configuration says, but is {asked!r}.")
     given = any(state is not None for state in states)
-    if given and asked is False:
+    if given and asked is not None and not asked:
         raise ValueError(f"`{name}` is False, but the state of a stream is given: leave one of them out.")
-    return given or (default if asked is None else asked)
+    return given or bool(default if asked is None else asked)
 
 
-def _refuse_in_stream(arguments: dict[str, Any], padding_mask: ArrayLike | None) -> None:
+def _refuse_in_stream(arguments: dict[str, Any], padding_mask: ArrayLike | None, batch: int, samples: int) -> None:
     """Raises ``ValueError`` for what has no meaning in a stream, or is not kept there."""
     wrong = [name for name, value in arguments.items() if value]
-    if padding_mask is not None and (is_traced(padding_mask) or not np.asarray(padding_mask).all()):
+    if _checked_mask(padding_mask, batch, samples) is not None:
         wrong.append("padding_mask")
     if wrong:
         names = ", ".join(f"`{name}`" for name in wrong)
@@ -1172,7 +1174,7 @@ def _checked_mask(padding_mask: ArrayLike | None, batch: int, samples: int | Non
     """The mask as booleans; ``samples`` is None where its length need not be that of anything else."""
     if padding_mask is None:
         return None
-    mask = jnp.asarray(padding_mask)
+    mask = padding_mask if is_traced(padding_mask) else np.asarray(padding_mask)
     if mask.ndim not in (2, 3) or mask.shape[0] != batch or samples not in (None, mask.shape[-1]):
         length = "samples" if samples is None else samples
         raise ValueError(
@@ -1180,15 +1182,13 @@ def _checked_mask(padding_mask: ArrayLike | None, batch: int, samples: int | Non
             f"shape {mask.shape}."
         )
     if not is_traced(mask):
-        values = np.asarray(mask)
-        if not np.isin(values, (0, 1)).all():
+        if not np.isin(mask, (0, 1)).all():
             raise ValueError("`padding_mask` must hold only 0 (padding) and 1 (audio).")
-        if (np.diff(values.astype(np.int8), axis=-1) > 0).any():
+        if (np.diff(mask.astype(np.int8), axis=-1) > 0).any():
             raise ValueError("`padding_mask` has padding before audio: pad on the right (`padding_side='right'`).")
-        if values.all():
-            # nothing to mask, only a length: keep the quick path
-            return None if samples is not None else mask.astype(bool)
-    return mask.astype(bool)
+        if samples is not None and mask.all():
+            return None  # nothing to mask: keep the quick path
+    return jnp.asarray(mask.astype(bool))
 
 
 class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
@@ -1305,15 +1305,16 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     ) -> tuple[FlaxMimiEncoderState, jax.Array]:
         """A step with upstream's arguments; ``past`` is the name of the one for the transformer, and its value."""
         name, cache = past
-        _refuse_in_stream(refused, padding_mask)
+        check_rank("input_values", input_values, ("batch", "channels", "samples"))
+        batch, _, samples = np.shape(input_values)
+        _refuse_in_stream(refused, padding_mask, batch, samples)
         if (cache is None) != (padding_cache is None):
             given, lacking = (name, "padding_cache") if padding_cache is None else ("padding_cache", name)
             raise ValueError(
                 f"`{given}` is given without `{lacking}`: pass on both, as the chunk before returned them."
             )
         if cache is None:
-            check_rank("input_values", input_values, ("batch", "channels", "samples"))
-            state = FlaxMimiEncoderState.create(self.config, np.shape(input_values)[0], self.dtype)
+            state = FlaxMimiEncoderState.create(self.config, batch, self.dtype)
         else:
             for argument, value, kind in ((name, cache, RingCache), ("padding_cache", padding_cache, tuple)):
                 if not isinstance(value, kind):
@@ -1337,9 +1338,10 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     ) -> FlaxMimiDecoderOutput | tuple:
         """As :meth:`_encode_chunk`, of checked codes or latents."""
         name, state = past
-        _refuse_in_stream(refused, padding_mask)
+        batch, _, frames = inputs.shape
+        _refuse_in_stream(refused, padding_mask, batch, frames * samples_per_frame(self.config))
         if state is None:
-            state = FlaxMimiDecoderState.create(self.config, inputs.shape[0], self.dtype)
+            state = FlaxMimiDecoderState.create(self.config, batch, self.dtype)
         else:
             state = self._checked_state(name, state, FlaxMimiDecoderState)
         _check_batch("audio_codes" if name.startswith("decoder") else "latents", inputs, state)

@@ -6,6 +6,7 @@ and counted. Only NumPy; JAX's work is the stream's.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,8 @@ class PcmDialogue:
     Args:
         stream: a ``FlaxMoshiStream``, of ``model.streaming(...)``.
         prng_key: for ``stream.init``.
-        active: whether every slot is a dialogue from the start; otherwise each begins with :meth:`join`.
+        active: whether every slot is a dialogue from the start, or an array of bools, ``(batch,)``, which of them
+            are; the others begin with :meth:`join`.
         output_dtype: of Moshi's samples, ``numpy.float32``, or ``numpy.int16``: rounded, and clipped beyond [-1, 1].
         buffer_frames: as in :class:`PcmBuffer`.
 
@@ -171,14 +173,15 @@ class PcmDialogue:
         input: the :class:`PcmBuffer`, which has the counts of missing and dropped samples.
 
     Raises:
-        ValueError: ``output_dtype`` is another one, or the stream returns no waveforms, or not of one channel.
+        ValueError: ``output_dtype`` is another one, ``active`` is neither a bool nor one for every slot, or the stream
+            returns no waveforms, or not of one channel.
     """
 
     def __init__(
         self,
         stream: Any,
         prng_key: Any = None,
-        active: bool = True,
+        active: ArrayLike = True,
         output_dtype: Any = np.float32,
         buffer_frames: int = 25,
     ):
@@ -187,13 +190,11 @@ class PcmDialogue:
                 "`stream` must return mono waveforms: make it with `return_audio_waveforms=True`, of a codec with one "
                 "channel."
             )
-        self._output_dtype = np.dtype(output_dtype)
-        if self._output_dtype not in (np.float32, np.int16):
-            raise ValueError(f"`output_dtype` must be numpy.float32 or numpy.int16, got {self._output_dtype}")
+        self._output_dtype = _checked_output_dtype(output_dtype)
+        self._active = _checked_active(active, stream.batch_size)
         self.input = PcmBuffer(stream.batch_size, stream.frame_size, buffer_frames)
         self.stream = stream
         self.state = stream.init(prng_key=prng_key)
-        self._active = np.full(stream.batch_size, active)
         self._lock = threading.Lock()
 
     @property
@@ -273,6 +274,24 @@ def from_float(samples: Float[np.ndarray, "*shape"], dtype: Any) -> np.ndarray:
     return np.clip(np.rint(samples * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
 
 
+def _checked_output_dtype(dtype: Any) -> np.dtype:
+    for allowed in (np.float32, np.int16):
+        with contextlib.suppress(TypeError):  # NumPy knows no such type
+            if np.dtype(dtype) == allowed:
+                return np.dtype(allowed)
+    raise ValueError(f"`output_dtype` must be numpy.float32 or numpy.int16, got {dtype!r}")
+
+
+def _checked_active(active: Any, batch_size: int) -> Bool[np.ndarray, "batch"]:
+    """One for every slot; a copy."""
+    slots = np.asarray(active)
+    if slots.dtype != np.bool_ or slots.shape not in ((), (batch_size,)):
+        raise ValueError(
+            f"`active` must be True, False or an array of {batch_size} bools, one for every slot, got {active!r}"
+        )
+    return np.full(batch_size, slots)
+
+
 def _samples(pcm: ArrayLike) -> Float[np.ndarray, "samples"]:
     """Checked, as float32."""
     pcm = np.asarray(pcm)
@@ -280,7 +299,7 @@ def _samples(pcm: ArrayLike) -> Float[np.ndarray, "samples"]:
         pcm = pcm[0]
     if pcm.ndim != 1:
         raise ValueError(f"`pcm` must be mono, (samples,) or (1, samples), got {pcm.shape}: mix channels down")
-    if pcm.dtype == np.int16:
+    if np.issubdtype(pcm.dtype, np.int16):  # in either byte order
         return pcm.astype(np.float32) / INT16_SCALE
     if not np.issubdtype(pcm.dtype, np.floating):
         raise ValueError(f"`pcm` must hold floats in [-1, 1] or int16, got {pcm.dtype}: convert the samples")

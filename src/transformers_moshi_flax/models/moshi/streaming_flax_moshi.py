@@ -471,13 +471,23 @@ class FlaxMoshiStream:
 
         The state is not consumed.
 
+        Args:
+            state: the state.
+            path: the file, which is replaced if it is there; its folder must be there.
+
         Raises:
-            ValueError: as :meth:`step` for the state.
+            ValueError: as :meth:`step` for the state; ``path`` is a folder.
+            FileNotFoundError: the folder is not there.
             OSError: the file cannot be written.
         """
         self._check_state(state, batch_size=state.batch_size)
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"`path` is {str(path)!r}, which is a folder: give the name of a file in it.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"`path` is {str(path)!r}, but there is no folder {path.parent}: make it first.")
         tensors = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
-        write_safetensors(Path(path), {**tensors, ORIGIN: origin_tensor(self._origin)}, STATE_FORMAT)
+        write_safetensors(path, {**tensors, ORIGIN: origin_tensor(self._origin)}, STATE_FORMAT)
 
     def load_state(self, path: str | os.PathLike, slot: int | np.integer | None = None) -> StreamState:
         """Reads a state of :meth:`save_state`; the dialogues go on as if they had not been interrupted.

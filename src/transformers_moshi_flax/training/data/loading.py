@@ -31,6 +31,12 @@ Batch = dict[str, Int[np.ndarray, "rows *shape"]]
 
 _ORDER, _SWAPS = 0, 1
 
+_GUARD = 'if __name__ == "__main__":'
+
+
+class WorkerError(RuntimeError):
+    """The processes that make batches cannot be started, or one has ended."""
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -257,8 +263,27 @@ class BatchMaker:
         return part
 
 
+def check_workers(workers: int) -> None:
+    """Raises :class:`WorkerError` where this process is not allowed any.
+
+    Python begins a process with the import of the script that starts it, and whatever the script does is done again.
+    """
+    process = multiprocessing.current_process()
+    if workers and getattr(process, "_inheriting", False):
+        raise WorkerError(
+            f"`data.workers` is {workers}, but what starts these processes is not under `{_GUARD}` in the script, "
+            "which every one of them imports: put it there, or set it to 0"
+        )
+    if workers and process.daemon:
+        raise WorkerError(
+            f"`data.workers` is {workers}, but this process is a daemon, which Python allows no processes: set it to 0"
+        )
+
+
 class Loader(Iterator[Batch]):
     """Batches one after another, with a position that can be kept and restored; :func:`make_loader` makes one.
+
+    The next batch raises what cannot be read as ``ValueError``, and :class:`WorkerError` for the processes.
 
     Attributes:
         plan: what the batches hold; its ``dropped`` is worth a message.
@@ -284,7 +309,17 @@ class Loader(Iterator[Batch]):
             raise StopIteration
         if self._batches is None:
             self._start()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            self.close()
+            raise WorkerError(
+                f"`data.workers` is {self._workers}, but one of these processes has ended: "
+                f"{str(error).split('. ')[0]}. If it has exit code 1, see what it said; in a script, what starts them "
+                f"must be under `{_GUARD}`. If it was killed, memory may lack: give fewer, or 0"
+            ) from None
         self.position += 1
         return batch
 
@@ -316,10 +351,14 @@ class Loader(Iterator[Batch]):
         self._batches = self._close = None
 
     def _start(self) -> None:
+        check_workers(self._workers)
         grain = _import_grain()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
         batches = grain.MapDataset.range(self.position, self._end).map(self._maker).to_iter_dataset(options)
         if self._workers:
+            # through pipes: blocks of shared memory outlive a loader that an error has ended
+            through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._prefetch),
                 worker_init_fn=_end_with_parent,

@@ -13,6 +13,9 @@ Block = Float32[np.ndarray, "2 samples"]
 
 _READ_SAMPLES = 2**18
 
+_LOUDEST = 100
+"""Full scale is 1. Floats may go beyond it, but not by 40 dB: those are no samples, or integers that nobody scaled."""
+
 
 class BadRecording(ValueError):
     """A recording that gives no conversation; the message is the reason."""
@@ -54,7 +57,7 @@ def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Blo
     Another rate is resampled by soxr (high quality); memory does not grow with the length.
 
     Raises:
-        BadRecording: no such file, no audio, not stereo, empty, samples that are not finite.
+        BadRecording: no such file, no audio, not stereo, empty, samples that are not finite or far beyond [-1, 1].
     """
     import soundfile
     import soxr
@@ -75,6 +78,9 @@ def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Blo
                 read = file.read(_READ_SAMPLES, dtype="float32", always_2d=True)
                 if not np.isfinite(read).all():
                     raise BadRecording("it has samples that are NaN or infinite")
+                loudest = np.abs(read).max(initial=0)
+                if loudest > _LOUDEST:
+                    raise BadRecording(f"it has samples of up to {loudest:.3g}, but must be in [-1, 1]: scale it")
                 ended = len(read) == 0
                 if resampler is not None:
                     read = resampler.resample_chunk(read, last=ended)

@@ -1230,7 +1230,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
 
             programs[key] = jax.jit(program)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        outputs = programs[key](self.whole_params(params), rngs, inputs)
+        outputs = programs[key](self.params if params is None else params, rngs, inputs)
         return self._returned(outputs, return_dict)
 
     def _compiled(self) -> dict[Any, Any]:
@@ -1268,7 +1268,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             program.__name__ = method
             programs[key] = Program(program, (1,) if donated else ())
         active = np.ones(inputs.shape[0], dtype=bool) if active is None else active
-        return programs[key](self.whole_params(params), state, inputs, active)
+        return programs[key](self.params if params is None else params, state, inputs, active)
 
     def _checked_state(self, name: str, state: Any, state_class: type) -> Any:
         if not isinstance(state, state_class):

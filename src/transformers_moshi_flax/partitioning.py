@@ -45,7 +45,8 @@ def split_rows(array: jax.Array) -> jax.Array:
     axes = _automatic(mesh, ROW_AXES)
     if not axes or array.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return array
-    # not UNCONSTRAINED: on 2 x 2 x 2 devices the partitioner of jax 0.10 then gets wrong results
+    # not UNCONSTRAINED: where a product sums over what `tensor` splits and its result is to be split by it too, beside
+    # rows over two axes, XLA's partitioner (jax 0.10) leaves rows on devices that should have others
     return jax.lax.with_sharding_constraint(array, PartitionSpec(axes))
 
 

@@ -508,8 +508,9 @@ class FlaxMoshiLayers(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=self.config.num_hidden_layers,
         )
-        hidden_states, (inputs, attentions) = layers(self.blocks[0], hidden_states, None)
-        return hidden_states, tuple(inputs), tuple(attentions)
+        # around the loop too: what it carries, and its gradient, would else be split as what comes before it
+        hidden_states, (inputs, attentions) = layers(self.blocks[0], split_rows(hidden_states), None)
+        return split_rows(hidden_states), tuple(inputs), tuple(attentions)
 
 
 def may_share_traces(module: nn.Module) -> bool:

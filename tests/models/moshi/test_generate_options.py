@@ -417,6 +417,7 @@ class TestCompiledOnce:
         run(12, 9, prng_key=keys[1], temperature=0.3, top_k=7, top_p=0.5, repetition_penalty=2.0)
         run(3, 40, depth_decoder_temperature=0.6, depth_decoder_top_k=60, eos_token_id=[1, 2], pad_token_id=3)
         run(9, 30, stop_lengths=[3, 25], min_new_tokens=None, max_time=60.0)
+        run(2, 30, attention_mask=np.array([[0, 1], [1, 1]]))
         assert count_compilations() == 0
 
     def test_text(self, text_pair: Pair, count_compilations: Callable[[], int]) -> None:

@@ -850,11 +850,11 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
         sequences, lengths = state.sequences, state.lengths
         padding = None
-        if attention_mask is not None:
+        if attention_mask is not None and (traced or not np.all(attention_mask)):
             padding = xp.repeat(xp.asarray(padding_lengths(attention_mask, prompt_shape[1])), copies)
         frames, length_decoded = plan.max_length - 1 - int(concat_unconditional_inputs), codes.shape[-1]
         if not traced:
-            frames = int((audio_lengths if padding is None else audio_lengths + padding).max())
+            frames = int(np.max(np.asarray(audio_lengths) + (0 if padding is None else padding)))
             length_decoded = next(size for size in decoded_frames(codes.shape[-1]) if size >= frames)
             sequences, codes = cut(sequences, int(lengths.max())), cut(codes, length_decoded)
         if concat_unconditional_inputs and attention_mask is not None:
@@ -866,7 +866,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         codes = cut(codes, frames)
         if padding is not None:
             codes, audio = after_padding(codes, audio, padding, given_codes)
-            audio_lengths = audio_lengths + padding
+            audio_lengths = on_device(xp.asarray(audio_lengths) + padding)
         if not text_prompt:
             sequences, lengths = on_device(xp.asarray(sequences)[:, length:]), lengths - length
         return FlaxMoshiGenerateOutput(

@@ -187,6 +187,7 @@ class FlaxGenerationMixin:
             check_forced("forced_text_ids", forced_text_ids, axes, plan.max_length - length, vocab_size)
         traced = is_tracing(input_ids, attention_mask, params, prng_key, plan.sampling, forced_text_ids)
         check_watching(plan, streamer, traced)
+        params = self.whole_params(params)
         capacity = capacity_of(plan, traced)
         request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity, forced_text_ids)
         with jax.disable_jit(not trace):
@@ -252,12 +253,11 @@ class FlaxGenerationMixin:
         plan: Plan,
         request: Request,
         prompt_length: int,
-        params: Any | None = None,
+        params: Any,
         streamer: Any | None = None,
         audio_codes: Callable | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
-        params = self.whole_params(params)
         traced = is_tracing(request, params)
         new_tokens = plan.max_length - prompt_length
         names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))

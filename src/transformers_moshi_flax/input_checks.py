@@ -24,6 +24,11 @@ def is_tracing(*trees) -> bool:
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
 
 
+def owned(array: Any) -> Any:
+    """A copy of what is the caller's, who may write something else there while JAX still reads it in place."""
+    return array if isinstance(array, jax.Array) else np.array(array)
+
+
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is an integer of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

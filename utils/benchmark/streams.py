@@ -92,20 +92,20 @@ class Stream:
         # the same programs, each timed until its results are there
         parts: dict[str, float] = {}
         split = copy.copy(stream)
-        for part, program in {ENCODE: "_encode", MOSHI: "_column", DECODE: "_decode"}.items():
+        for part, program in {ENCODE: "_hear", MOSHI: "_column", DECODE: "_decode"}.items():
             setattr(split, program, timed(getattr(stream, program), part, parts))
 
         def whole() -> Runner:
             state, handed_over = stream.init(), 0.0
             watched = copy.copy(stream)
 
-            def encode(*args: Any) -> Any:
+            def convolve(*args: Any) -> Any:
                 nonlocal handed_over
-                results = stream._encode(*args)
+                results = stream._convolve(*args)
                 handed_over = time.perf_counter()
                 return results
 
-            watched._encode = encode
+            watched._convolve = convolve
 
             def run(audio: Frames) -> dict[str, float]:
                 nonlocal state

@@ -21,10 +21,13 @@ def cut(array: jax.Array, length: int) -> jax.Array:
 
 
 def on_device(array: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
-    """As ``jnp.asarray``, which would compile a program for every shape of a NumPy array."""
+    """As ``jnp.array``, which would compile a program for every shape of a NumPy array.
+
+    (``jnp.asarray`` may go on reading the caller's memory, who may write something else there.)
+    """
     if is_traced(array):
         return jnp.asarray(array, dtype=dtype)
-    return jax.device_put(np.asarray(array, dtype=dtype, order="C"))
+    return jax.device_put(np.array(array, dtype=dtype, order="C"))
 
 
 def padded(array: ArrayLike, capacity: int, fill: Any, axis: int = -1) -> ArrayLike:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import MimiModel
 
+from tests.buffers import aligned, late
 from tests.configs import tiny_mimi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, oracle_precision
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
@@ -247,6 +248,20 @@ def compare(
         assert_close(ours, alone, 1e-5)
     heard[row].clear()
     given[row].clear()
+
+
+def test_callers_may_write_their_next_frame_at_once(model: FlaxMimiModel):
+    audio, codes = sound(2, 1, model.config), random_codes(2, 1, model.config)
+    for start, step, given in (
+        (model.init_encoder_state, model.encode_step, audio),
+        (model.init_decoder_state, model.decode_step, codes),
+    ):
+        active = np.array([True, False])
+        expected = jax.tree.map(np.asarray, step(start(2), given, active=active))
+        mine, still = aligned(given), aligned(active)
+        results = step(late(start(2)), mine, active=still)
+        mine[...], still[...] = 1, True
+        jax.tree.map(np.testing.assert_array_equal, results, expected)
 
 
 def test_reset_touches_no_other_row(model: FlaxMimiModel):

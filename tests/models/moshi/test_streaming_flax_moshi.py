@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, MoshiForConditionalGeneration
 
+from tests.buffers import aligned, late
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.drawn import draw_config
 from tests.models.moshi.test_compiled import large_weights, tpu_module, with_promotion
@@ -490,6 +491,29 @@ np.save(f"{folder}/said.npy", np.concatenate(said, -1))
         wide = model.streaming(3, ignore_first_user_frame=True, **{**SAMPLE, "top_k": 65})
         with pytest.raises(ValueError, match="kind of stream"):
             sampling.step(wide.init(), user_audio(3, 1))
+
+
+@pytest.mark.parametrize("heard", ["user_audio", "user_audio_codes"])
+def test_callers_may_write_their_next_frame_at_once(greedy: FlaxMoshiStream, heard: str) -> None:
+    """A step returns before it is computed; what it was given is the caller's again."""
+    user = {
+        "user_audio": user_audio(2, 1),
+        "user_audio_codes": user_codes(2, 1)[..., 0],
+    }[heard]
+    inputs = {
+        heard: user,
+        "active": np.array([True, False]),
+        "forced_text_ids": np.array([3, 4], np.int32),
+        "forced_audio_codes": user_codes(2, 1, seed=1)[..., 0],
+    }
+    expected, frame = greedy.step(greedy.init(), **inputs)
+    mine = {name: aligned(array) for name, array in inputs.items()}
+    state, again = greedy.step(late(greedy.init()), **mine)
+    for array in mine.values():
+        array[...] = 1
+    jax.tree.map(np.testing.assert_array_equal, again, frame)
+    for name, leaf in named_leaves(state).items():
+        np.testing.assert_array_equal(leaf, named_leaves(expected)[name], name)
 
 
 class TestKyutaisBeginning:

@@ -27,7 +27,7 @@ from transformers import MimiConfig
 from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
 
 from ...generation.programs import Program
-from ...input_checks import check_ids, check_rank, is_traced
+from ...input_checks import check_ids, check_rank, is_traced, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
@@ -46,6 +46,7 @@ from .streaming_flax_mimi import (
     check_state,
     resamples,
     samples_per_frame,
+    seanet_histories,
     steps_per_frame,
 )
 
@@ -877,11 +878,36 @@ class _EncoderHalf:
     def _step_latents(self, state, input_values, active):
         """The next state, and the latents, channels last, of the next frames of a stream."""
         active = _all_rows(state) if active is None else active
-        histories = state.histories_of(active)
+        count = seanet_histories(self.config)
+        convolved, features = self.convolve_step(state.histories[:count], state.cache.filled, input_values, active)
+        state, latents = self._transform_step(state.replace(histories=state.histories[count:]), features, active)
+        return state.replace(histories=(*convolved, *state.histories)), latents
+
+    def convolve_step(
+        self,
+        histories: tuple[Array, ...],
+        filled: Int[Array, "batch"],
+        input_values: Float[Array, "batch channels samples"],
+        active: Bool[Array, "batch"],
+    ) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
+        """SEANet's part of a step: what its convolutions remember, and its features of the next frames.
+
+        Args:
+            histories: what they remember so far, the first ones of :class:`FlaxMimiEncoderState`.
+            filled: of the state's cache; zero where a stream begins.
+            input_values: whole frames of audio.
+            active: rows that go on.
+        """
+        remembered = Histories(histories, filled > 0, active)
         # what is not finite would stay in the ring, and no weight is small enough for it
         input_values = jnp.where(active[:, None, None], input_values, 0)
-        x = self.encoder(input_values.swapaxes(1, 2), None, histories)
-        cache, x = self.encoder_transformer.step(state.cache, x, active)
+        features = self.encoder(input_values.swapaxes(1, 2), None, remembered)
+        return tuple(remembered.after), features
+
+    def _transform_step(self, state, features, active):
+        """The rest of a step, for a state without the histories of SEANet."""
+        histories = state.histories_of(active)
+        cache, x = self.encoder_transformer.step(state.cache, features, active)
         if resamples(self.config):
             x = self.downsample(x, None, histories)
         return state.replace(histories=tuple(histories.after), cache=cache), x
@@ -1060,6 +1086,17 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         state, latents = self._step_latents(state, input_values, active)
         return state, self.quantizer.encode(latents, num_quantizers)
 
+    def encode_features_step(
+        self,
+        state: FlaxMimiEncoderState,
+        features: Float[Array, "batch steps hidden_size"],
+        active: Bool[Array, "batch"],
+        num_quantizers: int | None = None,
+    ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch num_quantizers frames"]]:
+        """What :meth:`encode_step` does after :meth:`convolve_step`, whose histories the states here lack."""
+        state, latents = self._transform_step(state, features, active)
+        return state, self.quantizer.encode(latents, num_quantizers)
+
     def decode_step(
         self,
         state: FlaxMimiDecoderState,
@@ -1117,7 +1154,7 @@ def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...)
         )
     if not samples or not np.shape(input_values)[0]:
         raise ValueError(f"`input_values` is empty, its shape is {np.shape(input_values)}: give at least one sample.")
-    audio = jnp.asarray(input_values)
+    audio = jnp.asarray(owned(input_values))
     if not jnp.issubdtype(audio.dtype, jnp.floating):
         raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
     if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio, dtype=np.float64)[rows]).all():
@@ -1139,7 +1176,7 @@ def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) 
         raise ValueError(f"`audio_codes` is empty, its shape is {(batch, number, frames)}: give at least one frame.")
     looked_at = audio_codes if is_traced(audio_codes, rows) else np.asarray(audio_codes)[rows]
     check_ids("audio_codes", looked_at, config.codebook_size)
-    return jnp.asarray(audio_codes, jnp.int32)
+    return jnp.asarray(owned(audio_codes), jnp.int32)
 
 
 def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:

@@ -111,6 +111,11 @@ def encoder_histories(config: MimiConfig) -> list[tuple[int, int]]:
     return [size for size in sizes if size[0]]
 
 
+def seanet_histories(config: MimiConfig) -> int:
+    """How many of :func:`encoder_histories` are SEANet's; they come first."""
+    return len(encoder_histories(config)) - resamples(config)
+
+
 def decoder_histories(config: MimiConfig) -> list[tuple[int, int]]:
     """As :func:`encoder_histories`, of the decoder half. A transposed convolution remembers one frame."""
     dim = 2 ** len(config.upsampling_ratios) * config.num_filters
@@ -218,7 +223,7 @@ def _reset(state: State, rows: Bool[Array, "batch"]) -> State:
 
 def check_rows(name: str, rows: ArrayLike, batch_size: int) -> ArrayLike:
     """``rows`` as an array; raises ``ValueError`` unless it is ``(batch_size,)`` bool."""
-    rows = rows if is_traced(rows) else np.asarray(rows)
+    rows = rows if is_traced(rows) else np.array(rows)  # JAX may read the memory of the caller later
     if rows.shape != (batch_size,) or rows.dtype != bool:
         raise ValueError(
             f"`{name}` must be one bool per row, of the shape ({batch_size},), but has the shape {rows.shape} and the "

@@ -34,6 +34,7 @@ from ...input_checks import (
     check_sizes,
     is_traced,
     is_tracing,
+    owned,
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
@@ -173,11 +174,11 @@ def mask_lengths(length: int, cache) -> tuple[int, ...]:
 
 
 def as_int32(ids):
-    return None if ids is None else jnp.asarray(ids).astype(jnp.int32)
+    return None if ids is None else jnp.asarray(owned(ids)).astype(jnp.int32)
 
 
 def as_array(array):
-    return None if array is None else jnp.asarray(array)
+    return None if array is None else jnp.asarray(owned(array))
 
 
 class FlaxMoshiModel(FlaxMoshiPreTrainedModel):

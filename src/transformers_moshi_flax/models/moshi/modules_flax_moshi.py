@@ -325,14 +325,24 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
     ) -> Float[Array, "batch channels samples"]:
         return self.audio_encoder.decode(audio_codes).audio_values
 
-    def encode_audio_step(
+    def convolve_audio_step(
         self,
-        state: FlaxMimiEncoderState,
+        histories: tuple[Array, ...],
+        filled: Int[Array, "batch"],
         input_values: Float[Array, "batch channels samples"],
         active: Bool[Array, "batch"],
+    ) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
+        """The first part of :meth:`encode_audio`, of the next frames of a stream; see :class:`FlaxMimiModule`."""
+        return self.audio_encoder.convolve_step(histories, filled, input_values, active)
+
+    def encode_features_step(
+        self,
+        state: FlaxMimiEncoderState,
+        features: Float[Array, "batch steps hidden_size"],
+        active: Bool[Array, "batch"],
     ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks frames"]]:
-        """As :meth:`encode_audio`, of the next frames of a stream."""
-        return self.audio_encoder.encode_step(state, input_values, active, self.config.num_codebooks)
+        """The second part, from the features of the first."""
+        return self.audio_encoder.encode_features_step(state, features, active, self.config.num_codebooks)
 
     def decode_audio_step(
         self,

@@ -3,7 +3,7 @@
 A stream has a number of slots, the rows of its batch. Each holds a dialogue of its own age, which never ends and takes
 no more memory with time. All of it is in a :class:`StreamState`; a step takes one and returns the next.
 
-Three compiled programs make a step: Mimi's encoder for the user's audio, one column of Moshi, Mimi's decoder for
+Four compiled programs make a step: two of Mimi's encoder for the user's audio, one column of Moshi, Mimi's decoder for
 Moshi's audio. A column is what ``generate`` does for a frame; which frames meet in it is drawn in
 ``docs/streaming.md``.
 
@@ -35,7 +35,12 @@ from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.modeling_flax_mimi import prepared_for_frames
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
+from ..mimi.streaming_flax_mimi import (
+    FlaxMimiDecoderState,
+    FlaxMimiEncoderState,
+    samples_per_frame,
+    seanet_histories,
+)
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
@@ -154,16 +159,29 @@ def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) 
     return samplings[0].replace(**text), samplings[1].replace(**depth)
 
 
+def convolve_frame(
+    decoder: FrameDecoder,
+    params: Any,
+    histories: tuple[Array, ...],
+    filled: Int[Array, "batch"],
+    audio: Float[Array, "batch channels samples"],
+    active: Bool[Array, "batch"],
+) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
+    """SEANet's features of a frame, and what its convolutions remember."""
+    module = decoder.module
+    return module.apply({"params": params}, histories, filled, audio, active, method=module.convolve_audio_step)
+
+
 def encode_frame(
     decoder: FrameDecoder,
     params: Any,
     state: FlaxMimiEncoderState,
-    audio: Float[Array, "batch channels samples"],
+    features: Float[Array, "batch steps hidden_size"],
     active: Bool[Array, "batch"],
 ) -> tuple[FlaxMimiEncoderState, Int[Array, "batch codebooks"]]:
-    """The codes of a frame."""
+    """The codes of a frame with these features; the states lack the histories of SEANet."""
     module = decoder.module
-    state, codes = module.apply({"params": params}, state, audio, active, method=module.encode_audio_step)
+    state, codes = module.apply({"params": params}, state, features, active, method=module.encode_features_step)
     return state, codes[..., 0]
 
 
@@ -259,11 +277,16 @@ class FlaxMoshiStream:
         if self.mesh is not None:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
-        halves = {name: {"audio_encoder": half_of(codec_params, name)} for name in ("encoder", "decoder")}
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
-        self._encode = self._program(encode_frame, halves["encoder"])
+        self._seanet_histories = seanet_histories(codec)
+        self._convolve = self._program(convolve_frame, codec_part(codec_params, "encoder"))
+        self._encode = self._program(
+            encode_frame, codec_part(codec_params, "encoder_transformer", "downsample", "quantizer")
+        )
         self._column = self._program(next_column, dialogue, tuple(self._samplings))
-        self._decode = self._program(decode_frame, halves["decoder"])
+        self._decode = self._program(
+            decode_frame, codec_part(codec_params, "quantizer", "upsample", "decoder_transformer", "decoder")
+        )
         free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
@@ -277,8 +300,9 @@ class FlaxMoshiStream:
         every step, and lies on every device of the mesh, over which the rest is spread.
         """
         leaves, structure = jax.tree.flatten(shared)
+        leaves = tuple(leaves)
         program = self._compiled(on_mesh, (1,), function=function, structure=structure, mesh=self.mesh)
-        return lambda traced, *args: program.call(traced, tuple(leaves), *args)
+        return lambda traced, *args: program.call(traced, leaves, *args)
 
     def _on_devices(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:
@@ -400,7 +424,7 @@ class FlaxMoshiStream:
             heard = self._checked_codes("user_audio_codes", user_audio_codes, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
         if user_audio is not None:
-            encoder, heard = self._encode(traced, state.encoder, heard, active)
+            encoder, heard = self._hear(traced, state.encoder, heard, active)
             state = state.replace(encoder=encoder)
         dialogue, frame = self._column(traced, state.dialogue, heard, active, *forced)
         state = state.replace(dialogue=dialogue)
@@ -408,6 +432,15 @@ class FlaxMoshiStream:
             decoder, audio = self._decode(traced, state.decoder, frame.audio_codes, frame.valid)
             state, frame = state.replace(decoder=decoder), frame.replace(audio=audio)
         return state, frame
+
+    def _hear(
+        self, traced: bool, state: FlaxMimiEncoderState, audio: ArrayLike, active: ArrayLike
+    ) -> tuple[FlaxMimiEncoderState, jax.Array]:
+        """Mimi's encoder. Its convolutions have few arrays: they are begun early, and run while the rest is called."""
+        count = self._seanet_histories
+        convolved, features = self._convolve(traced, state.histories[:count], state.cache.filled, audio, active)
+        state, codes = self._encode(traced, state.replace(histories=state.histories[count:]), features, active)
+        return state.replace(histories=(*convolved, *state.histories)), codes
 
     def configure(self, state: StreamState, rows: ArrayLike | None = None, **numbers: Any) -> StreamState:
         """Sets the numbers of sampling for some slots; nothing is compiled.
@@ -587,10 +620,13 @@ class FlaxMoshiStream:
         return self._placed(rows)
 
     def _placed(self, array: ArrayLike) -> ArrayLike:
-        """Where the programs want it: elsewhere it would be another argument, for which they are compiled again."""
+        """A copy, as the caller may write the next frame over this one before it is heard, where the programs want it:
+        elsewhere it would be another argument, for which they are compiled again.
+        """
         if is_traced(array):
             return array
-        return np.asarray(array) if self.mesh is None else self._on_devices(np.asarray(array))
+        array = np.array(array)
+        return array if self.mesh is None else self._on_devices(array)
 
     def _checked_slot(self, slot: Any, slots: int | None = None, owner: str = "the stream") -> int:
         slots = self.batch_size if slots is None else slots
@@ -610,10 +646,11 @@ class FlaxMoshiStream:
             raise ValueError(f"`user_audio` must be one frame, {shape}, but has the shape {np.shape(audio)}.")
         traced = is_traced(audio)
         audio = audio if traced else np.asarray(audio)
-        if not jnp.issubdtype(audio.dtype, jnp.floating):
-            raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
-        with np.errstate(over="ignore"):
-            audio = audio.astype(self._dtype)
+        if audio.dtype != self._dtype:
+            if not jnp.issubdtype(audio.dtype, jnp.floating):
+                raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
+            with np.errstate(over="ignore"):
+                audio = audio.astype(self._dtype)
         if not traced and not np.isfinite(self._of_rows(audio, rows)).all():
             raise ValueError("`user_audio` has samples that are not finite: replace NaN and infinity before.")
         return self._placed(audio)
@@ -664,10 +701,9 @@ def on_mesh(
     return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=row, check_vma=False)(leaves, *args)
 
 
-def half_of(params: dict[str, Any], half: str) -> dict[str, Any]:
-    """What either half of Mimi needs."""
-    other = {"encoder": ("decoder", "upsample"), "decoder": ("encoder", "downsample")}[half]
-    return {name: part for name, part in params.items() if name.removesuffix("_transformer") not in other}
+def codec_part(params: dict[str, Any], *names: str) -> dict[str, Any]:
+    """These parts of Mimi, as far as it has them, where the whole model has them."""
+    return {"audio_encoder": {name: params[name] for name in names if name in params}}
 
 
 def checked_mesh(mesh: Mesh | None, batch_size: int) -> Mesh | None:

@@ -186,13 +186,6 @@ def in_blocks(scores: Scores) -> Float[Array, "rows blocks block"]:
     return jnp.pad(scores, padding, constant_values=NEGATIVE_INFINITY).reshape(scores.shape[0], -1, BLOCK_SIZE)
 
 
-def argmax(scores: Scores) -> Int[Array, "rows"]:
-    """The first token with the largest score of each row."""
-    if scores.shape[-1] < MIN_BLOCKS * BLOCK_SIZE:
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return largest(scores, 1)[1][:, 0]
-
-
 def largest(scores: Scores, number: int) -> tuple[Float[Array, "rows number"], Int[Array, "rows number"]]:
     """The ``number`` largest scores, descending, and their tokens.
 

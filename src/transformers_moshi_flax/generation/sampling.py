@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..models.argmax import argmax
 from ..precision import at_least_float32
 from . import logits as filters
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
@@ -156,7 +157,7 @@ def select_token(
         stream: which of the step's draws this is (0: text, 1 + k: codebook k).
     """
     if not sampling.do_sample:
-        return filters.argmax(process_logits(logits, input_ids, cur_len, sampling))
+        return argmax(process_logits(logits, input_ids, cur_len, sampling))
     scores = before_filters(logits, input_ids, cur_len, sampling)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
 

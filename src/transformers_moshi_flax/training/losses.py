@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from ..models.argmax import argmax
 from ..models.moshi.layers_flax_moshi import IGNORE_INDEX
 from ..precision import at_least_float32
 
@@ -47,7 +48,7 @@ def token_losses(
     """
     logits = logits.astype(at_least_float32(logits.dtype))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return losses, jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == labels
+    return losses, argmax(jax.lax.stop_gradient(logits)) == labels
 
 
 def weighted_sum(losses: Float[Array, "*shape"], weights: Float[Array, "*shape"]) -> Float[Array, ""]:

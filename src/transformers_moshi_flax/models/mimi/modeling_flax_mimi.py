@@ -32,6 +32,7 @@ from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
+from ..argmax import argmax
 from ..dots import row_dot_general
 from ..initializers import kaiming_normal, normal, uniform
 from ..ring_cache import RingCache, write_steps
@@ -643,7 +644,7 @@ class Codebook(NamedTuple):
         squares = squared_norms(self.total) if self.squares is None else self.squares
         usage = self.usage[:, None]
         distances = (squares[:, None] / usage - 2 * products) / usage
-        return jnp.argmin(distances, axis=0).astype(jnp.int32).reshape(x.shape[:-1])
+        return argmax(-distances, axis=0).reshape(x.shape[:-1])
 
     def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
         return self.total[codes] / self.usage[codes][..., None]

@@ -20,7 +20,8 @@ from tests.buffers import aligned, late
 from tests.configs import tiny_mimi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, oracle_precision
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
-from transformers_moshi_flax.models.mimi.modeling_flax_mimi import prepared_for_frames
+from transformers_moshi_flax.models.mimi import modeling_flax_mimi
+from transformers_moshi_flax.models.mimi.modeling_flax_mimi import norms_for_frames, prepared_for_frames
 from transformers_moshi_flax.models.mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -150,6 +151,35 @@ def test_prepared_for_frames(model: FlaxMimiModel) -> None:
     codebook = prepared["quantizer"]["semantic_residual_vector_quantizer"]["layers"]["0"]["codebook"]
     codebook["squares"] = codebook["squares"].at[3].set(-1e9)
     assert (stream_encode(model, x, chunks, num_quantizers=number, params=prepared)[:, 0] == 3).all()
+
+
+def test_norms_are_kept_until_the_tables_change(model: FlaxMimiModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def counted(codebooks: Any, dtype: Any) -> Any:
+        computed.append(len(codebooks))
+        return norms_for_frames(codebooks, dtype)
+
+    monkeypatch.setattr(modeling_flax_mimi, "norms_for_frames", counted)
+    monkeypatch.setattr(model, "_norms", ({}, {}), raising=False)
+    x, chunks, number = sound(2, 3, model.config), [1, 1, 1], model.config.num_quantizers
+    codes = stream_encode(model, x, chunks)
+    assert computed == [number]
+    np.testing.assert_array_equal(codes, model.encode(x).audio_codes)
+
+    inside = jax.jit(lambda state, x: model.encode_step(state, x)[1])
+    np.testing.assert_array_equal(inside(model.init_encoder_state(2), x), codes)
+    np.testing.assert_array_equal(stream_encode(model, x, chunks), codes)
+
+    other = jax.tree.map(lambda leaf: leaf, model.params)  # the same arrays in dictionaries of their own
+    np.testing.assert_array_equal(stream_encode(model, x, chunks, params=other), codes)
+    assert computed == [number]
+    codebook = other["quantizer"]["semantic_residual_vector_quantizer"]["layers"]["0"]["codebook"]
+    codebook["embed_sum"] = codebook["embed_sum"][::-1]
+    codebook["cluster_usage"] = codebook["cluster_usage"][::-1]
+    reversed_codes = stream_encode(model, x, chunks, params=other)
+    assert computed == [number, number]
+    np.testing.assert_array_equal(reversed_codes[:, 0], model.config.codebook_size - 1 - codes[:, 0])
 
 
 # --------------------------------------------------------------------------------------------------------------- rows

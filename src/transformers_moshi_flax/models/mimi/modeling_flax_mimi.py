@@ -801,24 +801,44 @@ class FlaxMimiSplitResidualVectorQuantizer(nn.Module):
         return latents + self.acoustic_residual_vector_quantizer.decode(codes[:, semantic:])
 
 
-def prepared_for_frames(params: Params, config: MimiConfig, num_quantizers: int, dtype: DTypeLike) -> Params:
-    """The parameters of a Mimi for coding with ``num_quantizers`` codebooks, frame by frame.
-
-    The others are left out, and the norms of the entries are there, which every frame would compute from all of the
-    tables.
-    """
+def codebooks_for_frames(params: Params, config: MimiConfig, num_quantizers: int) -> dict[tuple[str, str], Params]:
+    """The parameters of the first codebooks, by the names of quantizer and layer."""
     semantic = config.num_semantic_quantizers
     numbers = {"semantic": semantic, "acoustic": num_quantizers - semantic}
+    return {
+        (name, index): params["quantizer"][name]["layers"][index]["codebook"]
+        for name, number in ((f"{kind}_residual_vector_quantizer", number) for kind, number in numbers.items())
+        for index in map(str, range(number))
+    }
+
+
+def norms_for_frames(
+    codebooks: dict[tuple[str, str], Params], dtype: DTypeLike
+) -> dict[tuple[str, str], Float[Array, "entries"]]:
+    """The norms of all entries, which every frame would compute from the whole tables."""
+    wide = at_least_float32(dtype)
+    return {place: squared_norms(codebook["embed_sum"].astype(wide)) for place, codebook in codebooks.items()}
+
+
+def with_norms(
+    params: Params, codebooks: dict[tuple[str, str], Params], norms: dict[tuple[str, str], Float[Array, "entries"]]
+) -> Params:
+    """The parameters with these codebooks alone, and the norms of their entries."""
     quantizer = dict(params["quantizer"])
-    for kind, number in numbers.items():
-        name = f"{kind}_residual_vector_quantizer"
-        layers = {}
-        for index in map(str, range(number)):
-            codebook = quantizer[name]["layers"][index]["codebook"]
-            total = codebook["embed_sum"].astype(at_least_float32(dtype))
-            layers[index] = {"codebook": {**codebook, "squares": squared_norms(total)}}
+    for name in {name for name, _ in codebooks}:
+        layers = {
+            index: {"codebook": {**codebook, "squares": norms[other, index]}}
+            for (other, index), codebook in codebooks.items()
+            if other == name
+        }
         quantizer[name] = {**quantizer[name], "layers": layers}
     return {**params, "quantizer": quantizer}
+
+
+def prepared_for_frames(params: Params, config: MimiConfig, num_quantizers: int, dtype: DTypeLike) -> Params:
+    """The parameters of a Mimi for coding with ``num_quantizers`` codebooks, frame by frame."""
+    codebooks = codebooks_for_frames(params, config, num_quantizers)
+    return with_norms(params, codebooks, norms_for_frames(codebooks, dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------ halves
@@ -1306,7 +1326,29 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             program.__name__ = method
             programs[key] = Program(program, (1,) if donated else ())
         active = np.ones(inputs.shape[0], dtype=bool) if active is None else active
-        return programs[key](self.params if params is None else params, state, inputs, active)
+        params = self.params if params is None else params
+        if "num_quantizers" in options:
+            params = self._with_norms(params, options["num_quantizers"])
+        return programs[key](params, state, inputs, active)
+
+    def _with_norms(self, params: Params, num_quantizers: int | None) -> Params:
+        """``params`` with the norms of the codebooks' entries, which are kept until there are other tables."""
+        number = self.config.num_quantizers if num_quantizers is None else num_quantizers
+        if number not in range(self.config.num_semantic_quantizers, self.config.num_quantizers + 1):
+            return params  # the program says what is wrong
+        codebooks = codebooks_for_frames(params, self.config, number)
+        tables = {place: codebook["embed_sum"] for place, codebook in codebooks.items()}
+        # of arrays that may change, nothing can be kept
+        known = all(isinstance(table, jax.Array) and not is_traced(table) for table in tables.values())
+        if not known or any("squares" in codebook for codebook in codebooks.values()):
+            return params
+        before, norms = getattr(self, "_norms", ({}, {}))
+        if before.keys() != tables.keys() or any(before[place] is not table for place, table in tables.items()):
+            norms = norms_for_frames(codebooks, self.dtype)
+            if is_traced(*norms.values()):  # inside of jax.jit everything new is
+                return params
+            self._norms = tables, norms
+        return with_norms(params, codebooks, norms)
 
     def _checked_state(self, name: str, state: Any, state_class: type) -> Any:
         if not isinstance(state, state_class):

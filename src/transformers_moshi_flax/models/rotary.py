@@ -33,7 +33,9 @@ def rotary_embedding(
         raise ValueError(f"`rope_parameters` has rope_type={rope_type!r}, but only 'default' is supported.")
     wide = at_least_float32(dtype)
     exponents = np.arange(0, head_dim, 2, dtype=wide) / head_dim
-    inverse_frequencies = (1.0 / rope_parameters["rope_theta"] ** exponents).astype(wide)
+    # as exact as upstream's: NumPy's powers of float32 are off by a bit where the processor has AVX-512
+    powers = np.power(float(rope_parameters["rope_theta"]), exponents.astype(np.float64)).astype(wide)
+    inverse_frequencies = 1 / powers
     if jnp.issubdtype(position_ids.dtype, jnp.unsignedinteger):
         angles = wrapped_angles(position_ids, inverse_frequencies)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,11 @@ from jax import lax
 
 CHUNK_BYTES = 704 * 1024
 MAX_CHUNKS = 16
+
+# where pairs of rows pay, found by measurement (docs/benchmarks.md)
+PAIRED_BYTES = 1024 * 1024
+MAX_TERMS = 16
+MIN_SUMS = 64
 
 
 def row_dot_general(
@@ -21,25 +27,19 @@ def row_dot_general(
     preferred_element_type: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """``lax.dot_general`` for ``nn.Dense(dot_general=...)``; on CPUs, a row times a matrix is summed over chunks.
+    """``lax.dot_general`` for ``nn.Dense(dot_general=...)``; on CPUs, few rows are summed in pieces.
 
     XLA's CPU backend gives each thread a range of the *columns* of such a product, so that every thread reads a short
     piece of every row. As a batch of chunks of rows, each thread reads memory from end to end, which is up to 1.6
-    times as fast (``docs/benchmarks.md``). Two rows are multiplied one after another, because more than one row makes
-    the library copy the matrix first; from three rows on, that pays. Other platforms and other shapes get the plain
-    product.
+    times as fast (``docs/benchmarks.md``). More than one row makes the library copy the matrix first: two are
+    :func:`paired`, or multiplied one after another if the matrix is small; from three rows on, the copy pays. Other
+    platforms and other shapes get the plain product.
     """
 
     def plain(lhs, rhs):
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type=preferred_element_type, **kwargs
         )
-
-    inputs = rhs.shape[0]
-    chunks = chunk_count(inputs, rhs.size * rhs.dtype.itemsize)
-    rows = lhs.size // inputs
-    if rows > 2 or rows * chunks == 1 or dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())):
-        return plain(lhs, rhs)
 
     def row_by_row(lhs, rhs):
         products = [chunked(row, rhs) for row in lhs.reshape(rows, inputs)]
@@ -56,7 +56,34 @@ def row_dot_general(
         )
         return jnp.sum(products, axis=0)[0]
 
-    return lax.platform_dependent(lhs, rhs, cpu=row_by_row, default=plain)
+    inputs, size = rhs.shape[0], rhs.size * rhs.dtype.itemsize
+    rows, chunks, terms = lhs.size // inputs, chunk_count(inputs, size), term_count(inputs, size)
+    if rows > 2 or rows * chunks == 1 or dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())):
+        return plain(lhs, rhs)
+    dtypes = {lhs.dtype, rhs.dtype, jnp.dtype(preferred_element_type or rhs.dtype)}
+    has_complex = dtypes in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.float64)})
+    on_cpu = partial(paired, terms=terms) if rows == 2 and terms > 1 and has_complex else row_by_row
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=plain)
+
+
+def paired(lhs: jax.Array, rhs: jax.Array, terms: int) -> jax.Array:
+    """Two rows times a matrix in one pass, as real and imaginary part of the same sums.
+
+    XLA's CPU backend compiles the sums of ``terms`` products each to one loop that reads the matrix from end to end;
+    as two real arrays they would be two loops. The last sum stays out of that loop if there are more than 32 of them.
+    """
+    inputs, outputs = rhs.shape
+    rows = lhs.reshape(2, inputs // terms, terms, 1)
+    matrix = rhs.reshape(inputs // terms, terms, outputs)
+    real, imag = (sum(row[:, term] * matrix[:, term] for term in range(terms)) for row in rows)
+    products = jnp.sum(lax.complex(real, imag), axis=0)
+    return jnp.stack([products.real, products.imag]).reshape(*lhs.shape[:-1], outputs)
+
+
+def term_count(inputs: int, size: int) -> int:
+    """How many products of a matrix of ``size`` bytes are summed in one go: a power of 2; 1 where pairs don't pay."""
+    terms = math.gcd(min(MAX_TERMS, inputs // MIN_SUMS), inputs)
+    return terms if size >= PAIRED_BYTES and terms >= 8 else 1
 
 
 def chunk_count(inputs: int, size: int) -> int:

@@ -142,13 +142,9 @@ def conv_transpose1d_inside(
         kernel = kernel.reshape(shifts, stride, out_per_group, groups, -1)
         written = jnp.sum(jnp.einsum("sbtgi,swogi->sbtwgo", inputs, kernel), axis=0)
     else:
-        # few rows: with the kernel on the left, XLA's CPU backend reads it as it lies
-        inputs = inputs.reshape(shifts, batch * frames, in_channels)
+        # few rows: with the kernel on the left, XLA's CPU backend reads it as it lies; transposed before the sum, the
+        # product would be turned around again, and the whole kernel with it
+        inputs = inputs.reshape(shifts, batch * frames, in_channels).transpose(0, 2, 1)
         kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
-        if batch * frames <= 2:
-            rows = [jnp.einsum("skc,sc->sk", kernel, inputs[:, row]) for row in range(batch * frames)]
-            written = jnp.stack([jnp.sum(row, axis=0) for row in rows])
-        else:
-            # transposed before the sum, the product would be turned around again, and the whole kernel with it
-            written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs.transpose(0, 2, 1)), axis=0).T
+        written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs), axis=0).T
     return written.reshape(batch, frames * stride, groups * out_per_group)

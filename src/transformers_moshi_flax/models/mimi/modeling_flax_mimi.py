@@ -640,7 +640,12 @@ class Codebook(NamedTuple):
         rows = x.reshape(-1, x.shape[-1])
         highest, over_last = lax.Precision.HIGHEST, (((1,), (1,)), ((), ()))
         # on the left of the product, the table is not transposed by XLA's CPU backend
-        products = lax.dot_general(self.total, rows, over_last, precision=highest)  # [entries, rows]
+        if rows.shape[0]==1:
+            C=2
+            t=self.total.reshape(C,-1,rows.shape[1])
+            products = lax.dot_general(t, jnp.broadcast_to(rows[0],(C,rows.shape[1])), (((2,), (1,)), ((0,), (0,))), precision=highest).reshape(-1,1)
+        else:
+            products = lax.dot_general(self.total, rows, over_last, precision=highest)  # [entries, rows]
         squares = squared_norms(self.total) if self.squares is None else self.squares
         usage = self.usage[:, None]
         distances = (squares[:, None] / usage - 2 * products) / usage

@@ -1,4 +1,6 @@
-"""The product of few rows with a matrix: in chunks on CPUs, plain elsewhere, the same everywhere."""
+"""The product of few rows with a matrix: in pieces on CPUs, plain elsewhere, the same everywhere."""
+
+import re
 
 import jax
 import jax.export
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from transformers_moshi_flax.models.dots import chunk_count, row_dot_general
+from transformers_moshi_flax.models.dots import batched_row_dot, chunk_count, row_dot_general, term_count
 
 LARGE = (1024, 768)
 
@@ -33,17 +35,85 @@ def test_gradients_pass_through():
     np.testing.assert_array_equal(gradient, np.ones(LARGE))
 
 
-def test_one_or_two_rows_are_cut_on_cpus_only():
+def exported(rows: int, platform: str, shape: tuple[int, int] = LARGE, dtype: str = "float32") -> str:
+    arguments = jnp.zeros((rows, shape[0]), dtype), jnp.zeros(shape, dtype)
+    return jax.export.export(jax.jit(row_product), platforms=[platform])(*arguments).mlir_module()
+
+
+def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return row_dot_general(x, kernel, (((1,), (0,)), ((), ())))
+
+
+def test_a_row_is_cut_into_chunks_on_cpus_only():
+    assert "batching_dims" in exported(1, "cpu")
+    assert "batching_dims" not in exported(3, "cpu") + exported(1, "tpu")
+
+
+def test_two_rows_are_one_complex_sum_on_cpus_only():
+    assert "complex<f32>" in exported(2, "cpu") and "stablehlo.dot_general" not in exported(2, "cpu")
+    for other in (exported(1, "cpu"), exported(3, "cpu"), exported(2, "tpu"), exported(2, "cuda")):
+        assert "complex<" not in other
+
+
+def test_two_rows_without_a_complex_number_of_their_kind_are_multiplied_one_after_another():
+    for product in (exported(2, "cpu", dtype="bfloat16"), exported(2, "cpu", (512, 384))):
+        assert product.count("batching_dims") == 2 and "complex<" not in product
+
+
+def test_two_rows_read_the_matrix_once_and_copy_nothing():
     kernel = jnp.zeros(LARGE)
+    compiled = jax.jit(row_product).lower(jnp.zeros((2, 1024)), kernel).compile()
+    main = re.search(r"ENTRY.*?\n}", compiled.as_text(), re.DOTALL)[0]
+    matrix = re.search(r"%(\S+) = f32\[1024,768\]\S* parameter", main)[1]
+    for _ in range(2):  # a view of it, and what reads the view
+        readers = re.findall(rf"%(\S+) = (\S+) (\w+)\([^)]*%{re.escape(matrix)}[,)]", main)
+        assert len(readers) == 1
+        matrix, _, kind = readers[0]
+    assert kind == "fusion"
+    assert compiled.memory_analysis().temp_size_in_bytes < kernel.nbytes / 4
 
-    def products(rows: int, platform: str) -> str:
-        exported = jax.export.export(jax.jit(dense), platforms=[platform])(jnp.zeros((rows, 1024)), kernel)
-        return exported.mlir_module()
 
-    assert "batching_dims" in products(1, "cpu")
-    assert products(2, "cpu").count("batching_dims") == 2
-    assert "batching_dims" not in products(3, "cpu")
-    assert "batching_dims" not in products(1, "tpu") + products(2, "tpu")
+@pytest.mark.parametrize("matrix", [LARGE, (512, 512), (8192, 32), (1536, 200), (704, 400)])
+def test_two_rows_in_double_precision(matrix: tuple[int, int]):
+    rng = np.random.default_rng(1)
+    x, kernel = rng.standard_normal((2, matrix[0])), rng.standard_normal(matrix)
+    with jax.enable_x64():
+        x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+        result = row_product(x, kernel)
+        assert result.dtype == jnp.float64
+    np.testing.assert_allclose(result, np.asarray(x) @ np.asarray(kernel), rtol=0, atol=1e-11)
+
+
+def test_gradients_of_two_rows():
+    rng = np.random.default_rng(2)
+    x, kernel, weights = (jnp.float32(rng.standard_normal(shape)) for shape in ((2, 1024), LARGE, (2, 768)))
+    gradients = jax.grad(lambda *args: (row_product(*args) * weights).sum(), (0, 1))(x, kernel)
+    for found, expected in zip(gradients, (weights @ kernel.T, x.T @ weights)):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_batches_of_rows_equal_the_plain_products(rows: int):
+    rng = np.random.default_rng(3)
+    x, matrices = rng.standard_normal((4, rows, 60)), rng.standard_normal((4, 60, 25))
+    result = jax.jit(batched_row_dot)(jnp.float32(x), jnp.float32(matrices))
+    np.testing.assert_allclose(result, x @ matrices, atol=1e-4)
+
+
+def test_two_rows_of_a_batch_are_two_products_on_cpus_only():
+    def products(rows: int, platform: str) -> int:
+        arguments = jnp.zeros((4, rows, 60)), jnp.zeros((4, 60, 25))
+        exported = jax.export.export(jax.jit(batched_row_dot), platforms=[platform])(*arguments)
+        return exported.mlir_module().count("stablehlo.dot_general")
+
+    assert (products(2, "cpu"), products(3, "cpu"), products(2, "tpu")) == (2, 1, 1)
+
+
+def test_terms_divide_the_rows():
+    assert term_count(512, 512 * 512 * 4) == 8
+    assert term_count(8192, 8192 * 1024 * 4) == 16
+    assert term_count(1000, 1000 * 700 * 4) == 1
+    assert term_count(512, 512 * 256 * 4) == 1
 
 
 def test_chunks_divide_the_rows():

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 CHUNK_BYTES = 704 * 1024
 MAX_CHUNKS = 16
@@ -80,8 +81,21 @@ def paired(lhs: jax.Array, rhs: jax.Array, terms: int) -> jax.Array:
     return jnp.stack([products.real, products.imag]).reshape(*lhs.shape[:-1], outputs)
 
 
+def batched_row_dot(
+    rows: Float[Array, "batch rows inputs"], matrices: Float[Array, "batch inputs outputs"]
+) -> Float[Array, "batch rows outputs"]:
+    """``rows @ matrices``; on CPUs, two rows are multiplied one after another, as it is with small matrices there."""
+
+    def row_by_row(rows, matrices):
+        return jnp.stack([jnp.einsum("bi,bio->bo", rows[:, row], matrices) for row in range(2)], axis=1)
+
+    if rows.shape[1] != 2:
+        return rows @ matrices
+    return lax.platform_dependent(rows, matrices, cpu=row_by_row, default=jnp.matmul)
+
+
 def term_count(inputs: int, size: int) -> int:
-    """How many products of a matrix of ``size`` bytes are summed in one go: a power of 2; 1 where pairs don't pay."""
+    """How many products of a matrix of ``size`` bytes are summed in one go: 1 where pairs don't pay."""
     terms = math.gcd(min(MAX_TERMS, inputs // MIN_SUMS), inputs)
     return terms if size >= PAIRED_BYTES and terms >= 8 else 1
 

@@ -150,6 +150,16 @@ def test_residual_quantizer(inner: int, x64: None):
     assert_close(last_to_first(run(theirs, module, codes, method="decode")), decoded, 1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_nearest_in_a_table_of_full_size(rows: int):
+    rng = np.random.default_rng(0)
+    total, usage = rng.standard_normal((2048, 256)), rng.uniform(0.5, 2, 2048)
+    chosen = rng.integers(0, 2048, rows)
+    x = (total / usage[:, None])[chosen] + 0.1 * rng.standard_normal((rows, 256))
+    table = flax_mimi.Codebook(jnp.float32(total), jnp.float32(usage))
+    assert jax.jit(table.nearest)(jnp.float32(x)).tolist() == chosen.tolist()
+
+
 def test_nearest_takes_the_first_of_equal_entries():
     table = flax_mimi.Codebook(jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.array([1, 2.0, 1, 1]))
     assert table.nearest(jnp.array([[0.9, 0.1], [0.5, 0.5]])).tolist() == [1, 1]

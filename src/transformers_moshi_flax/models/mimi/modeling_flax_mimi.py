@@ -33,7 +33,7 @@ from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
 from ..activations import ACT2FN
 from ..argmax import argmax
-from ..dots import row_dot_general
+from ..dots import batched_row_dot, chunk_count, row_dot_general
 from ..initializers import kaiming_normal, normal, uniform
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
@@ -500,11 +500,11 @@ class FlaxMimiAttention(nn.Module):
             return array.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
 
         keys, values = write_steps(keys, by_head(key), slot), write_steps(values, by_head(value), slot)
-        scores = jnp.einsum("xqd,xsd->xqs", by_head(query), keys) * (1 / math.sqrt(head_dim))
+        scores = batched_row_dot(by_head(query), keys.swapaxes(1, 2)) * (1 / math.sqrt(head_dim))
         scores = scores.reshape(batch, heads, steps, -1)
         scores = jnp.where(mask[:, None], scores.astype(at_least_float32(self.dtype)), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("xqs,xsd->xqd", weights.reshape(batch * kv_heads, -1, weights.shape[-1]), values)
+        mixed = batched_row_dot(weights.reshape(batch * kv_heads, -1, weights.shape[-1]), values)
         mixed = mixed.reshape(batch, heads, steps, head_dim).transpose(0, 2, 1, 3)
         return mixed.reshape(batch, steps, heads * head_dim), weights, (keys, values, slot)
 
@@ -638,14 +638,16 @@ class Codebook(NamedTuple):
         """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
         # |x - e|² without |x|², which is the same for all entries
         rows = x.reshape(-1, x.shape[-1])
-        highest, over_last = lax.Precision.HIGHEST, (((1,), (1,)), ((), ()))
-        # on the left of the product, the table is not transposed by XLA's CPU backend
-        if rows.shape[0]==1:
-            C=2
-            t=self.total.reshape(C,-1,rows.shape[1])
-            products = lax.dot_general(t, jnp.broadcast_to(rows[0],(C,rows.shape[1])), (((2,), (1,)), ((0,), (0,))), precision=highest).reshape(-1,1)
-        else:
-            products = lax.dot_general(self.total, rows, over_last, precision=highest)  # [entries, rows]
+        # on the left of the product, the table is not transposed by XLA's CPU backend; for one row it is cut into
+        # chunks, as in `row_dot_general`
+        entries, dim = self.total.shape
+        chunks = chunk_count(entries, self.total.size * self.total.dtype.itemsize) if len(rows) == 1 else 1
+        products = lax.dot_general(
+            self.total.reshape(chunks, -1, dim),
+            jnp.broadcast_to(rows, (chunks, *rows.shape)),
+            (((2,), (2,)), ((0,), (0,))),
+            precision=lax.Precision.HIGHEST,
+        ).reshape(entries, -1)
         squares = squared_norms(self.total) if self.squares is None else self.squares
         usage = self.usage[:, None]
         distances = (squares[:, None] / usage - 2 * products) / usage

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
+from jax.extend.core import get_opaque_trace_state
+
+OUTSIDE = get_opaque_trace_state(convention="flax")
+"""JAX's state outside of every transformation."""
 
 
 def is_traced(*arrays) -> bool:
@@ -21,6 +25,8 @@ def is_traced(*arrays) -> bool:
 
 def is_tracing(*trees) -> bool:
     """Whether this runs inside of ``jax.jit`` (where every new array is a tracer) or a leaf of ``trees`` is traced."""
+    if get_opaque_trace_state(convention="flax") == OUTSIDE:  # nothing is traced: told without looking at every leaf
+        return False
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
 
 

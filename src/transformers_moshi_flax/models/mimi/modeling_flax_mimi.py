@@ -51,6 +51,12 @@ from .streaming_flax_mimi import (
     steps_per_frame,
 )
 
+# parts of a Mimi that a step uses
+HALVES = {
+    "encode_step": ("encoder", "encoder_transformer", "downsample", "quantizer"),
+    "decode_step": ("quantizer", "upsample", "decoder_transformer", "decoder"),
+}
+
 Params = Any
 Lengths = Int[Array, "batch"] | None
 # keys and values of one layer, (batch * kv_heads, slots, head_dim), and the slot of the next step, (batch,)
@@ -1171,7 +1177,7 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
 # ------------------------------------------------------------------------------------------------- the public models
 
 
-def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> jax.Array:
+def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
     """``rows``: those whose values count."""
     check_rank("input_values", input_values, ("batch", "channels", "samples"))
     _, channels, samples = np.shape(input_values)
@@ -1182,10 +1188,12 @@ def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...)
         )
     if not samples or not np.shape(input_values)[0]:
         raise ValueError(f"`input_values` is empty, its shape is {np.shape(input_values)}: give at least one sample.")
-    audio = jnp.asarray(owned(input_values))
+    audio = owned(input_values)
     if not jnp.issubdtype(audio.dtype, jnp.floating):
         raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
-    if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio, dtype=np.float64)[rows]).all():
+    with np.errstate(over="ignore"):
+        audio = audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
+    if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio)[rows]).all():
         raise ValueError("`input_values` has NaN or infinite samples: remove them, every later frame would be NaN.")
     return audio
 
@@ -1272,7 +1280,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     def _run(
         self,
         method: str,
-        inputs: dict[str, jax.Array | None],
+        inputs: dict[str, ArrayLike | None],
         params: Params | None,
         return_dict: bool | None,
         train: bool,
@@ -1312,7 +1320,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         self,
         method: str,
         state: Any,
-        inputs: jax.Array,
+        inputs: ArrayLike,
         active: ArrayLike | None = None,
         params: Params | None = None,
         donated: bool = True,
@@ -1336,6 +1344,8 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         params = self.params if params is None else params
         if "num_quantizers" in options:
             params = self._with_norms(params, options["num_quantizers"])
+        # of the other half, every call would look at every parameter
+        params = {name: params[name] for name in HALVES[method] if name in params}
         return programs[key](params, state, inputs, active)
 
     def _with_norms(self, params: Params, num_quantizers: int | None) -> Params:
@@ -1367,12 +1377,15 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         check_state(name, state, programs[key])
         return state
 
-    def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> jax.Array:
+    def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> ArrayLike:
         """Audio for a step from ``state``: whole frames, as many rows."""
         check_rank("input_values", audio, ("batch", "channels", "samples"))
         _check_batch("input_values", audio, state)
         audio = _checked_audio(self.config, audio, rows)
-        size = samples_per_frame(self.config)
+        kept = self._compiled()
+        if samples_per_frame not in kept:  # reading a configuration takes longer than the other checks
+            kept[samples_per_frame] = samples_per_frame(self.config)
+        size = kept[samples_per_frame]
         if audio.shape[-1] % size:
             raise ValueError(
                 f"`input_values` has {audio.shape[-1]} samples, but a stream is coded in whole frames of {size}: keep "

@@ -6,6 +6,7 @@ until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`
 
 import numbers
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 from jax.experimental import checkify
 from jax.extend.core import get_opaque_trace_state
 
-OUTSIDE = get_opaque_trace_state(convention="flax")
-"""JAX's state outside of every transformation."""
+with ThreadPoolExecutor(1) as thread:  # this module may be imported inside of jax.jit, which a new thread is not
+    OUTSIDE = thread.submit(get_opaque_trace_state, convention="flax").result()
+    """JAX's state outside of every transformation."""
 
 
 def is_traced(*arrays) -> bool:

@@ -51,7 +51,7 @@ from .streaming_flax_mimi import (
     steps_per_frame,
 )
 
-# parts of a Mimi that a step uses
+# parts of a Mimi that a step uses, SEANet's encoder first
 HALVES = {
     "encode_step": ("encoder", "encoder_transformer", "downsample", "quantizer"),
     "decode_step": ("quantizer", "upsample", "decoder_transformer", "decoder"),
@@ -848,6 +848,11 @@ def with_norms(
     return {**params, "quantizer": quantizer}
 
 
+def parts_of(params: Params, names: tuple[str, ...]) -> Params:
+    """These parts of a Mimi, as far as it has them."""
+    return {name: params[name] for name in names if name in params}
+
+
 def prepared_for_frames(params: Params, config: MimiConfig, num_quantizers: int, dtype: DTypeLike) -> Params:
     """The parameters of a Mimi for coding with ``num_quantizers`` codebooks, frame by frame."""
     codebooks = codebooks_for_frames(params, config, num_quantizers)
@@ -1345,7 +1350,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         if "num_quantizers" in options:
             params = self._with_norms(params, options["num_quantizers"])
         # of the other half, every call would look at every parameter
-        params = {name: params[name] for name in HALVES[method] if name in params}
+        params = parts_of(params, HALVES[method])
         return programs[key](params, state, inputs, active)
 
     def _with_norms(self, params: Params, num_quantizers: int | None) -> Params:

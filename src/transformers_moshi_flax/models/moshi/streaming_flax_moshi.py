@@ -34,7 +34,7 @@ from ...generation.decoding import FREE
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..mimi.modeling_flax_mimi import prepared_for_frames
+from ..mimi.modeling_flax_mimi import HALVES, parts_of, prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -279,14 +279,11 @@ class FlaxMoshiStream:
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._seanet_histories = seanet_histories(codec)
-        self._convolve = self._program(convolve_frame, codec_part(codec_params, "encoder"))
-        self._encode = self._program(
-            encode_frame, codec_part(codec_params, "encoder_transformer", "downsample", "quantizer")
-        )
+        seanet, *others = HALVES["encode_step"]
+        self._convolve = self._program(convolve_frame, codec_part(codec_params, seanet))
+        self._encode = self._program(encode_frame, codec_part(codec_params, *others))
         self._column = self._program(next_column, dialogue, tuple(self._samplings))
-        self._decode = self._program(
-            decode_frame, codec_part(codec_params, "quantizer", "upsample", "decoder_transformer", "decoder")
-        )
+        self._decode = self._program(decode_frame, codec_part(codec_params, *HALVES["decode_step"]))
         free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
@@ -703,7 +700,7 @@ def on_mesh(
 
 def codec_part(params: dict[str, Any], *names: str) -> dict[str, Any]:
     """These parts of Mimi, as far as it has them, where the whole model has them."""
-    return {"audio_encoder": {name: params[name] for name in names if name in params}}
+    return {"audio_encoder": parts_of(params, names)}
 
 
 def checked_mesh(mesh: Mesh | None, batch_size: int) -> Mesh | None:

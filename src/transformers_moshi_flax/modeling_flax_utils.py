@@ -92,6 +92,7 @@ class FlaxPreTrainedModel:
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     _generates: ClassVar[bool] = False
+    _kept_for_speed: ClassVar[tuple[str, ...]] = ("_programs_of", "_programs", "_decoder", "_norms")
 
     def __init__(
         self,
@@ -132,6 +133,11 @@ class FlaxPreTrainedModel:
         raise NotImplementedError(f"{type(self).__name__} must define dummy_inputs")
 
     # State
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled (``copy``, ``joblib``, Ray): all but the compiled programs, which belong to this
+        process. Parameters that are spread over devices arrive whole on the default device."""
+        return {name: value for name, value in vars(self).items() if name not in self._kept_for_speed}
 
     @classmethod
     def _module_fields(cls) -> set[str]:

@@ -27,7 +27,7 @@ from transformers import MimiConfig
 from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
 
 from ...generation.programs import Program
-from ...input_checks import check_ids, check_rank, is_traced, owned
+from ...input_checks import check_audio, check_ids, check_rank, is_traced, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
@@ -1184,23 +1184,11 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
 
 def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
     """``rows``: those whose values count."""
-    check_rank("input_values", input_values, ("batch", "channels", "samples"))
-    _, channels, samples = np.shape(input_values)
-    if channels != config.audio_channels:
-        raise ValueError(
-            f"`input_values` has {channels} channels, but this Mimi codes {config.audio_channels}: the shape must be "
-            f"(batch, {config.audio_channels}, samples)."
-        )
-    if not samples or not np.shape(input_values)[0]:
-        raise ValueError(f"`input_values` is empty, its shape is {np.shape(input_values)}: give at least one sample.")
+    shape = {"batch": None, "channels": config.audio_channels, "samples": None}
+    check_audio("input_values", input_values, shape, rows)
     audio = owned(input_values)
-    if not jnp.issubdtype(audio.dtype, jnp.floating):
-        raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
-    with np.errstate(over="ignore"):
-        audio = audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
-    if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio)[rows]).all():
-        raise ValueError("`input_values` has NaN or infinite samples: remove them, every later frame would be NaN.")
-    return audio
+    with np.errstate(over="ignore"):  # in rows that do not count
+        return audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
 
 
 def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) -> jax.Array:
@@ -1722,7 +1710,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         Args:
             state: a :class:`FlaxMimiEncoderState` from :meth:`init_encoder_state`, or from the step before.
             audio: ``(batch, channels, samples)``, floating, in [-1, 1]; one or more whole frames
-                (``config.frame_size`` samples).
+                (``samples_per_frame(config)`` samples).
             active: ``(batch,)`` bool, rows that go on; all if None. The others keep their state, whatever their audio,
                 and their codes mean nothing.
             num_quantizers: how many codebooks, the semantic ones first; all if None.

@@ -27,6 +27,7 @@ from ...generation.configuration import (
 )
 from ...generation.utils import capacity_of, check_forced, check_watching, one_token
 from ...input_checks import (
+    check_audio,
     check_ids,
     check_left_padding,
     check_mask,
@@ -516,7 +517,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 )
             check_ids(f"{name}_audio_codes", codes, config.audio_vocab_size + 1)
         elif input_values is not None:
-            check_waveform(f"{name}_input_values", input_values, config.audio_encoder_config.audio_channels)
+            shape = {"batch": None, "channels": config.audio_encoder_config.audio_channels, "samples": None}
+            check_audio(f"{name}_input_values", input_values, shape)
 
     def _audio_streams(self, **streams: Any) -> dict[str, Any]:
         """The streams that count, by argument: codes have priority over waveforms."""
@@ -529,8 +531,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
 
     def _frames(self, name: str, stream) -> int:
         """Frames of one audio stream, the last one padded."""
-        samples_per_frame = self.config.audio_encoder_config.frame_size if name.endswith("values") else 1
-        return -(-np.shape(stream)[-1] // samples_per_frame)
+        size = samples_per_frame(self.config.audio_encoder_config) if name.endswith("values") else 1
+        return -(-np.shape(stream)[-1] // size)
 
     def _check_streams(
         self, streams: dict[str, Any], reference: str, batch_size: int, length: int, user_may_go_on: bool = False
@@ -547,7 +549,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             if frames < length or (frames > length and not goes_on):
                 raise ValueError(
                     f"`{name}` has {frames} frames, but `{reference}` has {length}: pad the shorter one (a frame is "
-                    f"{self.config.audio_encoder_config.frame_size} samples)."
+                    f"{samples_per_frame(self.config.audio_encoder_config)} samples)."
                 )
 
     def __call__(
@@ -803,7 +805,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if moshi_audio_codes is None:
             moshi_audio_codes = self._encode(params, moshi_input_values)
         codec = config.audio_encoder_config
-        silence = np.zeros((1, codec.audio_channels, codec.frame_size), dtype=self.dtype)
+        silence = np.zeros((1, codec.audio_channels, samples_per_frame(codec)), dtype=self.dtype)
         blank_codes = self.compiled(encode_audio, quickly=True)(params, silence)
 
         # on the host if that is possible: XLA would compile a program for every length of every stream
@@ -907,7 +909,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             check_sizes(prompt_frames=prompt_frames)
             prompt["input_ids"] = np.full((batch_size, prompt_frames), config.vocab_size)
             codec = config.audio_encoder_config
-            samples = np.zeros((batch_size, codec.audio_channels, prompt_frames * codec.frame_size), np.float32)
+            samples = np.zeros(
+                (batch_size, codec.audio_channels, prompt_frames * samples_per_frame(codec)), np.float32
+            )
             codes = np.zeros((batch_size, config.num_codebooks, prompt_frames), dtype=np.int32)
             name, stream = ("input_values", samples) if waveforms else ("audio_codes", codes)
             prompt |= {f"user_{name}": stream, f"moshi_{name}": stream}
@@ -1017,18 +1021,3 @@ def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None
             f"`{name}` has the start code {start_code} in frame {frame} of row {row}, behind other codes: no sound "
             "belongs to it; leave such frames out."
         )
-
-
-def check_waveform(name: str, audio, channels: int) -> None:
-    """Raises ``ValueError`` unless ``audio`` is ``(batch, channels, samples)`` of finite floats, not empty."""
-    check_rank(name, audio, ("batch", "channels", "samples"))
-    if np.shape(audio)[1] != channels or np.shape(audio)[2] == 0:
-        raise ValueError(
-            f"`{name}` must have {channels} channel(s) and at least one sample, but has the shape {np.shape(audio)}."
-        )
-    if not is_traced(audio):
-        audio = np.asarray(audio)
-        if audio.dtype.kind not in "fV":
-            raise ValueError(f"`{name}` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
-        if not np.isfinite(audio.astype(np.float32)).all():
-            raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")

@@ -23,7 +23,7 @@ from ...modeling_flax_outputs import (
     FlaxModelOutput,
 )
 from ..mimi.modeling_flax_mimi import FlaxMimiModule
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
 from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
@@ -472,7 +472,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
     def _reach_all_of_mimi(self) -> None:
         config = self.config.audio_encoder_config
         if config.encoder_config is not None:
-            self.encode_audio(jnp.zeros((1, config.audio_channels, config.frame_size)))
+            self.encode_audio(jnp.zeros((1, config.audio_channels, samples_per_frame(config))))
         if config.decoder_config is not None:
             self.decode_audio(jnp.zeros((1, config.num_quantizers, 1), dtype=jnp.int32))
 

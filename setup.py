@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / PACKAGE / "__init
 
 # The ranges; `make requirements` chooses from them the exact versions in requirements/ that the tests run with.
 CORE = [
-    "flax>=0.12,<0.13",
+    "flax>=0.12.7,<0.13",
     "huggingface_hub>=1.31,<3",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",

@@ -149,7 +149,7 @@ def next_column(
         name: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, getattr(state, name))
         for name, new in after.items()
     }
-    return state.replace(cache=outputs.past_key_values.advance(1, active), **kept), frame
+    return state.replace(cache=outputs.cache.advance(1, active), **kept), frame
 
 
 def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) -> tuple[Sampling, Sampling]:

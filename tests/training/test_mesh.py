@@ -128,7 +128,7 @@ if processes > 1:
 batch = draw_batch(small_config(vocab_size=64), (4, 3, 2, 4), 4)
 rows = {name: np.split(array, processes)[process] for name, array in batch.items()}
 program, state = setting(make_mesh(fsdp=2), rows, 2)
-state, metrics = program(state, put_batch(rows, make_mesh(fsdp=2), 2))
+state, metrics = program(state, put_batch(rows, make_mesh(fsdp=2)))
 whole = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(make_mesh(fsdp=2), jax.P()))
 found = {path: np.asarray(leaf) for path, leaf in whole(figures(state, metrics)).items()}
 if process == 0:

@@ -204,7 +204,7 @@ class FlaxMimiConv1d(nn.Module):
         else:
             x = histories.extend(x, total, mode)
         x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
-        return x if bias is None else x + bias
+        return x if bias is None else x + bias[None, None]
 
 
 class FlaxMimiConvTranspose1d(nn.Module):
@@ -250,13 +250,13 @@ class FlaxMimiConvTranspose1d(nn.Module):
         x = x.astype(self.dtype)
         if lengths is not None:
             # a padding frame must not reach back into the row
-            x = jnp.where(jnp.arange(frames)[:, None] < lengths[:, None, None], x, 0)
+            x = jnp.where(jnp.arange(frames)[None, :, None] < lengths[:, None, None], x, 0)
         if histories is None:
             x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
         else:
             x = histories.extend(x, frames_out(total, self.stride))
             x = conv_transpose1d_inside(x, kernel, self.stride, self.groups)
-        return x if bias is None else x + bias
+        return x if bias is None else x + bias[None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ SEANet
@@ -416,7 +416,7 @@ class FlaxMimiLayerScale(nn.Module):
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         initial = nn.initializers.constant(self.config.layer_scale_initial_scale)
         scale = self.param("scale", initial, (self.config.hidden_size,), jnp.float32)
-        return scale.astype(self.dtype) * x
+        return jnp.expand_dims(scale.astype(self.dtype), tuple(range(x.ndim - 1))) * x
 
 
 def sliding_window_mask(steps: int, window: int) -> Bool[Array, "steps steps"]:

@@ -66,9 +66,9 @@ def test_losses_gradients_and_outputs(dtype: Any) -> None:
     gradients = jax.eval_shape(
         jax.grad(lambda params: model(**inputs, **labels, params=params).loss), model.params_shape_tree
     )
-    outputs = jax.eval_shape(lambda params: model(**inputs, **records, params=params), model.params_shape_tree)
+    outputs = jax.eval_shape(lambda params: dict(model(**inputs, **records, params=params)), model.params_shape_tree)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
-    assert outputs.logits.dtype == dtype
+    assert outputs["logits"].dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_losses_gradients_and_outputs(dtype: Any) -> None:
         {"num_beams": 2},
         {"num_beams": 2, "do_sample": True, "num_return_sequences": 2, "length_penalty": 0.5},
         {"output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True},
-        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 2},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 2, "eos_token_id": 5},
     ],
     ids=str,
 )
@@ -120,14 +120,19 @@ def test_generation_of_text(options: dict[str, Any]) -> None:
 def test_codec(dtype: Any) -> None:
     model = FlaxMimiModel(tiny_mimi_config(), dtype=dtype, _do_init=False)
     audio, mask = jnp.zeros((ROWS, 1, 4000)), jnp.ones((ROWS, 1, 4000), jnp.int32)
-    outputs = jax.eval_shape(lambda params: model(audio, padding_mask=mask, params=params), model.params_shape_tree)
-    assert outputs.audio_values.dtype == jnp.float32 and outputs.audio_codes.dtype == jnp.int32
+
+    def reconstruct(params: Any) -> tuple[jax.Array, jax.Array]:
+        outputs = model(audio, padding_mask=mask, params=params)
+        return outputs.audio_codes, outputs.audio_values
+
+    codes, values = jax.eval_shape(reconstruct, model.params_shape_tree)
+    assert codes.dtype == jnp.int32 and values.dtype == dtype
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.9}], ids=str)
 def test_a_step_of_a_stream(options: dict[str, Any]) -> None:
     model = FlaxMoshiForConditionalGeneration(tiny_moshi_config(), _do_init=False)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.params_shape_tree)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.params_shape_tree)
     stream = model.streaming(ROWS, params=params, **options)
     audio = np.zeros((ROWS, 1, stream.frame_size), np.float32)
     _, frame = jax.eval_shape(stream.step, stream.init(), audio)

@@ -71,9 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, choices=CONTEXTS, default=list(CONTEXTS), help="only these")
     parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), help="only these")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side that count")
-    parser.add_argument(
-        "--seconds", type=float, default=6.0, help="after which a side of a setting has two runs only"
-    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="after which a side of a setting has two runs only")
     parser.add_argument("--first-calls", type=int, default=1, help="fresh processes of each kind; 0 for none")
     parser.add_argument("--threads", type=int, default=2, help="threads of all sides")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")

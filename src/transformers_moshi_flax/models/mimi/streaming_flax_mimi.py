@@ -20,6 +20,7 @@ from transformers import MimiConfig
 
 from ...input_checks import check_sizes, is_traced
 from ..ring_cache import RingCache
+from .convolutions import frames_out
 
 # ------------------------------------------------------------------------------------------------------------ frames
 
@@ -37,6 +38,11 @@ def steps_per_frame(config: MimiConfig) -> int:
 def samples_per_frame(config: MimiConfig) -> int:
     """Samples in a frame of the codes. (``config.frame_size`` always counts two steps a frame.)"""
     return math.prod(config.upsampling_ratios) * steps_per_frame(config)
+
+
+def encoded_length(config: MimiConfig, samples):
+    """Frames that ``samples`` samples become (int or integer array): every layer rounds up."""
+    return frames_out(samples, samples_per_frame(config))
 
 
 def check_streamable(config: MimiConfig) -> None:

@@ -22,7 +22,7 @@ from ...modeling_flax_outputs import (
     FlaxCausalLMOutputWithPast,
     FlaxModelOutput,
 )
-from ..mimi.modeling_flax_mimi import FlaxMimiModule
+from ..mimi.modules_flax_mimi import FlaxMimiModule
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
 from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask

@@ -34,7 +34,8 @@ from ...generation.decoding import FREE
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..mimi.modeling_flax_mimi import HALVES, parts_of, prepared_for_frames
+from ..mimi.modules_flax_mimi import STEP_PARTS, parts_of
+from ..mimi.quantizer_flax_mimi import prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -279,11 +280,11 @@ class FlaxMoshiStream:
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._seanet_histories = seanet_histories(codec)
-        seanet, *others = HALVES["encode_step"]
+        seanet, *others = STEP_PARTS["encode_step"]
         self._convolve = self._program(convolve_frame, codec_part(codec_params, seanet))
         self._encode = self._program(encode_frame, codec_part(codec_params, *others))
         self._column = self._program(next_column, dialogue, tuple(self._samplings))
-        self._decode = self._program(decode_frame, codec_part(codec_params, *HALVES["decode_step"]))
+        self._decode = self._program(decode_frame, codec_part(codec_params, *STEP_PARTS["decode_step"]))
         free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))

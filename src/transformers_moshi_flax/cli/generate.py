@@ -183,7 +183,7 @@ class Speaker:
     @property
     def frame_size(self) -> int:
         """Samples a frame."""
-        from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+        from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
         return samples_per_frame(self.model.config.audio_encoder_config)
 

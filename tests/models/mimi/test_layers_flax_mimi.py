@@ -11,6 +11,7 @@ from tests.configs import tiny_mimi_config
 from tests.models.mimi.with_upstreams_weights import audio, double, last_to_first, run
 from tests.torch_oracle import assert_close, double_oracle
 from transformers_moshi_flax.models.mimi import layers_flax_mimi as flax_mimi
+from transformers_moshi_flax.models.mimi.topology import residual
 
 
 @pytest.mark.parametrize("samples", [2, 31])
@@ -22,7 +23,7 @@ def test_conv1d(mode: str, causal: bool, samples: int, x64: None):
     for width, stride, dilation, groups in ((3, 1, 4, 1), (8, 4, 1, 1), (5, 3, 1, 2)):
         theirs = double(modeling_mimi.MimiConv1d(config, 6, 10, width, stride, dilation, groups))
         module = flax_mimi.FlaxMimiConv1d(config, 6, 10, width, stride, dilation, groups, dtype=jnp.float64)
-        result = run(theirs, module, jnp.asarray(last_to_first(x)))
+        result, _ = run(theirs, module, jnp.asarray(last_to_first(x)))
         assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10, f"{(width, stride, dilation, groups)}")
 
 
@@ -35,7 +36,7 @@ def test_conv_transpose1d(groups: int, causal: bool, ratio: float, x64: None):
         x = audio(2, frames, channels=6)
         theirs = double(modeling_mimi.MimiConvTranspose1d(config, 6, out, width, stride, groups))
         module = flax_mimi.FlaxMimiConvTranspose1d(config, 6, out, width, stride, groups, dtype=jnp.float64)
-        result = run(theirs, module, jnp.asarray(last_to_first(x)))
+        result, _ = run(theirs, module, jnp.asarray(last_to_first(x)))
         assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10, f"{(width, stride)}")
 
 
@@ -44,7 +45,8 @@ def test_resnet_block(shortcut: bool, x64: None):
     config = tiny_mimi_config(use_conv_shortcut=shortcut)
     x = audio(2, 11, channels=8)
     theirs = double(modeling_mimi.MimiResnetBlock(config, 8, [2, 1]))
-    result = run(theirs, flax_mimi.FlaxMimiResnetBlock(config, 8, (2, 1), jnp.float64), jnp.asarray(last_to_first(x)))
+    module = flax_mimi.FlaxMimiResnetBlock(config, residual(config, 8, 2), jnp.float64)
+    result, _ = run(theirs, module, jnp.asarray(last_to_first(x)))
     assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10)
 
 
@@ -53,7 +55,7 @@ def test_seanet(ours: str, theirs: str, x64: None):
     config = tiny_mimi_config(num_residual_layers=2, upsampling_ratios=[3, 2, 5])
     x = audio(2, 37, channels=1 if ours == "FlaxMimiEncoder" else 32)
     oracle = double(getattr(modeling_mimi, theirs)(config))
-    result = run(oracle, getattr(flax_mimi, ours)(config, jnp.float64), jnp.asarray(last_to_first(x)))
+    result, _ = run(oracle, getattr(flax_mimi, ours)(config, jnp.float64), jnp.asarray(last_to_first(x)))
     assert_close(last_to_first(result), oracle(torch.tensor(x)), 1e-10)
 
 

@@ -25,8 +25,8 @@ from transformers_moshi_flax.models.mimi.quantizer_flax_mimi import norms_for_fr
 from transformers_moshi_flax.models.mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    samples_per_frame,
 )
+from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
 FRAME = 16  # samples, of the tiny configuration
 

@@ -7,7 +7,7 @@ Inside, arrays are channels last.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -24,8 +24,18 @@ from ..dots import batched_row_dot, row_dot_general
 from ..initializers import kaiming_normal, normal, uniform
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
-from .convolutions import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, frames_out, pad_frames
-from .streaming_flax_mimi import Histories, steps_per_frame
+from .convolutions import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, pad_frames
+from .topology import (
+    ELU,
+    ConvTranspose,
+    Layer,
+    Residual,
+    numbered,
+    padding_total,
+    seanet_decoder,
+    seanet_encoder,
+    steps_per_frame,
+)
 
 Lengths = Int[Array, "batch"] | None
 # keys and values of one layer, (batch * kv_heads, slots, head_dim), and the slot of the next step, (batch,)
@@ -33,6 +43,33 @@ Ring = tuple[Array, Array, Array]
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions
+
+
+class History(NamedTuple):
+    """What a convolution remembers of a stream when a chunk comes.
+
+    Attributes:
+        inputs: the last ones before the chunk, those of a row that had none being zero.
+        begun: rows that had inputs. What comes before the first one of the others is padding.
+        active: rows that go on; the others keep what they remember.
+    """
+
+    inputs: Float[Array, "batch before channels"]
+    begun: Bool[Array, "batch 1 1"]
+    active: Bool[Array, "batch 1 1"]
+
+    def followed_by(
+        self, x: Float[Array, "batch length channels"], mode: str = "constant"
+    ) -> tuple[Float[Array, "batch before+length channels"], History]:
+        """The inputs with the chunk ``x`` after them, and what to remember when the next one comes."""
+        start = jnp.where(self.begun, self.inputs, x[:, :1]) if mode == "replicate" else self.inputs
+        x = jnp.concatenate([start, x], axis=1)
+        last = x[:, -self.inputs.shape[1] :]
+        return x, self._replace(inputs=jnp.where(self.active, last, self.inputs))
+
+
+# by the names of layers: a convolution's, None if it remembers nothing, or those of the layers in a block
+Histories: TypeAlias = dict[str, Any]
 
 
 class FlaxMimiKernel(nn.Module):
@@ -50,7 +87,7 @@ class FlaxMimiKernel(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self):
+    def __call__(self) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
         kernel = self.param("kernel", kaiming_normal, self.shape, jnp.float32).astype(self.dtype)
         if self.bias_shape is None:
             return kernel, None
@@ -79,14 +116,14 @@ class FlaxMimiConv1d(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch frames in_channels"],
+        x: Float[Array, "batch length in_channels"],
         lengths: Lengths = None,
-        histories: Histories | None = None,
-    ) -> Float[Array, "batch frames_out out_channels"]:
+        history: History | None = None,
+    ) -> tuple[Float[Array, "batch length_out out_channels"], History | None]:
         mode = self.config.pad_mode if self.pad_mode is None else self.pad_mode
         if mode not in PAD_MODES:
             raise ValueError(f"`pad_mode` is {mode!r}, but must be one of {', '.join(PAD_MODES)}.")
-        total = (self.kernel_size - 1) * self.dilation + 1 - self.stride
+        total = padding_total(self.kernel_size, self.stride, self.dilation)
         if total < 0:
             raise ValueError(
                 f"`stride` is {self.stride}, wider than `kernel_size` {self.kernel_size}: choose a smaller."
@@ -100,13 +137,13 @@ class FlaxMimiConv1d(nn.Module):
             name="conv",
         )()
         x = x.astype(self.dtype)
-        if histories is None:
+        if history is not None:
+            x, history = history.followed_by(x, mode)
+        elif self.kernel_size > 1:
             right = 0 if self.config.use_causal_conv else total // 2
             x = pad_frames(x, total - right, right, self.stride, mode, lengths)
-        else:
-            x = histories.extend(x, total, mode)
         x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
-        return x if bias is None else x + bias
+        return (x if bias is None else x + bias), history
 
 
 class FlaxMimiConvTranspose1d(nn.Module):
@@ -128,10 +165,10 @@ class FlaxMimiConvTranspose1d(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch frames in_channels"],
+        x: Float[Array, "batch length in_channels"],
         lengths: Lengths = None,
-        histories: Histories | None = None,
-    ) -> Float[Array, "batch frames*{self.stride} out_channels"]:
+        history: History | None = None,
+    ) -> tuple[Float[Array, "batch length*{self.stride} out_channels"], History | None]:
         causal, ratio = self.config.use_causal_conv, self.config.trim_right_ratio
         if not causal and ratio != 1.0:
             raise ValueError(
@@ -145,100 +182,81 @@ class FlaxMimiConvTranspose1d(nn.Module):
             self.dtype,
             name="conv",
         )()
-        total = self.kernel_size - self.stride
+        total = padding_total(self.kernel_size, self.stride)
         right = math.ceil(total * ratio) if causal else total // 2
         left = total - right
-        frames = x.shape[1]
+        length = x.shape[1]
         x = x.astype(self.dtype)
         if lengths is not None:
-            # a padding frame must not reach back into the row
-            x = jnp.where(jnp.arange(frames)[:, None] < lengths[:, None, None], x, 0)
-        if histories is None:
-            x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + frames * self.stride]
+            # the padding of a row must not reach back into it
+            x = jnp.where(jnp.arange(length)[:, None] < lengths[:, None, None], x, 0)
+        if history is None:
+            x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + length * self.stride]
         else:
-            x = histories.extend(x, frames_out(total, self.stride))
+            x, history = history.followed_by(x)
             x = conv_transpose1d_inside(x, kernel, self.stride, self.groups)
-        return x if bias is None else x + bias
+        return (x if bias is None else x + bias), history
 
 
 # ------------------------------------------------------------------------------------------------------------ SEANet
-
-
-class FlaxMimiResnetBranch(nn.Module):
-    """The two convolutions of a residual block, numbered as in the files (0 and 2 are activations)."""
-
-    config: MimiConfig
-    dim: int
-    dilations: tuple[int, int]
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None, histories: Histories | None = None
-    ) -> Float[Array, "batch frames dim"]:
-        hidden = self.dim // self.config.compress
-        width = self.config.residual_kernel_size
-        first, second = self.dilations
-        x = FlaxMimiConv1d(self.config, self.dim, hidden, width, dilation=first, dtype=self.dtype, name="1")(
-            nn.elu(x), lengths, histories
-        )
-        return FlaxMimiConv1d(self.config, hidden, self.dim, 1, dilation=second, dtype=self.dtype, name="3")(
-            nn.elu(x), lengths, histories
-        )
 
 
 class FlaxMimiResnetBlock(nn.Module):
     """Residual block of SEANet; upstream ``MimiResnetBlock``."""
 
     config: MimiConfig
-    dim: int
-    dilations: tuple[int, int]
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch frames dim"], lengths: Lengths = None, histories: Histories | None = None
-    ) -> Float[Array, "batch frames dim"]:
-        residual = x
-        if self.config.use_conv_shortcut:
-            residual = FlaxMimiConv1d(self.config, self.dim, self.dim, 1, dtype=self.dtype, name="shortcut")(
-                x, lengths, histories
-            )
-        return residual + FlaxMimiResnetBranch(self.config, self.dim, self.dilations, self.dtype, name="block")(
-            x, lengths, histories
-        )
-
-
-class FlaxMimiEncoderLayers(nn.Module):
-    """The numbered layers of :class:`FlaxMimiEncoder`."""
-
-    config: MimiConfig
+    block: Residual
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch samples channels"],
+        x: Float[Array, "batch length dim"],
         lengths: Lengths = None,
         histories: Histories | None = None,
-    ) -> Float[Array, "batch steps hidden_size"]:
-        config, dtype = self.config, self.dtype
-        dim, index = config.num_filters, 1
-        first = FlaxMimiConv1d(config, config.audio_channels, dim, config.kernel_size, dtype=dtype, name="0")
-        x = first(x, lengths, histories)
-        for ratio in reversed(config.upsampling_ratios):
-            for block in range(config.num_residual_layers):
-                dilations = (config.dilation_growth_rate**block, 1)
-                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths, histories)
-                index += 1
-            conv = FlaxMimiConv1d(config, dim, 2 * dim, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
-            x = conv(nn.elu(x), lengths, histories)
-            lengths = None if lengths is None else frames_out(lengths, ratio)
-            dim, index = 2 * dim, index + 2
-        last = FlaxMimiConv1d(
-            config, dim, config.hidden_size, config.last_kernel_size, dtype=dtype, name=str(index + 1)
-        )
-        return last(nn.elu(x), lengths, histories)
+    ) -> tuple[Float[Array, "batch length dim"], Histories]:
+        residual = x
+        if self.block.shortcut is not None:
+            shortcut = FlaxMimiConv1d(self.config, *self.block.shortcut, dtype=self.dtype, name="shortcut")
+            residual, _ = shortcut(x, lengths)
+        branch = FlaxMimiLayers(self.config, self.block.branch, self.dtype, name="block")
+        x, histories = branch(x, lengths, histories)
+        return residual + x, histories
+
+
+class FlaxMimiLayers(nn.Module):
+    """Layers of SEANet one after another, under their numbers.
+
+    In a stream, each is handed its history by its name, and returns what to remember; ``histories=None`` is the whole
+    at once.
+    """
+
+    config: MimiConfig
+    topology: tuple[Layer, ...]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length in_channels"],
+        lengths: Lengths = None,
+        histories: Histories | None = None,
+    ) -> tuple[Float[Array, "batch length_out out_channels"], Histories]:
+        after: Histories = {}
+        for name, layer in numbered(self.topology):
+            if layer == ELU:
+                x = nn.elu(x)
+                continue
+            before = None if histories is None else histories[name]
+            if isinstance(layer, Residual):
+                block = FlaxMimiResnetBlock(self.config, layer, self.dtype, name=name)
+                x, after[name] = block(x, lengths, before)
+                continue
+            conv_class = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
+            conv = conv_class(self.config, *layer, dtype=self.dtype, name=name)
+            x, after[name] = conv(x, lengths, before)
+            lengths = None if lengths is None else layer.length_out(lengths)
+        return x, after
 
 
 class FlaxMimiEncoder(nn.Module):
@@ -253,40 +271,9 @@ class FlaxMimiEncoder(nn.Module):
         x: Float[Array, "batch samples channels"],
         lengths: Lengths = None,
         histories: Histories | None = None,
-    ) -> Float[Array, "batch steps hidden_size"]:
-        return FlaxMimiEncoderLayers(self.config, self.dtype, name="layers")(x, lengths, histories)
-
-
-class FlaxMimiDecoderLayers(nn.Module):
-    """The numbered layers of :class:`FlaxMimiDecoder`."""
-
-    config: MimiConfig
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch steps hidden_size"],
-        lengths: Lengths = None,
-        histories: Histories | None = None,
-    ) -> Float[Array, "batch samples channels"]:
-        config, dtype = self.config, self.dtype
-        dim, index = 2 ** len(config.upsampling_ratios) * config.num_filters, 1
-        first = FlaxMimiConv1d(config, config.hidden_size, dim, config.kernel_size, dtype=dtype, name="0")
-        x = first(x, lengths, histories)
-        for ratio in config.upsampling_ratios:
-            conv = FlaxMimiConvTranspose1d(config, dim, dim // 2, 2 * ratio, ratio, dtype=dtype, name=str(index + 1))
-            x = conv(nn.elu(x), lengths, histories)
-            lengths = None if lengths is None else lengths * ratio
-            dim, index = dim // 2, index + 2
-            for block in range(config.num_residual_layers):
-                dilations = (config.dilation_growth_rate**block, 1)
-                x = FlaxMimiResnetBlock(config, dim, dilations, dtype, name=str(index))(x, lengths, histories)
-                index += 1
-        last = FlaxMimiConv1d(
-            config, dim, config.audio_channels, config.last_kernel_size, dtype=dtype, name=str(index + 1)
-        )
-        return last(nn.elu(x), lengths, histories)
+    ) -> tuple[Float[Array, "batch steps hidden_size"], Histories]:
+        layers = FlaxMimiLayers(self.config, seanet_encoder(self.config), self.dtype, name="layers")
+        return layers(x, lengths, histories)
 
 
 class FlaxMimiDecoder(nn.Module):
@@ -301,8 +288,9 @@ class FlaxMimiDecoder(nn.Module):
         x: Float[Array, "batch steps hidden_size"],
         lengths: Lengths = None,
         histories: Histories | None = None,
-    ) -> Float[Array, "batch samples channels"]:
-        return FlaxMimiDecoderLayers(self.config, self.dtype, name="layers")(x, lengths, histories)
+    ) -> tuple[Float[Array, "batch samples channels"], Histories]:
+        layers = FlaxMimiLayers(self.config, seanet_decoder(self.config), self.dtype, name="layers")
+        return layers(x, lengths, histories)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -473,7 +461,7 @@ class FlaxMimiTransformerLayers(nn.Module):
 
 @flax.struct.dataclass
 class FlaxMimiTransformerOutput(FlaxModelOutput):
-    """Output of the transformer, all ``(batch, frames, hidden_size)`` but ``attentions``; see
+    """Output of the transformer, all ``(batch, steps, hidden_size)`` but ``attentions``; see
     :class:`FlaxMimiEncoderModelOutput`."""
 
     last_hidden_state: jax.Array | None = None

@@ -46,9 +46,8 @@ from .streaming_flax_mimi import (
     FlaxMimiEncoderState,
     check_rows,
     check_state,
-    encoded_length,
-    samples_per_frame,
 )
+from .topology import encoded_length, samples_per_frame
 
 Params = Any
 

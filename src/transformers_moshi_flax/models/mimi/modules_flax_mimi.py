@@ -33,10 +33,18 @@ from .quantizer_flax_mimi import FlaxMimiSplitResidualVectorQuantizer
 from .streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    Histories,
+    histories_by_name,
+    inputs_by_order,
+    seanet_histories,
+)
+from .topology import (
+    convolutions,
+    decoder_convolutions,
+    downsampling,
     encoded_length,
     resamples,
-    seanet_histories,
+    seanet_encoder,
+    upsampling,
 )
 
 Params = Any
@@ -142,21 +150,18 @@ class _EncoderHalf:
         self.encoder = FlaxMimiEncoder(config, dtype)
         self.encoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
         if resamples(config):
-            stride, dim = config.latent_stride, config.hidden_size
-            self.downsample = FlaxMimiConv1d(
-                config, dim, dim, 2 * stride, stride, pad_mode="replicate", use_bias=False, dtype=dtype
-            )
+            self.downsample = FlaxMimiConv1d(config, *downsampling(config), dtype=dtype)
 
     def _encode_latents(self, input_values, padding_mask, output_attentions, output_hidden_states, deterministic):
         """Latents channels last, and the transformer's output."""
         lengths = _row_lengths(padding_mask)
-        x = self.encoder(input_values.swapaxes(1, 2), lengths)
+        x, _ = self.encoder(input_values.swapaxes(1, 2), lengths)
         outputs = self.encoder_transformer(x, output_attentions, output_hidden_states, deterministic)
         x = outputs.last_hidden_state
         if resamples(self.config):
             if lengths is not None:
                 lengths = frames_out(lengths, math.prod(self.config.upsampling_ratios))
-            x = self.downsample(x, lengths)
+            x, _ = self.downsample(x, lengths)
         return x, outputs
 
     def _step_latents(self, state, input_values, active):
@@ -182,19 +187,21 @@ class _EncoderHalf:
             input_values: whole frames of audio.
             active: rows that go on.
         """
-        remembered = Histories(histories, filled > 0, active)
+        seanet = convolutions(seanet_encoder(self.config))
+        before = histories_by_name(seanet, histories, filled > 0, active)
         # what is not finite would stay in the ring, and no weight is small enough for it
         input_values = jnp.where(active[:, None, None], input_values, 0)
-        features = self.encoder(input_values.swapaxes(1, 2), None, remembered)
-        return tuple(remembered.after), features
+        features, after = self.encoder(input_values.swapaxes(1, 2), None, before)
+        return inputs_by_order(seanet, after), features
 
     def _transform_step(self, state, features, active):
         """The rest of a step, for a state without the histories of SEANet."""
-        histories = state.histories_of(active)
+        resampling = {("downsample",): downsampling(self.config)} if resamples(self.config) else {}
+        histories = histories_by_name(resampling, state.histories, state.cache.filled > 0, active)
         cache, x = self.encoder_transformer.step(state.cache, features, active)
         if resamples(self.config):
-            x = self.downsample(x, None, histories)
-        return state.replace(histories=tuple(histories.after), cache=cache), x
+            x, histories["downsample"] = self.downsample(x, None, histories["downsample"])
+        return state.replace(histories=inputs_by_order(resampling, histories), cache=cache), x
 
 
 class _DecoderHalf:
@@ -203,10 +210,7 @@ class _DecoderHalf:
     def _setup_decoder(self):
         config, dtype = self.config, self.dtype
         if resamples(config):
-            stride, dim = config.latent_stride, config.hidden_size
-            self.upsample = FlaxMimiConvTranspose1d(
-                config, dim, dim, 2 * stride, stride, config.upsample_groups, use_bias=False, dtype=dtype
-            )
+            self.upsample = FlaxMimiConvTranspose1d(config, *upsampling(config), dtype=dtype)
         self.decoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
         self.decoder = FlaxMimiDecoder(config, dtype)
 
@@ -218,10 +222,11 @@ class _DecoderHalf:
             padded = lengths < padding_mask.shape[-1]
             lengths = jnp.where(padded, jnp.minimum(encoded_length(self.config, lengths), x.shape[1]), x.shape[1])
         if resamples(self.config):
-            x = self.upsample(x, lengths)
+            x, _ = self.upsample(x, lengths)
             lengths = None if lengths is None else lengths * self.config.latent_stride
         outputs = self.decoder_transformer(x, output_attentions, output_hidden_states, deterministic)
-        audio = self.decoder(outputs.last_hidden_state, lengths).swapaxes(1, 2)
+        audio, _ = self.decoder(outputs.last_hidden_state, lengths)
+        audio = audio.swapaxes(1, 2)
         if padding_mask is not None:
             audio = audio[..., : padding_mask.shape[-1]]
         return FlaxMimiDecoderOutput(
@@ -231,13 +236,14 @@ class _DecoderHalf:
     def _step_audio(self, state, x, active):
         """The next state, and the audio of the next frames of a stream, whose latents are channels last."""
         active = _all_rows(state) if active is None else active
-        histories = state.histories_of(active)
+        half = decoder_convolutions(self.config)
+        histories = histories_by_name(half, state.histories, state.cache.filled > 0, active)
         x = jnp.where(active[:, None, None], x, 0)
         if resamples(self.config):
-            x = self.upsample(x, None, histories)
+            x, histories["upsample"] = self.upsample(x, None, histories["upsample"])
         cache, x = self.decoder_transformer.step(state.cache, x, active)
-        audio = self.decoder(x, None, histories).swapaxes(1, 2)
-        return state.replace(histories=tuple(histories.after), cache=cache), audio
+        audio, histories["decoder"] = self.decoder(x, None, histories["decoder"])
+        return state.replace(histories=inputs_by_order(half, histories), cache=cache), audio.swapaxes(1, 2)
 
 
 class FlaxMimiEncoderModule(_EncoderHalf, nn.Module):

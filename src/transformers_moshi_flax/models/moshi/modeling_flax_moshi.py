@@ -40,7 +40,7 @@ from ...input_checks import (
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
-from ..mimi.streaming_flax_mimi import encoded_length, samples_per_frame
+from ..mimi.topology import encoded_length, samples_per_frame
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .generation_flax_moshi import (

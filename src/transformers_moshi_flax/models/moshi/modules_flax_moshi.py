@@ -23,7 +23,8 @@ from ...modeling_flax_outputs import (
     FlaxModelOutput,
 )
 from ..mimi.modules_flax_mimi import FlaxMimiModule
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..mimi.topology import samples_per_frame
 from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (

@@ -18,7 +18,7 @@ from ...checkpoints.configs import load_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...input_checks import check_audio, check_ids
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..mimi.streaming_flax_mimi import samples_per_frame
+from ..mimi.topology import samples_per_frame
 from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
 from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 

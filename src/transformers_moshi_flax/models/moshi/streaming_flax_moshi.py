@@ -39,9 +39,9 @@ from ..mimi.quantizer_flax_mimi import prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    samples_per_frame,
     seanet_histories,
 )
+from ..mimi.topology import samples_per_frame
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling

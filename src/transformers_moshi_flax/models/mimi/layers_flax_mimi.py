@@ -253,7 +253,7 @@ class FlaxMimiLayers(nn.Module):
                 x, after[name] = block(x, lengths, before)
                 continue
             conv_class = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
-            conv = conv_class(self.config, *layer, dtype=self.dtype, name=name)
+            conv = conv_class(self.config, *layer, self.dtype, name=name)
             x, after[name] = conv(x, lengths, before)
             lengths = None if lengths is None else layer.length_out(lengths)
         return x, after

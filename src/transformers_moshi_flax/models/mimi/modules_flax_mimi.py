@@ -150,7 +150,7 @@ class _EncoderHalf:
         self.encoder = FlaxMimiEncoder(config, dtype)
         self.encoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
         if resamples(config):
-            self.downsample = FlaxMimiConv1d(config, *downsampling(config), dtype=dtype)
+            self.downsample = FlaxMimiConv1d(config, *downsampling(config), dtype)
 
     def _encode_latents(self, input_values, padding_mask, output_attentions, output_hidden_states, deterministic):
         """Latents channels last, and the transformer's output."""
@@ -210,7 +210,7 @@ class _DecoderHalf:
     def _setup_decoder(self):
         config, dtype = self.config, self.dtype
         if resamples(config):
-            self.upsample = FlaxMimiConvTranspose1d(config, *upsampling(config), dtype=dtype)
+            self.upsample = FlaxMimiConvTranspose1d(config, *upsampling(config), dtype)
         self.decoder_transformer = FlaxMimiTransformerModel(config, dtype, self.gradient_checkpointing)
         self.decoder = FlaxMimiDecoder(config, dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from transformers import MimiConfig
 
@@ -16,7 +16,7 @@ from .convolutions import frames_out
 
 # ------------------------------------------------------------------------------------------------------------ layers
 
-ELU = "elu"
+ELU: Final = "elu"
 
 
 def padding_total(kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
@@ -158,7 +158,7 @@ def convolutions(layers: Sequence[Layer]) -> dict[Path, Convolution]:
     for name, layer in numbered(layers):
         if isinstance(layer, Residual):
             found |= {(name, *path): conv for path, conv in convolutions(layer.branch).items()}
-        elif layer != ELU:
+        elif isinstance(layer, Conv | ConvTranspose):
             found[name,] = layer
     return found
 

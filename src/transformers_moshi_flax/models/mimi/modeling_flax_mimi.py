@@ -25,7 +25,7 @@ from ...generation.programs import Program
 from ...input_checks import check_audio, check_ids, check_rank, is_traced, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
-from ..ring_cache import RingCache
+from ...nn.cache import RingCache
 from .checkpoint_flax_mimi import MIMI_RULES
 from .modules_flax_mimi import (
     STEP_PARTS,

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import MimiConfig
 
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..ring_cache import RingCache
-from .convolutions import frames_out
+from ...nn.cache import RingCache
+from ...ops.convolution import frames_out
 from .layers_flax_mimi import (
     FlaxMimiConv1d,
     FlaxMimiConvTranspose1d,
@@ -168,7 +168,7 @@ class _EncoderHalf:
         """The next state, and the latents, channels last, of the next frames of a stream."""
         active = _all_rows(state) if active is None else active
         count = seanet_histories(self.config)
-        convolved, features = self.convolve_step(state.histories[:count], state.cache.filled, input_values, active)
+        convolved, features = self.convolve_step(state.histories[:count], state.cache.length, input_values, active)
         state, latents = self._transform_step(state.replace(histories=state.histories[count:]), features, active)
         return state.replace(histories=(*convolved, *state.histories)), latents
 
@@ -197,7 +197,7 @@ class _EncoderHalf:
     def _transform_step(self, state, features, active):
         """The rest of a step, for a state without the histories of SEANet."""
         resampling = {("downsample",): downsampling(self.config)} if resamples(self.config) else {}
-        histories = histories_by_name(resampling, state.histories, state.cache.filled > 0, active)
+        histories = histories_by_name(resampling, state.histories, state.cache.length > 0, active)
         cache, x = self.encoder_transformer.step(state.cache, features, active)
         if resamples(self.config):
             x, histories["downsample"] = self.downsample(x, None, histories["downsample"])
@@ -237,7 +237,7 @@ class _DecoderHalf:
         """The next state, and the audio of the next frames of a stream, whose latents are channels last."""
         active = _all_rows(state) if active is None else active
         half = decoder_convolutions(self.config)
-        histories = histories_by_name(half, state.histories, state.cache.filled > 0, active)
+        histories = histories_by_name(half, state.histories, state.cache.length > 0, active)
         x = jnp.where(active[:, None, None], x, 0)
         if resamples(self.config):
             x, histories["upsample"] = self.upsample(x, None, histories["upsample"])

@@ -14,9 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from transformers import MimiConfig
 
-from ...precision import at_least_float32
-from ..argmax import argmax
-from ..dots import chunk_count
+from ...ops.codebook import nearest_entries, squared_norms
+from ...ops.precision import at_least_float32
 from .layers_flax_mimi import FlaxMimiKernel
 
 Params = Any
@@ -37,31 +36,11 @@ class Codebook(NamedTuple):
 
     def nearest(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
         """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
-        # |x - e|² without |x|², which is the same for all entries
-        rows = x.reshape(-1, x.shape[-1])
-        # on the left of the product, the table is not transposed by XLA's CPU backend; for one row it is cut into
-        # chunks, as in `row_dot_general`
-        entries, dim = self.total.shape
-        chunks = chunk_count(entries, self.total.size * self.total.dtype.itemsize) if len(rows) == 1 else 1
-        products = lax.dot_general(
-            self.total.reshape(chunks, -1, dim),
-            jnp.broadcast_to(rows, (chunks, *rows.shape)),
-            (((2,), (2,)), ((0,), (0,))),
-            precision=lax.Precision.HIGHEST,
-        ).reshape(entries, -1)
         squares = squared_norms(self.total) if self.squares is None else self.squares
-        usage = self.usage[:, None]
-        distances = (squares[:, None] / usage - 2 * products) / usage
-        return argmax(-distances, axis=0).reshape(x.shape[:-1])
+        return nearest_entries(self.total, self.usage, squares, x)
 
     def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
         return self.total[codes] / self.usage[codes][..., None]
-
-
-def squared_norms(total: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
-    # as a product, which sums faster than a reduction in XLA's CPU backend
-    ones = jnp.ones((total.shape[-1], 1), total.dtype)
-    return jnp.matmul(jnp.square(total), ones, precision=lax.Precision.HIGHEST)[:, 0]
 
 
 class FlaxMimiEuclideanCodebook(nn.Module):

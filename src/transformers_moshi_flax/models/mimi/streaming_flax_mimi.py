@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from transformers import MimiConfig
 
 from ...input_checks import check_sizes, is_traced
-from ..ring_cache import RingCache
+from ...nn.cache import RingCache
 from .layers_flax_mimi import Histories, History
 from .topology import (
     Convolution,

@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from transformers import MimiConfig
 
-from .convolutions import frames_out
+from ...ops.convolution import frames_out
 
 # ------------------------------------------------------------------------------------------------------------ layers
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from transformers_moshi_flax.cli.checkpoints import check_source
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
-from transformers_moshi_flax.cli.console import report_console, slow
+from transformers_moshi_flax.cli.console import notes_of_warnings, report_console, slow
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def prepare(
         slow("preparing", count) as advance,
         as_mistake("--model", ValueError),
         as_mistake("OUT", OSError, preparing.UnusableFolder),
+        notes_of_warnings(),
         as_mistake("--main-speaker", preparing.NoMainSpeaker),
     ):
         report = preparing.prepare(

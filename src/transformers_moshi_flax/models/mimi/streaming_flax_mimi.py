@@ -35,8 +35,13 @@ def steps_per_frame(config: MimiConfig) -> int:
 
 
 def samples_per_frame(config: MimiConfig) -> int:
-    """Samples in a frame of the codes. (``config.frame_size`` always counts two steps a frame.)"""
+    """Samples in a frame of the codes, for all who count frames. (``config.frame_size`` always counts two steps.)"""
     return math.prod(config.upsampling_ratios) * steps_per_frame(config)
+
+
+def is_causal(config: MimiConfig) -> bool:
+    """Whether no output depends on what follows the frame that it belongs to."""
+    return config.use_causal_conv and config.trim_right_ratio == 1.0 and config.pad_mode != "reflect"
 
 
 def check_streamable(config: MimiConfig) -> None:

@@ -1,9 +1,9 @@
 """Audio files, read to their end in bounded memory, whatever their headers say of their length.
 
 libsndfile stops where a header says that the audio ends, or where it guesses so: an MP3 without a count of its frames
-is cut short, of files that were joined the first is heard alone, and what a recorder could not finish is empty. So each
-kind is handed to it as *parts*, views of the file that end where their audio ends and promise what is there. What
-cannot be had is told in a warning that names the file.
+is cut short, of joined files the first is heard alone, what a recorder could not finish is empty. So each kind is
+handed to it as *parts*, views of the file that end where their audio ends and promise what is there. What cannot be
+had is told in a warning that names the file.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class AudioFile:
         import soundfile
 
         self.path, self._longest = path, longest
-        if not path.is_file():
-            raise ValueError(f"{self._name} is not a file; give the path of a WAV or FLAC file")
         if path.suffix.lower() == ".raw":
             raise ValueError(f"{self._name} does not say its rate and channels; give it as .wav or .flac")
         try:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
             with path.open("rb") as file:
                 self._layout = _layout_of(file)
             with self._opened(self._parts[0]) as sound:
@@ -188,6 +188,9 @@ class AudioFile:
 def _reason(error: Exception) -> str:
     """Of libsndfile's errors the words alone: the rest names an object in memory."""
     return str(getattr(error, "error_string", error)).strip().rstrip(".")
+
+
+_PROMISE = r"^ *(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)"
 
 
 def _promised(sound: Any) -> int | None:

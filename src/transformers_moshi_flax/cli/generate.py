@@ -50,7 +50,7 @@ def generate(
     ] = None,
     output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
     text_prompt: Annotated[
-        str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end; alone, the user is silent.")
+        str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end; alone, to silence.")
     ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask turn by turn for a text prompt or an audio file.")

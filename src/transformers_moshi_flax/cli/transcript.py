@@ -22,7 +22,7 @@ LINE_LENGTH = 42
 """Most characters of a subtitle: what a screen has room for in one line."""
 
 PAUSE = 0.8
-"""Seconds of silence after which a new subtitle begins, and a new word, in languages that are written without spaces."""
+"""Seconds of silence after which a new subtitle begins; where no spaces are written, a new word too."""
 
 SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")  # noqa: RUF001 (fullwidth on purpose)
 
@@ -140,7 +140,9 @@ def subtitles(words: Sequence[Timed], duration: float) -> list[Timed]:
 
 def _cut(word: Timed) -> list[Timed]:
     """A word in parts that have room in a line, said at an even pace."""
-    pace = (word.end - word.start) / max(1, len(word.text))
+    if len(word.text) <= LINE_LENGTH:
+        return [word]
+    pace = (word.end - word.start) / len(word.text)
     return [
         Timed(
             word.text[at : at + LINE_LENGTH],

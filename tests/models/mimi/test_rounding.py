@@ -107,7 +107,8 @@ def test_whole_codec_and_halves(model: FlaxMimiModel) -> None:
     encoder = FlaxMimiEncoderModel(model.config.encoder_config)
     decoder = FlaxMimiDecoderModel(model.config.decoder_config)
     check_same(lambda: encoder(SOUND[..., :150], **EVERYTHING))
-    check_same(lambda: decoder(RNG.standard_normal((2, 32, 9)).astype(np.float32), **EVERYTHING))
+    latents = RNG.standard_normal((2, 32, 9)).astype(np.float32)
+    check_same(lambda: decoder(latents, **EVERYTHING))
 
 
 def test_lengths_of_a_bucket_share_programs(model: FlaxMimiModel, count_compilations: Callable[[], int]) -> None:

@@ -34,7 +34,7 @@ def streams(frames: int, labels: bool = False) -> dict[str, Any]:
         "input_ids": ids,
         "user_audio_codes": codes,
         "moshi_audio_codes": codes,
-        "attention_mask": np.arange(frames) >= np.array([[0], [2]]),
+        "attention_mask": np.arange(frames) < np.array([[frames], [frames - 2]]),
         **({"text_labels": ids, "audio_labels": codes} if labels else {}),
     }
 

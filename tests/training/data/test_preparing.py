@@ -27,7 +27,7 @@ from tests.training.data.test_prepared import assert_same
 from transformers_moshi_flax import FlaxMimiModel
 from transformers_moshi_flax.checkpoints import writing
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
-from transformers_moshi_flax.training.data import preparing, recordings
+from transformers_moshi_flax.training.data import preparing
 from transformers_moshi_flax.training.data.prepared import Conversation, open_dataset
 from transformers_moshi_flax.training.data.preparing import NoMainSpeaker, Report, SettingsDiffer, prepare
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
@@ -152,7 +152,7 @@ def test_what_cannot_be_used_is_reported(
     soundfile.write(tmp_path / "c.wav", np.zeros(200), RATE)
     soundfile.write(tmp_path / "d.wav", np.zeros((0, 2)), RATE)
     # behind the first block, when the slot has begun
-    monkeypatch.setattr(recordings, "_READ_SAMPLES", 500)
+    monkeypatch.setattr(audio_files, "BLOCK_SAMPLES", 1000)
     broken = np.zeros((1200, 2), np.float32)
     broken[1100, 1] = np.nan
     soundfile.write(tmp_path / "e.wav", broken, RATE, subtype="FLOAT")
@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_reported(
         "i.wav": "all are words without a speaker, the first is ['you', [0, 1]]",
         long: "File name too long",
         "n.raw": "does not say its rate",
-        "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale it",
+        "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale them",
         "q.wav": "samples of up to 3e+38",
         "o\0.wav": "no such file",
         ".": "no such file",

@@ -37,7 +37,9 @@ def in_bucket(run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]) -> A
     given = {name: inputs[name] for name in INPUTS if inputs.get(name) is not None}
     rows, frames = next((value.shape[0], value.shape[INPUTS[name][0]]) for name, value in given.items())
     capacity = small_bucket(frames)
-    if capacity == frames:
+    # a frame that sees nothing, before a row begins, has the mean of all there is
+    begun = "attention_mask" not in given or np.all(np.asarray(given["attention_mask"])[:, 0])
+    if capacity == frames or not begun:
         return run(inputs)
     if "attention_mask" not in given and any(name in given for name in LABELS):
         given["attention_mask"] = np.ones((rows, frames), np.int32)  # padding has no part in the losses

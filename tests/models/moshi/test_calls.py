@@ -53,12 +53,6 @@ def test_padding_to_a_bucket(model: FlaxMoshiForConditionalGeneration, labels: b
     check_same(model, {**streams(9, labels), **EVERYTHING})
 
 
-def test_padding_to_a_bucket_without_a_mask(model: FlaxMoshiForConditionalGeneration) -> None:
-    inputs = streams(9, labels=True)
-    del inputs["attention_mask"]
-    check_same(model, inputs)
-
-
 @pytest.mark.parametrize("keep", [0, 1, 4, 20])
 def test_text_alone(keep: int) -> None:
     ids = streams(9)["input_ids"]

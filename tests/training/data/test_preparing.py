@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.configs import tiny_mimi_config, tiny_moshi_config
 from tests.training.data.test_alignment import EMBEDDED
 from tests.training.data.test_prepared import assert_same
-from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax import FlaxMimiModel, audio_files
 from transformers_moshi_flax.checkpoints import writing
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
 from transformers_moshi_flax.training.data import preparing
@@ -232,6 +232,23 @@ def test_late_text_is_counted(run: Callable[..., Report], tmp_path: Path) -> Non
         assert (told["lags"], told["late_pieces"], told["largest_lag"]) == (report.lags, 16, 15 / rate)
 
 
+@pytest.mark.parametrize("word", ["you", "to", "Hello,", "xyz"])
+def test_words_without_a_space_before_them(tokenizer: PreTrainedTokenizerBase, word: str) -> None:
+    fields = (tokenizer, 12.5, 270, 2048, PAD, 0, "SPEAKER_MAIN")
+    spaced, bare = (
+        tokenizer.convert_ids_to_tokens(preparing._Text(*fields, whitespace)._encode(word))
+        for whitespace in (True, False)
+    )
+    assert "".join(spaced) == f"▁{word}" and "".join(bare) == word
+
+
+def test_whitespace_is_a_setting(run: Callable[..., Report], tmp_path: Path) -> None:
+    record(tmp_path, {"a.wav": 200})
+    run()
+    with pytest.raises(SettingsDiffer, match="whitespace_before_word"):
+        run(whitespace_before_word=False)
+
+
 def test_recordings_without_a_word_of_moshis(run: Callable[..., Report], tmp_path: Path) -> None:
     """Of all: told before any work, with the labels that there are. Of some: in the report."""
     record(tmp_path, {"a.wav": 40, "b.wav": 40, "c.wav": 40})
@@ -374,7 +391,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer, MoshiConfig
-from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax import FlaxMimiModel, audio_files
 from transformers_moshi_flax.training.data.preparing import prepare
 
 folder, embedded = Path(sys.argv[1]), sys.argv[2]

@@ -36,7 +36,6 @@ from ...input_checks import (
     check_sizes,
     is_traced,
     is_tracing,
-    owned,
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
@@ -186,11 +185,12 @@ def mask_lengths(length: int, cache) -> tuple[int, ...]:
 
 
 def as_int32(ids):
-    return None if ids is None else jnp.asarray(owned(ids)).astype(jnp.int32)
+    """On the device; without a program for every shape, which ``jnp.asarray`` may compile."""
+    return ids if ids is None else ids.astype(jnp.int32) if isinstance(ids, jax.Array) else on_device(ids, np.int32)
 
 
 def as_array(array):
-    return None if array is None else jnp.asarray(owned(array))
+    return array if array is None or isinstance(array, jax.Array) else on_device(array)
 
 
 class FlaxMoshiModel(FlaxMoshiPreTrainedModel):

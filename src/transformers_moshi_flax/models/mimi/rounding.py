@@ -14,7 +14,7 @@ from transformers import MimiConfig
 from ...generation.arrays import cut, padded
 from ...generation.buckets import small_bucket
 from ...modeling_flax_outputs import FlaxModelOutput
-from .convolutions import frames_out
+from ...ops.convolution import frames_out
 from .streaming_flax_mimi import is_causal, samples_per_frame, steps_per_frame
 
 Inputs = dict[str, Any]

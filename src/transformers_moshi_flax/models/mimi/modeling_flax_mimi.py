@@ -21,8 +21,9 @@ from transformers import MimiConfig
 from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
 
 from ...former_names import accept_former_names
+from ...generation.arrays import on_one_device
 from ...generation.programs import Program
-from ...input_checks import check_audio, check_ids, check_rank, is_traced, owned
+from ...input_checks import check_audio, check_ids, check_rank, is_traced, is_tracing, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
@@ -41,6 +42,7 @@ from .modules_flax_mimi import (
     require_encoder,
 )
 from .quantizer_flax_mimi import codebooks_for_frames, norms_for_frames, with_norms
+from .rounding import rounded, shortened
 from .streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -156,8 +158,8 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         dropout_rng: jax.Array | None,
         **options: Any,
     ):
-        """Call a method of the module, compiled once per shapes and options: hundreds of operations, each compiled
-        for itself, would take many times as long."""
+        """Call a method of the module, compiled once per bucket of lengths and options: hundreds of operations, each
+        compiled for itself, would take many times as long."""
         if train and self.config.attention_dropout and dropout_rng is None:
             raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
         programs = self._compiled()
@@ -172,7 +174,12 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
 
             programs[key] = jax.jit(program)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        outputs = programs[key](self.params if params is None else params, rngs, inputs)
+        params = self.params if params is None else params
+        if train or is_tracing(params, inputs) or not on_one_device(params, inputs):
+            outputs = programs[key](params, rngs, inputs)
+        else:
+            inputs, lengths = rounded(self.config, inputs)
+            outputs = shortened(programs[key](params, rngs, inputs), lengths)
         return self._returned(outputs, return_dict)
 
     def _compiled(self) -> dict[Any, Any]:

@@ -76,6 +76,11 @@ def inputs_by_order(convolutions: Mapping[Path, Convolution], histories: Histori
 # ------------------------------------------------------------------------------------------------------------ states
 
 
+def is_causal(config: MimiConfig) -> bool:
+    """Whether no output depends on what follows the frame that it belongs to."""
+    return config.use_causal_conv and config.trim_right_ratio == 1.0 and config.pad_mode != "reflect"
+
+
 def check_streamable(config: MimiConfig) -> None:
     """Raises ``ValueError`` unless every output depends on whole frames of the past only."""
     if not config.use_causal_conv:

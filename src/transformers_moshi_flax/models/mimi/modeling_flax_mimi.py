@@ -12,11 +12,11 @@ quantizer, and the mirror image of the first three. Names, argument order and pa
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ Ring = tuple[Array, Array, Array]
 # ----------------------------------------------------------------------------------------------------------- outputs
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiTransformerOutput(FlaxModelOutput):
     """Output of the transformer, all ``(batch, frames, hidden_size)`` but ``attentions``; see
     :class:`FlaxMimiEncoderModelOutput`."""
@@ -77,7 +77,7 @@ class FlaxMimiTransformerOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiEncoderModelOutput(FlaxModelOutput):
     """Output of the encoder half.
 
@@ -97,7 +97,7 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiEncoderOutput(FlaxModelOutput):
     """Output of ``encode``: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32, the rest as in
     :class:`FlaxMimiEncoderModelOutput` (whose ``cache`` is ``encoder_cache`` here)."""
@@ -109,7 +109,7 @@ class FlaxMimiEncoderOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiDecoderOutput(FlaxModelOutput):
     """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the state after it as
     ``decoder_cache`` where the call was part of a stream, the rest as in
@@ -121,7 +121,7 @@ class FlaxMimiDecoderOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiOutput(FlaxModelOutput):
     """Output of the whole codec: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32 and ``audio_values``
     ``(batch, audio_channels, samples)``."""

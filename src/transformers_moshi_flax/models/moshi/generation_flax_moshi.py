@@ -34,7 +34,7 @@ from ...modeling_flax_outputs import FlaxModelOutput
 from .delay_pattern import delay, undelay
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiGenerateOutput(FlaxModelOutput):
     """Output of nested ``generate``; upstream ``MoshiConditionalGenerationGenerateOutput``.
 
@@ -213,9 +213,24 @@ def frame_inputs(
     )
 
 
+def with_prompt_embeds(
+    embedded: Float[Array, "batch columns hidden"],
+    given: Float[Array, "batch capacity hidden"],
+    request: Request,
+    start: Int[Array, ""],
+) -> Float[Array, "batch columns hidden"]:
+    """``embedded``, which are the columns from ``start`` on, with the ``given`` ones in those of the prompt."""
+    length = embedded.shape[1]
+    given = lax.dynamic_slice_in_dim(given, start, length, axis=1).astype(embedded.dtype)
+    in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
+    return jnp.where(in_prompt[None, :, None], given, embedded)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextDecoder:
     """Text alone: a ``FlaxMoshiForCausalLMModule`` as a :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
+
+    The request's ``streams`` are the prompt's embeddings, ``(batch, capacity, hidden_size)``, or None.
 
     Attributes:
         module: the module.
@@ -229,9 +244,15 @@ class TextDecoder:
         return None
 
     def feed(self, params, request: Request, state: State, start, length: int):
+        input_ids, given = columns(state.sequences, start, length), request.streams
+        if given is None:
+            inputs = {"input_ids": input_ids}
+        else:
+            embedded = self.module.apply({"params": params}, input_ids, method=self.module.embed)
+            inputs = {"inputs_embeds": with_prompt_embeds(embedded, given, request, start)}
         return self.module.apply(
             {"params": params},
-            input_ids=columns(state.sequences, start, length),
+            **inputs,
             attention_mask=columns(request.attention_mask, start, length),
             cache=state.cache,
             logits_to_keep=1,
@@ -272,9 +293,7 @@ class FrameDecoder:
         )
         given = request.streams.inputs_embeds
         if given is not None:
-            given = lax.dynamic_slice_in_dim(given, start, length, axis=1).astype(inputs.dtype)
-            in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
-            inputs = jnp.where(in_prompt[None, :, None], given, inputs)
+            inputs = with_prompt_embeds(inputs, given, request, start)
         return self.module.apply(
             {"params": params},
             inputs,

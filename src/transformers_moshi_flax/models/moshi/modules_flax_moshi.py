@@ -7,10 +7,10 @@ over the codebooks of one frame (the depth decoder). The public classes around t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -117,6 +117,9 @@ class FlaxMoshiForCausalLMModule(nn.Module):
         self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.lm_head = dense(self.config.vocab_size, self.config.initializer_range, self.dtype)
 
+    def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
+        return self.model.embed(input_ids)
+
     def __call__(
         self,
         input_ids=None,
@@ -145,6 +148,25 @@ class FlaxMoshiForCausalLMModule(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------- the depth decoder
+
+
+@dataclasses.dataclass
+class FlaxMoshiDepthDecoderOutputWithPast(FlaxModelOutput):
+    """Output of the depth decoder; upstream ``CausalLMOutputWithPast``.
+
+    Attributes:
+        loss: mean cross-entropy, if labels were passed.
+        logits: ``(batch, codebooks, audio_vocab_size)``.
+        cache: the updated cache, if one was passed.
+        hidden_states: input of every layer and what the heads read, each ``(batch, codebooks, hidden_size)``.
+        attentions: weights of every layer, each ``(batch, heads, codebooks, keys)``.
+    """
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 class FlaxMoshiDepthDecoderModule(nn.Module):
@@ -205,7 +227,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         position_ids: tuple[int, ...] | None = None,
         labels=None,
         deterministic: bool = True,
-    ) -> FlaxCausalLMOutputWithPast:
+    ) -> FlaxMoshiDepthDecoderOutputWithPast:
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         past_length = call_length(cache)
         slots = tuple(range(past_length, past_length + length))
@@ -230,10 +252,9 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         if labels is not None:
             ignored = (labels == IGNORE_INDEX) | (labels == self.config.audio_vocab_size)
             loss = cross_entropy(logits, labels, ignored)
-        return FlaxCausalLMOutputWithPast(
+        return FlaxMoshiDepthDecoderOutputWithPast(
             loss=loss,
             logits=logits,
-            last_hidden_state=hidden_states,
             cache=cache,
             hidden_states=(*inputs, hidden_states),
             attentions=attentions,
@@ -243,7 +264,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
 # ---------------------------------------------------------------------------------------------- the whole of Moshi
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
     """Output of :class:`FlaxMoshiForConditionalGeneration`.
 
@@ -272,7 +293,7 @@ class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
     depth_attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiUnconditionalInput(FlaxModelOutput):
     """Inputs of one start frame, for generation from nothing; upstream ``MoshiUnconditionalInput``.
 
@@ -372,7 +393,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             logits_to_keep=1,
         )
 
-    def decode_codebook(self, input_ids, last_hidden_state, cache) -> FlaxCausalLMOutputWithPast:
+    def decode_codebook(self, input_ids, last_hidden_state, cache) -> FlaxMoshiDepthDecoderOutputWithPast:
         """The depth decoder on the next codebook of a frame."""
         return self.depth_decoder(input_ids, last_hidden_state, cache=cache)
 

@@ -5,6 +5,7 @@ To import it along with this package would take seconds, so a finder on ``sys.me
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
@@ -18,9 +19,8 @@ def register_moshi_processor(module: ModuleType) -> None:
     """``AutoProcessor`` of ``module`` gives a ``MoshiProcessor`` for Moshi's checkpoints."""
     from transformers import MoshiConfig
 
-    from .models.moshi.processing_moshi import MoshiProcessor
-
-    module.AutoProcessor.register(MoshiConfig, MoshiProcessor, exist_ok=True)
+    processor_class = importlib.import_module(__name__.rpartition(".")[0]).MoshiProcessor
+    module.AutoProcessor.register(MoshiConfig, processor_class, exist_ok=True)
 
 
 class WaitForAutoProcessor:
@@ -42,7 +42,7 @@ class WaitForAutoProcessor:
             run(module)
             register_moshi_processor(module)
 
-        spec.loader.exec_module = run_and_register
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 

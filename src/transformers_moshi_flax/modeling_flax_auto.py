@@ -19,7 +19,7 @@ PACKAGE = __name__.rpartition(".")[0]
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-class FlaxModelMapping(Mapping[type[PreTrainedConfig], type]):
+class FlaxModelMapping(Mapping[type[PreTrainedConfig], type[Any]]):
     """Configuration classes and their model classes.
 
     Args:
@@ -28,9 +28,9 @@ class FlaxModelMapping(Mapping[type[PreTrainedConfig], type]):
 
     def __init__(self, names: dict[str, str]):
         self._names = names
-        self._registered: dict[type[PreTrainedConfig], type] = {}
+        self._registered: dict[type[PreTrainedConfig], type[Any]] = {}
 
-    def register(self, config_class: type[PreTrainedConfig], model_class: type, exist_ok: bool = False) -> None:
+    def register(self, config_class: type[PreTrainedConfig], model_class: type[Any], exist_ok: bool = False) -> None:
         """Adds a pair; ValueError if there is one already, unless ``exist_ok``."""
         if config_class in self and not exist_ok:
             raise ValueError(
@@ -39,24 +39,24 @@ class FlaxModelMapping(Mapping[type[PreTrainedConfig], type]):
             )
         self._registered[config_class] = model_class
 
-    def of_model_type(self, model_type: str | None) -> type | None:
+    def of_model_type(self, model_type: str | None) -> type[Any] | None:
         """The model class that was registered last for a ``model_type``, that of this package, or None."""
         for config_class, model_class in reversed(self._registered.items()):
             if config_class.model_type == model_type:
                 return model_class
-        name = self._names.get(model_type)
+        name = self._names.get(model_type or "")
         return None if name is None else getattr(importlib.import_module(PACKAGE), name)
 
     @property
     def model_types(self) -> list[str]:
         return sorted({*self._names, *(config_class.model_type for config_class in self._registered)})
 
-    def _pairs(self) -> dict[type[PreTrainedConfig], type]:
+    def _pairs(self) -> dict[type[PreTrainedConfig], type[Any]]:
         package = importlib.import_module(PACKAGE)
         ours = (getattr(package, name) for name in self._names.values())
         return {**{model_class.config_class: model_class for model_class in ours}, **self._registered}
 
-    def __getitem__(self, config_class: type[PreTrainedConfig]) -> type:
+    def __getitem__(self, config_class: type[PreTrainedConfig]) -> type[Any]:
         return self._pairs()[config_class]
 
     def __iter__(self) -> Iterator[type[PreTrainedConfig]]:
@@ -153,7 +153,7 @@ class _FlaxAutoModelClass:
         return model_class.from_pretrained(name, *model_args, **given, **kwargs)
 
     @classmethod
-    def register(cls, config_class: type[PreTrainedConfig], model_class: type, exist_ok: bool = False) -> None:
+    def register(cls, config_class: type[PreTrainedConfig], model_class: type[Any], exist_ok: bool = False) -> None:
         """Adds a class of one's own.
 
         Args:
@@ -173,7 +173,7 @@ class _FlaxAutoModelClass:
         cls._model_mapping.register(config_class, model_class, exist_ok)
 
     @classmethod
-    def _chosen(cls, model_type: str | None, where: str) -> type:
+    def _chosen(cls, model_type: str | None, where: str) -> type[Any]:
         model_class = cls._model_mapping.of_model_type(model_type)
         if model_class is None:
             known = ", ".join(cls._model_mapping.model_types)
@@ -191,7 +191,7 @@ class _FlaxAutoModelClass:
         model_type: str | None,
         trust_remote_code: bool | None,
         **hub: Any,
-    ) -> type | None:
+    ) -> type[Any] | None:
         """The class that a checkpoint brings along, None if it has none or has one that need not be trusted."""
         reference = auto_map.get(cls.__name__)
         if reference is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def own_code(things: Iterable[Any]) -> tuple[dict[str, str], dict[str, str]]:
             continue
         from transformers.dynamic_module_utils import get_relative_import_files  # only here: few need it
 
-        path = Path(sys.modules[kind.__module__].__file__)
+        path = Path(inspect.getfile(kind))
         auto_map[kind._auto_class] = f"{path.stem}.{kind.__name__}"
         for file in (path, *map(Path, get_relative_import_files(path))):
             files[file.name] = file.read_text("utf-8")

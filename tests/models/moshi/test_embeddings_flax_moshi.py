@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ class TestParts:
         assert moshi.decoder.model.params is moshi.params["decoder"]["model"]
         assert moshi.decoder.base_model is moshi.decoder.model and moshi.base_model is moshi
         assert moshi.decoder.generation_config is moshi.generation_config
+        # a part that is sent away goes alone
+        alone = pickle.loads(pickle.dumps(moshi.decoder.model))
+        alone.params = jax.tree.map(np.zeros_like, alone.params)
+        assert np.any(moshi.decoder.model.params["norm"]["weight"])
         moshi.enable_gradient_checkpointing()
         assert moshi.decoder.model.module.gradient_checkpointing and moshi.depth_decoder.module.gradient_checkpointing
         moshi.decoder.save_pretrained(tmp_path)
@@ -236,8 +241,6 @@ def test_padding_on_the_right_inside_of_jit(text: FlaxMoshiForCausalLM) -> None:
     """What a function closes over is known there."""
     prompt, mask = jax.numpy.array([[5, 6, 7]]), jax.numpy.array([[1, 1, 0]])
     with pytest.raises(ValueError, match="pad on the left"):
-        jax.jit(lambda params: text.generate(prompt, attention_mask=mask, params=params, max_new_tokens=1))(
-            text.params
-        )
+        jax.jit(lambda params: text.generate(prompt, attention_mask=mask, params=params))(text.params)
     with pytest.raises(ValueError, match="pad on the left"):
         jax.jit(lambda params: text.generate(prompt, pad_token_id=7, params=params, max_new_tokens=1))(text.params)

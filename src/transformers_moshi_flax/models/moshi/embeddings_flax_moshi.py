@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ...checkpoints.configs import override_config
 from ...input_checks import check_ids, is_whole
+from ...modeling_flax_utils import FlaxPreTrainedModel
 from .layers_flax_moshi import IGNORE_INDEX
 
 NOISE = 1e-9
@@ -83,7 +84,7 @@ class FlaxMoshiTextHead:
         return jnp.asarray(hidden_states, self.dtype) @ self.kernel.astype(self.dtype)
 
 
-class FlaxMoshiEmbeddingsMixin:
+class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
     """Access to the tables of a model.
 
     Class attributes that a model sets:

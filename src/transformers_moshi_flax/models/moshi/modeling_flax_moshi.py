@@ -77,7 +77,7 @@ from .modules_flax_moshi import (
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
-class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin, FlaxPreTrainedModel):
+class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
     """What the Moshi classes share: the call around ``module.apply`` and the cache."""
 
     config_class = MoshiConfig

@@ -6,11 +6,11 @@ Inside, arrays are channels last.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -439,7 +439,7 @@ class FlaxMimiTransformerLayers(nn.Module):
         return tuple(states), tuple(attentions), cache.with_layers(layer_caches)
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiTransformerOutput(FlaxModelOutput):
     """Output of the transformer, all ``(batch, steps, hidden_size)`` but ``attentions``; see
     :class:`FlaxMimiEncoderModelOutput`."""

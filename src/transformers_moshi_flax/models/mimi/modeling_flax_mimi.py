@@ -84,7 +84,10 @@ def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) 
 
 
 def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:
-    """Whether a call is part of a stream: it was asked for, or is given what the chunk before returned."""
+    """Whether a call is part of a stream: it was asked for, or is given what the chunk before returned.
+
+    ``default`` is the configuration's wish, which yields where the call has what no stream has (a mask, say).
+    """
     if not isinstance(asked, bool | np.bool_ | None):
         raise ValueError(f"`{name}` must be True, False, or None for what the configuration says, but is {asked!r}.")
     given = any(state is not None for state in states)
@@ -395,8 +398,8 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
                 end are returned too and mean nothing (:meth:`get_audio_codes_mask` tells which count).
             cache, padding_cache: as the chunk before returned them, for the next chunk of a stream. Both or none. The
                 former name of ``cache`` is ``past_key_values``.
-            use_streaming: True for the first chunk of a stream, which then is in whole frames; the configuration's if
-                None.
+            use_streaming: True for the first chunk of a stream, which then is in whole frames. None is what the
+                configuration says, but with a mask, which no stream has, the whole is encoded.
 
         Raises:
             ValueError: wrong rank or channels; empty, integer or non-finite audio; a mask of another shape or with
@@ -404,8 +407,9 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
                 configuration that cannot be streamed, caches of another model or batch size, and arguments that have
                 no meaning there.
         """
-        if _streams("use_streaming", use_streaming, self.config.use_streaming, cache, padding_cache):
-            refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
+        refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
+        default = self.config.use_streaming and padding_mask is None and not any(refused.values())
+        if _streams("use_streaming", use_streaming, default, cache, padding_cache):
             past = ("cache", cache)
             state, latents = self._encode_chunk(input_values, padding_mask, past, padding_cache, params, refused)
             outputs = FlaxMimiEncoderModelOutput(latents=latents, cache=state.cache, padding_cache=state.histories)
@@ -462,8 +466,10 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
                 f"but has the shape {latents.shape}."
             )
         flags = self._flags(output_attentions, output_hidden_states)
-        if _streams("use_cache", use_cache, self.config.use_cache, cache):
-            past, refused = ("cache", cache), {"train": train, **flags}
+        refused = {"train": train, **flags}
+        default = self.config.use_cache and padding_mask is None and not any(refused.values())
+        if _streams("use_cache", use_cache, default, cache):
+            past = ("cache", cache)
             return self._decode_chunk(latents, padding_mask, past, params, return_dict, refused)
         inputs = {"latents": latents, "padding_mask": _checked_mask(padding_mask, latents.shape[0])}
         return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
@@ -506,10 +512,11 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             ValueError: also ``num_quantizers`` that do not exist, or no encoder.
         """
         given = (encoder_cache, padding_cache)
-        if _streams("use_streaming", use_streaming, self.config.use_streaming, *given):
+        refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
+        default = self.config.use_streaming and padding_mask is None and not any(refused.values())
+        if _streams("use_streaming", use_streaming, default, *given):
             require_encoder(self.config)
             past = ("encoder_cache", encoder_cache)
-            refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
             state, codes = self._encode_chunk(
                 input_values, padding_mask, past, padding_cache, params, refused, num_quantizers=num_quantizers
             )
@@ -550,7 +557,8 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             decoder_cache: as the chunk before returned them, for the next chunk of a stream: all of the state, that
                 of the convolutions too. :meth:`decode_step` does the same in place. Its former name is
                 ``decoder_past_key_values``.
-            use_cache: True for the first chunk of a stream; the configuration's if None.
+            use_cache: True for the first chunk of a stream. None is what the configuration says, but with a mask,
+                which no stream has, the whole is decoded.
 
         Raises:
             ValueError: wrong rank or number of codebooks, no frames, codes outside the codebook (traced ones are
@@ -559,9 +567,11 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         """
         codes = _checked_codes(self.config, audio_codes)
         flags = self._flags(output_attentions, output_hidden_states)
-        if _streams("use_cache", use_cache, self.config.use_cache, decoder_cache):
+        refused = {"train": train, **flags}
+        default = self.config.use_cache and padding_mask is None and not any(refused.values())
+        if _streams("use_cache", use_cache, default, decoder_cache):
             require_decoder(self.config)
-            past, refused = ("decoder_cache", decoder_cache), {"train": train, **flags}
+            past = ("decoder_cache", decoder_cache)
             return self._decode_chunk(codes, padding_mask, past, params, return_dict, refused)
         inputs = {"audio_codes": codes, "padding_mask": _checked_mask(padding_mask, codes.shape[0])}
         return self._run("decode", inputs, params, return_dict, train, dropout_rng, **flags)
@@ -654,6 +664,8 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         params: Params | None = None,
         dropout_rng: jax.Array | None = None,
         train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> FlaxMimiOutput | tuple:
         """Audio to codes to audio, cut to the length of the input.
@@ -662,6 +674,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             input_values, padding_mask, num_quantizers: as for :meth:`encode`. With ``audio_codes``, the input is not
                 encoded and may be left out.
             audio_codes: codes to decode, as for :meth:`decode`.
+            output_attentions, output_hidden_states: of both halves.
 
         Raises:
             ValueError: as for :meth:`encode` and :meth:`decode`; neither audio nor codes; ``num_quantizers`` together
@@ -676,4 +689,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         batch = codes.shape[0] if audio is None else audio.shape[0]
         mask = _checked_mask(padding_mask, batch, None if audio is None else audio.shape[-1])
         inputs = {"input_values": audio, "padding_mask": mask, "audio_codes": codes}
-        return self._run("__call__", inputs, params, return_dict, train, dropout_rng, num_quantizers=num_quantizers)
+        flags = self._flags(output_attentions, output_hidden_states)
+        return self._run(
+            "__call__", inputs, params, return_dict, train, dropout_rng, num_quantizers=num_quantizers, **flags
+        )

@@ -7,11 +7,11 @@ from an explicit state. The public classes around the modules are in ``modeling_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -64,7 +64,7 @@ def parts_of(params: Params, names: tuple[str, ...]) -> Params:
 # ----------------------------------------------------------------------------------------------------------- outputs
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiEncoderModelOutput(FlaxModelOutput):
     """Output of the encoder half.
 
@@ -84,7 +84,7 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiEncoderOutput(FlaxModelOutput):
     """Output of ``encode``: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32, the rest as in
     :class:`FlaxMimiEncoderModelOutput` (whose ``cache`` is ``encoder_cache`` here)."""
@@ -96,7 +96,7 @@ class FlaxMimiEncoderOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiDecoderOutput(FlaxModelOutput):
     """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the state after it as
     ``decoder_cache`` where the call was part of a stream, the rest as in
@@ -108,13 +108,18 @@ class FlaxMimiDecoderOutput(FlaxModelOutput):
     attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMimiOutput(FlaxModelOutput):
     """Output of the whole codec: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32 and ``audio_values``
-    ``(batch, audio_channels, samples)``."""
+    ``(batch, audio_channels, samples)``; hidden states and attentions of both halves as in
+    :class:`FlaxMimiEncoderModelOutput`, the encoder's where it ran."""
 
     audio_codes: jax.Array | None = None
     audio_values: jax.Array | None = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ halves
@@ -404,6 +409,8 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         padding_mask: Bool[Array, "batch ..."] | None = None,
         num_quantizers: int | None = None,
         audio_codes: Int[Array, "batch num_quantizers frames"] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> FlaxMimiOutput:
         """Codes of the audio, unless they are given, and the audio of the codes, cut to the length of the input.
@@ -413,14 +420,22 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         if self.is_initializing():
             self._reach_all_parameters()
             return FlaxMimiOutput()
+        flags = (output_attentions, output_hidden_states, deterministic)
+        encoded = FlaxMimiEncoderOutput(audio_codes=audio_codes)
         if audio_codes is None:
-            audio_codes = self.encode(
-                input_values, padding_mask, num_quantizers, deterministic=deterministic
-            ).audio_codes
-        audio_values = self.decode(audio_codes, padding_mask, deterministic=deterministic).audio_values
+            encoded = self.encode(input_values, padding_mask, num_quantizers, *flags)
+        decoded = self.decode(encoded.audio_codes, padding_mask, *flags)
+        audio_values = decoded.audio_values
         if input_values is not None and padding_mask is None:
             audio_values = audio_values[..., : input_values.shape[-1]]
-        return FlaxMimiOutput(audio_codes=audio_codes, audio_values=audio_values)
+        return FlaxMimiOutput(
+            audio_codes=encoded.audio_codes,
+            audio_values=audio_values,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+        )
 
     def _reach_all_parameters(self) -> None:
         config = self.config

@@ -12,12 +12,12 @@ frames meet in it is drawn in ``docs/streaming.md``.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +53,7 @@ NOTHING = -1
 """Stands for ids and codes in the frames of slots that have none."""
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiFrame(FlaxModelOutput):
     """What a step returns: Moshi's side of the 80 ms whose user's side was passed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def fit(
 
     Returns:
         The leaves by "/"-joined path with what does not fit, and those of the unexpected keys that lie in a part that
-        the model has; tensors of a part that its class lacks (a head) are no concern.
+        the model has; tensors of a part that its class lacks (a head) are no concern, nor are the further ones of a
+        series of which it has the first (``checkpoint_series``).
 
     Raises:
         ValueError: no tensor belongs to the model.
@@ -40,6 +42,9 @@ def fit(
     surplus = [
         key
         for key in result.unexpected
-        if key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in parts and "rotary_emb" not in key
+        if key.startswith(prefix)
+        and key.removeprefix(prefix).split(".")[0] in parts
+        and "rotary_emb" not in key
+        and not any(re.search(series, key) for series in model.checkpoint_series)
     ]
     return result, surplus

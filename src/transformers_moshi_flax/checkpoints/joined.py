@@ -95,6 +95,7 @@ def read_joined(
     tensors: Mapping[str, np.ndarray],
     name: str,
     convert: Callable[[np.ndarray], Any] = np.asarray,
+    series: str | None = None,
 ) -> dict[str, Any]:
     """Read leaves from a mapping of file tensors.
 
@@ -106,6 +107,7 @@ def read_joined(
         tensors: key -> array.
         name: of the file, for error messages.
         convert: called on every leaf (a cast, a transfer to the device).
+        series: regular expression of keys that count up, and of which the model may have the first ones alone.
 
     Returns:
         The leaves by path.
@@ -120,7 +122,7 @@ def read_joined(
 
     groups = _grouped(_slots(shapes, rules), key_of)
     missing = [key for key in groups if key not in tensors]
-    unexpected = [key for key in tensors if key not in groups]
+    unexpected = [key for key in tensors if key not in groups and not (series and re.search(series, key))]
     problems = [f"it lacks {shortened(missing, 6, ', ')}"] if missing else []
     problems += [f"the model has no place for {shortened(unexpected, 6, ', ')}"] if unexpected else []
     leaves: dict[str, Any] = {}

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from .recognising import foreign_tensors
+
 # Axes to permute a file tensor by to get our leaf.
 _FROM_FILE = {"identity": None, "transpose": (1, 0), "conv": (2, 1, 0)}
 
@@ -128,9 +130,10 @@ def choose_renaming(
     scores = [sum(rename(key) in keys for key in wanted) for _, rename in ways]
     best = max(range(len(ways)), key=lambda index: (scores[index], -index))
     if not scores[best]:
+        remedy = foreign_tensors(keys) or "load the class that the checkpoint was saved from"
         raise ValueError(
             f"none of the file's {len(keys)} tensors belongs to this model: the file has {sorted(keys)[:3]}..., the "
-            f"model wants {list(wanted)[:3]}...; load the class that the checkpoint was saved from"
+            f"model wants {list(wanted)[:3]}...; {remedy}"
         )
     return ways[best]
 

@@ -22,7 +22,7 @@ from transformers import MimiConfig
 
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import assert_close
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError
 from transformers_moshi_flax.models.mimi import kyutai_flax_mimi as of_mimi
 from transformers_moshi_flax.models.moshi import kyutai_config_flax_moshi as of_config
@@ -683,6 +683,40 @@ def test_long_lists_are_shortened(copied: Path) -> None:
         Moshi.from_kyutai(copied)
 
 
+def test_fine_tunes_are_refused_by_what_they_are(copied: Path, tmp_path: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    edit_config(copied, dep_q=config["n_q"])
+    with pytest.raises(
+        ValueError, match=r"dep_q=\d+ \(it makes the user's stream as well; only Moshi's own"
+    ) as raised:
+        Moshi.from_kyutai(copied)
+    assert "delays" not in str(raised.value)  # which are as they should be
+    edit_config(copied, model_type="personaplex")
+    for load in (Moshi.from_kyutai, Moshi.from_pretrained):
+        with pytest.raises(ValueError, match=r"is PersonaPlex, .* the user's stream"):
+            load(copied)
+    edit_config(copied, dep_q=config["dep_q"], model_type="moshi", lora=True)
+    for load in (Moshi.from_kyutai, Moshi.from_pretrained):
+        with pytest.raises(ValueError, match=r"holds a LoRA adapter of moshi-finetune, .*: merge it"):
+            load(copied)
+
+
+def test_a_fine_tune_without_its_config(tmp_path: Path) -> None:
+    """It is no moshiko; the first thing that is wrong is not that tensors are missing."""
+    model = Moshi(tiny_moshi_config())
+    model.save_kyutai(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "params.json")
+    with pytest.raises(ValueError, match=r"has no config\.json, which is needed for all but moshiko"):
+        Moshi.from_kyutai(tmp_path)
+    for load in (Moshi.from_pretrained, FlaxMimiModel.from_pretrained, MoshiProcessor.from_pretrained):
+        with pytest.raises(OSError, match=r"it is in Kyutai's own format, which is loaded with from_kyutai"):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=r"none of the file's .* Kyutai's own files, which are loaded with from_kyu"):
+        Moshi.from_pretrained(tmp_path, config=model.config)
+    with pytest.raises(ValueError, match=r"none of the file's .* Kyutai's own files, which are loaded with from_kyu"):
+        FlaxMimiModel.from_pretrained(tmp_path / of_moshi.MIMI_NAME, config=model.config.audio_encoder_config)
+
+
 @pytest.mark.parametrize("name", ["../moshi.safetensors", "/etc/hostname", "file://moshi.safetensors", "", 3, "a\\b"])
 def test_names_do_not_lead_out_of_the_checkpoint(copied: Path, name: Any) -> None:
     edit_config(copied, moshi_name=name)
@@ -693,11 +727,11 @@ def test_names_do_not_lead_out_of_the_checkpoint(copied: Path, name: Any) -> Non
 def test_files_of_other_repositories(copied: Path, monkeypatch: Any) -> None:
     asked = []
 
-    def cached_file(name: str, filename: str, **hub: Any) -> str:
+    def download(name: str, filename: str, **hub: Any) -> str:
         asked.append((name, filename, hub["token"], "revision" in hub))
         return str(copied / "moshi.safetensors")
 
-    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     edit_config(copied, moshi_name="hf://kyutai/moshiko/weights/model.safetensors")
     files = find_kyutai_files(copied, token="secret", revision="v2")
     assert asked == [("kyutai/moshiko", "weights/model.safetensors", "secret", False)]

@@ -56,6 +56,9 @@ KYUTAI_MIMI: dict[str, Any] = {
 }
 """The configuration of the published Mimi, which a checkpoint without ``mimi_config_name`` has."""
 
+CODEBOOKS = r"quantizer\.rvq_\w+\.vq\.layers\.\d+\._codebook\."
+"""As of ``checkpoint_flax_mimi.py``, in Kyutai's files."""
+
 # What the constructors take for a field that is left out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {},

@@ -37,7 +37,7 @@ from ..dots import batched_row_dot, chunk_count, row_dot_general
 from ..initializers import kaiming_normal, normal, uniform
 from ..ring_cache import RingCache, write_steps
 from ..rotary import apply_rotary_pos_emb, rotary_embedding
-from .checkpoint_flax_mimi import MIMI_RULES
+from .checkpoint_flax_mimi import CODEBOOKS, MIMI_RULES
 from .convolutions import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, frames_out, pad_frames
 from .streaming_flax_mimi import (
     FlaxMimiDecoderState,
@@ -1280,6 +1280,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     main_input_name = "input_values"
     checkpoint_rules = MIMI_RULES
     checkpoint_prefixes = ("", "audio_encoder.")
+    checkpoint_series = (CODEBOOKS,)
     default_input_shape = (1, 1, 1)
 
     def _run(

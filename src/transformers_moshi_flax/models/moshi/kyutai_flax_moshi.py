@@ -28,9 +28,11 @@ from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.formats import open_safetensors
 from ...checkpoints.joined import IDENTITY, REVERSED, SCALE, JoinedRule, read_joined, to_joined_state
 from ...checkpoints.loading import main_dtype, to_device
+from ...checkpoints.recognising import no_model
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_float_dtype
 from ..mimi.kyutai_flax_mimi import (
+    CODEBOOKS,
     KYUTAI_MIMI,
     attention_rules,
     kyutai_mimi_rules,
@@ -48,7 +50,6 @@ MOSHI_NAME = "model.safetensors"
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
-_QUANTIZED_NAME = "model.q8.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class KyutaiFiles:
     Attributes:
         name: as the user gave it.
         config: content of ``config.json``, that of moshiko if there is none.
+        told: whether there is one.
         mimi_config: configuration of the audio codec.
         moshi_weights, mimi_weights: the weight files.
         tokenizer: the SentencePiece model of the text, None if the checkpoint has none.
@@ -65,6 +67,7 @@ class KyutaiFiles:
 
     name: str
     config: Mapping[str, Any]
+    told: bool
     mimi_config: Mapping[str, Any]
     moshi_weights: Path
     mimi_weights: Path
@@ -87,12 +90,15 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     if source.file is not None:
         raise ValueError(f"{source.name!r} is a file: give its directory, which has the codec and config.json as well")
     config = source.read_json("config.json")
-    if config is None:
-        config = KYUTAI_MOSHI
-    elif _is_of_transformers(config):
+    if config is None and (unseen := source.absence("config.json")):
+        raise CheckpointNotFoundError(unseen)
+    if known := no_model(source, config):
+        raise CheckpointNotFoundError(f"{source.name!r} {known}")
+    if config is not None and _is_of_transformers(config):
         raise ValueError(
             f"{source.name!r} is in the format of transformers, not in Kyutai's: load it with from_pretrained"
         )
+    told, config = config is not None, config or KYUTAI_MOSHI
 
     def find(field: str, default: str) -> Path | None:
         return _find(source, hub, field, config.get(field, default))
@@ -101,10 +107,12 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         path = find(field, default)
         if path is not None:
             return path
+        name = config.get(field, default)
+        if unseen := source.absence(name):
+            raise CheckpointNotFoundError(unseen)
         hint = f"set {field} in config.json to its name" if field in config else "add it"
-        if source.find(_QUANTIZED_NAME):
-            hint = f"{_QUANTIZED_NAME} is quantized, which is not read: get the bfloat16 weights"
-        raise CheckpointNotFoundError(f"{source.name!r} has no {config.get(field, default)!r} ({role}); {hint}")
+        untold = "" if told else ", nor a config.json that names another"
+        raise CheckpointNotFoundError(f"{source.name!r} has no {name!r} ({role}){untold}; {hint}")
 
     mimi_config = KYUTAI_MIMI
     if config.get("mimi_config_name") is not None:
@@ -113,6 +121,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     return KyutaiFiles(
         name=source.name,
         config=config,
+        told=told,
         mimi_config=mimi_config,
         moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model"),
         mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
@@ -205,7 +214,15 @@ def read_kyutai_params(
         if any(key.endswith("_scb") for key in tensors):
             raise ValueError(f"{path} holds weights quantized to int8, which are not read: get the bfloat16 weights")
         wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
-        return unflatten_dict(read_joined(wanted, rules, tensors, str(path), convert), sep="/")
+        try:
+            return unflatten_dict(read_joined(wanted, rules, tensors, str(path), convert, CODEBOOKS), sep="/")
+        except ValueError as error:
+            if files.told:
+                raise
+            raise ValueError(
+                f"{files.name!r} has no config.json, which is needed for all but moshiko and moshika themselves: add "
+                f"that of the model. As moshiko, {error}"
+            ) from error
 
     interleaved = files.config.get("positional_embedding") != "rope_concat"
     audio_encoder = read(files.mimi_weights, kyutai_mimi_rules(config.audio_encoder_config), shapes["audio_encoder"])

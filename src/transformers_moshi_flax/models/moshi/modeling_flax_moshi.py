@@ -38,6 +38,7 @@ from ...input_checks import (
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import encoded_length
 from ..mimi.streaming_flax_mimi import samples_per_frame
 from .checkpoint_flax_moshi import MOSHI_RULES
@@ -77,6 +78,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
+    checkpoint_series = (CODEBOOKS,)
     cache_class = FlaxMoshiCache
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxMoshiCache | FlaxMoshiDepthCache:

@@ -42,7 +42,7 @@ from .checkpoints.configs import (
     refuse_to_replace_kyutais,
 )
 from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
-from .checkpoints.fitting import fit
+from .checkpoints.fitting import Weights
 from .checkpoints.formats import parse_json
 from .checkpoints.keywords import one_name, one_token, understood
 from .checkpoints.loading import Transfers, main_dtype
@@ -353,9 +353,7 @@ class FlaxPreTrainedModel:
             "local_files_only": local_files_only,
             "force_download": force_download,
         }
-        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if value is not None:
-                check_float_dtype(name, value)
+        check_dtypes(dtype, param_dtype)
         if not isinstance(config, PreTrainedConfig | str | os.PathLike | None):
             raise ValueError(
                 f"config must be a configuration or where to load one, but is {config!r}; single fields are keyword "
@@ -369,22 +367,56 @@ class FlaxPreTrainedModel:
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
         config = override_config(config, config_kwargs)
 
-        layout, tensors = source.weights(from_pt)
+        generation_config = None
+        if cls.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
+            generation_config = load_generation_config(values)
+        return cls._from_weights(
+            config,
+            Weights.of(source, from_pt),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            generation_config=generation_config,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=output_loading_info,
+            _do_init=_do_init,
+            sharding=sharding,
+            verify=verify,
+            **model_kwargs,
+        )
+
+    @classmethod
+    def _from_weights(
+        cls,
+        config: PreTrainedConfig,
+        weights: Weights,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike | None,
+        generation_config: GenerationConfig | None,
+        ignore_mismatched_sizes: bool,
+        output_loading_info: bool,
+        _do_init: bool,
+        sharding: Any | None,
+        verify: bool,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
         shardings = {} if sharding is None else resolve_shardings(sharding, model.params_shape_tree)
         if verify:
-            refuse_damage(tensors)
+            for file in weights.files:
+                refuse_damage(file)
         stored = param_dtype if param_dtype is not None else dtype
-        loaded = _load(model, layout, tensors, stored, shardings, source.name, ignore_mismatched_sizes)
-        model.name_or_path = source.name
-        model.hub_id = source.name if source.folder is None else None
+        loaded = _load(model, weights, stored, shardings, ignore_mismatched_sizes)
+        model.name_or_path = weights.name
+        model.hub_id = weights.name if weights.is_on_hub else None
         if dtype is None:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
+        if generation_config is not None:
+            model.generation_config = generation_config
         params = unflatten_dict(loaded.params, sep="/")
-        if model.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
-            model.generation_config = load_generation_config(values)
 
         result: tuple[Any, ...] = (model, params)
         if _do_init:
@@ -411,14 +443,16 @@ class FlaxPreTrainedModel:
         return result if len(result) > 1 else result[0]
 
     @classmethod
-    def _split_kwargs(cls, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> tuple[dict, dict]:
+    def _split_kwargs(
+        cls, config: PreTrainedConfig, kwargs: Mapping[str, Any], method: str = "from_pretrained"
+    ) -> tuple[dict, dict]:
         of_model = {"seed", "input_shape"} | cls._module_fields()
         of_config = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
-        of_call = set(inspect.signature(cls.from_pretrained).parameters) - {"kwargs"}
+        of_call = set(_keywords_of(getattr(cls, method), "kwargs"))
         for name in kwargs:
             if name not in of_model | of_config:
                 hint = did_you_mean(name, of_model | of_config | of_call)
-                raise ValueError(f"{cls.__name__}.from_pretrained has no keyword argument {name!r}{hint}")
+                raise ValueError(f"{cls.__name__}.{method} has no keyword argument {name!r}{hint}")
         model_kwargs = {name: value for name, value in kwargs.items() if name in of_model}
         return model_kwargs, {name: value for name, value in kwargs.items() if name not in of_model}
 
@@ -500,7 +534,7 @@ class FlaxPreTrainedModel:
                 f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
                 "lose theirs: save to another directory, or remove them"
             )
-        tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
+        tensors = tables.table_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
         companions = {"config.json": self._config_json(params)}
         if self.generation_config is not None:
             companions["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
@@ -665,20 +699,17 @@ def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax
 
 def _load(
     model: FlaxPreTrainedModel,
-    layout: str,
-    tensors: Mapping[str, Any],
+    weights: Weights,
     dtype: DTypeLike | None,
     shardings: Mapping[str, jax.sharding.Sharding],
-    name: str,
     ignore_mismatched_sizes: bool,
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
 
     with Transfers() as transfers:
-        loaded, surplus = fit(
-            model, layout, tensors, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path))
-        )
+        loaded, surplus = weights.fit(model, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path)))
         loaded.params = {path: transfer.result() for path, transfer in loaded.params.items()}
+    name = weights.name
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
     head = {path for path in paths if base and not path.startswith(f"{base}/")}
@@ -707,6 +738,13 @@ def _load(
 def _keywords_of(method: Callable[..., Any], *others: str) -> list[str]:
     """The keywords of a method but for those that are named."""
     return [name for name in inspect.signature(method).parameters if name not in others]
+
+
+def check_dtypes(dtype: Any, param_dtype: Any) -> None:
+    """ValueError for types that no model is loaded in."""
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None:
+            check_float_dtype(name, value)
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:

@@ -2,10 +2,11 @@
 
 The 523 M model of the benchmark of generation (full-size Mimi, 8 codebooks, some 800 leaves, most of them small), or
 with ``--gigabytes`` a text model of few large tensors, is written once in PyTorch layout and once in this library's,
-random, in float32. Then processes take turns: upstream to float32, this library to float32 from its own files, and from upstream's to float32
-and to bfloat16. Each prints the seconds of ``from_pretrained`` until every parameter is there, by the clock and summed
-over all cores (upstream's parameters are read once, since torch would otherwise leave them in the mapped file), and
-the peak of its anonymous memory (RssAnon) above what the imports took. The files lie in the page cache for all. ::
+random, in float32. Then processes take turns: upstream to float32, this library to float32 from its own files, and
+from upstream's to float32 and to bfloat16. Each prints the seconds of ``from_pretrained`` until every parameter is
+there, by the clock and summed over all cores (upstream's parameters are read once, since torch would otherwise leave
+them in the mapped file), and the peak of its anonymous memory (RssAnon) above what the imports took. The files lie in
+the page cache for all. ::
 
     python -m utils.benchmark.load --repeats 5 --output load.md
 """

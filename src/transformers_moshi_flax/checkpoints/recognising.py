@@ -22,12 +22,12 @@ _KYUTAI_TENSORS = ("depformer", "text_emb.weight", "quantizer.rvq_", "encoder.mo
 
 def is_kyutai_config(values: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of Kyutai's own format."""
-    return "depformer_dim" in values or "moshi_name" in values
+    return any(field in values for field in ("depformer_dim", "moshi_name", "lora"))
 
 
 def is_foreign_config(values: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is not of ``transformers``."""
-    return is_kyutai_config(values) or bool(values.get("lora")) or values.get("model_type") == "personaplex"
+    return is_kyutai_config(values) or values.get("model_type") == "personaplex"
 
 
 def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[str] | None = None) -> str | None:
@@ -43,7 +43,8 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
     """
     values = values or {}
     names = source.filenames() if names is None else set(names)
-    if values.get("lora") or "lora.safetensors" in names:
+    weights = [name for name in names if name.endswith(".safetensors") and not _is_part(name)]
+    if "lora.safetensors" in names and not weights:
         return (
             "holds a LoRA adapter of moshi-finetune, no whole model: merge it into its base model (fuse_lora of the "
             "moshi package, or train with save_adapters: false), save that and load it"
@@ -58,7 +59,7 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
     if values.get("model_type") == "personaplex":
         return "is PersonaPlex, whose depth decoder makes the user's stream as well, which is not read"
     quantized = sorted(name for name in names if _QUANTIZED.fullmatch(name))
-    if quantized and not any(name.endswith(".safetensors") and not _is_part(name) for name in names):
+    if quantized and not weights:
         return f"has no 'model.safetensors': {quantized[0]} is quantized, which is not read; get the bfloat16 weights"
     return None
 
@@ -84,5 +85,5 @@ def foreign_tensors(keys: Iterable[str]) -> str | None:
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file of weights is none of the language model."""
-    return _QUANTIZED.fullmatch(name) is not None or _MIMI.fullmatch(name) is not None
+    """Whether a file of weights is not the whole language model."""
+    return name == "lora.safetensors" or any(pattern.fullmatch(name) for pattern in (_QUANTIZED, _MIMI))

@@ -669,8 +669,8 @@ def test_tensors_that_do_not_fit_are_listed(copied: Path) -> None:
     save_file(renamed, path)
     with pytest.raises(ValueError, match=r"does not fit .* no place for \['final\.alpha'\]") as raised:
         Moshi.from_kyutai(copied)
-    for path in ("decoder/model/norm/scale", "embed_tokens/3/embedding"):
-        assert path in str(raised.value).split("no place")[0]
+    for name in ("decoder/model/norm/scale", "embed_tokens/3/embedding"):
+        assert name in str(raised.value).split("no place")[0]
     tensors["emb.0.weight"] = torch.zeros(33, 41)
     tensors["text_linear.weight"] = torch.zeros(50, 40, dtype=torch.int8)
     save_file(tensors, path)
@@ -723,6 +723,8 @@ def test_fine_tunes_are_refused_by_what_they_are(copied: Path, tmp_path: Path) -
         with pytest.raises(ValueError, match=r"is PersonaPlex, .* the user's stream"):
             load(copied)
     edit_config(copied, dep_q=config["dep_q"], model_type="moshi", lora=True)
+    (copied / "moshi.safetensors").rename(copied / "lora.safetensors")
+    (copied / "mimi.safetensors").rename(copied / of_moshi.MIMI_NAME)
     for load in (Moshi.from_kyutai, Moshi.from_pretrained):
         with pytest.raises(ValueError, match=r"holds a LoRA adapter of moshi-finetune, .*: merge it"):
             load(copied)

@@ -15,7 +15,7 @@ from ..input_checks import is_whole
 from .files import CheckpointNotFoundError, Source
 from .recognising import foreign, is_foreign_config, is_kyutai_config
 
-METADATA = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
+METADATA = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "model_type")
 
 
 def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:

@@ -49,10 +49,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Values besides None with which a keyword asks for nothing."""
 
 _TOLD: Mapping[str, str] = {
-    "trust_remote_code": "code of a repository is never run here, so there is nothing to trust",
+    "trust_remote_code": "code of a repository is never run by this class, only by the auto classes",
     "resume_download": "a download that was cut goes on always; force_download=True starts it afresh",
     "mirror": "set HF_ENDPOINT to load from another address",
-    "code_revision": "code of a repository is never run here",
+    "code_revision": "code of a repository is never run by this class",
     "weights_only": "pickles are opened with weights_only=True always",
     "offload_folder": "weights are mapped from their files, none are put aside",
     "offload_buffers": "weights are mapped from their files, none are put aside",

@@ -40,6 +40,7 @@ from ...input_checks import (
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ...nn.cache import LinearCache, NoCache, StaticCache
 from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import encoded_length
 from ..mimi.streaming_flax_mimi import samples_per_frame
@@ -62,7 +63,7 @@ from .generation_flax_moshi import (
     with_start_first,
 )
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
-from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
+from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
     FlaxMoshiDepthDecoderModule,
@@ -81,9 +82,9 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
     checkpoint_series = (CODEBOOKS,)
-    cache_class = FlaxMoshiCache
+    cache_class = LinearCache
 
-    def init_cache(self, batch_size: int, max_length: int) -> FlaxMoshiCache | FlaxMoshiDepthCache:
+    def init_cache(self, batch_size: int, max_length: int) -> LinearCache | StaticCache:
         """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
 
         Raises:
@@ -116,8 +117,11 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _apply(self, params, dropout_rng, train: bool, **inputs):
+    def _apply(self, params, dropout_rng, train: bool, output_attentions: bool | None, **inputs):
         """Runs the module with ``params`` (default: the model's own)."""
+        inputs["output_attentions"] = bool(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
         if train and dropout_rng is None and self.config.attention_dropout > 0:
             raise ValueError(
                 "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
@@ -200,7 +204,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         params: Any | None = None,
@@ -240,6 +244,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -256,7 +261,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
     checkpoint_prefixes = ("", "decoder.")
 
     def make_decoder(self) -> TextDecoder:
-        return TextDecoder(self.module, self.init_cache)
+        return TextDecoder(self.module)
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
@@ -267,7 +272,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         labels: ArrayLike | None = None,
@@ -300,6 +305,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -324,7 +330,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
     base_model_prefix = ""
     module_class = FlaxMoshiDepthDecoderModule
     checkpoint_prefixes = ("", "depth_decoder.")
-    cache_class = FlaxMoshiDepthCache
+    cache_class = StaticCache
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         batch_size, num_codebooks = input_shape[0], self.config.num_codebooks
@@ -339,7 +345,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         last_hidden_state: ArrayLike | None = None,
         attention_mask: Any | None = None,
-        cache: FlaxMoshiDepthCache | None = None,
+        cache: StaticCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         position_ids: Any | None = None,
@@ -386,7 +392,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         axes = ("batch", "codebooks") if inputs_embeds is None else ("batch", "codebooks", "hidden_size")
         check_rank("input_ids" if inputs_embeds is None else "inputs_embeds", given, axes)
         batch_size, length = np.shape(given)[:2]
-        past = call_length(cache)
+        past = (NoCache() if cache is None else cache).length
         if past + length > config.num_codebooks:
             raise ValueError(
                 f"`{'input_ids' if inputs_embeds is None else 'inputs_embeds'}` has {length} positions after {past} "
@@ -416,6 +422,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             last_hidden_state=jnp.asarray(last_hidden_state),
             attention_mask=as_array(attention_mask),
@@ -568,7 +575,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         user_audio_codes: ArrayLike | None = None,
         moshi_input_values: ArrayLike | None = None,
         moshi_audio_codes: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         text_labels: ArrayLike | None = None,
         audio_labels: ArrayLike | None = None,
@@ -658,6 +665,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             user_input_values=as_array(user_input_values),
@@ -1008,11 +1016,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         return batch_size, length
 
     def make_decoder(self) -> FrameDecoder:
-        return FrameDecoder(self.module, self.init_cache, self._make_depth_cache)
-
-    def _make_depth_cache(self, batch_size: int) -> FlaxMoshiDepthCache:
-        config = self.config.depth_decoder_config
-        return FlaxMoshiDepthCache.create(config, batch_size, config.num_codebooks, self.dtype)
+        return FrameDecoder(self.module)
 
 
 def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None:

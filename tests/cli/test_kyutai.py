@@ -103,6 +103,7 @@ def test_a_conversion_can_prepare_recordings(moshi_flax, flax_folder: Path, tmp_
 
 def test_kyutais_files_are_known_for_what_they_are(moshi_flax, flax_folder: Path, tmp_path: Path):
     assert moshi_flax("convert", flax_folder, tmp_path / "kyutai", "--to", "kyutai").code == 0
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "said.wav"}) + "\n")
     for config in (True, False):  # moshiko was first published without one
         if not config:
             (tmp_path / "kyutai" / "config.json").unlink()

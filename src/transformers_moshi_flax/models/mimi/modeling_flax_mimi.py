@@ -27,7 +27,7 @@ from ...input_checks import check_audio, check_ids, check_rank, is_traced, is_tr
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
-from .checkpoint_flax_mimi import MIMI_RULES
+from .checkpoint_flax_mimi import CODEBOOKS, MIMI_RULES
 from .modules_flax_mimi import (
     STEP_PARTS,
     FlaxMimiDecoderModule,
@@ -149,6 +149,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     main_input_name = "input_values"
     checkpoint_rules = MIMI_RULES
     checkpoint_prefixes = ("", "audio_encoder.")
+    checkpoint_series = (CODEBOOKS,)
     default_input_shape = (1, 1, 1)
 
     def _run(

@@ -41,6 +41,7 @@ from ...input_checks import (
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
+from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import FlaxMimiModel
 from ..mimi.streaming_flax_mimi import is_causal
 from ..mimi.topology import encoded_length, samples_per_frame
@@ -84,6 +85,7 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
+    checkpoint_series = (CODEBOOKS,)
     cache_class = LinearCache
     rounds_lengths = True
 

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import soundfile
 from flax.traverse_util import flatten_dict
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -43,19 +42,6 @@ OPTIONS = {
     "run__tensorboard": True,
     "run__wandb_project": "moshi",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run compiles the same step: once is enough."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update(folder, None)
-    jax.config.update(least, 1.0)  # the default
-    compilation_cache.reset_cache()
 
 
 def quiet() -> Console:
@@ -339,9 +325,10 @@ def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
     assert (len(losses_of(run, "evaluation")), (run / "samples").exists()) == (
         (1, True) if place == "end" else (0, False)
     )
-    train(inputs, **options)
-    assert losses_of(run, "evaluation").keys() == {2, 3}
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-2", "step-3"]
+    if place == "sample":
+        train(inputs, **options)
+        assert losses_of(run, "evaluation").keys() == {2, 3}
+        assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-2", "step-3"]
 
 
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:

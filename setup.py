@@ -9,30 +9,30 @@ PACKAGE = "transformers_moshi_flax"
 # read, not imported: an import would need the dependencies
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / PACKAGE / "__init__.py").read_text("utf-8"), re.M)[1]
 
-# The versions that the tests run with stand in README.md.
+# The ranges; `make requirements` chooses from them the exact versions in requirements/ that the tests run with.
 CORE = [
-    "flax>=0.12,<0.13",
-    "huggingface_hub>=1.0,<3",
+    "flax>=0.12.7,<0.13",
+    "huggingface_hub>=1.31,<3",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
     "numpy>=2.0",
     "optax>=0.2.4",
-    "rich>=13.0",
-    "safetensors>=0.5",
+    "rich>=13.8",
+    "safetensors>=0.8",
     "soundfile>=0.12",
     "soxr>=0.5",
-    "transformers>=5.20,<6",
-    "typer>=0.15",
+    "transformers>=5.21,<6",
+    "typer>=0.26",
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
 TORCH = ["torch>=2.6,<2.14"]
-TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6"]
-QUALITY = ["ruff>=0.9"]
-DOCS = ["mkdocs>=1.6,<2"]
-# einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins; protobuf is what
-# transformers reads Kyutai's tokenizers with
-TEST = [*TORCH, *TRAIN, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6"]
-TEST += ["espeakng-loader>=0.2.4", "protobuf>=4.0", "sentencepiece>=0.2", "wandb>=0.20"]
+TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6.2"]
+QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
+# torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
+# Makefile adds without its pins; protobuf is what transformers reads Kyutai's tokenizers with.
+TEST = ["torch>=2.13,<2.14", *TRAIN, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0"]
+TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=4.21.1", "sentencepiece>=0.2", "wandb>=0.20"]
 
 setup(
     name="transformers-moshi-flax",
@@ -44,7 +44,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={PACKAGE: ["assets/*", "assets/*/*"]},
+    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

@@ -228,6 +228,7 @@ def terminated_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
     with monkeypatch.context() as patches:
         patches.setattr(trainer_module, "put_batch", put_and_signal)
+        patches.setattr(signals, "PATIENCE", 600.0)  # nobody else ends this process
         yield
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.buckets import bucket
+from ..models.mimi.streaming_flax_mimi import samples_per_frame
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..models.moshi.generation_flax_moshi import decode_audio
 from ..models.moshi.kyutai_config_flax_moshi import TEXT_END_OF_PAD, TEXT_PAD
@@ -88,7 +89,8 @@ def speak(
             conversation, as they must do so at the same places.
     """
     samples = []
-    watches = jax.process_count() == 1 and model.generation_config.num_beams in (None, 1)
+    # beams have no frame that is final before their end
+    watches = jax.process_count() == 1 and getattr(model.generation_config, "num_beams", None) in (None, 1)
     for conversation in conversations:
         heed()
         frames = min(conversation.frames, max_frames)
@@ -155,7 +157,7 @@ def _decoded(
     padding = ((0, 0), (0, 0), (0, bucket(frames) - frames))
     lengths = np.array([frames], np.int32)
     audio = model.compiled(decode_audio)(params, np.pad(codes, padding), lengths)
-    return np.asarray(audio)[0, 0, : frames * model.config.audio_encoder_config.frame_size]
+    return np.asarray(audio)[0, 0, : frames * samples_per_frame(model.config.audio_encoder_config)]
 
 
 def words(text_ids: Int[np.ndarray, "frames"], tokenizer: Any) -> str:

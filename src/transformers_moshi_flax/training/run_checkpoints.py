@@ -104,7 +104,7 @@ class RunCheckpoints:
     def _best_of(self, steps: Iterable[int]) -> int | None:
         """The step with the lowest metric; None if none has metrics."""
         known = {step: found[self._best_metric] for step in steps if (found := self._metrics.get(step))}
-        return min(known, key=known.get, default=None)
+        return min(known, key=known.__getitem__, default=None)
 
     def save(
         self,
@@ -204,7 +204,7 @@ class RunCheckpoints:
         Raises:
             DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
-        damaged = []
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             if not self._is_damaged(step):
                 self._move_away(damaged)

@@ -12,6 +12,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,11 +29,11 @@ class Signals(contextlib.AbstractContextManager):
         number: of the signal that came, 0 if none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
         self._finish: Callable[[int], None] | None = None
         self._lock = threading.Lock()
-        self._before: dict[int, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():

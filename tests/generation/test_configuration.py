@@ -427,9 +427,7 @@ class TestFieldsInTheModelsConfiguration:
 
     def test_they_count_and_warn(self) -> None:
         for loaded in (None, {"do_sample": False, "temperature": 0.5}):
-            model = model_of(
-                tiny_moshi_config(num_hidden_layers=1), loaded, {"eos_token_id": 7} if loaded is None else None
-            )
+            model = model_of(loaded, **({"eos_token_id": 7} if loaded is None else {}))
             assert model.generation_defaults() is model.generation_config
             model.config.max_length = 6
             model.config.eos_token_id = [5, 6]

@@ -1,8 +1,7 @@
-"""Programs that several tests of training run are compiled once, in whatever process."""
+"""Programs that several tests of training run are compiled once."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs are kept, by all processes of this run of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    folder.mkdir(exist_ok=True)
-    return folder
+    """Where this process keeps its programs. No other one writes there: JAX does so in place."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,10 +30,13 @@ def programs_are_kept(compiled: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def keeping(compiled: Path) -> dict[str, str]:
-    """Variables of the environment by which a process that a test starts keeps its programs there, too."""
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of the environment by which processes that tests start share their programs.
+
+    Some are killed while they write: others warn of what they find then, and go on.
+    """
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled-by-others")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONWARNINGS": "ignore",
     }

@@ -444,9 +444,19 @@ class TestFieldsInTheModelsConfiguration:
 
     def test_unset(self) -> None:
         model = model_of(eos_token_id=7)
+        model.config.eos_token_id = np.array([7, 7])  # the same
+        assert model.generation_defaults() is model.generation_config
         model.config.eos_token_id = None
         with pytest.warns(UserWarning, match=r"`model\.config\.eos_token_id = None` counts"):
             assert model.generation_defaults().eos_token_id is None
+
+    def test_without_a_generation_configuration(self) -> None:
+        model = model_of()
+        model.generation_config = None
+        assert model.generation_defaults() is None
+        model.config.max_length = 6
+        with pytest.warns(UserWarning, match=r"`model\.config\.max_length = 6` counts"):
+            assert model.generation_defaults().max_length == 6
 
     def test_what_the_generation_configuration_says_stays(self) -> None:
         model = model_of({"max_length": 9, "do_sample": True})

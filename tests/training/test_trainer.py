@@ -313,7 +313,9 @@ def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
         step = evaluate_step(*args, **kwargs)
         return lambda *given: (step(*given), tell(*given))[0]
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=rf"{number.name}: the checkpoint of step 2"):
+    kept = 3 if place == "end" else 2  # behind the evaluation of step 2 it is heard after the next step
+    message = f"{number.name}: the checkpoint of step {kept} is written"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=message):
         if place == "batch":
             patch.setattr(trainer_module, "make_eval_step", make_eval_step)
         elif place == "sample":
@@ -321,7 +323,7 @@ def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
         else:
             patch.setattr(RunCheckpoints, "add_metrics", lambda *given: (add(*given), tell(*given))[0])
         train(inputs, **options)
-    # heard before the next batch or frame is begun; behind the evaluation of step 2, before that of step 3
+    # heard before the next batch or frame is begun, and before the evaluation of step 3
     assert len(told) == 1 and kept_steps(run) == ([2, 3] if place == "end" else [2])
     assert (len(losses_of(run, "evaluation")), (run / "samples").exists()) == (
         (1, True) if place == "end" else (0, False)

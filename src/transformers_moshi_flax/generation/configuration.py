@@ -306,14 +306,16 @@ def fields_of_model_config(config: Any) -> dict[str, Any]:
     return {name: copy.deepcopy(value) for name, value in found.items() if value is not None}
 
 
-def with_model_config(default: GenerationConfig, config: Any, before: dict[str, Any]) -> GenerationConfig:
+def with_model_config(
+    default: GenerationConfig | None, config: Any, before: dict[str, Any]
+) -> GenerationConfig | None:
     """The model's generation configuration, with what has been set in the model's configuration since.
 
     Setting it there is deprecated, and warns. It counts unless the generation configuration says something else than
     the model's configuration did, which also warns.
 
     Args:
-        default: the generation configuration; it is not changed.
+        default: the generation configuration, if there is one; it is not changed.
         config: the model's configuration.
         before: :func:`fields_of_model_config` when the model was made.
     """
@@ -321,16 +323,21 @@ def with_model_config(default: GenerationConfig, config: Any, before: dict[str, 
     merged = default
     for name in sorted(now.keys() | before.keys()):
         value, old, given = now.get(name), before.get(name), getattr(default, name, None)
-        if value == old or value == given:
+        if _equal(value, old) or _equal(value, given):
             continue
-        if given == old:
-            merged = copy.deepcopy(default) if merged is default else merged
+        if _equal(given, old):
+            if merged is default:
+                merged = GenerationConfig() if default is None else copy.deepcopy(default)
             setattr(merged, name, value)
             told = f"counts for `generate`, which is deprecated: set `model.generation_config.{name}`"
         else:
             told = f"has no effect on `generate`, as `model.generation_config.{name}` is {given!r}: set that"
         warnings.warn(f"`model.config.{name} = {value!r}` {told}.", stacklevel=callers_level())
     return merged
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.all(one == other))  # arrays say so entry by entry
 
 
 def read_temp(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

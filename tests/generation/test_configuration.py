@@ -443,8 +443,8 @@ class TestFieldsInTheModelsConfiguration:
             assert len(messages) == 3 and "`model.generation_config.max_length`" in " ".join(messages)
 
     def test_unset(self) -> None:
-        model = model_of(eos_token_id=7)
-        model.config.eos_token_id = np.array([7, 7])  # the same
+        model = model_of(eos_token_id=7, suppress_tokens=[3, 4])
+        model.config.suppress_tokens = np.array([3, 4])  # the same
         assert model.generation_defaults() is model.generation_config
         model.config.eos_token_id = None
         with pytest.warns(UserWarning, match=r"`model\.config\.eos_token_id = None` counts"):

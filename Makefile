@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality bench bench-streaming bench-training docs assets clean
+.PHONY: demo test style quality bench bench-streaming bench-training docs assets voices clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -36,6 +36,9 @@ docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 
 assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak-ng
 	$(BIN)/python utils/build_assets.py
+
+voices:  ## the Debian packages that examples/converse speaks with; needs root
+	apt-get install --yes libflite1 espeak-ng
 
 clean:
 	rm -rf $(VENV) outputs site

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 import typer
 
-from transformers_moshi_flax.cli import converse, convert, export_checkpoint, generate, inspect, prepare, train, verify
+from transformers_moshi_flax.cli import (
+    converse,
+    convert,
+    export_checkpoint,
+    generate,
+    inspect,
+    prepare,
+    train,
+    train_codec,
+    verify,
+)
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 app = typer.Typer(
@@ -22,6 +32,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
+app.command("train-codec")(train_codec.train_codec)
 app.command("export-checkpoint")(export_checkpoint.export_checkpoint)
 app.command("verify")(verify.verify)
 

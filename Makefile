@@ -1,11 +1,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# exact versions, the same for everyone; setup.py has the ranges that they are chosen from
+TESTED := --constraint requirements/tested.txt --constraint requirements/peers.txt
+PIP := $(BIN)/python $(PIP_INSTALL) $(TESTED)
+COMPILE := $(BIN)/uv pip compile --quiet --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_35
+UPGRADE ?=
+FAST := -m "not slow"
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test style quality bench bench-streaming bench-training docs assets voices clean
+.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -13,6 +19,18 @@ demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (rando
 
 test: $(VENV)/.test  ## every test, the equivalence with PyTorch included
 	$(BIN)/python -m pytest -n 2
+
+test-newest:  ## what is fast, with the newest versions that setup.py allows, in an environment of its own
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python $(PIP_INSTALL) -e ".[test]"
+	.venv-newest/bin/python $(PIP_INSTALL) --no-deps "$$(grep ^moshi== requirements/peers.txt)"
+	.venv-newest/bin/python -m pytest -n 2 $(FAST)
+
+test-oldest:  ## the same with the oldest
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) --constraint requirements/oldest.txt -e ".[test]"
+	.venv-oldest/bin/python $(PIP_INSTALL) --no-deps "$$(grep ^moshi== requirements/peers.txt)"
+	.venv-oldest/bin/python -m pytest -n 2 $(FAST)
 
 style: $(VENV)/.quality  ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -40,31 +58,37 @@ assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak
 voices:  ## the Debian packages that examples/converse speaks with; needs root
 	apt-get install --yes libflite1 espeak-ng
 
+# newer versions come in by `make requirements UPGRADE=--upgrade`; without, only what the ranges no longer allow changes
+requirements: $(VENV)/.quality  ## write the lists of exact versions in requirements/ from the ranges in setup.py
+	$(COMPILE) $(UPGRADE) setup.py --extra all --output-file requirements/tested.txt
+	$(COMPILE) $(UPGRADE) --no-deps requirements/peers.in --output-file requirements/peers.txt
+	$(COMPILE) $(UPGRADE) setup.py --extra all --resolution lowest-direct --output-file requirements/oldest.txt
+
 clean:
-	rm -rf $(VENV) outputs site
+	rm -rf $(VENV) .venv-newest .venv-oldest outputs site
 
 # Stamps: a target's environment is installed once, and again when the requirements change. The core has no torch.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: setup.py pyproject.toml | $(VENV)/bin/python
+$(VENV)/.core: setup.py pyproject.toml requirements/tested.txt requirements/peers.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e ".[test]"
 	# Kyutai's own package, the second oracle; without the pins that would replace torch and NumPy
-	$(PIP) --no-deps "moshi>=0.2.13,<0.3"
+	$(PIP) --no-deps moshi
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
 	# more sides; where there is no wheel of one, the tables say that it is not installed
-	-$(PIP) --no-deps "moshi_mlx>=0.3,<0.4" "mlx>=0.32,<0.33" "mlx-cpu>=0.32,<0.33"
-	-$(PIP) --no-deps "rustymimi>=0.4.1,<0.5"
+	-$(PIP) --no-deps moshi_mlx mlx mlx-cpu
+	-$(PIP) --no-deps rustymimi
 	@touch $@
 
-$(VENV)/.quality: | $(VENV)/bin/python
-	$(PIP) "ruff>=0.9"
+$(VENV)/.quality: $(VENV)/.core
+	$(PIP) -e ".[quality]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

@@ -9,32 +9,32 @@ PACKAGE = "transformers_moshi_flax"
 # read, not imported: an import would need the dependencies
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / PACKAGE / "__init__.py").read_text("utf-8"), re.M)[1]
 
-# The versions that the tests run with stand in README.md.
+# The ranges; `make requirements` chooses from them the exact versions in requirements/ that the tests run with.
 CORE = [
-    "flax>=0.12,<0.13",
-    "huggingface_hub>=1.0,<3",
+    "flax>=0.12.7,<0.13",
+    "huggingface_hub>=1.31,<3",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
     "numpy>=2.0",
     "optax>=0.2.4",
     "rich>=13.0",
-    "safetensors>=0.5",
+    "safetensors>=0.8",
     "soundfile>=0.12",
     "soxr>=0.5",
-    "transformers>=5.20,<6",
+    "transformers>=5.21,<6",
     "typer>=0.15",
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
 TORCH = ["torch>=2.6,<2.14"]
-TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6"]
+TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6.2"]
 # intelligibility of speech, and a recognizer of words
 SPEECH = ["pocketsphinx>=5.1", "pystoi>=0.4"]
-QUALITY = ["ruff>=0.9"]
+QUALITY = ["ruff>=0.9", "uv>=0.9"]
 DOCS = ["mkdocs>=1.6,<2"]
-# einops and sentencepiece are what Kyutai's package needs, which the Makefile adds without its pins; protobuf is what
-# transformers reads Kyutai's tokenizers with
-TEST = [*TORCH, *TRAIN, *SPEECH, "beartype>=0.19", "einops>=0.8", "espeakng-loader>=0.2.4", "hypothesis>=6.100"]
-TEST += ["pytest>=8.0", "pytest-xdist>=3.6", "protobuf>=4.0", "sentencepiece>=0.2", "wandb>=0.20"]
+# torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
+# Makefile adds without its pins; protobuf is what transformers reads Kyutai's tokenizers with.
+TEST = ["torch>=2.13,<2.14", *TRAIN, *SPEECH, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0"]
+TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=4.21.1", "sentencepiece>=0.2", "wandb>=0.20"]
 
 setup(
     name="transformers-moshi-flax",

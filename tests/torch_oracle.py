@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,19 @@ from torch import nn
 from transformers.models.mimi import modeling_mimi
 from transformers.models.moshi import modeling_moshi
 
+from transformers_moshi_flax.former_names import FORMER_NAMES
+
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 """Largest difference allowed, relative to the largest magnitude of the oracle's output."""
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def upstreams_name(name: str) -> str:
+    """What the installed ``transformers`` calls a cache: ``cache`` is ``past_key_values`` up to 5.23."""
+    if "cache" in inspect.signature(modeling_moshi.MoshiModel.forward).parameters:
+        return name
+    return {new: former for former, new in FORMER_NAMES.items()}.get(name, name)
 
 
 def randomize(model: Model, seed: int = 0) -> Model:

@@ -5,7 +5,7 @@ until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,10 @@ from jax.extend.core import get_opaque_trace_state
 with ThreadPoolExecutor(1) as thread:  # this module may be imported inside of jax.jit, which a new thread is not
     OUTSIDE = thread.submit(get_opaque_trace_state, convention="flax").result()
     """JAX's state outside of every transformation."""
+
+
+LOUDEST = 100
+"""Full scale is 1. Samples may go beyond it, but not by 40 dB: those are no audio, or integers that nobody scaled."""
 
 
 def is_traced(*arrays) -> bool:
@@ -59,6 +63,58 @@ def check_rank(name: str, array, axes: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``array`` has one dimension per name in ``axes``."""
     if np.ndim(array) != len(axes):
         raise ValueError(f"`{name}` must have the shape ({', '.join(axes)}), but has the shape {np.shape(array)}.")
+
+
+def check_audio(
+    name: str, audio: Any, shape: Mapping[str, int | None], rows: Any = ..., hint: str = "", may_be_empty: bool = False
+) -> None:
+    """Raises ``ValueError`` unless ``audio`` is of this shape and :func:`check_samples` takes it.
+
+    Args:
+        name: of the argument.
+        audio: what was passed.
+        shape: the axes and their sizes, None for any.
+        rows: those of the first axis whose values count.
+        hint: what to do about another shape.
+        may_be_empty: whether an axis of any size may be of none.
+    """
+    found = np.shape(audio)
+    sizes = tuple(shape.values())
+    if len(found) != len(sizes) or any(size not in (None, length) for size, length in zip(sizes, found)):
+        axes = ", ".join(axis if size is None else str(size) for axis, size in shape.items())
+        axes += "," * (len(sizes) == 1)
+        raise ValueError(f"`{name}` must have the shape ({axes}), but has the shape {found}{hint and ': ' + hint}.")
+    if 0 in found and not may_be_empty:
+        raise ValueError(f"`{name}` is empty, its shape is {found}: give at least one sample.")
+    check_samples(f"`{name}`", audio, rows)
+
+
+def check_samples(subject: str, samples: Any, rows: Any = ...) -> None:
+    """Raises ``ValueError`` unless ``samples`` are finite floats on the scale of [-1, 1].
+
+    They may go beyond it as far as :data:`LOUDEST`. Of traced ones, only the dtype is known.
+
+    Args:
+        subject: what messages begin with.
+        samples: of any shape.
+        rows: those whose values count.
+    """
+    samples = samples if is_traced(samples) else np.asarray(samples)
+    if not jnp.issubdtype(samples.dtype, jnp.floating):
+        raise ValueError(
+            f"{subject} must be floats in [-1, 1], but has the dtype {samples.dtype}: scale the samples (those of "
+            "int16 by 1 / 32768)."
+        )
+    if is_traced(samples, rows):
+        return
+    loudest = np.abs(samples[rows]).max(initial=0)
+    if not np.isfinite(loudest):
+        raise ValueError(f"{subject} has samples that are NaN or infinite: repair the audio.")
+    if loudest > LOUDEST:
+        raise ValueError(
+            f"{subject} has samples of up to {float(loudest):.3g}, but must be in [-1, 1]: scale them (by 1 / 32768 "
+            "if they are of int16)."
+        )
 
 
 def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: str = "") -> None:

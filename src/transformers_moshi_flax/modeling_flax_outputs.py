@@ -2,7 +2,8 @@
 
 ``transformers`` 5 still has ``ModelOutput``, but under ``flax.struct`` it raises ``FrozenInstanceError``. These
 outputs are plain frozen pytrees with the access that users know: ``out.logits``, ``out["logits"]``, ``out[0]``,
-``out.to_tuple()``; fields that are None do not count.
+``out.to_tuple()``; fields that are None do not count. What ``transformers`` called ``past_key_values`` up to 5.23 is
+``cache``, and is found by both names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import flax.struct
 import jax
+
+from .former_names import FORMER_NAMES
 
 
 class FlaxModelOutput:
@@ -26,6 +29,11 @@ class FlaxModelOutput:
         """The present values, in field order: what ``return_dict=False`` returns."""
         return tuple(self._present().values())
 
+    def __getattr__(self, name: str) -> Any:
+        if FORMER_NAMES.get(name) in {field.name for field in dataclasses.fields(self)}:
+            return getattr(self, FORMER_NAMES[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def keys(self):
         return self._present().keys()
 
@@ -36,13 +44,13 @@ class FlaxModelOutput:
         return self._present().items()
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self._present().get(name, default)
+        return self._present().get(FORMER_NAMES.get(name, name), default)
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+        return self._present()[FORMER_NAMES.get(key, key)] if isinstance(key, str) else self.to_tuple()[key]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._present()
+        return FORMER_NAMES.get(name, name) in self._present()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._present())
@@ -57,13 +65,13 @@ class FlaxBaseModelOutputWithPast(FlaxModelOutput):
 
     Attributes:
         last_hidden_state: ``(batch, frames, hidden_size)``, after the last layer (and the final norm, if any).
-        past_key_values: the updated cache, if one was passed.
+        cache: the updated cache, if one was passed.
         hidden_states: input of every layer and the last hidden state, each ``(batch, frames, hidden_size)``.
         attentions: weights of every layer, each ``(batch, heads, frames, keys)``.
     """
 
     last_hidden_state: jax.Array | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
@@ -76,6 +84,6 @@ class FlaxCausalLMOutputWithPast(FlaxModelOutput):
     loss: jax.Array | None = None
     logits: jax.Array | None = None
     last_hidden_state: jax.Array | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None

@@ -46,7 +46,8 @@ def test_prepares_and_goes_on(moshi_flax, manifest: Path, tmp_path: Path):
     assert result.code == 0, result.err
     assert "2 conversations" in result.out and "14 frames" in result.out
     assert "none.wav" in result.out and "skipped: there is no such file" in result.out
-    assert "two.wav" in result.out and "words outside of the recording: 1" in result.out
+    assert "two.wav" in result.out and "words outside of the recording, or that end before they start: 1" in result.out
+    assert "words by speaker: SPEAKER_MAIN: 4" in result.out and "late" not in result.out
 
     dataset = open_dataset(tmp_path / "out")
     assert dataset.ids == ["one.wav", "two.wav"] and dataset.lengths.tolist() == [10, 4]
@@ -60,6 +61,22 @@ def test_prepares_and_goes_on(moshi_flax, manifest: Path, tmp_path: Path):
     other = moshi_flax(*arguments, "--recordings-per-shard", 1)
     assert other.code == 2 and "OUT: " in other.err
     assert "was begun with another recordings_per_shard" in other.err
+
+
+def test_labels_and_late_text(moshi_flax, manifest: Path, tmp_path: Path):
+    words = [["to you", [0.1, 0.2], "SPEAKER_00"] for _ in range(7)] + [["to", [0.1, 0.2], "[x]"]]
+    (tmp_path / "one.json").write_text(json.dumps({"alignments": words}))
+    (tmp_path / "two.json").write_text(json.dumps({"alignments": [["to", [0.1, 0.2], "SPEAKER_01"]]}))
+    arguments = ("prepare", manifest, tmp_path / "out", "--model", EMBEDDED_MODEL, "--batch-size", 1)
+    result = moshi_flax(*arguments)
+    assert result.code == 2 and "--main-speaker: no word of the recordings is of 'SPEAKER_MAIN'" in result.err
+    assert "'SPEAKER_00' (7 words), '[x]' (1 word), 'SPEAKER_01' (1 word)" in result.err
+    assert moshi_flax(*arguments, "--main-speaker", "").code == 2
+    result = moshi_flax(*arguments, "--main-speaker", "SPEAKER_00")
+    assert result.code == 0, result.err
+    assert "words by speaker: SPEAKER_00: 7, SPEAKER_01: 1, [x]: 1" in result.out
+    assert "text: 64% of the pieces are late, by up to 0.6 s" in result.out
+    assert "no word of Moshi's (SPEAKER_00); there are SPEAKER_01 (--main-speaker)" in " ".join(result.out.split())
 
 
 def test_a_codec_that_does_not_fit(moshi_flax, manifest: Path, tmp_path: Path):

@@ -55,6 +55,65 @@ def test_yaml_and_back(file: Path) -> None:
     assert again.model.freeze == ("a/.*", "b") and again.data.buckets == (256, 512)
 
 
+TEXTS = (
+    *("1e-5_run", "7e3f01ab", "2e-5", "1e5", ".5", "1_000", "100", "-3", "0123", "0o17", "0x1f", "1:30"),
+    *("yes", "no", "On", "OFF", "true", "False", "y", "n", ".inf", ".nan", "nullable"),
+    *("2024-01-31", "2024-13-45", "2024-01-31T10:00:00Z", "1.2.3", "=", "<<x", "a:b", "-x", "naïve", "10%", "a b"),
+)
+"""What YAML 1.1, YAML 1.2 or PyYAML take for something else, or come near to it."""
+
+
+@pytest.mark.parametrize("quotes", ["", "'", '"'])
+def test_texts_stay_texts(file: Path, quotes: str) -> None:
+    """In every key of texts, in the file and on the command line, as written and as read again."""
+    given = [f"{quotes}{text}{quotes}" for text in TEXTS]
+    (path, train, held_out, output, project, address), others = given[:6], given
+    text = GOOD.replace("path: kmhf/hf-moshiko", f"path: {path}, freeze: [{', '.join(others)}]")
+    text = text.replace("train: prepared", f"train: {train}\n  evaluation: {held_out}")
+    text = text.replace("output_dir: run", f"output_dir: {output}, wandb_project: {project}")
+    text = text.replace("{decoder/lm_head/kernel: 2}", f"{{{', '.join(f'{other}: 2e-1' for other in others)}}}")
+    file.write_text(
+        f"{text}\ndistributed: {{coordinator_address: {address}, num_processes: 1, process_id: 0}}", "utf-8"
+    )
+    assignments = [f"run.output_dir={given[-1]}", f"model.freeze=[{given[-1]}, {given[0]}]"]
+    for config in (load_configuration(file), load_configuration(file, assignments)):
+        found = (config.model.path, config.data.train, config.data.evaluation)
+        assert (*found, config.run.wandb_project, config.distributed.coordinator_address) == (*TEXTS[:3], *TEXTS[4:6])
+        assert config.optimizer.learning_rate_multipliers == dict.fromkeys(TEXTS, 0.2)
+        file.with_name("kept.yaml").write_text(to_yaml(config), "utf-8")
+        assert load_configuration(file.with_name("kept.yaml")) == config
+    assert config.run.output_dir == TEXTS[-1] and config.model.freeze == (TEXTS[-1], TEXTS[0])
+    assert load_configuration(file).run.output_dir == TEXTS[3] and load_configuration(file).model.freeze == TEXTS
+
+
+TO_QUOTE = ("null", "~", "", "<<", " a ", "a # b", "a: b", "[a]", "'a'", "a\nb", "\u2028", "\x85", "\x1b")
+
+
+@pytest.mark.parametrize("text", TO_QUOTE)
+def test_texts_that_need_quotes(file: Path, text: str) -> None:
+    config = build_configuration({**yaml.safe_load(GOOD.replace("1e-5", "1.0e-5")), "model": {"path": text}})
+    file.write_text(to_yaml(config), "utf-8")
+    assert load_configuration(file) == config and config.model.path == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2e-5", 2e-5), ("2E5", 2e5), ("+2e+1", 20.0), ("3.", 3.0), (".5", 0.5), ("7", 7.0), ("1_0.5e1", 105.0)],
+)
+def test_numbers_are_numbers(file: Path, text: str, value: float) -> None:
+    config = load_configuration(file, [f"objective.text_weight={text}"])
+    assert config.objective.text_weight == value and type(config.objective.text_weight) is float
+    file.write_text(to_yaml(config))
+    assert load_configuration(file) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("true", True), ("On", True), ("no", False), ("FALSE", False), ("off", False)]
+)
+def test_truth_values(file: Path, text: str, value: bool) -> None:
+    assert load_configuration(file, [f"run.tensorboard={text}"]).run.tensorboard is value
+
+
 def test_assignments_replace_values(file: Path) -> None:
     config = load_configuration(file, ["run.steps=7", "mesh.data=2", "run.wandb_project=null", "run.steps=8"])
     assert (config.run.steps, config.mesh.data, config.run.wandb_project) == (8, 2, None)
@@ -69,13 +128,26 @@ def test_assignments_replace_values(file: Path) -> None:
         ("steps=3", ["section.key=value"]),
         ("run.steps", ["section.key=value"]),
         ("run.steps=many", ["run.steps", "'many'", "whole number"]),
-        ("run.steps=true", ["run.steps", "True", "whole number"]),
+        ("run.steps=true", ["run.steps", "'true'", "whole number"]),
+        ("run.steps=100_run", ["run.steps", "'100_run'", "whole number"]),
+        ("run.steps='100'", ["run.steps", "whole number, without quotes"]),
+        ("run.steps=0100", ["run.steps", "'0100'", "whole number"]),
+        ("run.steps=1:30", ["run.steps", "'1:30'", "whole number"]),
+        ("run.steps=1e3", ["run.steps", "'1e3'", "whole number"]),
+        ("run.steps=!!str 100", ["run.steps", "'100'", "whole number"]),
+        ("run.output_dir=null", ["run.output_dir", "a text"]),
+        ("run.output_dir=", ["run.output_dir", "a text"]),
+        ("run.output_dir=!!timestamp 2024-13-45", ["run.output_dir", "no YAML", "month"]),
+        ("optimizer.b1=007", ["optimizer.b1", "'007'", "a number"]),
+        ("optimizer.b1=1e-5_run", ["optimizer.b1", "a number"]),
+        ("optimizer.b1='1e-5'", ["optimizer.b1", "a number, without quotes"]),
+        ("run.tensorboard='yes'", ["run.tensorboard", "true or false, without quotes"]),
+        ("model.path=null", ["model.path", "`config`"]),
         ("run.steps=0", ["run.steps", "0", "1 or more"]),
         ("run.steps=[", ["run.steps=[", "no YAML"]),
         ("run.steps=10000000000000", ["run.steps", "a whole number within"]),
-        ("run.output_dir=2024-13-45", ["run.output_dir", "no YAML", "month"]),
         (f"optimizer.b1={10**400}", ["optimizer.b1", "a finite number"]),
-        ("optimizer.learning_rate_multipliers={1: 0.5}", ["learning_rate_multipliers", "a text"]),
+        ("optimizer.learning_rate_multipliers={~: 0.5}", ["learning_rate_multipliers", "a text"]),
         ("optimizer.learning_rate_multipliers={a: x}", ["learning_rate_multipliers", "a number"]),
         ("run.best_metric=losss", ["run.best_metric", "'loss'"]),
         ("run.evaluate_every=10", ["run.evaluate_every", "data.evaluation"]),

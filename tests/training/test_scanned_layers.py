@@ -148,11 +148,11 @@ def test_partition_rules_know_stacked_layers() -> None:
 def test_scanned_layers_have_no_cache_and_are_no_model() -> None:
     config = two_layers()
     module, params = make_module(config)
-    with pytest.raises(ValueError, match="`past_key_values` cannot be used with `scan_layers`"):
+    with pytest.raises(ValueError, match="`cache` cannot be used with `scan_layers`"):
         module.clone(scan_layers=True).apply(
             {"params": of_moshi(stack_layers(params))},
             input_ids=jnp.zeros((1, 1), jnp.int32),
-            past_key_values=FlaxMoshiCache.create(config, 1, 2),
+            cache=FlaxMoshiCache.create(config, 1, 2),
         )
     with pytest.raises(ValueError, match="has no keyword argument 'scan_layers'"):
         FlaxMoshiForConditionalGeneration(config, scan_layers=True, _do_init=False)

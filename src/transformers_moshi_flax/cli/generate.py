@@ -183,8 +183,9 @@ class Speaker:
     @property
     def frame_size(self) -> int:
         """Samples a frame."""
-        codec = self.model.config.audio_encoder_config
-        return round(codec.sampling_rate / codec.frame_rate)
+        from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+
+        return samples_per_frame(self.model.config.audio_encoder_config)
 
     def prompt_ids(self, frames: int, text: str | None) -> Int[np.ndarray, "1 frames"]:
         """Moshi's text stream during the prompt: padding, and ``text`` in the last frames, one piece a frame.

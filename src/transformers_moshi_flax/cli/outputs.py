@@ -65,10 +65,14 @@ def run(checkpoint: Checkpoint, model_class: type) -> dict[str, np.ndarray]:
 
 
 def _mimi_inputs(config: Any) -> dict[str, np.ndarray]:
+    from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+
     draw = np.random.default_rng(0)
     codes = (1, config.num_quantizers, FRAMES)
     return {
-        "input_values": draw.normal(0, 0.1, (1, config.audio_channels, FRAMES * config.frame_size)).astype(np.float32),
+        "input_values": draw.normal(0, 0.1, (1, config.audio_channels, FRAMES * samples_per_frame(config))).astype(
+            np.float32
+        ),
         "audio_codes": draw.integers(0, config.codebook_size, codes, np.int32),
     }
 

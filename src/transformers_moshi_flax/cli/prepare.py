@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Most lines of a table; ``report.json`` has all."""
 
+LATE = 1.0
+"""Seconds; recordings whose text is never later have no line of it in the table."""
+
 
 def prepare(
     manifest: Annotated[
@@ -28,6 +31,9 @@ def prepare(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the dataset. Work that is there goes on.")],
     model: Annotated[str, typer.Option(help="Checkpoint directory or Hub id of the Moshi that is to be trained.")],
+    main_speaker: Annotated[
+        str, typer.Option(metavar="LABEL", help="The speaker of Moshi's words; all others are the user's.")
+    ] = "SPEAKER_MAIN",
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings that are encoded at once.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read audio.")] = 4,
     recordings_per_shard: Annotated[
@@ -37,12 +43,15 @@ def prepare(
     """Encode recordings (left Moshi, right user) and lay their words on frames.
 
     Beside each NAME.wav, NAME.json has {"alignments": [[word, [start, end], "SPEAKER_MAIN"], ...]}.
-    Recordings that cannot be used are skipped, and listed in OUT/report.json.
+    Recordings that cannot be used are skipped, and listed in OUT/report.json. So are words that are left out, and how
+    late text is.
     """
     if not manifest.is_file():
         raise UserMistake(f"MANIFEST: {str(manifest)!r} is not a file; give a JSON lines file")
     if out.exists() and not out.is_dir():
         raise UserMistake(f"OUT: {str(out)!r} is a file; give the name of a folder")
+    if not main_speaker:
+        raise UserMistake("--main-speaker: it is empty; give the label of Moshi's words, such as SPEAKER_00")
     check_source("--model", model)
     use_compilation_cache()
 
@@ -64,6 +73,7 @@ def prepare(
         slow("preparing", count) as advance,
         as_mistake("--model", ValueError),
         as_mistake("OUT", OSError, preparing.UnusableFolder),
+        as_mistake("--main-speaker", preparing.NoMainSpeaker),
     ):
         report = preparing.prepare(
             manifest,
@@ -73,24 +83,33 @@ def prepare(
             tokenizer=processor.tokenizer,
             pad_token_id=processor.pad_token_id,
             end_of_pad_token_id=processor.end_of_pad_token_id,
+            main_speaker=main_speaker,
             batch_size=batch_size,
             workers=workers,
             recordings_per_shard=recordings_per_shard,
             advance=advance,
         )
-    _show(report, report_console())
+    _show(report, main_speaker, report_console())
     if not report.conversations:
         raise UserMistake(f"MANIFEST: none of its recordings can be used; {str(out / preparing.REPORT)!r} says why")
 
 
-def _show(report: Report, console: Console) -> None:
+def _show(report: Report, main_speaker: str, console: Console) -> None:
     hours = report.seconds / 3600
     resumed = f", {report.resumed} recordings done before" if report.resumed else ""
     console.print(f"{report.conversations} conversations, {hours:.2f} hours, {report.frames} frames{resumed}")
+    labels = ", ".join(f"{label}: {count}" for label, count in sorted(report.speakers.items()))
+    console.print(f"words by speaker: {labels or 'none'}", markup=False)
+    if report.late_pieces:
+        console.print(_lag(report.pieces, report.late_pieces, report.largest_lag))
     rows = [(entry["path"], f"skipped: {entry['reason']}") for entry in report.skipped]
     rows += [(shard, f"made again: {reason}") for shard, reason in report.redone.items()]
+    for path, others in report.without_moshi.items():
+        there = f"; there are {', '.join(others)} (--main-speaker)" if others else ", nor of anybody"
+        rows.append((path, f"no word of Moshi's ({main_speaker}){there}"))
     for path, remarks in report.remarks.items():
         rows.append((path, "left out: " + ", ".join(f"{what}: {count}" for what, count in remarks.items())))
+    rows += [(path, _lag(**lag)) for path, lag in report.lags.items() if lag["largest_lag"] >= LATE]
     if not rows:
         return
     table = Table("recording", "what")
@@ -99,3 +118,7 @@ def _show(report: Report, console: Console) -> None:
     console.print(table)
     if len(rows) > SHOWN:
         console.print(f"and {len(rows) - SHOWN} more (report.json has all)")
+
+
+def _lag(pieces: int, late_pieces: int, largest_lag: float) -> str:
+    return f"text: {late_pieces / pieces:.0%} of the pieces are late, by up to {largest_lag:.1f} s"

@@ -189,7 +189,7 @@ def advance_beams(
         state = state.replace(
             running=running.replace(
                 position=position + 1,
-                cache=reorder_columns(outputs.past_key_values, chosen.parents, request.prompt_length, position),
+                cache=reorder_columns(outputs.cache, chosen.parents, request.prompt_length, position),
                 sequences=sequences,
                 lengths=running.lengths + 1,
                 streams=streams,

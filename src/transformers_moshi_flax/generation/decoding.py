@@ -159,7 +159,7 @@ def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, record
         fitting = jnp.minimum(begin, capacity - chunk)
         outputs = feed(state, fitting, chunk)
         records = record_frames(recording, state.records, outputs, fitting)
-        return begin + chunk, state.replace(cache=outputs.past_key_values, records=records)
+        return begin + chunk, state.replace(cache=outputs.cache, records=records)
 
     _, state = lax.while_loop(lambda carry: carry[0] < last, run_chunk, (jnp.int32(0), state))
     return state.replace(cache=state.cache.replace(length=last))
@@ -204,7 +204,7 @@ def advance(
         length = position + 1
         return State(
             position=length,
-            cache=outputs.past_key_values,
+            cache=outputs.cache,
             sequences=write_column(state.sequences, tokens, position),
             lengths=jnp.where(state.finished, state.lengths, length),
             finished=state.finished | is_in(tokens, request.eos_token_ids) | (length >= request.limits),

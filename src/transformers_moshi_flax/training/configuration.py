@@ -3,8 +3,9 @@
 Every section of the file is a dataclass, whose fields are its keys. Keys that do not exist, values of another type and
 values that contradict each other are all collected and raised together.
 
-YAML is read a little more strictly than PyYAML does by itself: a key that occurs twice is an error, and ``1e-5`` is a
-number.
+YAML is read more strictly than PyYAML does by itself: a key that occurs twice is an error. And what a scalar without
+quotes is, its key says: under one of texts ``1e-5_run``, ``0123``, ``no`` and ``2024-01-31`` are texts, under one of
+numbers ``1e-5`` is a number, and ``0123``, which YAML 1.1 reads as octal and 1.2 does not, is none.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def build_configuration(
             problems.append(f"`{key}` is no section{hint or '; there are ' + ', '.join(sections)}")
     for section, section_class in sections.items():
         given = values.get(section)
-        if given is None:
+        if _is_null(given):
             given = {}
         if not isinstance(given, Mapping):
             problems.append(f"`{section}`: {given!r} must be keys with values")
@@ -324,7 +325,19 @@ def to_yaml(config: Configuration) -> str:
     for section in plain:
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             plain[section][key] = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that is read as it was: some ends of lines that only Unicode knows are folded unless they are escaped."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 MAY_CHANGE = {
@@ -390,8 +403,25 @@ def _comparable(value: Any) -> Any:
 # Reading YAML
 
 
+class _Plain(str):
+    """A scalar without quotes and tag; what it is, the key says that it is for."""
+
+
+_PLAIN = "!plain"
+_NULLS = ("", "~", "null", "Null", "NULL")
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?!0[0-9_]+$)([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?", re.ASCII)
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys are unique and whose numbers may be written 1e-5."""
+    """YAML whose keys are unique and whose plain scalars are :class:`_Plain`."""
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return "tag:yaml.org,2002:merge" if value == "<<" else _PLAIN
+        return super().resolve(kind, value, implicit)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
@@ -403,15 +433,33 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+_Loader.add_constructor(_PLAIN, lambda loader, node: _Plain(node.value))
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, _Plain) and value in _NULLS)
+
+
+def _resolved(value: _Plain, kind: Any) -> Any:
+    """A plain scalar as a value of ``kind``, or as it is if it is none."""
+    if kind is str and value not in _NULLS:
+        return str(value)
+    if kind is bool:
+        return _BOOLEANS.get(value.lower(), value)
+    if kind in (int, float) and _WHOLE.fullmatch(value):
+        digits = value.replace("_", "")
+        return int(digits) if len(digits) < 400 else math.inf  # beyond any float, and what int() reads
+    if kind is float and _NUMBER.fullmatch(value):
+        return float(value.replace("_", ""))
+    if kind is float and _NOT_FINITE.fullmatch(value):
+        return math.nan
+    return value
 
 
 def _parse(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # such as of a 13th month
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as of a 13th month with the tag of a date
         raise ConfigurationError(f"{name}: no YAML: {error}") from error
 
 
@@ -424,7 +472,7 @@ def _assign(values: dict[str, Any], assignment: str, kind: type) -> None:
     if section not in typing.get_type_hints(kind):
         hint = did_you_mean(path, _all_keys(kind))
         raise ConfigurationError(f"--set {assignment!r}: {section!r} is no section{hint}")
-    if values.get(section) is None:
+    if _is_null(values.get(section)):
         values[section] = {}
     if not isinstance(values[section], dict):
         raise ConfigurationError(f"--set {assignment!r}: `{section}` of the file holds no keys")
@@ -473,16 +521,18 @@ def _convert(value: Any, kind: Any) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         others = [arg for arg in args if arg is not types.NoneType]
-        if value is None and len(others) < len(args):
+        if _is_null(value) and len(others) < len(args):
             return None
         try:
             return _convert(value, others[0])
         except ValueError as error:
             raise ValueError(f"{error}, or null") from error
     if origin is Literal:
-        if value not in args or type(value) not in map(type, args):
-            raise ValueError("one of " + ", ".join(map(str, args)) + did_you_mean(str(value), map(str, args)))
-        return value
+        if not isinstance(value, str) or value not in args:
+            raise ValueError("one of " + ", ".join(args) + did_you_mean(str(value), args))
+        return str(value)
+    if isinstance(value, _Plain):
+        value = _resolved(value, kind)
     if origin is tuple:
         return tuple(_convert_items(value, list, args[0]))
     if origin in (dict, Mapping):
@@ -498,7 +548,8 @@ def _convert(value: Any, kind: Any) -> Any:
         raise ValueError(f"a whole number within ±{MOST}")
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(names[kind])
+        quoted = type(value) is str and type(_resolved(_Plain(value), kind)) in (kind, int)
+        raise ValueError(f"{names[kind]}, without quotes" if quoted else names[kind])
     if kind is float and not math.isfinite(value):
         raise ValueError("a finite number")
     return value

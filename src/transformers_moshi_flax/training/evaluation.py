@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.buckets import bucket
+from ..models.mimi.streaming_flax_mimi import samples_per_frame
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..models.moshi.generation_flax_moshi import decode_audio
 from ..models.moshi.kyutai_config_flax_moshi import TEXT_END_OF_PAD, TEXT_PAD
@@ -136,7 +137,7 @@ def _decoded(
     padding = ((0, 0), (0, 0), (0, bucket(frames) - frames))
     lengths = np.array([frames], np.int32)
     audio = model.compiled(decode_audio)(params, np.pad(codes, padding), lengths)
-    return np.asarray(audio)[0, 0, : frames * model.config.audio_encoder_config.frame_size]
+    return np.asarray(audio)[0, 0, : frames * samples_per_frame(model.config.audio_encoder_config)]
 
 
 def words(text_ids: Int[np.ndarray, "frames"], tokenizer: Any) -> str:

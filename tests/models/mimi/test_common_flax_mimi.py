@@ -15,7 +15,7 @@ from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, 
 
 BATCH, FRAMES = 2, 6
 # They lack `padding_cache`, without which no stream can go on.
-STREAMING = frozenset({"encoder_past_key_values", "decoder_past_key_values"})
+STREAMING = frozenset({"encoder_cache", "decoder_cache"})
 
 
 def _config() -> Any:

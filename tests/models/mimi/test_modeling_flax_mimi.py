@@ -478,11 +478,14 @@ CODES = np.zeros((1, 6, 3), np.int32)
 @pytest.mark.parametrize(
     "call, match",
     [
-        (lambda m: m.encode(SOUND[0]), r"`input_values` must have the shape \(batch, channels, samples\)"),
-        (lambda m: m.encode(SOUND.repeat(2, 1)), "`input_values` has 2 channels"),
+        (lambda m: m.encode(SOUND[0]), r"`input_values` must have the shape \(batch, 1, samples\)"),
+        (
+            lambda m: m.encode(SOUND.repeat(2, 1)),
+            r"`input_values` must have.*\(1, 2, 40\)",
+        ),
         (lambda m: m.encode(SOUND[..., :0]), "`input_values` is empty"),
-        (lambda m: m.encode(SOUND * np.nan), "`input_values` has NaN or infinite"),
-        (lambda m: m.encode((SOUND * 9).astype(np.int32)), "`input_values` has the dtype int32"),
+        (lambda m: m.encode(SOUND * np.nan), "`input_values` has samples that are NaN or infinite"),
+        (lambda m: m.encode((SOUND * 9).astype(np.int32)), "`input_values` must be floats.*int32"),
         (lambda m: m.encode(SOUND, num_quantizers=7), "`num_quantizers` is 7.*choose from 1 to 6"),
         (lambda m: m.encode(SOUND, num_quantizers=0), "`num_quantizers` is 0"),
         (lambda m: m.encode(SOUND, np.ones((1, 39))), r"`padding_mask` must have the shape \(1, 40\)"),

@@ -208,12 +208,12 @@ TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "mask": (lambda model: model(ids(1, 3), attention_mask=ids(1, 2)), "`attention_mask`"),
     "positions": (lambda model: model(ids(1, 3), position_ids=ids(1, 2)), "`position_ids`"),
     "beyond the cache": (
-        lambda model: model(ids(1, 5), past_key_values=model.init_cache(1, 4)),
-        "`past_key_values`.* 4 .*init_cache",
+        lambda model: model(ids(1, 5), cache=model.init_cache(1, 4)),
+        "`cache`.* 4 .*init_cache",
     ),
     "cache of another batch": (
-        lambda model: model(ids(2, 3), past_key_values=model.init_cache(1, 4)),
-        "`past_key_values`",
+        lambda model: model(ids(2, 3), cache=model.init_cache(1, 4)),
+        "`cache`",
     ),
     "empty cache": (lambda model: model.init_cache(1, 0), "`max_length`"),
     "cache for nobody": (lambda model: model.init_cache(0, 1), "`batch_size`"),
@@ -230,9 +230,9 @@ def test_text(text_model: FlaxMoshiForCausalLM, our_class: type, name: str) -> N
 
 
 def test_second_chunk_beyond_the_cache(text_model: FlaxMoshiForCausalLM) -> None:
-    cache = text_model(ids(1, 3), past_key_values=text_model.init_cache(1, 4)).past_key_values
-    with pytest.raises(ValueError, match=r"`past_key_values`.*3 of them used"):
-        text_model(ids(1, 2), past_key_values=cache)
+    cache = text_model(ids(1, 3), cache=text_model.init_cache(1, 4)).cache
+    with pytest.raises(ValueError, match=r"`cache`.*3 of them used"):
+        text_model(ids(1, 2), cache=cache)
 
 
 def test_labels_of_text(text_model: FlaxMoshiForCausalLM) -> None:

@@ -144,12 +144,12 @@ class TestFlaxMoshiCommon(FlaxModelTesterMixin):
         mask[0, :padding] = 0
         uncached = model(ids, mask)
         # A prefill of several frames, then one at a time: under jit, as generation does it.
-        step = jax.jit(lambda ids, mask, cache: model(ids, mask, past_key_values=cache))
+        step = jax.jit(lambda ids, mask, cache: model(ids, mask, cache=cache))
         cache = model.init_cache(BATCH, FRAMES + 3)
         pieces = []
         for start, stop in ((0, 3), (3, 4), (4, 5)):
             outputs = step(ids[:, start:stop], mask[:, start:stop], cache)
-            cache = outputs.past_key_values
+            cache = outputs.cache
             pieces.append(outputs.last_hidden_state)
         cached = np.concatenate(pieces, axis=1)
         kept = mask.astype(bool)
@@ -164,15 +164,15 @@ class TestFlaxMoshiCommon(FlaxModelTesterMixin):
         cache = model.init_cache(BATCH, ids.shape[1])
         pieces = []
         for index in range(ids.shape[1]):
-            outputs = model(ids[:, index : index + 1], hidden, past_key_values=cache)
-            cache = outputs.past_key_values
+            outputs = model(ids[:, index : index + 1], hidden, cache=cache)
+            cache = outputs.cache
             pieces.append(outputs.logits)
         assert_close(jnp.concatenate(pieces, axis=1), uncached, 1e-5)
 
     def test_cache_is_not_changed_in_place(self, tmp_path_factory: pytest.TempPathFactory):
         loaded: Loaded = self.load(CAUSAL_LM, tmp_path_factory)
         cache = loaded.model.init_cache(BATCH, FRAMES)
-        first = loaded.model(loaded.inputs["input_ids"], past_key_values=cache)
-        second = loaded.model(loaded.inputs["input_ids"], past_key_values=cache)
-        assert int(cache.length) == 0 and int(first.past_key_values.length) == FRAMES
+        first = loaded.model(loaded.inputs["input_ids"], cache=cache)
+        second = loaded.model(loaded.inputs["input_ids"], cache=cache)
+        assert int(cache.length) == 0 and int(first.cache.length) == FRAMES
         np.testing.assert_array_equal(np.asarray(first.logits), np.asarray(second.logits))

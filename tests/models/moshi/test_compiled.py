@@ -166,9 +166,7 @@ def test_dropout_is_the_same_with_a_cache() -> None:
     @jax.jit
     def logits(params: Any, cache: Any) -> jax.Array:
         rngs = {"dropout": jax.random.key(0)}
-        return model.module.apply(
-            {"params": params}, ids, past_key_values=cache, deterministic=False, rngs=rngs
-        ).logits
+        return model.module.apply({"params": params}, ids, cache=cache, deterministic=False, rngs=rngs).logits
 
     np.testing.assert_allclose(
         logits(model.params, model.init_cache(1, 6)), logits(model.params, None), rtol=1e-5, atol=1e-6

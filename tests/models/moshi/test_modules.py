@@ -29,6 +29,7 @@ from tests.torch_oracle import (
     save_upstream,
     single_codebook_works,
     to_double,
+    upstreams_name,
 )
 from transformers_moshi_flax import (
     FlaxMoshiDepthDecoder,
@@ -183,10 +184,10 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def step_with_cache(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
     """Upstream one frame at a time, which is where it keeps to its sliding window; outputs joined over the frames."""
-    cache, steps = DynamicCache(config=model.config), []
+    cache, steps = {upstreams_name("cache"): DynamicCache(config=model.config)}, []
     for frame in range(inputs["input_ids"].shape[-1]):
         step = {name: value[..., frame : frame + 1] for name, value in inputs.items()}
-        steps.append(model(**step, past_key_values=cache, use_cache=True, output_hidden_states=True))
+        steps.append(model(**step, **cache, use_cache=True, output_hidden_states=True))
     logits = torch.cat([step.logits for step in steps], dim=1)
     hidden = [torch.cat(layers, dim=1) for layers in zip(*[step.hidden_states for step in steps])]
     last = torch.cat([step.last_hidden_state for step in steps], dim=1)
@@ -414,7 +415,7 @@ def test_cached_backbone_equals_uncached(pair: Pair, chunks: list[int]) -> None:
     whole = model(input_ids=ids, output_hidden_states=True)
     cache, parts, start = model.init_cache(3, 9), [], 0
     for length in chunks:
-        part = model(input_ids=ids[:, start : start + length], past_key_values=cache)
-        cache, start = part.past_key_values, start + length
+        part = model(input_ids=ids[:, start : start + length], cache=cache)
+        cache, start = part.cache, start + length
         parts.append(numpy(part.logits))
     assert_close(np.concatenate(parts, axis=1), numpy(whole.logits), pair.tol)

@@ -138,13 +138,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "batches differ": ({"text": ["you"] * 3, "user_audio": [voice(3)] * 2}, "'text': 3, 'user_audio': 2"),
     "no sampling rate": ({"user_audio": voice(3), "sampling_rate": None}, "`sampling_rate` is missing"),
     "other sampling rate": ({"user_audio": voice(3), "sampling_rate": 16_000}, "16000.*24000"),
-    "stereo": ({"user_audio": np.zeros((2, 9), np.float32)}, r"`user_audio\[0\]` must be mono.*\(2, 9\)"),
+    "stereo": ({"user_audio": np.zeros((2, 9), np.float32)}, r"`user_audio\[0\]`.*\(2, 9\): mono"),
     "stereo in a list": ({"moshi_audio": [voice(3), np.zeros((9, 2), np.float32)]}, r"`moshi_audio\[1\]`.*\(9, 2\)"),
     "empty audio": ({"moshi_audio": voice(0)}, r"`moshi_audio\[0\]`.*\(0,\)"),
     "integers": ({"user_audio": np.ones(3, np.int16)}, r"`user_audio\[0\]`.*int16"),
     "NaN": ({"user_audio": [voice(3), voice(3, np.nan)]}, r"`user_audio\[1\]`.*NaN"),
     "infinite": ({"user_audio": voice(3, -np.inf)}, r"`user_audio\[0\]`.*infinite"),
-    "too large for float32": ({"user_audio": np.full(3, 1e300)}, r"`user_audio\[0\]`.*infinite"),
+    "too large for float32": ({"user_audio": np.full(3, 1e300)}, r"`user_audio\[0\]`.*1e\+300"),
     "id above": ({"input_ids": [START + 1]}, "`input_ids`.*271"),
     "id below": ({"input_ids": [-1]}, "`input_ids`.*-1"),
     "ids are floats": ({"input_ids": np.ones(3)}, "`input_ids`.*float64"),
@@ -242,7 +242,27 @@ def test_checkpoint_without_its_own_configuration(tmp_path: Path) -> None:
     tiny_moshi_config().save_pretrained(tmp_path)
     assert MoshiProcessor.from_pretrained(tmp_path).frame_size == FRAME
     assert MoshiProcessor.from_pretrained(tmp_path, frame_size=32).frame_size == 32
-    (tmp_path / "processor_config.json").write_text(json.dumps({"frame_size": 48}))
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_files_of_another_codec(tmp_path: Path, file: str) -> None:
+    """What lies beside a Mimi must make the audio that it hears."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(EMBEDDED / name, tmp_path)
+    config = tiny_moshi_config()
+    config.save_pretrained(tmp_path)
+    if file == "preprocessor_config.json":
+        values, message = {"sampling_rate": 16_000}, f"sampling rate 16000.*{config.sampling_rate}"
+    else:
+        values, message = {"frame_size": 48}, f"frame size 48.*{FRAME}"
+    path = tmp_path / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **values}))
+    with pytest.raises(ValueError, match=message):
+        MoshiProcessor.from_pretrained(tmp_path)
+    # a configuration that is no model of ours says nothing about it
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    (tmp_path / "processor_config.json").write_text('{"frame_size": 48}')
     assert MoshiProcessor.from_pretrained(tmp_path).frame_size == 48
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import transformers_moshi_flax
-from transformers_moshi_flax.training.data.alignment import AlignedText, Word, align_words, parse_words
+from transformers_moshi_flax.training.data.alignment import (
+    NO_WORDS,
+    WITHOUT_SPEAKER,
+    WITHOUT_TIMES,
+    AlignedText,
+    Word,
+    align_words,
+    parse_words,
+)
 
 EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 PAD, END = 3, 0
@@ -109,29 +117,82 @@ def test_equals_a_walk_over_the_frames(words: list[tuple[str, float]], frames: i
     assert placed == pieces[: len(placed)] and text.cut == len(pieces) - len(placed)
 
 
+def test_lag_is_counted() -> None:
+    """Six pieces a word, a word every two frames: the n-th word is 4 n frames late."""
+    words = [said("abcdef", 0.16 * number) for number in range(5)]
+    text = align_words(words, 100, spell)
+    assert (text.pieces, text.late, text.largest_lag) == (30, 24, 16)
+    # a pause lets the text catch up
+    text = align_words([*words, said("ab", 8.0)], 110, spell)
+    assert (text.pieces, text.late, text.largest_lag) == (32, 24, 16)
+    text = align_words([said("ab", 0.16), said("ab", 0.32)], 100, spell)
+    assert (text.pieces, text.late, text.largest_lag) == (4, 0, 0)
+    # what is cut is not placed
+    text = align_words(words, 7, spell)
+    assert (text.pieces, text.late, text.largest_lag, text.cut) == (7, 1, 4, 17) and text.misplaced == 1
+
+
 def test_parse() -> None:
     words = parse_words([["b", [1, 2.5], "SPEAKER_MAIN"], ["a", [0.5, 1], "x"]])
     assert words == [Word("a", 0.5, 1.0, "x"), Word("b", 1.0, 2.5, "SPEAKER_MAIN")]
+    assert parse_words([["a", ["0.5", " 1e0 "], 3]]) == [Word("a", 0.5, 1.0, "3")]
+    assert parse_words([["a", [2, 1], "x"]]) == [Word("a", 2.0, 1.0, "x")]  # which align_words counts
+    assert parse_words([]) == parse_words(()) == []
 
 
 @pytest.mark.parametrize(
-    ("alignments", "message"),
+    ("entry", "why"),
     [
-        ("words", "must be a list"),
-        ({"a": 1}, "must be a list"),
-        ([["a", [0, 1], "x"], ["b", [0, 1]]], r"`alignments\[1\]`"),
-        ([["a", [0], "x"]], r"`alignments\[0\]`"),
-        ([["a", 0.5, "x"]], r"`alignments\[0\]`"),
-        ([3], r"`alignments\[0\]`"),
-        ([[1, [0, 1], "x"]], "in quotes"),
-        ([["a", [0, 1], None]], "in quotes"),
-        ([["a", ["0", 1], "x"]], "two finite times"),
-        ([["a", [0, np.nan], "x"]], "two finite times"),
-        ([["a", [None, 1], "x"]], "two finite times"),
-        ([["a", [10**400, 1], "x"]], "two finite times"),
-        ([["a\ud800", [0, 1], "x"]], "half of a surrogate pair"),
+        (["2016,", [None, None], "x"], WITHOUT_TIMES),
+        (["2016,", [0.5, None], "x"], WITHOUT_TIMES),
+        (["2016,", [None, 0.5], "x"], WITHOUT_TIMES),
+        (["2016,", None, "x"], WITHOUT_TIMES),
+        (["2016,", [], "x"], WITHOUT_TIMES),
+        (["2016,", [0.5], "x"], WITHOUT_TIMES),
+        (["2016,"], WITHOUT_TIMES),
+        (["2016,", [0.5, np.nan], "x"], WITHOUT_TIMES),
+        (["2016,", [-np.inf, 0.5], "x"], WITHOUT_TIMES),
+        (["2016,", [10**400, 1], "x"], WITHOUT_TIMES),
+        (["2016,", ["1e999", 1], "x"], WITHOUT_TIMES),
+        (["2016,", ["nan", 1], "x"], WITHOUT_TIMES),
+        (["2016,", ["", ""], "x"], WITHOUT_TIMES),
+        (["2016,", ["0:05", "0:06"], "x"], WITHOUT_TIMES),
+        (["2016,", [False, True], "x"], WITHOUT_TIMES),
+        (["2016,", [{}, []], "x"], WITHOUT_TIMES),
+        (["2016,", [0.5, 0.6], None], WITHOUT_SPEAKER),
+        (["2016,", [0.5, 0.6], ""], WITHOUT_SPEAKER),
+        (["2016,", [0.5, 0.6]], WITHOUT_SPEAKER),
+        (["2016,", [0.5, 0.6], ["x"]], WITHOUT_SPEAKER),
+        (["2016,", [0.5, 0.6], "x\ud800"], WITHOUT_SPEAKER),
+        ([None, [0.5, 0.6], "x"], NO_WORDS),
+        (["", [0.5, 0.6], "x"], NO_WORDS),
+        (["  ", [0.5, 0.6], "x"], NO_WORDS),
+        ([2016, [0.5, 0.6], "x"], NO_WORDS),
+        ([[0.5, 0.6], "x"], NO_WORDS),
+        (["2016", [0.5, 0.6, 0.7], "x"], NO_WORDS),
+        (["2016", 0.5, 0.6, "x"], NO_WORDS),
+        (["2016", "0.5", "x"], NO_WORDS),
+        (["a\ud800", [0.5, 0.6], "x"], NO_WORDS),
+        ({"word": "2016", "start": 0.5, "end": 0.6}, NO_WORDS),
+        ("2016", NO_WORDS),
+        ([], NO_WORDS),
+        (None, NO_WORDS),
+        (3, NO_WORDS),
     ],
 )
-def test_malformed(alignments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_a_word_that_lacks_something_costs_that_word(entry: Any, why: str) -> None:
+    before, after = ["in", [0.2, 0.4], "x"], ["ok", [0.9, 1.1], "y"]
+    left_out: Counter[str] = Counter()
+    words = parse_words([before, entry, after, entry], left_out)
+    assert [word.text for word in words] == ["in", "ok"] and left_out == {why: 2}
+    with pytest.raises(
+        ValueError, match=rf"`alignments` has no entry that is .*: all are {why}, the first is "
+    ) as told:
+        parse_words([entry], left_out)
+    assert f"{entry!r:.80}" in str(told.value) and left_out == {why: 2}
+
+
+@pytest.mark.parametrize("alignments", ["words", {"a": 1}, None, 3])
+def test_no_list(alignments: Any) -> None:
+    with pytest.raises(ValueError, match=r"`alignments` must be a list of \[word, "):
         parse_words(alignments)

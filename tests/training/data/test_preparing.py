@@ -29,7 +29,7 @@ from transformers_moshi_flax.checkpoints import writing
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
 from transformers_moshi_flax.training.data import preparing, recordings
 from transformers_moshi_flax.training.data.prepared import Conversation, open_dataset
-from transformers_moshi_flax.training.data.preparing import Report, SettingsDiffer, prepare
+from transformers_moshi_flax.training.data.preparing import NoMainSpeaker, Report, SettingsDiffer, prepare
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
 
 RATE, FRAME, CODEBOOKS, SLOTS = 24_000, 16, 4, 3
@@ -163,9 +163,10 @@ def test_what_cannot_be_used_is_reported(
     soundfile.write(tmp_path / "r.wav", loud / 3e37, RATE, subtype="FLOAT")  # as loud as 10: that can be
     (tmp_path / "f.json").unlink()
     (tmp_path / "g.json").write_text("{")
-    (tmp_path / "h.json").write_text("{}")
+    (tmp_path / "h.json").write_text('{"word_segments": [], "segments": []}')
     (tmp_path / "i.json").write_text('{"alignments": [["you", [0, 1]]]}')
     strange = words_at(("you", 1.0, "SPEAKER_MAIN"), ("\u4e2d", 0.0, "SPEAKER_MAIN"), ("you to you", 0.008, "x"))
+    strange["alignments"] += [["2016,", [None, None], "x"], ["or", [0.1, 0.2], None], ["", [0.1, 0.2], "x"]]
     (tmp_path / "k.json").write_text(json.dumps(strange))
     (tmp_path / "l.json").write_text('{"alignments": []}')
     report = run()
@@ -178,8 +179,8 @@ def test_what_cannot_be_used_is_reported(
         "e.wav": "NaN or infinite",
         "f.wav": "no f.json",
         "g.wav": "g.json: ",
-        "h.wav": "has no `alignments`",
-        "i.wav": "`alignments[0]`",
+        "h.wav": "has no `alignments`, but segments, word_segments; give them as a list of [word, [",
+        "i.wav": "all are words without a speaker, the first is ['you', [0, 1]]",
         long: "File name too long",
         "n.raw": "does not say its rate",
         "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale it",
@@ -192,17 +193,66 @@ def test_what_cannot_be_used_is_reported(
         assert reason in reasons[path], path
     assert report.remarks == {
         "k.wav": {
-            "words outside of the recording": 1,
+            "words without times": 1,
+            "words without a speaker": 1,
+            "entries that are no words": 1,
+            "words outside of the recording, or that end before they start": 1,
             "pieces after its end": 2,
             "pieces unknown to the tokenizer": report.remarks["k.wav"]["pieces unknown to the tokenizer"],
         }
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text())["skipped"] == report.skipped
+    assert report.without_moshi == {"l.wav": {}}
+    # "you" waits for the character of before it, and the other "you to you" has no room
+    assert report.speakers == {"SPEAKER_MAIN": 4, "SPEAKER_2": 2, "x": 1}
     dataset = open_dataset(tmp_path / "out")
     assert dataset.ids == ["j.wav", "k.wav", "l.wav", "r.wav"]
     # nobody wrote down what the user says
     assert dataset.without_user_text == ["l.wav"]
     assert (dataset[2].moshi_text_tokens == PAD).all()
+
+
+def test_late_text_is_counted(run: Callable[..., Report], tmp_path: Path) -> None:
+    """Of the recordings alone and together, also where they were prepared before."""
+    record(tmp_path, {"a.wav": 40 * FRAME, "b.wav": 40 * FRAME, "c.wav": 40 * FRAME})
+    rate = RATE / FRAME
+    in_time = [["you", [frame / rate, frame / rate], "SPEAKER_MAIN"] for frame in range(8)]
+    at_once = [["you", [0.0, 0.1], "SPEAKER_MAIN"] for _ in range(16)]
+    of_the_user = [["you", [0.0, 0.1], "x"], ["to", [0.0, 0.1], "x"]]
+    for name, words in (("a", in_time), ("b", at_once), ("c", in_time + of_the_user)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"alignments": words}))
+    for _ in range(2):
+        report = run()
+        assert report.lags == {
+            "b.wav": {"pieces": 16, "late_pieces": 15, "largest_lag": 15 / rate},
+            "c.wav": {"pieces": 10, "late_pieces": 1, "largest_lag": 1 / rate},
+        }
+        assert (report.pieces, report.late_pieces, report.largest_lag) == (34, 16, 15 / rate)
+        told = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert (told["lags"], told["late_pieces"], told["largest_lag"]) == (report.lags, 16, 15 / rate)
+
+
+def test_recordings_without_a_word_of_moshis(run: Callable[..., Report], tmp_path: Path) -> None:
+    """Of all: told before any work, with the labels that there are. Of some: in the report."""
+    record(tmp_path, {"a.wav": 40, "b.wav": 40, "c.wav": 40})
+    (tmp_path / "a.json").write_text('{"alignments": []}')
+    (tmp_path / "b.json").write_text(json.dumps(words_at(("you", 0.0, "SPEAKER_00"), ("to", 0.0, "SPEAKER_01"))))
+    (tmp_path / "c.json").write_text(json.dumps(words_at(("you", 0.0, "SPEAKER_01"), ("to", 0.0, "SPEAKER_02"))))
+    message = (
+        r"no word of the recordings is of 'SPEAKER_MAIN', so that Moshi would never speak; their labels are "
+        r"'SPEAKER_01' \(2 words\), 'SPEAKER_00' \(1 word\), 'SPEAKER_02' \(1 word\): name that of the left"
+    )
+    with pytest.raises(NoMainSpeaker, match=message):
+        run(recordings_per_shard=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["speakers"]["SPEAKER_01"] == 2
+    report = run(main_speaker="SPEAKER_00")
+    assert report.without_moshi == {"a.wav": {}, "c.wav": {"SPEAKER_01": 1, "SPEAKER_02": 1}}
+    assert report.speakers == {"SPEAKER_00": 1, "SPEAKER_01": 2, "SPEAKER_02": 1}
+    dataset = open_dataset(tmp_path / "out")
+    assert YOU in dataset[1].moshi_text_tokens and TO in dataset[1].user_text_tokens
+    with pytest.raises(SettingsDiffer, match="another main_speaker"):
+        run(main_speaker="SPEAKER_01")
 
 
 class Killed(BaseException):

@@ -26,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import MimiConfig
 from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiEncoderConfig
 
+from ...former_names import accept_former_names
 from ...generation.programs import Program
-from ...input_checks import check_ids, check_rank, is_traced, owned
+from ...input_checks import check_audio, check_ids, check_rank, is_traced, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...precision import at_least_float32
@@ -82,7 +83,7 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
 
     Attributes:
         latents: ``(batch, hidden_size, frames)``.
-        past_key_values: of the transformer, where the call was part of a stream.
+        cache: of the transformer, where the call was part of a stream.
         padding_cache: what the convolutions remember, where the call was part of a stream.
         hidden_states: input and output of every transformer layer, each ``(batch, steps, hidden_size)``, where steps
             come before the downsampling (two a frame in the released Mimi).
@@ -90,7 +91,7 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
     """
 
     latents: jax.Array | None = None
-    past_key_values: RingCache | None = None
+    cache: RingCache | None = None
     padding_cache: tuple[jax.Array, ...] | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
@@ -99,10 +100,10 @@ class FlaxMimiEncoderModelOutput(FlaxModelOutput):
 @flax.struct.dataclass
 class FlaxMimiEncoderOutput(FlaxModelOutput):
     """Output of ``encode``: ``audio_codes`` ``(batch, num_quantizers, frames)`` int32, the rest as in
-    :class:`FlaxMimiEncoderModelOutput` (whose ``past_key_values`` are ``encoder_past_key_values`` here)."""
+    :class:`FlaxMimiEncoderModelOutput` (whose ``cache`` is ``encoder_cache`` here)."""
 
     audio_codes: jax.Array | None = None
-    encoder_past_key_values: RingCache | None = None
+    encoder_cache: RingCache | None = None
     padding_cache: tuple[jax.Array, ...] | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
@@ -111,11 +112,11 @@ class FlaxMimiEncoderOutput(FlaxModelOutput):
 @flax.struct.dataclass
 class FlaxMimiDecoderOutput(FlaxModelOutput):
     """Output of the decoder half: ``audio_values`` ``(batch, audio_channels, samples)``, the state after it as
-    ``decoder_past_key_values`` where the call was part of a stream, the rest as in
+    ``decoder_cache`` where the call was part of a stream, the rest as in
     :class:`FlaxMimiEncoderModelOutput`."""
 
     audio_values: jax.Array | None = None
-    decoder_past_key_values: FlaxMimiDecoderState | None = None
+    decoder_cache: FlaxMimiDecoderState | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
@@ -1184,23 +1185,11 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
 
 def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
     """``rows``: those whose values count."""
-    check_rank("input_values", input_values, ("batch", "channels", "samples"))
-    _, channels, samples = np.shape(input_values)
-    if channels != config.audio_channels:
-        raise ValueError(
-            f"`input_values` has {channels} channels, but this Mimi codes {config.audio_channels}: the shape must be "
-            f"(batch, {config.audio_channels}, samples)."
-        )
-    if not samples or not np.shape(input_values)[0]:
-        raise ValueError(f"`input_values` is empty, its shape is {np.shape(input_values)}: give at least one sample.")
+    shape = {"batch": None, "channels": config.audio_channels, "samples": None}
+    check_audio("input_values", input_values, shape, rows)
     audio = owned(input_values)
-    if not jnp.issubdtype(audio.dtype, jnp.floating):
-        raise ValueError(f"`input_values` has the dtype {audio.dtype}: give floating samples in [-1, 1].")
-    with np.errstate(over="ignore"):
-        audio = audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
-    if not is_traced(audio, rows) and not np.isfinite(np.asarray(audio)[rows]).all():
-        raise ValueError("`input_values` has NaN or infinite samples: remove them, every later frame would be NaN.")
-    return audio
+    with np.errstate(over="ignore"):  # in rows that do not count
+        return audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
 
 
 def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) -> jax.Array:
@@ -1451,7 +1440,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             state = self._checked_state(name, state, FlaxMimiDecoderState)
         _check_batch("audio_codes" if name.startswith("decoder") else "latents", inputs, state)
         state, audio = self._step("decode_step", state, inputs, params=params, donated=False)
-        outputs = FlaxMimiDecoderOutput(audio_values=audio, decoder_past_key_values=state)
+        outputs = FlaxMimiDecoderOutput(audio_values=audio, decoder_cache=state)
         return self._returned(outputs, return_dict)
 
     def _flags(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
@@ -1499,11 +1488,12 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_values": jnp.zeros((input_shape[0], self.config.audio_channels, input_shape[-1]))}
 
+    @accept_former_names
     def __call__(
         self,
         input_values: ArrayLike,
         padding_mask: ArrayLike | None = None,
-        past_key_values: RingCache | None = None,
+        cache: RingCache | None = None,
         padding_cache: tuple[jax.Array, ...] | None = None,
         use_streaming: bool | None = None,
         *,
@@ -1521,8 +1511,8 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
             padding_mask: ``(batch, samples)`` or ``(batch, channels, samples)``, 1 for audio and 0 for padding, which
                 must be on the right. The latents of a row's own frames are those of the row alone; frames after its
                 end are returned too and mean nothing (:meth:`get_audio_codes_mask` tells which count).
-            past_key_values, padding_cache: as the chunk before returned them, for the next chunk of a stream. Both or
-                none.
+            cache, padding_cache: as the chunk before returned them, for the next chunk of a stream. Both or none. The
+                former name of ``cache`` is ``past_key_values``.
             use_streaming: True for the first chunk of a stream, which then is in whole frames; the configuration's if
                 None.
 
@@ -1532,13 +1522,11 @@ class FlaxMimiEncoderModel(FlaxMimiPreTrainedModel):
                 configuration that cannot be streamed, caches of another model or batch size, and arguments that have
                 no meaning there.
         """
-        if _streams("use_streaming", use_streaming, self.config.use_streaming, past_key_values, padding_cache):
+        if _streams("use_streaming", use_streaming, self.config.use_streaming, cache, padding_cache):
             refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
-            past = ("past_key_values", past_key_values)
+            past = ("cache", cache)
             state, latents = self._encode_chunk(input_values, padding_mask, past, padding_cache, params, refused)
-            outputs = FlaxMimiEncoderModelOutput(
-                latents=latents, past_key_values=state.cache, padding_cache=state.histories
-            )
+            outputs = FlaxMimiEncoderModelOutput(latents=latents, cache=state.cache, padding_cache=state.histories)
             return self._returned(outputs, return_dict)
         audio = _checked_audio(self.config, input_values)
         mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
@@ -1557,11 +1545,12 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"latents": jnp.zeros((input_shape[0], self.config.hidden_size, input_shape[-1]))}
 
+    @accept_former_names
     def __call__(
         self,
         latents: ArrayLike,
         padding_mask: ArrayLike | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         *,
         use_cache: bool | None = None,
         params: Params | None = None,
@@ -1576,7 +1565,8 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
         Args:
             latents: ``(batch, hidden_size, frames)``.
             padding_mask: as in :meth:`FlaxMimiModel.decode`.
-            past_key_values, use_cache: as ``decoder_past_key_values`` and ``use_cache`` there.
+            cache, use_cache: as ``decoder_cache`` and ``use_cache`` there. The former name of ``cache`` is
+                ``past_key_values``.
 
         Raises:
             ValueError: wrong rank or size; no frames; a mask of another batch size or with padding on the left; in a
@@ -1590,8 +1580,8 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
                 f"but has the shape {latents.shape}."
             )
         flags = self._flags(output_attentions, output_hidden_states)
-        if _streams("use_cache", use_cache, self.config.use_cache, past_key_values):
-            past, refused = ("past_key_values", past_key_values), {"train": train, **flags}
+        if _streams("use_cache", use_cache, self.config.use_cache, cache):
+            past, refused = ("cache", cache), {"train": train, **flags}
             return self._decode_chunk(latents, padding_mask, past, params, return_dict, refused)
         inputs = {"latents": latents, "padding_mask": _checked_mask(padding_mask, latents.shape[0])}
         return self._run("__call__", inputs, params, return_dict, train, dropout_rng, **flags)
@@ -1605,12 +1595,13 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {}
 
+    @accept_former_names
     def encode(
         self,
         input_values: ArrayLike,
         padding_mask: ArrayLike | None = None,
         num_quantizers: int | None = None,
-        encoder_past_key_values: RingCache | None = None,
+        encoder_cache: RingCache | None = None,
         padding_cache: tuple[jax.Array, ...] | None = None,
         use_streaming: bool | None = None,
         *,
@@ -1626,22 +1617,22 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
 
         Args:
             num_quantizers: how many codebooks, the semantic ones first; all if None.
-            encoder_past_key_values, padding_cache, use_streaming: for a stream, as there. :meth:`encode_step` does the
-                same in place.
+            encoder_cache, padding_cache, use_streaming: for a stream, as there. :meth:`encode_step` does the same in
+                place. The former name of ``encoder_cache`` is ``encoder_past_key_values``.
 
         Raises:
             ValueError: also ``num_quantizers`` that do not exist, or no encoder.
         """
-        given = (encoder_past_key_values, padding_cache)
+        given = (encoder_cache, padding_cache)
         if _streams("use_streaming", use_streaming, self.config.use_streaming, *given):
             _require_encoder(self.config)
-            past = ("encoder_past_key_values", encoder_past_key_values)
+            past = ("encoder_cache", encoder_cache)
             refused = {"train": train, **self._flags(output_attentions, output_hidden_states)}
             state, codes = self._encode_chunk(
                 input_values, padding_mask, past, padding_cache, params, refused, num_quantizers=num_quantizers
             )
             outputs = FlaxMimiEncoderOutput(
-                audio_codes=codes, encoder_past_key_values=state.cache, padding_cache=state.histories
+                audio_codes=codes, encoder_cache=state.cache, padding_cache=state.histories
             )
             return self._returned(outputs, return_dict)
         audio = _checked_audio(self.config, input_values)
@@ -1652,11 +1643,12 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             "encode", inputs, params, return_dict, train, dropout_rng, num_quantizers=num_quantizers, **flags
         )
 
+    @accept_former_names
     def decode(
         self,
         audio_codes: ArrayLike,
         padding_mask: ArrayLike | None = None,
-        decoder_past_key_values: Any = None,
+        decoder_cache: Any = None,
         *,
         use_cache: bool | None = None,
         params: Params | None = None,
@@ -1673,8 +1665,9 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
                 give a coarser sound.
             padding_mask: of the samples, as for :meth:`encode`. The audio is cut to its length, and the samples of a
                 padded row are those of the row alone.
-            decoder_past_key_values: as the chunk before returned them, for the next chunk of a stream: all of the
-                state, that of the convolutions too. :meth:`decode_step` does the same in place.
+            decoder_cache: as the chunk before returned them, for the next chunk of a stream: all of the state, that
+                of the convolutions too. :meth:`decode_step` does the same in place. Its former name is
+                ``decoder_past_key_values``.
             use_cache: True for the first chunk of a stream; the configuration's if None.
 
         Raises:
@@ -1684,9 +1677,9 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         """
         codes = _checked_codes(self.config, audio_codes)
         flags = self._flags(output_attentions, output_hidden_states)
-        if _streams("use_cache", use_cache, self.config.use_cache, decoder_past_key_values):
+        if _streams("use_cache", use_cache, self.config.use_cache, decoder_cache):
             _require_decoder(self.config)
-            past, refused = ("decoder_past_key_values", decoder_past_key_values), {"train": train, **flags}
+            past, refused = ("decoder_cache", decoder_cache), {"train": train, **flags}
             return self._decode_chunk(codes, padding_mask, past, params, return_dict, refused)
         inputs = {"audio_codes": codes, "padding_mask": _checked_mask(padding_mask, codes.shape[0])}
         return self._run("decode", inputs, params, return_dict, train, dropout_rng, **flags)
@@ -1722,7 +1715,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         Args:
             state: a :class:`FlaxMimiEncoderState` from :meth:`init_encoder_state`, or from the step before.
             audio: ``(batch, channels, samples)``, floating, in [-1, 1]; one or more whole frames
-                (``config.frame_size`` samples).
+                (``samples_per_frame(config)`` samples).
             active: ``(batch,)`` bool, rows that go on; all if None. The others keep their state, whatever their audio,
                 and their codes mean nothing.
             num_quantizers: how many codebooks, the semantic ones first; all if None.

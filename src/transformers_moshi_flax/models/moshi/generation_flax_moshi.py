@@ -86,7 +86,7 @@ def depth_step(
         outputs = module.apply(
             {"params": params}, history[:, -1:], hidden_state[:, None], cache, method=module.decode_codebook
         )
-        cache = outputs.past_key_values
+        cache = outputs.cache
         code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
         code = jnp.where(fixed[:, codebook] == FREE, code, fixed[:, codebook])
         history = jnp.concatenate([history, code[:, None]], axis=1)
@@ -233,7 +233,7 @@ class TextDecoder:
             {"params": params},
             input_ids=columns(state.sequences, start, length),
             attention_mask=columns(request.attention_mask, start, length),
-            past_key_values=state.cache,
+            cache=state.cache,
             logits_to_keep=1,
         )
 

@@ -463,7 +463,7 @@ class FlaxMoshiLayers(nn.Module):
         if self.scan_layers:
             if cache is not None:
                 raise ValueError(
-                    "`past_key_values` cannot be used with `scan_layers`, which is for training; use a module without "
+                    "`cache` cannot be used with `scan_layers`, which is for training; use a module without "
                     "it, and the parameters of `unstack_layers`."
                 )
             arguments = (attention_mask, position_ids, codebook_idx, deterministic)

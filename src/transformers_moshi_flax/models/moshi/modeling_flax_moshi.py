@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from transformers import GenerationConfig, MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
+from ...former_names import accept_former_names
 from ...generation import FlaxGenerationMixin
 from ...generation.arrays import cut, on_device, padded
 from ...generation.buckets import bucket
@@ -27,6 +28,7 @@ from ...generation.configuration import (
 )
 from ...generation.utils import capacity_of, check_forced, check_watching, one_token
 from ...input_checks import (
+    check_audio,
     check_ids,
     check_left_padding,
     check_mask,
@@ -80,7 +82,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
     cache_class = FlaxMoshiCache
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxMoshiCache | FlaxMoshiDepthCache:
-        """An empty static cache for ``max_length`` frames, to be passed as ``past_key_values``.
+        """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
 
         Raises:
             ValueError: if either size is no whole number of at least 1.
@@ -88,11 +90,11 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         check_sizes(batch_size=batch_size, max_length=max_length)
         return self.cache_class.create(self.config, batch_size, max_length, self.dtype)
 
-    def _cache_for(self, past_key_values, use_cache: bool | None, batch_size: int, max_length: int):
+    def _cache_for(self, cache, use_cache: bool | None, batch_size: int, max_length: int):
         """``use_cache=True`` without a cache starts one for the whole context of the configuration."""
-        if past_key_values is None and use_cache:
+        if cache is None and use_cache:
             return self.init_cache(batch_size, max_length)
-        return past_key_values
+        return cache
 
     def _finish(self, outputs, use_cache, output_attentions, output_hidden_states, return_dict):
         """Leaves out what was not asked for."""
@@ -100,7 +102,7 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         asked = {
             "attentions": config.output_attentions if output_attentions is None else output_attentions,
             "hidden_states": config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            "past_key_values": use_cache is not False,
+            "cache": use_cache is not False,
         }
         dropped = {
             field: None
@@ -129,12 +131,12 @@ def check_cache(cache, config, batch_size: int, length: int) -> None:
         return
     if len(cache.keys) != config.num_hidden_layers or cache.mask.shape[0] != batch_size:
         raise ValueError(
-            f"`past_key_values` is a cache of {len(cache.keys)} layers for a batch of {cache.mask.shape[0]}, but "
+            f"`cache` is a cache of {len(cache.keys)} layers for a batch of {cache.mask.shape[0]}, but "
             f"the model has {config.num_hidden_layers} and the batch is {batch_size}: make one with `init_cache`."
         )
     if not is_traced(cache.length) and int(cache.length) + length > cache.max_length:
         raise ValueError(
-            f"`past_key_values` has {cache.max_length} slots, {int(cache.length)} of them used, and cannot take "
+            f"`cache` has {cache.max_length} slots, {int(cache.length)} of them used, and cannot take "
             f"{length} more frames: make a larger one with `init_cache(batch_size, max_length)`."
         )
 
@@ -190,12 +192,13 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
 
+    @accept_former_names
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        past_key_values: FlaxMoshiCache | None = None,
+        cache: FlaxMoshiCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         params: Any | None = None,
@@ -212,9 +215,10 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             attention_mask: 1 for frames to attend, 0 for padding; ``(batch, frames)`` for this call's frames, or
                 ``(batch, max_length)`` for all slots of the cache.
             position_ids: positions of the rotary embedding; by default the frames are counted from the cache's length.
-            past_key_values: a cache of :meth:`init_cache`; it is returned updated, never changed in place.
+            cache: a cache of :meth:`init_cache`; it is returned updated, never changed in place. Its former name is
+                ``past_key_values``.
             inputs_embeds: instead of ``input_ids``.
-            use_cache: True without ``past_key_values`` starts a cache of ``max_position_embeddings`` frames; False
+            use_cache: True without ``cache`` starts a cache of ``max_position_embeddings`` frames; False
                 does not return the cache.
             params: the parameters (default: the model's own).
             dropout_rng: key of the dropout, needed with ``train=True`` where ``attention_dropout`` > 0.
@@ -227,9 +231,9 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
         """
         config = self.config
         batch_size, length = check_decoder_inputs(
-            config, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids
+            config, cache, input_ids, inputs_embeds, attention_mask, position_ids
         )
-        cache = self._cache_for(past_key_values, use_cache, batch_size, max(length, config.max_position_embeddings))
+        cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
             dropout_rng,
@@ -237,7 +241,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
-            past_key_values=cache,
+            cache=cache,
             inputs_embeds=as_array(inputs_embeds),
         )
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
@@ -255,12 +259,13 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
 
+    @accept_former_names
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        past_key_values: FlaxMoshiCache | None = None,
+        cache: FlaxMoshiCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         labels: ArrayLike | None = None,
@@ -280,7 +285,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
         """
         config = self.config
         batch_size, length = check_decoder_inputs(
-            config, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids
+            config, cache, input_ids, inputs_embeds, attention_mask, position_ids
         )
         if labels is not None:
             check_labels("labels", labels, (batch_size, length), config.vocab_size)
@@ -288,7 +293,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
                 raise ValueError("`logits_to_keep` cannot be used with `labels`, which need all logits.")
         if logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must not be negative, but is {logits_to_keep}.")
-        cache = self._cache_for(past_key_values, use_cache, batch_size, max(length, config.max_position_embeddings))
+        cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
             dropout_rng,
@@ -296,7 +301,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
-            past_key_values=cache,
+            cache=cache,
             inputs_embeds=as_array(inputs_embeds),
             labels=as_int32(labels),
             logits_to_keep=logits_to_keep,
@@ -326,12 +331,13 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             "last_hidden_state": jnp.zeros((batch_size, 1, self.config.input_size)),
         }
 
+    @accept_former_names
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
         last_hidden_state: ArrayLike | None = None,
         attention_mask: Any | None = None,
-        past_key_values: FlaxMoshiDepthCache | None = None,
+        cache: FlaxMoshiDepthCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         position_ids: Any | None = None,
@@ -351,9 +357,9 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             last_hidden_state: the backbone's hidden state of the frame before, ``(batch, 1, input_size)``, or one per
                 position.
             attention_mask: 1 for positions to attend; always causal, with or without it.
-            past_key_values: a cache of ``init_cache(batch_size, num_codebooks)``.
+            cache: a cache of ``init_cache(batch_size, num_codebooks)``.
             inputs_embeds: instead of ``input_ids``.
-            use_cache: True without ``past_key_values`` starts a cache of ``num_codebooks`` positions.
+            use_cache: True without ``cache`` starts a cache of ``num_codebooks`` positions.
             position_ids: which codebook each position is, known at trace time (default: counted from the cache's
                 length).
             labels: the code that each position predicts; -100 and ``audio_vocab_size`` are ignored. Not shifted.
@@ -378,13 +384,13 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         axes = ("batch", "codebooks") if inputs_embeds is None else ("batch", "codebooks", "hidden_size")
         check_rank("input_ids" if inputs_embeds is None else "inputs_embeds", given, axes)
         batch_size, length = np.shape(given)[:2]
-        past = call_length(past_key_values)
+        past = call_length(cache)
         if past + length > config.num_codebooks:
             raise ValueError(
                 f"`{'input_ids' if inputs_embeds is None else 'inputs_embeds'}` has {length} positions after {past} "
                 f"cached ones, but a frame has only {config.num_codebooks} (`num_codebooks`)."
             )
-        check_cache(past_key_values, config, batch_size, length)
+        check_cache(cache, config, batch_size, length)
         codebooks = tuple(range(past, past + length))
         if position_ids is not None:
             if is_traced(position_ids):
@@ -403,7 +409,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         if labels is not None:
             check_labels("labels", labels, (batch_size, length), config.audio_vocab_size + 1)
         if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, past_key_values))
+            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, cache))
         outputs = self._apply(
             params,
             dropout_rng,
@@ -411,7 +417,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             input_ids=as_int32(input_ids),
             last_hidden_state=jnp.asarray(last_hidden_state),
             attention_mask=as_array(attention_mask),
-            past_key_values=self._cache_for(past_key_values, use_cache, batch_size, config.num_codebooks),
+            cache=self._cache_for(cache, use_cache, batch_size, config.num_codebooks),
             inputs_embeds=as_array(inputs_embeds),
             position_ids=codebooks,
             labels=as_int32(labels),
@@ -516,7 +522,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 )
             check_ids(f"{name}_audio_codes", codes, config.audio_vocab_size + 1)
         elif input_values is not None:
-            check_waveform(f"{name}_input_values", input_values, config.audio_encoder_config.audio_channels)
+            shape = {"batch": None, "channels": config.audio_encoder_config.audio_channels, "samples": None}
+            check_audio(f"{name}_input_values", input_values, shape)
 
     def _audio_streams(self, **streams: Any) -> dict[str, Any]:
         """The streams that count, by argument: codes have priority over waveforms."""
@@ -529,8 +536,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
 
     def _frames(self, name: str, stream) -> int:
         """Frames of one audio stream, the last one padded."""
-        samples_per_frame = self.config.audio_encoder_config.frame_size if name.endswith("values") else 1
-        return -(-np.shape(stream)[-1] // samples_per_frame)
+        size = samples_per_frame(self.config.audio_encoder_config) if name.endswith("values") else 1
+        return -(-np.shape(stream)[-1] // size)
 
     def _check_streams(
         self, streams: dict[str, Any], reference: str, batch_size: int, length: int, user_may_go_on: bool = False
@@ -547,9 +554,10 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             if frames < length or (frames > length and not goes_on):
                 raise ValueError(
                     f"`{name}` has {frames} frames, but `{reference}` has {length}: pad the shorter one (a frame is "
-                    f"{self.config.audio_encoder_config.frame_size} samples)."
+                    f"{samples_per_frame(self.config.audio_encoder_config)} samples)."
                 )
 
+    @accept_former_names
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
@@ -558,7 +566,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         user_audio_codes: ArrayLike | None = None,
         moshi_input_values: ArrayLike | None = None,
         moshi_audio_codes: ArrayLike | None = None,
-        past_key_values: FlaxMoshiCache | None = None,
+        cache: FlaxMoshiCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         text_labels: ArrayLike | None = None,
         audio_labels: ArrayLike | None = None,
@@ -582,7 +590,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             user_input_values, moshi_input_values: waveforms, ``(batch, 1, samples)`` at 24 kHz in [-1, 1].
             user_audio_codes, moshi_audio_codes: codes in ``[0, audio_vocab_size]``, ``(batch, num_codebooks,
                 frames)``; they have priority over the waveforms.
-            past_key_values: a cache of ``init_cache``.
+            cache: a cache of ``init_cache``.
             inputs_embeds: instead of all streams, ``(batch, frames, hidden_size)``.
             text_labels: ids in ``[0, vocab_size)`` or -100, ``(batch, frames)``; shifted inside.
             audio_labels: codes in ``[0, audio_vocab_size]`` or -100, ``(batch, num_codebooks, frames)``; delayed and
@@ -622,9 +630,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             self._check_streams(audio, reference, batch_size, length)
         else:
             batch_size, length = check_embeds(inputs_embeds, config)
-        check_cache(past_key_values, config, batch_size, length)
+        check_cache(cache, config, batch_size, length)
         if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, past_key_values))
+            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, cache))
         if text_labels is not None:
             check_labels("text_labels", text_labels, (batch_size, length), config.vocab_size)
         if audio_labels is not None:
@@ -643,7 +651,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             for waveform in waveforms:
                 check_mask("audio_encoder_padding_mask", audio_encoder_padding_mask, batch_size, waveform.shape[-1:])
             audio_encoder_padding_mask = jnp.asarray(audio_encoder_padding_mask).astype(bool)
-        cache = self._cache_for(past_key_values, use_cache, batch_size, max(length, config.max_position_embeddings))
+        cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
             dropout_rng,
@@ -654,7 +662,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             user_audio_codes=as_int32(user_audio_codes),
             moshi_input_values=as_array(moshi_input_values),
             moshi_audio_codes=as_int32(moshi_audio_codes),
-            past_key_values=cache,
+            cache=cache,
             inputs_embeds=as_array(inputs_embeds),
             text_labels=as_int32(text_labels),
             audio_labels=as_int32(audio_labels),
@@ -803,7 +811,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if moshi_audio_codes is None:
             moshi_audio_codes = self._encode(params, moshi_input_values)
         codec = config.audio_encoder_config
-        silence = np.zeros((1, codec.audio_channels, codec.frame_size), dtype=self.dtype)
+        silence = np.zeros((1, codec.audio_channels, samples_per_frame(codec)), dtype=self.dtype)
         blank_codes = self.compiled(encode_audio, quickly=True)(params, silence)
 
         # on the host if that is possible: XLA would compile a program for every length of every stream
@@ -907,7 +915,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             check_sizes(prompt_frames=prompt_frames)
             prompt["input_ids"] = np.full((batch_size, prompt_frames), config.vocab_size)
             codec = config.audio_encoder_config
-            samples = np.zeros((batch_size, codec.audio_channels, prompt_frames * codec.frame_size), np.float32)
+            samples = np.zeros(
+                (batch_size, codec.audio_channels, prompt_frames * samples_per_frame(codec)), np.float32
+            )
             codes = np.zeros((batch_size, config.num_codebooks, prompt_frames), dtype=np.int32)
             name, stream = ("input_values", samples) if waveforms else ("audio_codes", codes)
             prompt |= {f"user_{name}": stream, f"moshi_{name}": stream}
@@ -1017,18 +1027,3 @@ def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None
             f"`{name}` has the start code {start_code} in frame {frame} of row {row}, behind other codes: no sound "
             "belongs to it; leave such frames out."
         )
-
-
-def check_waveform(name: str, audio, channels: int) -> None:
-    """Raises ``ValueError`` unless ``audio`` is ``(batch, channels, samples)`` of finite floats, not empty."""
-    check_rank(name, audio, ("batch", "channels", "samples"))
-    if np.shape(audio)[1] != channels or np.shape(audio)[2] == 0:
-        raise ValueError(
-            f"`{name}` must have {channels} channel(s) and at least one sample, but has the shape {np.shape(audio)}."
-        )
-    if not is_traced(audio):
-        audio = np.asarray(audio)
-        if audio.dtype.kind not in "fV":
-            raise ValueError(f"`{name}` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
-        if not np.isfinite(audio.astype(np.float32)).all():
-            raise ValueError(f"`{name}` has samples that are not finite: replace NaN and infinity before.")

@@ -23,7 +23,7 @@ from ...modeling_flax_outputs import (
     FlaxModelOutput,
 )
 from ..mimi.modeling_flax_mimi import FlaxMimiModule
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
 from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
@@ -75,31 +75,31 @@ class FlaxMoshiModule(nn.Module):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: FlaxMoshiCache | RingCache | None = None,
+        cache: FlaxMoshiCache | RingCache | None = None,
         inputs_embeds=None,
         deterministic: bool = True,
     ) -> FlaxBaseModelOutputWithPast:
         """With a :class:`RingCache`, the rows are at places of their own; the caller advances it."""
         hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         batch_size, length, _ = hidden_states.shape
-        if isinstance(past_key_values, RingCache):
-            position_ids = past_key_values.positions(length)
-            mask = past_key_values.mask(length, self.config.sliding_window)
+        if isinstance(cache, RingCache):
+            position_ids = cache.positions(length)
+            mask = cache.mask(length, self.config.sliding_window)
         else:
-            slots = call_length(past_key_values) + jnp.arange(length, dtype=jnp.int32)
+            slots = call_length(cache) + jnp.arange(length, dtype=jnp.int32)
             if position_ids is None:
                 position_ids = slots[None]
-            key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
+            key_mask, cache = masked_keys(attention_mask, cache, batch_size, length)
             mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
-        hidden_states, past_key_values, inputs, attentions = self.layers(
-            hidden_states, mask, position_ids, past_key_values, None, deterministic
+        hidden_states, cache, inputs, attentions = self.layers(
+            hidden_states, mask, position_ids, cache, None, deterministic
         )
         hidden_states = self.norm(hidden_states)
-        if isinstance(past_key_values, FlaxMoshiCache):
-            past_key_values = past_key_values.replace(length=past_key_values.length + length)
+        if isinstance(cache, FlaxMoshiCache):
+            cache = cache.replace(length=cache.length + length)
         return FlaxBaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=(*inputs, hidden_states),
             attentions=attentions,
         )
@@ -122,13 +122,13 @@ class FlaxMoshiForCausalLMModule(nn.Module):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: FlaxMoshiCache | RingCache | None = None,
+        cache: FlaxMoshiCache | RingCache | None = None,
         inputs_embeds=None,
         labels=None,
         logits_to_keep: int = 0,
         deterministic: bool = True,
     ) -> FlaxCausalLMOutputWithPast:
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, deterministic)
+        outputs = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, deterministic)
         hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
         logits = self.lm_head(hidden_states)
         loss = None
@@ -138,7 +138,7 @@ class FlaxMoshiForCausalLMModule(nn.Module):
             loss=loss,
             logits=logits,
             last_hidden_state=hidden_states,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -200,14 +200,14 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         input_ids=None,
         last_hidden_state=None,
         attention_mask=None,
-        past_key_values: FlaxMoshiDepthCache | None = None,
+        cache: FlaxMoshiDepthCache | None = None,
         inputs_embeds=None,
         position_ids: tuple[int, ...] | None = None,
         labels=None,
         deterministic: bool = True,
     ) -> FlaxCausalLMOutputWithPast:
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        past_length = call_length(past_key_values)
+        past_length = call_length(cache)
         slots = tuple(range(past_length, past_length + length))
         codebook_idx = slots if position_ids is None else position_ids
         if inputs_embeds is None:
@@ -216,15 +216,15 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         last_hidden_state = jnp.broadcast_to(last_hidden_state, (batch_size, length, last_hidden_state.shape[-1]))
         hidden_states = inputs_embeds.astype(self.dtype) + self.input_projections(last_hidden_state, codebook_idx)
 
-        key_mask, past_key_values = masked_keys(attention_mask, past_key_values, batch_size, length)
+        key_mask, cache = masked_keys(attention_mask, cache, batch_size, length)
         mask = attention_mask_of(
             jnp.asarray(slots, dtype=jnp.int32), key_mask[:, : past_length + length], self.config.sliding_window
         )
-        hidden_states, past_key_values, inputs, attentions = self.layers(
-            hidden_states, mask, None, past_key_values, codebook_idx, deterministic
+        hidden_states, cache, inputs, attentions = self.layers(
+            hidden_states, mask, None, cache, codebook_idx, deterministic
         )
-        if past_key_values is not None:
-            past_key_values = past_key_values.replace(length=past_length + length)
+        if cache is not None:
+            cache = cache.replace(length=past_length + length)
         logits = self.lm_heads(hidden_states, codebook_idx)
         loss = None
         if labels is not None:
@@ -234,7 +234,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
             loss=loss,
             logits=logits,
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=(*inputs, hidden_states),
             attentions=attentions,
         )
@@ -251,7 +251,7 @@ class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
         loss: the sum of ``text_loss`` and ``depth_loss``, as far as their labels were passed.
         logits: text logits, ``(batch, frames, vocab_size)``.
         last_hidden_state: of the backbone, ``(batch, frames, hidden_size)``.
-        past_key_values: the backbone's updated cache, if one was passed.
+        cache: the backbone's updated cache, if one was passed.
         hidden_states, attentions: of the backbone.
         text_loss: mean cross-entropy of the text tokens of frames 1, 2, ….
         depth_loss: mean cross-entropy of their audio codes.
@@ -262,7 +262,7 @@ class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
     loss: jax.Array | None = None
     logits: jax.Array | None = None
     last_hidden_state: jax.Array | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
     text_loss: jax.Array | None = None
@@ -363,18 +363,18 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
                 embedded += [self.embed_tokens(first + k, codes[:, k]) for k in range(codes.shape[1])]
         return sum(embedded[1:], start=embedded[0])
 
-    def decode_frame(self, inputs_embeds, attention_mask, past_key_values) -> FlaxCausalLMOutputWithPast:
+    def decode_frame(self, inputs_embeds, attention_mask, cache) -> FlaxCausalLMOutputWithPast:
         """The backbone with its cache, logits of the last frame only."""
         return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             logits_to_keep=1,
         )
 
-    def decode_codebook(self, input_ids, last_hidden_state, past_key_values) -> FlaxCausalLMOutputWithPast:
+    def decode_codebook(self, input_ids, last_hidden_state, cache) -> FlaxCausalLMOutputWithPast:
         """The depth decoder on the next codebook of a frame."""
-        return self.depth_decoder(input_ids, last_hidden_state, past_key_values=past_key_values)
+        return self.depth_decoder(input_ids, last_hidden_state, cache=cache)
 
     def depth_inputs(self, text_labels, audio_labels, hidden_states, attention_mask):
         """Pairs the hidden state of frame t with text and (delayed) codes of frame t + 1, as generation does."""
@@ -421,7 +421,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         user_audio_codes=None,
         moshi_input_values=None,
         moshi_audio_codes=None,
-        past_key_values: FlaxMoshiCache | None = None,
+        cache: FlaxMoshiCache | None = None,
         inputs_embeds=None,
         text_labels=None,
         audio_labels=None,
@@ -441,7 +441,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             deterministic=deterministic,
         )
         text_loss = depth_loss = depth = None
@@ -457,7 +457,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             loss=text_loss if depth_loss is None else text_loss + depth_loss,
             logits=outputs.logits,
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             text_loss=text_loss,
@@ -472,7 +472,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
     def _reach_all_of_mimi(self) -> None:
         config = self.config.audio_encoder_config
         if config.encoder_config is not None:
-            self.encode_audio(jnp.zeros((1, config.audio_channels, config.frame_size)))
+            self.encode_audio(jnp.zeros((1, config.audio_channels, samples_per_frame(config))))
         if config.decoder_config is not None:
             self.decode_audio(jnp.zeros((1, config.num_quantizers, 1), dtype=jnp.int32))
 

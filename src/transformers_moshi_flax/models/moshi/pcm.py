@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Int16
 
-from ...input_checks import is_whole
+from ...input_checks import check_audio, is_whole
 
 INT16_SCALE = 32768
 """What 16-bit samples are divided by; the way back is exact."""
@@ -297,14 +297,8 @@ def _samples(pcm: ArrayLike) -> Float[np.ndarray, "samples"]:
     pcm = np.asarray(pcm)
     if pcm.ndim == 2 and pcm.shape[0] == 1:
         pcm = pcm[0]
-    if pcm.ndim != 1:
-        raise ValueError(f"`pcm` must be mono, (samples,) or (1, samples), got {pcm.shape}: mix channels down")
     if np.issubdtype(pcm.dtype, np.int16):  # in either byte order
-        return pcm.astype(np.float32) / INT16_SCALE
-    if not np.issubdtype(pcm.dtype, np.floating):
-        raise ValueError(f"`pcm` must hold floats in [-1, 1] or int16, got {pcm.dtype}: convert the samples")
-    with np.errstate(over="ignore"):
-        pcm = pcm.astype(np.float32)
-    if not np.isfinite(pcm).all():
-        raise ValueError("`pcm` has samples that are NaN or infinite: repair the audio")
-    return pcm
+        pcm = pcm.astype(np.float32) / INT16_SCALE
+    hint = "mono, as (samples,) or (1, samples), floats or int16; mix channels down"
+    check_audio("pcm", pcm, {"samples": None}, hint=hint, may_be_empty=True)
+    return pcm.astype(np.float32)

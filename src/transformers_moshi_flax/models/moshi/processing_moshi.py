@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreT
 
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
-from ...input_checks import check_ids
+from ...input_checks import check_audio, check_ids
 from ...modeling_flax_outputs import FlaxModelOutput
+from ..mimi.streaming_flax_mimi import samples_per_frame
 from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
 from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
@@ -248,15 +250,36 @@ class MoshiProcessor(ProcessorMixin):
 
         Raises:
             OSError: the checkpoint or its feature extractor is not there.
-            ValueError: the tokenizer is not there, or an option is bad.
+            ValueError: the tokenizer is not there, an option is bad, or the sampling rate or the frame size of the
+                files is not that of the Mimi in ``config.json`` beside them.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except ValueError as error:
             if isinstance(error, OSError):
                 raise
             # upstream's message about a missing tokenizer does not tell where it was looked for
             raise ValueError(f"{os.fspath(pretrained_model_name_or_path)!r} gives no processor: {error}") from error
+        codec = None
+        with contextlib.suppress(ValueError):  # of another model, which the processor did not need
+            codec = _codec_beside(pretrained_model_name_or_path, kwargs)
+        if codec is not None:
+            processor._check_codec(os.fspath(pretrained_model_name_or_path), codec, kwargs.get("frame_size"))
+        return processor
+
+    def _check_codec(self, name: str, codec: MimiConfig, frame_size: int | None) -> None:
+        """Raises ``ValueError`` if the Mimi of a checkpoint hears other audio than this processor makes.
+
+        ``frame_size`` is what the caller insists on.
+        """
+        found = {"sampling rate": self.sampling_rate, "frame size": self.frame_size}
+        wanted = {"sampling rate": codec.sampling_rate, "frame size": frame_size or samples_per_frame(codec)}
+        for what, value in wanted.items():
+            if found[what] != value:
+                raise ValueError(
+                    f"{name!r} has a processor with the {what} {found[what]}, but the Mimi in its config.json has "
+                    f"{value}: give preprocessor_config.json or processor_config.json the value of the Mimi"
+                )
 
     @classmethod
     def from_kyutai(cls, name_or_path: str | os.PathLike, **hub: Any) -> MoshiProcessor:
@@ -277,7 +300,7 @@ class MoshiProcessor(ProcessorMixin):
             )
         mimi = kyutai_config(files).audio_encoder_config
         extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=mimi.sampling_rate)
-        return cls(extractor, sentencepiece_tokenizer(files.tokenizer), frame_size=mimi.frame_size)
+        return cls(extractor, sentencepiece_tokenizer(files.tokenizer), frame_size=samples_per_frame(mimi))
 
     @classmethod
     def get_processor_dict(
@@ -286,10 +309,9 @@ class MoshiProcessor(ProcessorMixin):
         """The processor's options in a checkpoint; the frame size is that of its Mimi if they do not tell it."""
         options, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "frame_size" not in options:
-            hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-            source = Source.locate(pretrained_model_name_or_path, **hub)
-            if source.find("config.json") is not None:
-                options["frame_size"] = load_config(MimiConfig, source).frame_size
+            codec = _codec_beside(pretrained_model_name_or_path, kwargs)
+            if codec is not None:
+                options["frame_size"] = samples_per_frame(codec)
         return options, rest
 
     @classmethod
@@ -319,20 +341,19 @@ class MoshiProcessor(ProcessorMixin):
     def _samples(self, name: str, waveform: Waveform | None) -> Float[np.ndarray, "samples"]:
         if waveform is None:
             return np.zeros(0, np.float32)
-        waveform = np.asarray(waveform)
-        if waveform.ndim != 1 or waveform.size == 0:
-            raise ValueError(
-                f"`{name}` must be mono, with the shape (samples,) in each row, got {waveform.shape}: mix channels "
-                "down and pass a batch as a list"
-            )
-        if not jnp.issubdtype(waveform.dtype, jnp.floating):
-            raise ValueError(f"`{name}` must hold floats in [-1, 1], got {waveform.dtype}: scale the samples")
-        with np.errstate(over="ignore"):
-            waveform = waveform.astype(np.float32)
-        if not np.isfinite(waveform).all():
-            raise ValueError(f"`{name}` has samples that are NaN or infinite: repair the audio")
+        hint = "mono, a row each; mix channels down and pass a batch as a list"
+        check_audio(name, waveform, {"samples": None}, hint=hint)
+        waveform = np.asarray(waveform, np.float32)
         extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
         return extracted["input_values"][0][0]
+
+
+def _codec_beside(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> MimiConfig | None:
+    """The configuration of the Mimi in a checkpoint; None if it has no ``config.json``."""
+    source = Source.locate(name_or_path, **{name: kwargs[name] for name in _HUB if name in kwargs})
+    if source.find("config.json") is None:
+        return None
+    return load_config(MimiConfig, source)
 
 
 def _items(stream: Any) -> list[Any]:

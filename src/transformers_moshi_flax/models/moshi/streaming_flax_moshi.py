@@ -32,7 +32,7 @@ from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
 from ...generation.decoding import FREE
 from ...generation.sampling import Sampling, row_keys, select_token
-from ...input_checks import check_ids, check_sizes, is_traced, is_whole
+from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.modeling_flax_mimi import HALVES, parts_of, prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
@@ -149,7 +149,7 @@ def next_column(
         name: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, getattr(state, name))
         for name, new in after.items()
     }
-    return state.replace(cache=outputs.past_key_values.advance(1, active), **kept), frame
+    return state.replace(cache=outputs.cache.advance(1, active), **kept), frame
 
 
 def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) -> tuple[Sampling, Sampling]:
@@ -638,18 +638,12 @@ class FlaxMoshiStream:
     def _checked_audio(self, audio: ArrayLike, rows: ArrayLike) -> ArrayLike:
         if not self._hears:
             raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
-        shape = (self.batch_size, self.channels, self.frame_size)
-        if np.shape(audio) != shape:
-            raise ValueError(f"`user_audio` must be one frame, {shape}, but has the shape {np.shape(audio)}.")
-        traced = is_traced(audio)
-        audio = audio if traced else np.asarray(audio)
+        shape = {"batch": self.batch_size, "channels": self.channels, "samples": self.frame_size}
+        check_audio("user_audio", audio, shape, ... if rows is self._all else rows, "give one frame of every slot")
+        audio = audio if is_traced(audio) else np.asarray(audio)
         if audio.dtype != self._dtype:
-            if not jnp.issubdtype(audio.dtype, jnp.floating):
-                raise ValueError(f"`user_audio` must be floats in [-1, 1], but has the dtype {audio.dtype}.")
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # in slots that do not take part
                 audio = audio.astype(self._dtype)
-        if not traced and not np.isfinite(self._of_rows(audio, rows)).all():
-            raise ValueError("`user_audio` has samples that are not finite: replace NaN and infinity before.")
         return self._placed(audio)
 
     def _checked_codes(self, name: str, codes: ArrayLike, rows: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -65,19 +65,31 @@ class Report:
     Attributes:
         conversations: in the dataset.
         frames, seconds: of all of them.
+        speakers: how many words each label has in the dataset.
+        pieces, late_pieces: of the text; and how many of these stand behind their turn, as words before them had more
+            pieces than frames.
+        largest_lag: the most seconds that a piece is behind its turn.
         skipped: recordings that are not in it: ``path`` and ``reason``.
         remarks: for recordings that are in it, by path, how many words or pieces of them are not, and why.
+        without_moshi: by path, recordings in which Moshi has no word, and how many words each other label has there.
+        lags: by path, recordings with late pieces: ``pieces``, ``late_pieces`` and ``largest_lag``, as above.
         resumed: how many of the recordings were done by an earlier run.
         redone: shards of an earlier run that were made again, and why.
     """
 
-    conversations: int
-    frames: int
-    seconds: float
-    skipped: list[dict[str, str]]
-    remarks: dict[str, dict[str, int]]
-    resumed: int
-    redone: dict[str, str]
+    conversations: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    speakers: dict[str, int] = field(default_factory=dict)
+    pieces: int = 0
+    late_pieces: int = 0
+    largest_lag: float = 0.0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    remarks: dict[str, dict[str, int]] = field(default_factory=dict)
+    without_moshi: dict[str, dict[str, int]] = field(default_factory=dict)
+    lags: dict[str, dict[str, int | float]] = field(default_factory=dict)
+    resumed: int = 0
+    redone: dict[str, str] = field(default_factory=dict)
 
 
 class UnusableFolder(ValueError):
@@ -86,6 +98,10 @@ class UnusableFolder(ValueError):
 
 class SettingsDiffer(UnusableFolder):
     """The folder holds what was made from something else."""
+
+
+class NoMainSpeaker(ValueError):
+    """The recordings have words, none of which is Moshi's."""
 
 
 def prepare(
@@ -97,6 +113,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     pad_token_id: int = 3,
     end_of_pad_token_id: int = 0,
+    main_speaker: str = MAIN_SPEAKER,
     batch_size: int = 8,
     workers: int = 4,
     recordings_per_shard: int = 64,
@@ -109,13 +126,14 @@ def prepare(
     Args:
         manifest: JSON lines, ``{"path": …}``, relative to the manifest; other keys are not looked at. Beside each
             stereo file (left Moshi, right user) a JSON of the same name has ``alignments``, a list of
-            ``[word, [start, end], speaker]``. :data:`MAIN_SPEAKER` is Moshi; there is text of the user where there
-            are words of others.
+            ``[word, [start, end], speaker]``. There is text of the user where there are words of other speakers than
+            ``main_speaker``.
         out: folder of the dataset, made if it is not there.
         mimi: the codec, in float32.
         config: of the Moshi that is to be trained; its ``num_codebooks`` first codebooks are kept.
         tokenizer: of Moshi's text.
         pad_token_id, end_of_pad_token_id: of frames without a new piece, and of the last one before a word.
+        main_speaker: the label of Moshi's words.
         batch_size: recordings at once.
         workers: threads that read audio.
         recordings_per_shard: how many are done, or redone, at once.
@@ -127,6 +145,7 @@ def prepare(
     Raises:
         SettingsDiffer: ``out`` was begun with another model, manifest or number per shard.
         UnusableFolder: another process is at work on ``out``.
+        NoMainSpeaker: the recordings have words, and none is of ``main_speaker``; told before any is encoded.
         ValueError: a manifest that is empty or no JSON lines; numbers below 1; a model whose codes or text do not fit
             ``config``.
         OSError: a place that cannot be read or written.
@@ -136,9 +155,12 @@ def prepare(
         if value < 1:
             raise ValueError(f"`{name}` is {value}, but must be at least 1")
     listed = read_manifest(manifest)
-    settings = _settings(manifest, mimi, config, tokenizer, pad_token_id, end_of_pad_token_id, recordings_per_shard)
+    settings = _settings(
+        manifest, mimi, config, tokenizer, pad_token_id, end_of_pad_token_id, main_speaker, recordings_per_shard
+    )
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
+        _check_main_speaker(out, listed, main_speaker)
         _check_settings(out, settings)
         shards = _deal(listed, recordings_per_shard)
         reasons = {number: _why_open(out, number, shard) for number, shard in enumerate(shards)}
@@ -157,6 +179,7 @@ def prepare(
             config.audio_vocab_size,
             pad_token_id,
             end_of_pad_token_id,
+            main_speaker,
         )
         work = [(number, item) for number, shard in open_shards.items() for item in shard.listed]
         with ThreadPoolExecutor(workers) as pool, jax.default_matmul_precision("highest"):
@@ -167,8 +190,8 @@ def prepare(
                     write_shard(out, number, *shards[number].contents(), dtype)
                     shards[number].forget()
         write_index(out, settings, len(shards))
-        report = _report(out, len(shards), encoder.frame_rate, resumed, redone)
-        write_text(out / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+        report = _report(out, len(shards), encoder.frame_rate, main_speaker, resumed, redone)
+        write_text(out / REPORT, _as_json(report))
     return report
 
 
@@ -214,6 +237,7 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     pad_token_id: int,
     end_of_pad_token_id: int,
+    main_speaker: str,
     recordings_per_shard: int,
 ) -> dict[str, Any]:
     """All that the contents of a dataset depend on."""
@@ -240,6 +264,7 @@ def _settings(
         "tokenizer": hashlib.sha256(_rules(tokenizer).encode()).hexdigest(),
         "pad_token_id": pad_token_id,
         "end_of_pad_token_id": end_of_pad_token_id,
+        "main_speaker": main_speaker,
         "vocab_size": config.vocab_size,
         "audio_vocab_size": config.audio_vocab_size,
         "num_codebooks": config.num_codebooks,
@@ -306,6 +331,7 @@ class _Text:
     audio_vocab_size: int
     pad_token_id: int
     end_of_pad_token_id: int
+    main_speaker: str
 
     def align(self, words: Sequence[Word], frames: int) -> AlignedText:
         return align_words(
@@ -318,28 +344,61 @@ class _Text:
         )
 
 
-def read_words(audio: Path) -> list[Word]:
-    """The words in the JSON beside a recording.
+def read_words(audio: Path) -> tuple[list[Word], Counter[str]]:
+    """The words in the JSON beside a recording, and how many entries are left out, and why.
 
     Raises:
         BadRecording: there is none, or it is no such JSON.
     """
     path = words_path(audio)
+    left_out: Counter[str] = Counter()
     try:
-        return parse_words(parse_json(path.read_bytes())["alignments"])
+        content = parse_json(path.read_bytes())
+        if "alignments" not in content:
+            there = f", but {', '.join(sorted(content))}" if content else ""
+            raise BadRecording(
+                f"{path.name} has no `alignments`{there:.80}; give them as a list of [word, [start, end], speaker]"
+            )
+        return parse_words(content["alignments"], left_out), left_out
     except OSError as error:
         raise BadRecording(f"there is no {path.name} with alignments beside it ({error.strerror})") from error
-    except KeyError as error:
-        raise BadRecording(f"{path.name} has no `alignments`") from error
+    except BadRecording:
+        raise
     except ValueError as error:
         raise BadRecording(f"{path.name}: {error}") from error
 
 
+def _check_main_speaker(out: Path, listed: Iterable[Listed], main_speaker: str) -> None:
+    """Raises :class:`NoMainSpeaker`; as a rule the first recording has a word of Moshi's, and no other is read."""
+    found: Counter[str] = Counter()
+    for item in listed:
+        with contextlib.suppress(BadRecording):  # which is told later
+            found.update(word.speaker for word in read_words(item.path)[0])
+        if main_speaker in found:
+            return
+    if not found:
+        return
+    if not (out / SETTINGS).exists():
+        write_text(out / REPORT, _as_json(Report(speakers=dict(found))))
+    raise NoMainSpeaker(
+        f"no word of the recordings is of {main_speaker!r}, so that Moshi would never speak; their labels are "
+        f"{_counted(found)}: name that of the left channel"
+    )
+
+
+def _counted(speakers: Mapping[str, int], most: int = 8) -> str:
+    """Such as ``"'SPEAKER_00' (12 words), 'SPEAKER_01' (9 words)"``."""
+    ordered = sorted(speakers.items(), key=lambda entry: -entry[1])
+    named = [f"{label!r} ({count} word{'s' * (count != 1)})" for label, count in ordered[:most]]
+    return ", ".join([*named, *([f"{len(ordered) - most} more"] if len(ordered) > most else [])])
+
+
 @dataclass(frozen=True)
 class Heard:
-    """The words of a recording, and the codes of Moshi and the user."""
+    """The words of a recording, entries that are left out, and the codes of Moshi and the user."""
 
     words: list[Word]
+    left_out: Counter[str]
     codes: Int[np.ndarray, "2 codebooks frames"]
 
 
@@ -365,12 +424,13 @@ class _Shard:
             self._skip(item, files, heard)
             return
         frames = heard.codes.shape[-1]
-        moshi = text.align([word for word in heard.words if word.speaker == MAIN_SPEAKER], frames)
-        others = [word for word in heard.words if word.speaker != MAIN_SPEAKER]
+        moshi = text.align([word for word in heard.words if word.speaker == text.main_speaker], frames)
+        others = [word for word in heard.words if word.speaker != text.main_speaker]
         user = text.align(others, frames) if others else None
         sides = [moshi] if user is None else [moshi, user]
         remarks = {
-            "words outside of the recording": sum(side.misplaced for side in sides),
+            **heard.left_out,
+            "words outside of the recording, or that end before they start": sum(side.misplaced for side in sides),
             "pieces after its end": sum(side.cut for side in sides),
             "pieces unknown to the tokenizer": sum(side.unknown for side in sides),
         }
@@ -380,7 +440,16 @@ class _Shard:
         except ValueError as error:
             self._skip(item, files, error)
             return
-        self.done[item.id] = conversation, {"remarks": {what: count for what, count in remarks.items() if count}}
+        self.done[item.id] = (
+            conversation,
+            {
+                "remarks": {what: count for what, count in remarks.items() if count},
+                "speakers": dict(Counter(word.speaker for word in heard.words)),
+                "pieces": sum(side.pieces for side in sides),
+                "late_pieces": sum(side.late for side in sides),
+                "largest_lag": max(side.largest_lag for side in sides) / text.frame_rate,
+            },
+        )
 
     def _skip(self, item: Listed, files: Sequence[Any], error: ValueError) -> None:
         self.skipped[item.id] = {"path": item.id, "reason": str(error), "files": files}
@@ -410,18 +479,34 @@ def _why_open(out: Path, number: int, shard: _Shard) -> str | None:
     return None
 
 
-def _report(out: Path, shards: int, frame_rate: float, resumed: int, redone: dict[str, str]) -> Report:
+def _as_json(report: Report) -> str:
+    return json.dumps(asdict(report), indent=2) + "\n"
+
+
+def _report(
+    out: Path, shards: int, frame_rate: float, main_speaker: str, resumed: int, redone: dict[str, str]
+) -> Report:
     contents = [read_contents(out, number) for number in range(shards)]
     entries = [entry for content in contents for entry in content["conversations"]]
     frames = sum(entry["frames"] for entry in entries)
+    lags = {entry["id"]: {key: entry[key] for key in ("pieces", "late_pieces", "largest_lag")} for entry in entries}
+    speakers: Counter[str] = Counter()
+    for entry in entries:
+        speakers.update(entry["speakers"])
     return Report(
         conversations=len(entries),
         frames=frames,
         seconds=frames / frame_rate,
+        speakers=dict(speakers),
+        pieces=sum(lag["pieces"] for lag in lags.values()),
+        late_pieces=sum(lag["late_pieces"] for lag in lags.values()),
+        largest_lag=max((lag["largest_lag"] for lag in lags.values()), default=0.0),
         skipped=[
             {key: entry[key] for key in ("path", "reason")} for content in contents for entry in content["skipped"]
         ],
         remarks={entry["id"]: entry["remarks"] for entry in entries if entry["remarks"]},
+        without_moshi={entry["id"]: entry["speakers"] for entry in entries if main_speaker not in entry["speakers"]},
+        lags={path: lag for path, lag in lags.items() if lag["late_pieces"]},
         resumed=resumed,
         redone=redone,
     )
@@ -437,6 +522,7 @@ class _Listener:
         self.number, self.item = number, item
         self.files = item.files()
         self.words: list[Word] = []
+        self.left_out: Counter[str] = Counter()
         self.codes: list[Int[np.ndarray, "2 codebooks frames"]] = []
         self._blocks, self._pool = blocks, pool
         self._upcoming = pool.submit(self._begin)
@@ -444,7 +530,7 @@ class _Listener:
     def _begin(self) -> tuple[Block, bool]:
         first = next(self._blocks)
         # before an hour is encoded for nothing
-        self.words = read_words(self.item.path)
+        self.words, self.left_out = read_words(self.item.path)
         return first
 
     def hear(self) -> tuple[Block, bool]:
@@ -516,4 +602,5 @@ class _Encoder:
                 slot.codes.append(codes[place, :, :, :frames].astype(self._dtype))
                 if last:
                     slots[place] = None
-                    yield slot.number, slot.item, slot.files, Heard(slot.words, np.concatenate(slot.codes, axis=-1))
+                    codes_of_all = np.concatenate(slot.codes, axis=-1)
+                    yield slot.number, slot.item, slot.files, Heard(slot.words, slot.left_out, codes_of_all)

@@ -11,7 +11,7 @@ FAST := -m "not slow"
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements clean
+.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements wheel-check clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -36,9 +36,11 @@ style: $(VENV)/.quality  ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(VENV)/.quality  ## check without changing anything
+quality: $(VENV)/.quality  ## check without changing anything: style, who imports whom, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 bench: $(VENV)/.bench  ## times of generation next to PyTorch and Kyutai's packages; wants an idle machine
 	$(BIN)/python utils/benchmark/generate.py
@@ -64,8 +66,16 @@ requirements: $(VENV)/.quality  ## write the lists of exact versions in requirem
 	$(COMPILE) $(UPGRADE) --no-deps requirements/peers.in --output-file requirements/peers.txt
 	$(COMPILE) $(UPGRADE) setup.py --extra all --resolution lowest-direct --output-file requirements/oldest.txt
 
+# away from the sources, so that what is tried is what a wheel brings
+wheel-check:  ## build the wheel, install it alone in an environment of its own, and run it there
+	rm -rf build dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python $(PIP_INSTALL) $(TESTED) dist/*.whl
+	cd .venv-wheel && bin/moshi-flax generate --output demo.wav --max-new-frames 5 && test -s demo.wav
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest outputs site
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-wheel build dist outputs site
 
 # Stamps: a target's environment is installed once, and again when the requirements change. The core has no torch.
 $(VENV)/bin/python:
@@ -88,7 +98,7 @@ $(VENV)/.bench: $(VENV)/.test
 	@touch $@
 
 $(VENV)/.quality: $(VENV)/.core
-	$(PIP) -e ".[quality]"
+	$(PIP) -e ".[quality,train]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

@@ -17,20 +17,20 @@ CORE = [
     "jaxtyping>=0.3",
     "numpy>=2.0",
     "optax>=0.2.4",
-    "rich>=13.0",
+    "rich>=13.8",
     "safetensors>=0.8",
     "soundfile>=0.12",
     "soxr>=0.5",
     "transformers>=5.21,<6",
-    "typer>=0.15",
+    "typer>=0.26",
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.
 TORCH = ["torch>=2.6,<2.14"]
 TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6.2"]
 # intelligibility of speech, and a recognizer of words
 SPEECH = ["pocketsphinx>=5.1", "pystoi>=0.4"]
-QUALITY = ["ruff>=0.9", "uv>=0.9"]
-DOCS = ["mkdocs>=1.6,<2"]
+QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 # torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
 # Makefile adds without its pins; protobuf is what transformers reads Kyutai's tokenizers with.
 TEST = ["torch>=2.13,<2.14", *TRAIN, *SPEECH, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0"]
@@ -46,7 +46,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={PACKAGE: ["assets/*", "assets/*/*"]},
+    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

@@ -65,3 +65,8 @@ def test_readme_names_the_tested_versions():
     assert len(named) > 10
     pins = listed("tested")
     assert named == {package: pins[canonicalize_name(package)] for package in named}
+
+
+def test_hooks_before_a_commit_format_as_the_checks_do():
+    (version,) = re.findall(r"ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    assert version == listed("tested")["ruff"]

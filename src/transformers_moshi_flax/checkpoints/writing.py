@@ -86,7 +86,7 @@ def save_checkpoint(
                 names = [entry]
             else:
                 names = _shard_names(folder, entry, len(shards), save_id)
-                weight_map = {}
+                weight_map: dict[str, str] = {}
                 for name, shard in zip(names, shards):
                     with atomic_file(folder / name) as path:
                         _write_tensors(path, shard, layout)

@@ -79,7 +79,7 @@ def flax_class(option: str, source: str, config: dict) -> type:
     """
     import transformers_moshi_flax
 
-    architectures = config.get("architectures") or [DEFAULT_ARCHITECTURES.get(config.get("model_type"), "unknown")]
+    architectures = config.get("architectures") or [DEFAULT_ARCHITECTURES.get(config.get("model_type", ""), "unknown")]
     name = architectures[0].removeprefix("Flax")
     if f"Flax{name}" not in transformers_moshi_flax.__all__:
         raise UserMistake(

@@ -37,8 +37,9 @@ def verify(
         raise UserMistake("--no-outputs: no effect without B; leave it out or give B")
     report: dict[str, Any] = {"ok": True, "checkpoints": []}
     opened = [_check(option, name, report) for option, name in (("A", a), ("B", b)) if name is not None]
-    if len(opened) == 2 and None not in opened:
-        _compare(*opened, outputs, report)
+    both = [checkpoint for checkpoint in opened if checkpoint is not None]
+    if len(both) == 2:
+        _compare(both[0], both[1], outputs, report)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

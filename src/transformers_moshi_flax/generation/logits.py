@@ -194,7 +194,8 @@ def largest(scores: Scores, number: int) -> tuple[Float[Array, "rows number"], I
     """
     rows, vocab_size = scores.shape
     if vocab_size < MIN_BLOCKS * BLOCK_SIZE or number * BLOCK_SIZE > vocab_size // 2:
-        return tuple(lax.top_k(scores, number))
+        values, indices = lax.top_k(scores, number)
+        return values, indices
     blocks = in_blocks(scores)
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), number)
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)

@@ -172,7 +172,7 @@ class RunCheckpoints:
             if file.exists() and not find_damage(file.parents[1], f"{_METRICS}/"):
                 with contextlib.suppress(FileNotFoundError):  # the run goes on, and has just removed it
                     metrics[step] = self._metric(json.loads(file.read_bytes()))
-        return min(metrics, key=metrics.get, default=None)
+        return min(metrics, key=metrics.__getitem__, default=None)
 
     def restore_latest(self, targets: Mapping[str, Any]) -> Restored | None:
         """Read the latest checkpoint that is whole; damaged ones are reported and moved out of the way.
@@ -188,7 +188,7 @@ class RunCheckpoints:
         Raises:
             DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
-        damaged = []
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             if not self._is_damaged(step):
                 self._move_away(damaged)

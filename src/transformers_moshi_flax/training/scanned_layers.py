@@ -29,7 +29,8 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a parameter that some layers have is missing in another.
     """
-    stacked, layers = {}, {}
+    stacked: dict[str, Any] = {}
+    layers: dict[str, dict[int, Any]] = {}
     for path, leaf in flatten_dict(dict(params), sep="/").items():
         match = LAYER.fullmatch(path)
         if match is None:
@@ -64,7 +65,7 @@ def layer_paths(path: str, leaf: Any) -> list[str]:
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`stack_layers`: the tree of models and files. Without stacked layers nothing changes."""
-    unstacked = {}
+    unstacked: dict[str, Any] = {}
     for path, leaf in flatten_dict(dict(params), sep="/").items():
         paths = layer_paths(path, leaf)
         unstacked |= {path: leaf} if paths == [path] else {each: leaf[number] for number, each in enumerate(paths)}

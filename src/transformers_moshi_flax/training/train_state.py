@@ -93,7 +93,8 @@ def split_params(params: Mapping[str, Any], freeze: Sequence[str] = ()) -> tuple
     """
     flat = flatten_dict(params, sep="/")
     rules = path_rules("freeze", freeze, flat)
-    trainable, frozen = {}, {}
+    trainable: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for path, leaf in flat.items():
         is_frozen = path.startswith(NEVER_TRAINED) or any(rule.fullmatch(path) for rule in rules)
         (frozen if is_frozen else trainable)[path] = leaf

@@ -76,7 +76,8 @@ def parse_words(alignments: Any, left_out: Counter[str] | None = None) -> list[W
     """
     if not isinstance(alignments, Sequence) or isinstance(alignments, str):
         raise ValueError(f"`alignments` must be a list of [word, [start, end], speaker], got {alignments!r:.80}")
-    words, wrong = [], Counter()
+    words: list[Word] = []
+    wrong: Counter[str] = Counter()
     for entry in alignments:
         found = _word(entry)
         if isinstance(found, Word):

@@ -307,7 +307,7 @@ def _open(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, Mapping):
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("it is an .npy, a single array")
             with loaded:
                 return dict(loaded)
@@ -337,7 +337,8 @@ def write_shard(
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    arrays, entries = {}, []
+    arrays: dict[str, np.ndarray] = {}
+    entries: list[dict[str, Any]] = []
     for conversation, notes in conversations:
         mine = {key: np.ascontiguousarray(array, dtype) for key, array in conversation.arrays().items()}
         arrays |= {f"{conversation.id}/{key}": array for key, array in mine.items()}

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from rich.console import Console
 from transformers import MoshiConfig
 
@@ -582,7 +583,7 @@ class _Meter:
         self._start += time.perf_counter() - start
 
 
-def placed(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+def placed(leaf: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has, on the mesh of all."""
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

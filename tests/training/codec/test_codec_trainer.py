@@ -107,7 +107,7 @@ def test_log_and_folder_of_a_run(whole: dict[str, Any]) -> None:
     assert "codebooks started from 240 latents of 2 batches" in whole["notes"]
     record = json.loads((whole["run"] / "samples" / "step-6" / "0.json").read_text())
     audio, rate = soundfile.read(whole["run"] / "samples" / "step-6" / "0.wav")
-    assert rate == RATE and len(audio) == record["seconds"] * RATE and np.abs(audio[:, 1]).max() > 0
+    assert rate == RATE and len(audio) == round(record["seconds"] * RATE) and np.abs(audio[:, 1]).max() > 0
 
 
 def test_it_learns(whole: dict[str, Any], inputs: Path) -> None:
@@ -210,6 +210,7 @@ def test_discriminators_and_a_teacher(inputs: Path) -> None:
 def test_a_run_from_a_checkpoint_keeps_its_codebooks(whole: dict[str, Any], inputs: Path) -> None:
     options = {"model": {"path": str(whole["run"] / "export"), "freeze": ["quantizer/.*", "encoder.*"]}}
     values = {**run_values(inputs, run__output_dir=str(inputs / "frozen"), run__steps=1), **options}
+    values["quantizer"]["start_step"] = 0
     notes = Console(file=io.StringIO(), width=200)
     CodecTrainer(build_configuration(values, kind=CodecTrainingConfig), notes).train()
     assert "codebooks started" not in notes.file.getvalue()
@@ -262,6 +263,7 @@ for config in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_devices_and_accumulation_sum_what_codebooks_learn(inputs: Path, tmp_path: Path) -> None:
     """Without what is random in a micro-batch, two devices, or two micro-batches, end where one does."""
     options = {"quantizer__dropout": 0.0, "quantizer__bypass": 0.0, "quantizer__dead_share": 0.0}

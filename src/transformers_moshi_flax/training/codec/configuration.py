@@ -95,6 +95,15 @@ class CodecRunConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class CodecOptimizerConfig(OptimizerConfig):
+    """Section ``optimizer``, as of :class:`OptimizerConfig`, for training from random weights."""
+
+    learning_rate: float = 1e-3
+    b2: float = 0.99
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
 class DistillationConfig:
     """Section ``distillation``: whose features codebook 0 learns, where ``losses.distillation`` has a weight.
 
@@ -123,7 +132,7 @@ class CodecTrainingConfig(Configuration):
     losses: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, weight_decay=0.0))
+    optimizer: CodecOptimizerConfig = field(default_factory=CodecOptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

@@ -3,11 +3,18 @@
 Names are imported on first use, so ``import transformers_moshi_flax`` is quick.
 """
 
+from .auto_processor import make_known
 from .lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "modeling_flax_auto": [
+        "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING",
+        "FLAX_MODEL_MAPPING",
+        "FlaxAutoModel",
+        "FlaxAutoModelForCausalLM",
+    ],
     "modeling_flax_utils": ["FlaxPreTrainedModel"],
     "generation": [
         "FlaxGenerationMixin",
@@ -53,3 +60,5 @@ _PUBLIC = {
     "models.moshi.processing_moshi": ["MoshiProcessor"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)
+
+make_known()

@@ -45,6 +45,7 @@ from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_
 from .checkpoints.fitting import fit
 from .checkpoints.formats import parse_json
 from .checkpoints.loading import Transfers, main_dtype
+from .checkpoints.own_code import own_code
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import load_generation_config
@@ -92,6 +93,8 @@ class FlaxPreTrainedModel:
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     _generates: ClassVar[bool] = False
+    _auto_class: ClassVar[str | None] = None
+    _kept_for_speed: ClassVar[tuple[str, ...]] = ("_programs_of", "_programs", "_decoder", "_norms")
 
     def __init__(
         self,
@@ -132,6 +135,11 @@ class FlaxPreTrainedModel:
         raise NotImplementedError(f"{type(self).__name__} must define dummy_inputs")
 
     # State
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled (``copy``, ``joblib``, Ray): all but the compiled programs, which belong to this
+        process. Parameters that are spread over devices arrive whole on the default device."""
+        return {name: value for name, value in vars(self).items() if name not in self._kept_for_speed}
 
     @classmethod
     def _module_fields(cls) -> set[str]:
@@ -465,7 +473,8 @@ class FlaxPreTrainedModel:
                 "lose theirs: save to another directory, or remove them"
             )
         tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
-        companions = {"config.json": self._config_json(params)}
+        auto_map, companions = own_code([self, self.config])
+        companions["config.json"] = self._config_json(params, auto_map)
         if self.generation_config is not None:
             companions["generation_config.json"] = self.generation_config.to_json_string(use_diff=True)
         written = save_checkpoint(
@@ -592,11 +601,32 @@ class FlaxPreTrainedModel:
             parent_commit=there.sha,
         )
 
-    def _config_json(self, params: Params) -> str:
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "FlaxAutoModel") -> None:
+        """Saves the code of this class with its checkpoints, so that an auto class finds it there.
+
+        It is for classes of one's own. Who loads such a checkpoint with ``trust_remote_code=True`` runs this code.
+
+        Args:
+            auto_class: of :mod:`transformers_moshi_flax.modeling_flax_auto`, or its name.
+
+        Raises:
+            ValueError: there is no such auto class.
+        """
+        from . import modeling_flax_auto  # only here: few need it
+
+        name = auto_class if isinstance(auto_class, str) else auto_class.__name__
+        if not name.startswith("FlaxAuto") or not hasattr(modeling_flax_auto, name):
+            raise ValueError(f"auto_class={auto_class!r} is no auto class: give FlaxAutoModel or another one of them")
+        cls._auto_class = name
+
+    def _config_json(self, params: Params, auto_map: Mapping[str, str]) -> str:
         """The configuration as upstream writes it: architecture under its PyTorch name, dtype of the weights."""
         values = json.loads(self.config.to_json_string(use_diff=True))
         values["architectures"] = [type(self).__name__.removeprefix("Flax")]
         values["dtype"] = main_dtype(flatten_dict(params)).name
+        if auto_map:
+            values["auto_map"] = {**values.get("auto_map", {}), **auto_map}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..input_checks import is_whole
 from .files import CheckpointNotFoundError, Source
 
-METADATA = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
+METADATA = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "model_type")
 _KYUTAIS = (
     "loaded with FlaxMoshiForConditionalGeneration.from_kyutai, or converted with moshi-flax convert --from kyutai"
 )
@@ -30,13 +30,7 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
         CheckpointNotFoundError: no ``config.json``.
         ValueError: it is damaged, has bad values or is of a model that has no such part.
     """
-    values = source.read_json("config.json", from_pt)
-    if values is None:
-        raise CheckpointNotFoundError(
-            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
-        )
-    if is_kyutai_config(values):
-        raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
+    values = read_config(source, from_pt)
     model_type = values.get("model_type", config_class.model_type)
     if model_type == config_class.model_type:
         return build_config(config_class, values)
@@ -48,6 +42,23 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
         f"config.json of {source.name!r} has model_type={model_type!r}, which neither is nor contains "
         f"{config_class.model_type!r}; load the class that belongs to it or pass config="
     )
+
+
+def read_config(source: Source, from_pt: bool | None = None) -> dict[str, Any]:
+    """The values of ``config.json`` in a checkpoint; ``from_pt`` as the weights are read with.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        ValueError: it is damaged, or Kyutai's.
+    """
+    values = source.read_json("config.json", from_pt)
+    if values is None:
+        raise CheckpointNotFoundError(
+            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
+        )
+    if is_kyutai_config(values):
+        raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
+    return values
 
 
 def is_kyutai_config(values: Mapping[str, Any]) -> bool:

@@ -65,6 +65,9 @@ class Interrupted(RuntimeError):
         self.signal = number
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception is made of its message otherwise, where it is unpickled
+        return Interrupted, (self.signal, self.step)
+
 
 class Trainer:
     """A run of training. Only the first process logs and writes; all of them call :meth:`train`.

@@ -21,7 +21,19 @@ INT16_SCALE = 32768
 """What 16-bit samples are divided by; the way back is exact."""
 
 
-class PcmBuffer:
+class _Locked:
+    """What has a lock of its own, which is not copied and pickled with it: nobody may use it meanwhile."""
+
+    _lock: threading.Lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+
+class PcmBuffer(_Locked):
     """Holds each slot's samples until a whole frame of the batch is taken.
 
     A slot that has less than a frame gives what it has, and then silence: its speech goes on in the next frame, later
@@ -152,7 +164,7 @@ class PcmFrame:
     text_ids: dict[int, int]
 
 
-class PcmDialogue:
+class PcmDialogue(_Locked):
     """A stream that is fed and read in PCM, its slots joined and left one by one.
 
     :meth:`feed` may be called from any thread, an audio callback for one, and never waits for a step. The other

@@ -199,6 +199,34 @@ def decode_frame(
     return state, jnp.where(valid[:, None, None], audio, 0).astype(jnp.float32)
 
 
+class SharedProgram:
+    """``program(traced, state, ...)`` for ``function(decoder, *shared, state, ...)``.
+
+    The program is kept on the model, so that another stream compiles nothing. What is shared is flattened once, not in
+    every step, and lies on every device of the mesh, over which the rest is spread. A copy of it compiles its own.
+
+    Args:
+        compiled: of the model.
+        function: of the decoder and arrays.
+        shared: its arguments after the decoder that are the same in every call.
+        mesh: as of :class:`FlaxMoshiStream`.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Any], function: Callable[..., Any], shared: tuple[Any, ...], mesh: Mesh | None
+    ):
+        self._made_of = (compiled, function, shared, mesh)
+        leaves, structure = jax.tree.flatten(shared)
+        self._leaves = tuple(leaves)
+        self._call = compiled(on_mesh, (1,), function=function, structure=structure, mesh=mesh).call
+
+    def __call__(self, traced: bool, *args: Any) -> Any:
+        return self._call(traced, self._leaves, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedProgram, self._made_of
+
+
 class FlaxMoshiStream:
     """Endless dialogues with a model; made by ``model.streaming``. It holds no state of theirs.
 
@@ -290,16 +318,16 @@ class FlaxMoshiStream:
         self._blank = self._on_devices(np.zeros_like(free))
         self._starts = tuple(on_device(token, np.int32) for token in (config.vocab_size, config.audio_vocab_size))
 
-    def _program(self, function: Callable[..., Any], *shared: Any) -> Callable[..., Any]:
-        """``program(traced, state, ...)`` for ``function(decoder, *shared, state, ...)``.
+    def _program(self, function: Callable[..., Any], *shared: Any) -> SharedProgram:
+        return SharedProgram(self._compiled, function, shared, self.mesh)
 
-        It is kept on the model, so that another stream compiles nothing. What is shared is flattened once, not in
-        every step, and lies on every device of the mesh, over which the rest is spread.
-        """
-        leaves, structure = jax.tree.flatten(shared)
-        leaves = tuple(leaves)
-        program = self._compiled(on_mesh, (1,), function=function, structure=structure, mesh=self.mesh)
-        return lambda traced, *args: program.call(traced, leaves, *args)
+    def __getstate__(self) -> dict[str, Any]:
+        if self.mesh is not None:
+            raise TypeError(
+                "a stream on a mesh belongs to the devices of this process and cannot be copied or pickled: send the "
+                "model, and call `streaming` where it arrives"
+            )
+        return vars(self)
 
     def _on_devices(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:

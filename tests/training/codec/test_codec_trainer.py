@@ -315,8 +315,8 @@ def test_what_does_not_go_with_the_codec(inputs: Path, tmp_path: Path) -> None:
         with pytest.raises((ConfigurationError, ValueError), match=match):
             train(inputs, run__output_dir=str(tmp_path / "run"), **overrides)
 
-    small_config(frame_rate=12.5).save_pretrained(tmp_path / "rate")
-    refused(r"make frames of \d+ samples, but `frame_rate` 12.5", model__config=str(tmp_path / "rate"))
+    small_config(frame_rate=13).save_pretrained(tmp_path / "rate")
+    refused(r"make frames of \d+ samples, but `frame_rate` 13", model__config=str(tmp_path / "rate"))
     refused("`data.crop_seconds` is 0.001, 32 samples, but the windows", data__crop_seconds=0.001)
     refused("`data.train`: 'nowhere' is not there", data__train="nowhere")
     refused("losses.distillation has a weight, but there is no teacher", losses__distillation=1.0)

@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jax.tree_util import PyTreeDef
 
 from .input_checks import shortened
-from .models.initializers import without_values
+from .nn.initializers import without_values
 
 
 def param_shapes(init: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -20,11 +20,9 @@ from tests.configs import tiny_moshi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, numpy
 from transformers_moshi_flax import FlaxMoshiForCausalLM
 from transformers_moshi_flax.generation.beam_search import (
-    BLOCK,
     advance_beams,
     choose_continuations,
     finish_beams,
-    reorder_columns,
     start_beams,
 )
 from transformers_moshi_flax.generation.decoding import Request, State, start
@@ -182,37 +180,6 @@ class TestDraws:
             drawn = (np.argsort(-gumbel, axis=1)[:, :number] == best).any(axis=1).mean()
             share = (going_on[:, 0] == best).mean()
             assert abs(share - drawn) < 4 * np.sqrt(drawn * (1 - drawn) * (1 / 8000 + 1 / 20000))
-
-
-@pytest.mark.parametrize(("begin", "end"), [(0, 150), (3, 150), (70, 71), (5, 5), (149, 150)])
-def test_reordered_columns(begin: int, end: int) -> None:
-    """The columns of the range follow the parents whatever the blocks, and those before it stay."""
-    capacity, num_beams, heads = 150, 3, 4
-    assert capacity % BLOCK and capacity > 2 * BLOCK
-    rng = np.random.default_rng(begin)
-    parents = np.array([[0, 0, 1], [2, 1, 2]])
-    keys = rng.standard_normal((2, num_beams, heads, capacity, 5)).astype(np.float32)
-    mask = rng.integers(0, 2, (2, num_beams, capacity)).astype(bool)
-    cache = {
-        "keys": jnp.asarray(keys.reshape(-1, capacity, 5)),
-        "mask": jnp.asarray(mask.reshape(-1, capacity)),
-        "length": jnp.int32(7),
-    }
-    actual = jax.jit(reorder_columns)(cache, jnp.asarray(parents, jnp.int32), jnp.int32(begin), jnp.int32(end))
-    for name, array in (("keys", keys), ("mask", mask)):
-        reordered = np.asarray(actual[name]).reshape(array.shape)
-        for row, beam in np.ndindex(2, num_beams):
-            moved, parent = reordered[row, beam], array[row, parents[row, beam]]
-            np.testing.assert_array_equal(
-                moved[..., begin:end, :] if name == "keys" else moved[begin:end],
-                parent[..., begin:end, :] if name == "keys" else parent[begin:end],
-            )
-            kept = array[row, beam]
-            np.testing.assert_array_equal(
-                moved[..., :begin, :] if name == "keys" else moved[:begin],
-                kept[..., :begin, :] if name == "keys" else kept[:begin],
-            )
-    assert actual["length"] == 7
 
 
 class TestLoop:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, MoshiForCausalLM
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax.generation import logits as filters
 from transformers_moshi_flax.generation.configuration import merge_generation_config, resolve_plan
 from transformers_moshi_flax.generation.sampling import (
     TOP_P_CANDIDATES,
@@ -206,18 +205,6 @@ def test_other_numbers_compile_nothing() -> None:
         config, _ = merge_generation_config(GenerationConfig(), None, {"do_sample": True, **values})
         program(logits, resolve_plan(config, 1, 100, 1).sampling)
     assert program._cache_size() == 1
-
-
-@pytest.mark.parametrize("size", [50, 8192, 9001])
-def test_largest(size: int) -> None:
-    scores = jax.random.normal(jax.random.key(size), (3, size)).at[1, 4:].set(-jnp.inf)
-    for number in (1, 40):
-        values, ids = jax.jit(filters.largest, static_argnums=1)(scores, number)
-        expected = np.sort(scores, axis=-1)[:, ::-1][:, :number]
-        np.testing.assert_array_equal(values, expected)
-        finite = np.isfinite(values)
-        found = np.take_along_axis(np.asarray(scores), np.minimum(ids, size - 1), axis=-1)
-        np.testing.assert_array_equal(found[finite], np.asarray(values)[finite])
 
 
 def test_row_keys() -> None:

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 from tests.configs import tiny_moshi_config
 from tests.training.examples import draw_batch, make_module, small_config
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
-from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiCache
 from transformers_moshi_flax.models.moshi.modules_flax_moshi import FlaxMoshiForCausalLMModule
+from transformers_moshi_flax.nn.cache import LinearCache
 from transformers_moshi_flax.partitioning import param_shardings
 from transformers_moshi_flax.training.mesh import make_mesh
 from transformers_moshi_flax.training.objective import ObjectiveConfig, objective_loss
@@ -152,7 +152,7 @@ def test_scanned_layers_have_no_cache_and_are_no_model() -> None:
         module.clone(scan_layers=True).apply(
             {"params": of_moshi(stack_layers(params))},
             input_ids=jnp.zeros((1, 1), jnp.int32),
-            cache=FlaxMoshiCache.create(config, 1, 2),
+            cache=LinearCache.create(config, 1, 2),
         )
     with pytest.raises(ValueError, match="has no keyword argument 'scan_layers'"):
         FlaxMoshiForConditionalGeneration(config, scan_layers=True, _do_init=False)

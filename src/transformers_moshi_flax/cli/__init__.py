@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from transformers_moshi_flax.cli import (
-    converse,
-    convert,
-    export_checkpoint,
-    generate,
-    inspect,
-    prepare,
-    train,
-    train_codec,
-    verify,
-)
 from transformers_moshi_flax.cli.errors import UserMistake, one_line
+
+SUBCOMMANDS = {
+    "generate": "Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text.",
+    "converse": "Talk with a recording: Moshi hears it from its first frame on, and its reply has the same timeline.",
+    "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai.",
+    "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
+    "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",
+    "train": "Train as CONFIG says. A run that was interrupted goes on when it is started again.",
+    "train-codec": "Train a codec (Mimi) as CONFIG says. A run that was interrupted goes on when it is started again.",
+    "export-checkpoint": "Write a checkpoint of the run RUN to DST, with configuration and tokenizer.",
+    "verify": "Check every tensor of A for damage (checksums, numbers that are not finite), and compare A with B.",
+}
+"""The subcommands and the first lines of their docstrings. Each is a function of its name in a file of its name."""
+
+
+def load(name: str) -> Any:
+    """The subcommand ``name``; imports what it needs."""
+    identifier = name.replace("-", "_")
+    function = getattr(import_module(f"{__name__}.{identifier}"), identifier)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+class Subcommands(TyperGroup):
+    """Imports the subcommand that is run, and none to list them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return TyperCommand(cmd_name, help=SUBCOMMANDS[cmd_name]) if cmd_name in SUBCOMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load(name), rest
+
 
 app = typer.Typer(
     name="moshi-flax",
+    cls=Subcommands,
     help="Moshi in Flax: generate speech and text; converse; convert, inspect and verify checkpoints; train.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("generate")(generate.generate)
-app.command("converse")(converse.converse)
-app.command("convert")(convert.convert)
-app.command("inspect")(inspect.inspect)
-app.command("prepare")(prepare.prepare)
-app.command("train")(train.train)
-app.command("train-codec")(train_codec.train_codec)
-app.command("export-checkpoint")(export_checkpoint.export_checkpoint)
-app.command("verify")(verify.verify)
+
+
+@app.callback()
+def moshi_flax() -> None:
+    """Takes no options of its own."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -25,16 +25,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..precision import at_least_float32
-from .decoding import FREE, Decoder, Request, State, columns, fold_step, is_in, repeat_rows, write_column
+from ..modeling_flax_outputs import FlaxCausalLMOutputWithPast
+from ..ops.precision import at_least_float32
+from .decoding import (
+    FREE,
+    Chosen,
+    Decoder,
+    Request,
+    State,
+    columns,
+    fold_step,
+    is_in,
+    repeat_rows,
+    take_rows,
+    write_column,
+)
 from .recording import Recording, record_frames, record_step
 from .sampling import process_logits
 
 NO_SCORE = -1e9
 """The score of what is no hypothesis (yet): below all real ones, and still finite, so that sums stay ordered."""
-
-BLOCK = 64
-"""Columns of a cache that are reordered at once."""
 
 
 @flax.struct.dataclass
@@ -166,40 +176,38 @@ def advance_beams(
     def step(state: BeamState) -> BeamState:
         running, position = state.running, state.position
         number = position - request.prompt_length
-        outputs = decoder.feed(params, request, running, position - 1, 1)
-        hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
-        log_probs = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
-        scores = process_logits(log_probs, running.sequences, position, request.sampling)
+        keys = fold_step(request.keys, number)
+
+        def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
+            processed, scores = beam_scores(state, outputs.logits[:, -1], request)
+            continuations = choose_continuations(state, scores, fold_step(keys, 0), request)
+            return both_sets(continuations, keys, (continuations, processed))
+
+        outputs, chosen, both = decoder.step(params, request, running, choose, recording.has_attentions)
+        continuations, scores = chosen.search
+        logits = outputs.logits[:, -1]
         records = record_frames(recording, running.records, outputs, position - 1)
         records = record_step(recording, records, "logits", logits, number)
         records = record_step(recording, records, "scores", scores, number)
 
-        scores, log_probs = (by_beam(array, state.scores.shape[1]) for array in (scores, log_probs))
-        if request.forced_ids is not None:
-            forced = columns(request.forced_ids, position, 1)[..., None]
-            ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-            only = jnp.where(ids == forced, log_probs, -jnp.inf)
-            scores = jnp.where(forced == FREE, scores, only)
-        keys = fold_step(request.keys, number)
-        chosen = choose_continuations(state, scores, fold_step(keys, 0), request)
-        streams, top_streams = follow_beams(decoder, params, request, running, hidden_state, chosen, keys)
-
-        state = keep_top(state, chosen, top_streams, penalized(chosen.top_scores, number + 1, length_penalty))
-        sequences, beam_indices = continued(state, chosen.parents, chosen.tokens)
+        streams, top_streams = jax.tree.map(lambda array: array[0], both), jax.tree.map(lambda array: array[1], both)
+        top_scores = penalized(continuations.top_scores, number + 1, length_penalty)
+        state = keep_top(state, continuations, top_streams, top_scores)
+        sequences, beam_indices = continued(state, continuations.parents, continuations.tokens)
         state = state.replace(
             running=running.replace(
                 position=position + 1,
-                cache=reorder_columns(outputs.cache, chosen.parents, request.prompt_length, position),
+                cache=outputs.cache.reorder(continuations.parents, request.prompt_length, position),
                 sequences=sequences,
                 lengths=running.lengths + 1,
                 streams=streams,
                 records=records,
             ),
-            scores=chosen.scores,
+            scores=continuations.scores,
             beam_indices=beam_indices,
         )
         done = is_done(state, request, length_penalty, early_stopping)
-        return state.replace(finished=state.finished | done | chosen.exhausted)
+        return state.replace(finished=state.finished | done | continuations.exhausted)
 
     return lax.while_loop(unfinished, step, state)
 
@@ -286,47 +294,39 @@ def choose_continuations(
     )
 
 
-def follow_beams(
-    decoder: Decoder,
-    params: Any,
-    request: Request,
-    running: State,
-    hidden_state: Float[Array, "beams hidden"],
-    chosen: Continuations,
-    keys: Key[Array, "batch"],
-) -> tuple[Any, Any]:
-    """What the decoder generates beside the chosen tokens.
+def beam_scores(
+    state: BeamState, logits: Float[Array, "rows vocab"], request: Request
+) -> tuple[Float[Array, "rows vocab"], Float[Array, "batch beams vocab"]]:
+    """Processed log-probabilities of the next tokens, by rows; and by beams, with only what is forced left."""
+    log_probs = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
+    processed = process_logits(log_probs, state.running.sequences, state.position, request.sampling)
+    scores, log_probs = (by_beam(array, state.scores.shape[1]) for array in (processed, log_probs))
+    if request.forced_ids is not None:
+        forced = columns(request.forced_ids, state.position, 1)[..., None]
+        only = jnp.where(jnp.arange(scores.shape[-1], dtype=jnp.int32) == forced, log_probs, -jnp.inf)
+        scores = jnp.where(forced == FREE, scores, only)
+    return processed, scores
+
+
+def both_sets(chosen: Continuations, keys: Key[Array, "batch"], search: Any) -> Chosen:
+    """Two sets of tokens: of the hypotheses that go on, and of the best continuations, of which those that have ended
+    count, if there are any.
 
     Args:
-        decoder, params, request: as of :func:`advance_beams`.
-        running: the hypotheses so far.
-        hidden_state: of their last column.
         chosen: the continuations.
-        keys: a key per row, of this step; each beam gets its own.
-
-    Returns:
-        The streams of the hypotheses that go on and those of the best continuations, which mean something where these
-        have ended.
+        keys: a key per row, of this step; each beam of each set gets its own.
+        search: what is kept of the choice.
     """
-    if not jax.tree.leaves(running.streams):
-        return running.streams, running.streams
     batch_size, num_beams = chosen.parents.shape
-    parents = jnp.stack([flat_parents(chosen.parents), flat_parents(chosen.top_parents)])
-    tokens = jnp.stack([flat(chosen.tokens), flat(chosen.top_tokens)])
     numbers = jnp.arange(2 * num_beams, dtype=jnp.int32)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(fold_step(keys, 1), numbers)
-    keys = keys.reshape(batch_size, 2, num_beams).swapaxes(0, 1).reshape(2, -1)
-
-    def follow(number: Int[Array, ""], streams: Any) -> Any:
-        parent = parents[number]
-        state = running.replace(streams=take_rows(running.streams, parent))
-        made = decoder.follow(params, request, state, hidden_state[parent], tokens[number], keys[number])
-        return jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, number, axis=0), streams, made)
-
-    both = jax.tree.map(lambda array: jnp.stack([array, array]), running.streams)
-    # a loop, so that the decoder is compiled once and not run for the ended ones where there are none
-    both = lax.fori_loop(0, 1 + jnp.any(chosen.ended).astype(jnp.int32), follow, both)
-    return jax.tree.map(lambda array: array[0], both), jax.tree.map(lambda array: array[1], both)
+    return Chosen(
+        tokens=jnp.stack([flat(chosen.tokens), flat(chosen.top_tokens)]),
+        keys=keys.reshape(batch_size, 2, num_beams).swapaxes(0, 1).reshape(2, -1),
+        parents=jnp.stack([flat_parents(chosen.parents), flat_parents(chosen.top_parents)]),
+        sets=1 + jnp.any(chosen.ended).astype(jnp.int32),
+        search=search,
+    )
 
 
 def keep_top(
@@ -403,48 +403,3 @@ def flat(array: Array) -> Array:
 def by_beam(tree: Any, num_beams: int) -> Any:
     """``(batch * beams, ...)`` as ``(batch, beams, ...)``."""
     return jax.tree.map(lambda array: array.reshape(array.shape[0] // num_beams, num_beams, *array.shape[1:]), tree)
-
-
-def take_rows(tree: Any, rows: Int[Array, "taken"]) -> Any:
-    """The given rows of all arrays."""
-    return jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), tree)
-
-
-def reorder_columns(cache: Any, parents: Int[Array, "batch beams"], begin: Int[Array, ""], end: Int[Array, ""]) -> Any:
-    """Gives each beam the cache of the beam that it continues.
-
-    In place and in blocks, so that it costs what has been generated, not the capacity, and nothing where every beam
-    continues itself. The prompt's columns are those of all beams of a row anyhow.
-
-    Args:
-        cache: a pytree of arrays ``(batch * beams * heads, columns, ...)``; scalars stay.
-        parents: which beam of its row each beam continues.
-        begin, end: the columns to be reordered.
-    """
-    batch_size, num_beams = parents.shape
-    same = jnp.all(parents == jnp.arange(num_beams, dtype=parents.dtype))
-    end = jnp.where(same, begin, end)
-
-    def reorder_block(carry: tuple) -> tuple:
-        column, cache = carry
-
-        def reorder(array: Array) -> Array:
-            if array.ndim == 0:
-                return array
-            size = min(BLOCK, array.shape[1])
-            start = jnp.minimum(column, array.shape[1] - size)
-            block = lax.dynamic_slice_in_dim(array, start, size, axis=1)
-            beams = block.reshape(batch_size, num_beams, -1, *block.shape[1:])
-            parent = parents.reshape(batch_size, num_beams, *(1,) * (beams.ndim - 2))
-            # a chain of selections, as XLA's CPU backend takes twice as long for a gather
-            taken = jnp.broadcast_to(beams[:, :1], beams.shape)
-            for beam in range(1, num_beams):
-                taken = jnp.where(parent == beam, beams[:, beam : beam + 1], taken)
-            # the last block of the array may reach back to columns that are in order by now
-            ahead = (start + jnp.arange(size, dtype=jnp.int32) >= column).reshape(1, size, *(1,) * (block.ndim - 2))
-            block = jnp.where(ahead, taken.reshape(block.shape), block)
-            return lax.dynamic_update_slice_in_dim(array, block, start, axis=1)
-
-        return column + BLOCK, jax.tree.map(reorder, cache)
-
-    return lax.while_loop(lambda carry: carry[0] < end, reorder_block, (begin, cache))[1]

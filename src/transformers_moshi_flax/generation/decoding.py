@@ -8,6 +8,7 @@ caller may come back between calls of :func:`advance` (a streamer, a time limit)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -17,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..modeling_flax_outputs import FlaxCausalLMOutputWithPast
+from ..nn.cache import LinearCache
 from .recording import Recording, empty_records, record_frames, record_step
 from .sampling import Sampling, process_logits, select_token
 
@@ -80,25 +82,59 @@ class State:
     records: dict[str, Any]
 
 
+@flax.struct.dataclass
+class Chosen:
+    """The tokens of the next column.
+
+    Attributes:
+        tokens: one for each row, ``(batch,)``; or several sets of them, ``(sets, batch)``, which continue ``parents``.
+        keys: a key for each token, for what the decoder chooses beside it.
+        parents: the row that each token continues, ``(sets, batch)``; None where every row continues itself.
+        sets: how many of the sets are needed; the others mean nothing.
+        search: what a search keeps of its choice.
+    """
+
+    tokens: Any
+    keys: Any
+    parents: Any = None
+    sets: Any = None
+    search: Any = None
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """What a model supplies; hashable, as programs are kept by it."""
 
-    def init_cache(self, batch_size: int, max_length: int) -> Any:
-        """An empty cache with a field ``length``."""
+    def init_cache(self, batch_size: int, max_length: int) -> LinearCache:
+        """An empty cache."""
 
     def init_streams(self, request: Request) -> Any:
         """The initial ``State.streams``."""
 
-    def feed(
-        self, params: Any, request: Request, state: State, start: Int[Array, ""], length: int
+    def prefill(
+        self,
+        params: Any,
+        request: Request,
+        state: State,
+        start: Int[Array, ""],
+        length: int,
+        output_attentions: bool = False,
     ) -> FlaxCausalLMOutputWithPast:
         """Runs ``length`` columns from ``start`` on with ``state.cache``; logits of the last one only."""
 
-    def follow(
-        self, params: Any, request: Request, state: State, hidden_state: Array, tokens: Int[Array, "batch"], keys: Any
-    ) -> Any:
-        """``State.streams`` with the column ``state.position``, whose tokens are chosen, filled in."""
+    def step(
+        self,
+        params: Any,
+        request: Request,
+        state: State,
+        choose: Callable[[FlaxCausalLMOutputWithPast], Chosen],
+        output_attentions: bool = False,
+    ) -> tuple[FlaxCausalLMOutputWithPast, Chosen, Any]:
+        """Runs the last column in use and makes the column ``state.position``.
+
+        Returns:
+            The outputs, what ``choose`` made of them, and ``State.streams`` with that column, one for each set.
+        """
 
 
 def columns(array: Array, start: Int[Array, ""], length: int) -> Array:
@@ -109,6 +145,11 @@ def columns(array: Array, start: Int[Array, ""], length: int) -> Array:
 def write_column(array: Array, column: Array, position: Int[Array, ""]) -> Array:
     """Puts ``column``, which lacks the last axis, at ``position`` of it."""
     return lax.dynamic_update_slice_in_dim(array, column[..., None], position, axis=array.ndim - 1)
+
+
+def take_rows(tree: Any, rows: Int[Array, "*taken"]) -> Any:
+    """The given rows of all arrays."""
+    return jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), tree)
 
 
 def is_in(tokens: Int[Array, "batch"], ids: Int[Array, "ids"]) -> Bool[Array, "batch"]:
@@ -144,11 +185,12 @@ def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, record
         records={},
     )
 
-    def feed(state: State, start: Int[Array, ""], length: int) -> FlaxCausalLMOutputWithPast:
-        return decoder.feed(params, request, state.replace(cache=state.cache.replace(length=start)), start, length)
+    def prefill(state: State, start: Int[Array, ""], length: int) -> FlaxCausalLMOutputWithPast:
+        state = state.replace(cache=state.cache.replace(length=start))
+        return decoder.prefill(params, request, state, start, length, recording.has_attentions)
 
     if recording.names:
-        outputs = jax.eval_shape(lambda: dict(feed(state, jnp.int32(0), 1).items()))
+        outputs = jax.eval_shape(lambda: dict(prefill(state, jnp.int32(0), 1).items()))
         state = state.replace(records=empty_records(recording, outputs, capacity))
     if not chunk:
         return state
@@ -157,7 +199,7 @@ def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, record
     def run_chunk(carry):
         begin, state = carry
         fitting = jnp.minimum(begin, capacity - chunk)
-        outputs = feed(state, fitting, chunk)
+        outputs = prefill(state, fitting, chunk)
         records = record_frames(recording, state.records, outputs, fitting)
         return begin + chunk, state.replace(cache=outputs.cache, records=records)
 
@@ -187,27 +229,30 @@ def advance(
 
     def step(state: State) -> State:
         position = state.position
-        outputs = decoder.feed(params, request, state, position - 1, 1)
-        hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
+        number = position - request.prompt_length
+        keys = fold_step(request.keys, number)
+
+        def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
+            tokens = select_token(outputs.logits[:, -1], state.sequences, position, keys, 0, request.sampling)
+            if request.forced_ids is not None:
+                forced = columns(request.forced_ids, position, 1)[:, 0]
+                tokens = jnp.where(forced == FREE, tokens, forced)
+            return Chosen(jnp.where(state.finished, request.pad_token_id, tokens), keys)
+
+        outputs, chosen, streams = decoder.step(params, request, state, choose, recording.has_attentions)
+        logits = outputs.logits[:, -1]
         records = record_frames(recording, state.records, outputs, position - 1)
-        records = record_step(recording, records, "logits", logits, position - request.prompt_length)
-        keys = fold_step(request.keys, position - request.prompt_length)
+        records = record_step(recording, records, "logits", logits, number)
         if "scores" in recording.names:
             scores = process_logits(logits, state.sequences, position, request.sampling)
-            records = record_step(recording, records, "scores", scores, position - request.prompt_length)
-        tokens = select_token(logits, state.sequences, position, keys, 0, request.sampling)
-        if request.forced_ids is not None:
-            forced = columns(request.forced_ids, position, 1)[:, 0]
-            tokens = jnp.where(forced == FREE, tokens, forced)
-        tokens = jnp.where(state.finished, request.pad_token_id, tokens)
-        streams = decoder.follow(params, request, state, hidden_state, tokens, keys)
+            records = record_step(recording, records, "scores", scores, number)
         length = position + 1
         return State(
             position=length,
             cache=outputs.cache,
-            sequences=write_column(state.sequences, tokens, position),
+            sequences=write_column(state.sequences, chosen.tokens, position),
             lengths=jnp.where(state.finished, state.lengths, length),
-            finished=state.finished | is_in(tokens, request.eos_token_ids) | (length >= request.limits),
+            finished=state.finished | is_in(chosen.tokens, request.eos_token_ids) | (length >= request.limits),
             streams=streams,
             records=records,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ..input_checks import is_tracing
-from ..xla_options import cpu_options
+from ..ops.compiler_options import cpu_options
 
 
 class Program:

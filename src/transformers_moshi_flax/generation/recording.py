@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ..input_checks import is_traced
-from ..precision import at_least_float32
+from ..ops.precision import at_least_float32
 
 STEP_NAMES = ("scores", "logits")
 FRAME_NAMES = ("hidden_states", "attentions")
@@ -27,6 +27,10 @@ class Recording(NamedTuple):
 
     names: tuple[str, ...] = ()
     steps: int = 0
+
+    @property
+    def has_attentions(self) -> bool:
+        return "attentions" in self.names
 
 
 def empty_records(recording: Recording, outputs: Mapping[str, Any], capacity: int) -> dict[str, Array]:

@@ -5,10 +5,11 @@ in the batch. All numbers are operands of the compiled program; which filters th
 part of it.
 
 After top-k or top-p few tokens are left. Only these candidates are filtered further and drawn from: sorting a
-vocabulary of 32,000 takes 10 ms on a CPU, finding the largest 64 of it 0.03 ms. Where the candidates do not hold all
-that is kept, because the probability is spread widely, the vocabulary is sorted after all. The one exception are draws
-with top-k where more than ``top_k_bound`` tokens would be left because they equal the k-th: the last ones of these
-never come. Sorting for them too would double what sampling takes to compile, and a frame of Moshi has nine draws.
+vocabulary of 32,000 takes hundreds of times as long as finding the largest 64 of it. Where the candidates do not hold
+all that is kept, because the probability is spread widely, the vocabulary is sorted after all. The one exception are
+draws with top-k where more than ``top_k_bound`` tokens would be left because they equal the k-th: the last ones of
+these never come. Sorting for them too would double what sampling takes to compile, and a frame of Moshi has nine
+draws.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..models.argmax import argmax
-from ..precision import at_least_float32
+from ..ops.precision import at_least_float32
+from ..ops.selection import argmax, top_k
 from . import logits as filters
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 from .logits_process import FlaxLogitsProcessorList
@@ -31,8 +32,9 @@ from .logits_process import FlaxLogitsProcessorList
 THREEFRY = "threefry2x32"
 # of top-p without top-k
 TOP_P_CANDIDATES = 1024
-# drawn from in two steps
+# drawn from in two steps, a block of columns and then one of them
 MANY_COLUMNS = 256
+BLOCK_SIZE = 16
 
 Candidates = Float[Array, "rows candidates"]
 CandidateIds = Int[Array, "rows candidates"]
@@ -170,16 +172,22 @@ def select_token(
 def draw(keys: Key[Array, "rows"], scores: Scores) -> Int[Array, "rows"]:
     """A column of each row, drawn with the probabilities ``softmax(scores)``.
 
-    Random bits are the costly part, 0.05 µs each on a CPU. So in long rows a block of columns is drawn first, and then
+    Random bits are the costly part. So in long rows a block of columns is drawn first, and then
     a column of the block.
     """
     if scores.shape[-1] <= MANY_COLUMNS:
         return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-    blocks = filters.in_blocks(scores)
+    blocks = in_blocks(scores)
     first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
     block = draw(first, jax.nn.logsumexp(blocks, axis=-1))
     inside = draw(second, jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
-    return block * filters.BLOCK_SIZE + inside
+    return block * BLOCK_SIZE + inside
+
+
+def in_blocks(scores: Scores) -> Float[Array, "rows blocks block"]:
+    """The columns in blocks of ``BLOCK_SIZE``, the last one filled up with ``-inf``."""
+    padding = ((0, 0), (0, -scores.shape[-1] % BLOCK_SIZE))
+    return jnp.pad(scores, padding, constant_values=NEGATIVE_INFINITY).reshape(scores.shape[0], -1, BLOCK_SIZE)
 
 
 def before_filters(logits: Scores, input_ids: History, cur_len: Length, sampling: Sampling) -> Scores:
@@ -218,7 +226,7 @@ def after_filters(
     bound = min(TOP_P_CANDIDATES if sampling.top_k is None else sampling.top_k_bound, vocab_size)
     if bound == vocab_size:
         return sort_all()
-    largest, ids = filters.largest(scores, bound)
+    largest, ids = top_k(scores, bound)
     candidates, complete = filter_candidates(scores, largest, sampling)
     result = of_candidates(candidates, ids)
     if sampling.top_k is not None and not all_ties:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models.argmax import argmax
 from ..models.moshi.layers_flax_moshi import IGNORE_INDEX
-from ..precision import at_least_float32
+from ..ops.precision import at_least_float32
+from ..ops.selection import argmax
 
 
 def text_weights(

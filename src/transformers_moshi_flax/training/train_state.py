@@ -13,7 +13,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from ..precision import at_least_float32
+from ..ops.precision import at_least_float32
 from .optimizer import path_rules
 
 NEVER_TRAINED = "audio_encoder/"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..xla_options import cpu_options
+from ..ops.compiler_options import cpu_options
 from .objective import Batch, ObjectiveConfig, batch_arrays, metrics_of, objective_loss, weight_totals
 from .train_state import LossScale, TrainState, merge_params
 

@@ -18,7 +18,8 @@ from flax.linen import normalization
 from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation import decoding
-from transformers_moshi_flax.models.moshi.layers_flax_moshi import LARGE_CACHE, SLOTS_IN_USE, FlaxMoshiDecoderLayer
+from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiDecoderLayer
+from transformers_moshi_flax.ops.cpu import LARGE_CACHE, SLOTS_IN_USE
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.models.moshi.test_generation import nested_pair, prompt, to_torch
 from tests.torch_oracle import Pair, assert_close, make_pair, numpy
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation import StopGeneration
-from transformers_moshi_flax.models.moshi import layers_flax_moshi
+from transformers_moshi_flax.ops import cpu
 
 GREEDY = {"do_sample": False, "depth_decoder_do_sample": False, "return_audio_codes": True}
 CODES_ONLY = {**GREEDY, "return_audio_waveforms": False}
@@ -194,8 +194,8 @@ def test_few_slots_of_a_large_cache(text_pair: Pair, monkeypatch: pytest.MonkeyP
     """Attention that leaves out unused slots, up to and past the number that it looks at, changes nothing."""
     options = {"do_sample": False, "max_new_tokens": 20, "output_logits": True, "output_attentions": True}
     expected = text_pair.ours.generate(ids(2, 5), **options)
-    monkeypatch.setattr(layers_flax_moshi, "LARGE_CACHE", 64)
-    monkeypatch.setattr(layers_flax_moshi, "SLOTS_IN_USE", 12)
+    monkeypatch.setattr(cpu, "LARGE_CACHE", 64)
+    monkeypatch.setattr(cpu, "SLOTS_IN_USE", 12)
     other = FlaxMoshiForCausalLM(text_pair.ours.config, _do_init=False)  # programs are kept by the model
     actual = other.generate(ids(2, 5), params=text_pair.ours.params, **options)
     np.testing.assert_array_equal(actual.sequences, expected.sequences)

@@ -38,6 +38,7 @@ from transformers_moshi_flax import (
     FlaxMoshiModel,
 )
 from transformers_moshi_flax.models.moshi import layers_flax_moshi
+from transformers_moshi_flax.nn.norm import RMSNorm
 
 DTYPES = ["float32", "float64"]
 
@@ -77,14 +78,14 @@ class TestBlocks:
     @pytest.mark.parametrize("eps", [1e-8, 1e-2])
     def test_rms_norm(self, dtype: str, eps: float) -> None:
         theirs = draw_block(modeling_moshi.MoshiRMSNorm(10, eps=eps), dtype)
-        ours = layers_flax_moshi.FlaxMoshiRMSNorm(eps=eps, dtype=jnp.dtype(dtype))
+        ours = RMSNorm(eps=eps, dtype=jnp.dtype(dtype))
         check_block(dtype, ours, theirs, 0.1 * draw_array(dtype, 2, 3, 10))
 
     def test_rms_norm_of_bfloat16_is_computed_in_float32(self) -> None:
         theirs = draw_block(modeling_moshi.MoshiRMSNorm(64, eps=1e-8), "float32").bfloat16()
         x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         params = {"scale": jnp.asarray(numpy(theirs.weight.float()), jnp.bfloat16)}
-        ours = layers_flax_moshi.FlaxMoshiRMSNorm(eps=1e-8, dtype=jnp.bfloat16)
+        ours = RMSNorm(eps=1e-8, dtype=jnp.bfloat16)
         out = ours.apply({"params": params}, jnp.asarray(x.float().numpy(), jnp.bfloat16))
         assert out.dtype == jnp.bfloat16
         # One rounding to bfloat16 at the end, the same on both sides; two float32 sums may straddle it once.

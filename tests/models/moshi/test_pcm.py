@@ -177,7 +177,7 @@ def test_threads_feed_while_another_takes():
     def speak(slot: int) -> None:
         start.wait()
         for index in range(chunks):
-            buffer.feed(np.arange(index * size + 1, (index + 1) * size + 1, dtype=np.float32), slot)
+            buffer.feed(np.arange(index * size + 1, (index + 1) * size + 1, dtype=np.float32) / 1024, slot)
 
     speakers = [threading.Thread(target=speak, args=(slot,)) for slot in range(threads)]
     for speaker in speakers:
@@ -188,7 +188,7 @@ def test_threads_feed_while_another_takes():
         frames.append(buffer.take()[:, 0])
     heard = np.concatenate(frames, axis=1)
     for slot in range(threads):
-        assert heard[slot][heard[slot] != 0].tolist() == list(range(1, chunks * size + 1))
+        assert (1024 * heard[slot][heard[slot] != 0]).tolist() == list(range(1, chunks * size + 1))
         assert buffer.missing_samples[slot] == np.count_nonzero(heard[slot] == 0)
 
 

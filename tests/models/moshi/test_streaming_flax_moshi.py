@@ -27,7 +27,6 @@ from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.checkpoints.writing import write_safetensors
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
-from transformers_moshi_flax.models.moshi import layers_flax_moshi
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
 from transformers_moshi_flax.models.moshi.stream_files import ORIGIN, STATE_FORMAT, named_leaves, origin_tensor
 from transformers_moshi_flax.models.moshi.stream_state import StreamState
@@ -37,6 +36,7 @@ from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
     next_column,
     on_mesh,
 )
+from transformers_moshi_flax.ops import cpu
 
 Moshi = FlaxMoshiForConditionalGeneration
 WINDOW = 64
@@ -206,8 +206,8 @@ def test_drawn_configurations(seed: int, draws: bool, batch: int) -> None:
 @pytest.mark.parametrize("steps, large_cache", [(2000, 1024), (100, WINDOW)])
 def test_endless(model: Moshi, steps: int, large_cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps through 64 frames of context are those of a window that slides over the whole."""
-    monkeypatch.setattr(layers_flax_moshi, "LARGE_CACHE", large_cache)
-    monkeypatch.setattr(layers_flax_moshi, "SLOTS_IN_USE", 12)
+    monkeypatch.setattr(cpu, "LARGE_CACHE", large_cache)
+    monkeypatch.setattr(cpu, "SLOTS_IN_USE", 12)
     stream, rng = model.streaming(1, **GREEDY), np.random.default_rng(0)
     text, user, moshi = rng.integers(0, 60, (steps, 1)), user_codes(1, steps), user_codes(1, steps, seed=1)
 

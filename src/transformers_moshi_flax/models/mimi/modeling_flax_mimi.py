@@ -31,15 +31,23 @@ from ...generation.programs import Program
 from ...input_checks import check_audio, check_ids, check_rank, is_traced, owned
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
-from ...precision import at_least_float32
-from ..activations import ACT2FN
-from ..argmax import argmax
-from ..dots import batched_row_dot, chunk_count, row_dot_general
-from ..initializers import kaiming_normal, normal, uniform
-from ..ring_cache import RingCache, write_steps
-from ..rotary import apply_rotary_pos_emb, rotary_embedding
+from ...nn.activations import ACT2FN
+from ...nn.attention import attend
+from ...nn.cache import Cache, LayerCache, NoCache, RingCache, Steps
+from ...nn.initializers import kaiming_normal, normal, uniform
+from ...nn.linear import dense
+from ...ops.codebook import nearest_entries, squared_norms
+from ...ops.convolution import (
+    PAD_MODES,
+    conv1d,
+    conv_transpose1d,
+    conv_transpose1d_inside,
+    frames_out,
+    pad_frames,
+)
+from ...ops.precision import at_least_float32
+from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
 from .checkpoint_flax_mimi import MIMI_RULES
-from .convolutions import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, frames_out, pad_frames
 from .streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
@@ -60,8 +68,6 @@ HALVES = {
 
 Params = Any
 Lengths = Int[Array, "batch"] | None
-# keys and values of one layer, (batch * kv_heads, slots, head_dim), and the slot of the next step, (batch,)
-Ring = tuple[Array, Array, Array]
 
 
 # ----------------------------------------------------------------------------------------------------------- outputs
@@ -419,17 +425,6 @@ class FlaxMimiLayerScale(nn.Module):
         return scale.astype(self.dtype) * x
 
 
-def sliding_window_mask(steps: int, window: int) -> Bool[Array, "steps steps"]:
-    """True where a query (row) sees a key (column): itself and the ``window - 1`` before it."""
-    behind = jnp.arange(steps)[:, None] - jnp.arange(steps)
-    return (behind >= 0) & (behind < window)
-
-
-def dense(features: int, use_bias: bool, kernel_init: Any, dtype: DTypeLike, name: str) -> nn.Dense:
-    """A linear layer that is quick for the few steps of a frame."""
-    return nn.Dense(features, use_bias, dtype, kernel_init=kernel_init, dot_general=row_dot_general, name=name)
-
-
 class FlaxMimiMLP(nn.Module):
     """Two layers without bias; upstream ``MimiMLP``."""
 
@@ -439,9 +434,9 @@ class FlaxMimiMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         initializer = normal(self.config.initializer_range)
-        x = dense(self.config.intermediate_size, False, initializer, self.dtype, "fc1")(x)
+        x = dense(self.config.intermediate_size, initializer, self.dtype, name="fc1")(x)
         x = ACT2FN[self.config.hidden_act](x)
-        return dense(self.config.hidden_size, False, initializer, self.dtype, "fc2")(x)
+        return dense(self.config.hidden_size, initializer, self.dtype, name="fc2")(x)
 
 
 class FlaxMimiAttention(nn.Module):
@@ -458,12 +453,16 @@ class FlaxMimiAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "... steps 1 head_dim"],
-        sin: Float[Array, "... steps 1 head_dim"],
-        mask: Bool[Array, "... steps keys"],
+        cos: Float[Array, "#batch steps 1 head_dim"],
+        sin: Float[Array, "#batch steps 1 head_dim"],
+        mask: Bool[Array, "#batch steps slots"],
+        layer_cache: LayerCache | None = None,
+        cache_index: Any = 0,
         deterministic: bool = True,
-        ring: Ring | None = None,
-    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps keys"], Ring | None]:
+        output_attentions: bool = False,
+    ) -> tuple[
+        Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps slots"] | None, LayerCache | None
+    ]:
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         if config.hidden_size % heads:
@@ -474,46 +473,20 @@ class FlaxMimiAttention(nn.Module):
             raise ValueError(f"`num_attention_heads` {heads} must be a multiple of `num_key_value_heads` {kv_heads}.")
 
         def project(name: str, features: int):
-            return dense(features, config.attention_bias, normal(config.initializer_range), self.dtype, name)
+            return dense(features, normal(config.initializer_range), self.dtype, config.attention_bias, name)
 
         batch, steps, _ = x.shape
         query = project("q_proj", heads * head_dim)(x).reshape(batch, steps, heads, head_dim)
         key = project("k_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
         value = project("v_proj", kv_heads * head_dim)(x).reshape(batch, steps, kv_heads, head_dim)
         query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
-        if ring is not None:
-            mixed, weights, ring = self._attend_ring(query, key, value, mask, ring)
-            return project("o_proj", config.hidden_size)(mixed), weights, ring
-
-        # [batch, kv_heads, heads of the group, queries, keys]
-        query = query.reshape(batch, steps, kv_heads, heads // kv_heads, head_dim)
-        scores = jnp.einsum("bqhgd,bkhd->bhgqk", query, key) * (1 / math.sqrt(head_dim))
-        scores = jnp.where(mask, scores.astype(at_least_float32(self.dtype)), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(float(config.attention_dropout))(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, steps, heads * head_dim)
-        return project("o_proj", config.hidden_size)(mixed), weights.reshape(batch, heads, steps, steps), None
-
-    def _attend_ring(self, query, key, value, mask, ring):
-        """Writes the new keys and values into the ring, and attends over it, with one batch axis: otherwise XLA's CPU
-        backend copies the whole ring."""
-        config = self.config
-        keys, values, slot = ring
-        batch, steps, heads, head_dim = query.shape
-        kv_heads = config.num_key_value_heads
-
-        def by_head(array: Array) -> Array:
-            # [batch * kv_heads, heads of the group * steps, head_dim]
-            return array.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
-
-        keys, values = write_steps(keys, by_head(key), slot), write_steps(values, by_head(value), slot)
-        scores = batched_row_dot(by_head(query), keys.swapaxes(1, 2)) * (1 / math.sqrt(head_dim))
-        scores = scores.reshape(batch, heads, steps, -1)
-        scores = jnp.where(mask[:, None], scores.astype(at_least_float32(self.dtype)), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = batched_row_dot(weights.reshape(batch * kv_heads, -1, weights.shape[-1]), values)
-        mixed = mixed.reshape(batch, heads, steps, head_dim).transpose(0, 2, 1, 3)
-        return mixed.reshape(batch, steps, heads * head_dim), weights, (keys, values, slot)
+        dropout = None
+        if config.attention_dropout and not deterministic:
+            dropout = nn.Dropout(float(config.attention_dropout), deterministic=False)
+        mixed, weights, layer_cache = attend(
+            query, key, value, mask, layer_cache, cache_index, dropout, output_attentions
+        )
+        return project("o_proj", config.hidden_size)(mixed), weights, layer_cache
 
 
 class FlaxMimiTransformerLayer(nn.Module):
@@ -526,47 +499,62 @@ class FlaxMimiTransformerLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch steps hidden_size"],
-        cos: Float[Array, "... steps 1 head_dim"],
-        sin: Float[Array, "... steps 1 head_dim"],
-        mask: Bool[Array, "... steps keys"],
+        cos: Float[Array, "#batch steps 1 head_dim"],
+        sin: Float[Array, "#batch steps 1 head_dim"],
+        mask: Bool[Array, "#batch steps slots"],
+        layer_cache: LayerCache | None = None,
+        cache_index: Any = 0,
         deterministic: bool = True,
-        ring: Ring | None = None,
-    ) -> tuple[Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps keys"], Ring | None]:
+        output_attentions: bool = False,
+    ) -> tuple[
+        Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps slots"] | None, LayerCache | None
+    ]:
         config, dtype = self.config, self.dtype
 
         def norm(name: str):
             # the fast variance E[x²] - E[x]² cancels
             return nn.LayerNorm(config.norm_eps, dtype, use_fast_variance=False, name=name)
 
-        mixed, weights, ring = FlaxMimiAttention(config, dtype, name="self_attn")(
-            norm("input_layernorm")(x), cos, sin, mask, deterministic, ring
+        mixed, weights, layer_cache = FlaxMimiAttention(config, dtype, name="self_attn")(
+            norm("input_layernorm")(x), cos, sin, mask, layer_cache, cache_index, deterministic, output_attentions
         )
         x = x + FlaxMimiLayerScale(config, dtype, name="self_attn_layer_scale")(mixed)
         hidden = FlaxMimiMLP(config, dtype, name="mlp")(norm("post_attention_layernorm")(x))
-        return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights, ring
+        return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights, layer_cache
 
 
 class FlaxMimiTransformerLayers(nn.Module):
-    """The numbered layers of :class:`FlaxMimiTransformerModel`; returns all states and all weights."""
+    """The numbered layers of :class:`FlaxMimiTransformerModel`; returns all states, all weights and the cache."""
 
     config: MimiConfig
     dtype: DTypeLike = jnp.float32
     gradient_checkpointing: bool = False
 
     @nn.compact
-    def __call__(self, x, cos, sin, mask, deterministic: bool = True, rings: tuple[Ring, ...] | None = None):
-        """With ``rings``, one per layer, the transformer attends over them; they are returned updated."""
+    def __call__(
+        self,
+        x: Float[Array, "batch steps hidden_size"],
+        steps: Steps,
+        cache: Cache,
+        deterministic: bool = True,
+        output_attentions: bool = False,
+    ) -> tuple[tuple[Array, ...], tuple[Array | None, ...], Cache]:
+        config = self.config
+        positions = steps.positions[..., None]  # the heads come after the steps
+        cos, sin = rotary_embedding(positions, config.head_dim, config.rope_parameters, self.dtype)
         layer_class = FlaxMimiTransformerLayer
-        if self.gradient_checkpointing and rings is None:
-            layer_class = nn.remat(layer_class, static_argnums=(5,))
-        states, attentions, updated = [x], [], []
-        for index in range(self.config.num_hidden_layers):
-            layer = layer_class(self.config, self.dtype, name=str(index))
-            x, weights, ring = layer(x, cos, sin, mask, deterministic, None if rings is None else rings[index])
+        if self.gradient_checkpointing and cache.layer(0) is None:
+            layer_class = nn.remat(layer_class, static_argnums=(7, 8))
+        states, attentions, layer_caches = [x], [], []
+        for number in range(config.num_hidden_layers):
+            layer = layer_class(config, self.dtype, name=str(number))
+            x, weights, layer_cache = layer(
+                x, cos, sin, steps.mask, cache.layer(number), steps.index, deterministic, output_attentions
+            )
             states.append(x)
             attentions.append(weights)
-            updated.append(ring)
-        return tuple(states), tuple(attentions), tuple(updated)
+            layer_caches.append(layer_cache)
+        return tuple(states), tuple(attentions), cache.with_layers(layer_caches)
 
 
 class FlaxMimiTransformerModel(nn.Module):
@@ -586,11 +574,9 @@ class FlaxMimiTransformerModel(nn.Module):
         output_hidden_states: bool = False,
         deterministic: bool = True,
     ) -> FlaxMimiTransformerOutput:
-        steps = x.shape[1]
-        positions = jnp.arange(steps)[:, None]  # the heads come after the steps
-        cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_parameters, self.dtype)
-        mask = sliding_window_mask(steps, self.config.sliding_window)
-        states, attentions, _ = self.layers(x.astype(self.dtype), cos, sin, mask, deterministic)
+        batch, length, _ = x.shape
+        steps, cache = NoCache().next_steps(length, self.config.sliding_window, batch)
+        states, attentions, _ = self.layers(x.astype(self.dtype), steps, cache, deterministic, output_attentions)
         return FlaxMimiTransformerOutput(
             last_hidden_state=states[-1],
             hidden_states=states if output_hidden_states else None,
@@ -619,13 +605,10 @@ class FlaxMimiTransformerModel(nn.Module):
         return cache, jnp.moveaxis(frames, 0, 1).reshape(batch, steps, hidden)
 
     def _frame(self, cache: RingCache, x: Array, active: Array) -> tuple[RingCache, Array]:
-        config, steps = self.config, x.shape[1]
-        positions = cache.positions(steps)[..., None]
-        cos, sin = rotary_embedding(positions, config.head_dim, config.rope_parameters, self.dtype)
-        rings = tuple((keys, values, cache.slot) for keys, values in zip(cache.keys, cache.values))
-        states, _, rings = self.layers(x, cos, sin, cache.mask(steps, config.sliding_window), True, rings)
-        keys, values, _ = zip(*rings)
-        return cache.replace(keys=keys, values=values).advance(steps, active), states[-1]
+        batch, length, _ = x.shape
+        steps, cache = cache.next_steps(length, self.config.sliding_window, batch, active[:, None])
+        states, _, cache = self.layers(x, steps, cache)
+        return cache, states[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- quantizer
@@ -643,31 +626,11 @@ class Codebook(NamedTuple):
 
     def nearest(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
         """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
-        # |x - e|² without |x|², which is the same for all entries
-        rows = x.reshape(-1, x.shape[-1])
-        # on the left of the product, the table is not transposed by XLA's CPU backend; for one row it is cut into
-        # chunks, as in `row_dot_general`
-        entries, dim = self.total.shape
-        chunks = chunk_count(entries, self.total.size * self.total.dtype.itemsize) if len(rows) == 1 else 1
-        products = lax.dot_general(
-            self.total.reshape(chunks, -1, dim),
-            jnp.broadcast_to(rows, (chunks, *rows.shape)),
-            (((2,), (2,)), ((0,), (0,))),
-            precision=lax.Precision.HIGHEST,
-        ).reshape(entries, -1)
         squares = squared_norms(self.total) if self.squares is None else self.squares
-        usage = self.usage[:, None]
-        distances = (squares[:, None] / usage - 2 * products) / usage
-        return argmax(-distances, axis=0).reshape(x.shape[:-1])
+        return nearest_entries(self.total, self.usage, squares, x)
 
     def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
         return self.total[codes] / self.usage[codes][..., None]
-
-
-def squared_norms(total: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
-    # as a product, which sums faster than a reduction in XLA's CPU backend
-    ones = jnp.ones((total.shape[-1], 1), total.dtype)
-    return jnp.matmul(jnp.square(total), ones, precision=lax.Precision.HIGHEST)[:, 0]
 
 
 class FlaxMimiEuclideanCodebook(nn.Module):
@@ -919,7 +882,7 @@ class _EncoderHalf:
         """The next state, and the latents, channels last, of the next frames of a stream."""
         active = _all_rows(state) if active is None else active
         count = seanet_histories(self.config)
-        convolved, features = self.convolve_step(state.histories[:count], state.cache.filled, input_values, active)
+        convolved, features = self.convolve_step(state.histories[:count], state.cache.length, input_values, active)
         state, latents = self._transform_step(state.replace(histories=state.histories[count:]), features, active)
         return state.replace(histories=(*convolved, *state.histories)), latents
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from transformers import MimiConfig
 
 from ...input_checks import check_sizes, is_traced
-from ..ring_cache import RingCache
+from ...nn.cache import RingCache
 
 # ------------------------------------------------------------------------------------------------------------ frames
 
@@ -179,7 +179,7 @@ class _State:
         return _reset(self, check_rows("rows", rows, self.batch_size))
 
     def histories_of(self, active: Bool[Array, "batch"]) -> Histories:
-        return Histories(self.histories, self.cache.filled > 0, active)
+        return Histories(self.histories, self.cache.length > 0, active)
 
 
 @flax.struct.dataclass

@@ -1,18 +1,12 @@
 """Moshi's decoders for the loop of generation: text alone, and text and audio frame by frame.
 
-One frame (see the diagram in ``docs/architecture.md``)::
-
-    text, Moshi's codes, user's codes of frame t --> backbone --> hidden state --> text token t+1
-                                                                       |                |
-                                                                       +--> depth decoder: codes 0, 1, … of t+1
-
-``generation/decoding.py`` has the loop, :class:`FrameDecoder` what one frame does.
+``generation/decoding.py`` has the loop, ``frame_flax_moshi.py`` what one frame does; here is how prompts are laid out
+for them and audio is taken out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -21,17 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 from transformers import GenerationConfig
 
 from ...generation.arrays import on_device, padded
 from ...generation.buckets import SMALLEST
 from ...generation.configuration import resolve_nested_sampling, warn_without_effect
-from ...generation.decoding import FREE, Request, State, columns, write_column
-from ...generation.sampling import Sampling, select_token
+from ...generation.decoding import FREE, Request, State, columns, take_rows, write_column
+from ...generation.sampling import Sampling
 from ...input_checks import is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxModelOutput
+from ...nn.cache import LinearCache
 from .delay_pattern import delay, undelay
+from .frame_flax_moshi import frame_step
 
 
 @flax.struct.dataclass
@@ -64,33 +60,6 @@ class FlaxMoshiGenerateOutput(FlaxModelOutput):
     audio_codes: jax.Array | None = None
     sequence_lengths: jax.Array | None = None
     audio_lengths: jax.Array | None = None
-
-
-def depth_step(
-    module,
-    params,
-    make_depth_cache,
-    hidden_state: Float[Array, "batch hidden"],
-    text: Int[Array, "batch"],
-    keys: Key[Array, "batch"],
-    sampling: Sampling,
-    fixed: Int[Array, "batch codebooks"],
-) -> Int[Array, "batch codebooks"]:
-    """Chooses the codes of one frame, one codebook after another, as far as they are not ``fixed`` but ``FREE``.
-
-    The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
-    """
-    cache = make_depth_cache(hidden_state.shape[0])
-    history = text[:, None]
-    for codebook in range(module.config.num_codebooks):
-        outputs = module.apply(
-            {"params": params}, history[:, -1:], hidden_state[:, None], cache, method=module.decode_codebook
-        )
-        cache = outputs.cache
-        code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
-        code = jnp.where(fixed[:, codebook] == FREE, code, fixed[:, codebook])
-        history = jnp.concatenate([history, code[:, None]], axis=1)
-    return history[:, 1:]
 
 
 @flax.struct.dataclass
@@ -219,26 +188,29 @@ class TextDecoder:
 
     Attributes:
         module: the module.
-        init_cache: makes an empty cache.
     """
 
     module: Any
-    init_cache: Callable[[int, int], Any]
+
+    def init_cache(self, batch_size: int, max_length: int) -> LinearCache:
+        return LinearCache.create(self.module.config, batch_size, max_length, self.module.dtype)
 
     def init_streams(self, request: Request) -> None:
         return None
 
-    def feed(self, params, request: Request, state: State, start, length: int):
+    def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
         return self.module.apply(
             {"params": params},
             input_ids=columns(state.sequences, start, length),
             attention_mask=columns(request.attention_mask, start, length),
             cache=state.cache,
             logits_to_keep=1,
+            output_attentions=output_attentions,
         )
 
-    def follow(self, params, request: Request, state: State, hidden_state, tokens, keys) -> None:
-        return None
+    def step(self, params, request: Request, state: State, choose, output_attentions: bool = False):
+        outputs = self.prefill(params, request, state, state.position - 1, 1, output_attentions)
+        return outputs, choose(outputs), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,44 +223,50 @@ class FrameDecoder:
 
     Attributes:
         module: the module.
-        init_cache, init_depth_cache: make empty caches, the second for one frame of a batch.
     """
 
     module: Any
-    init_cache: Callable[[int, int], Any]
-    init_depth_cache: Callable[[int], Any]
+
+    def init_cache(self, batch_size: int, max_length: int) -> LinearCache:
+        return LinearCache.create(self.module.config, batch_size, max_length, self.module.dtype)
 
     def init_streams(self, request: Request) -> Int[Array, "batch codebooks capacity"]:
         fixed = request.streams.fixed_codes
         return jnp.where(fixed == FREE, self.module.config.audio_vocab_size, fixed)
 
-    def feed(self, params, request: Request, state: State, start, length: int):
-        inputs = self.module.apply(
-            {"params": params},
-            columns(state.sequences, start, length),
-            columns(request.streams.user_codes, start, length),
-            columns(state.streams, start, length),
-            method=self.module.embed,
-        )
-        given = request.streams.inputs_embeds
-        if given is not None:
-            given = lax.dynamic_slice_in_dim(given, start, length, axis=1).astype(inputs.dtype)
-            in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
-            inputs = jnp.where(in_prompt[None, :, None], given, inputs)
+    def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
+        inputs = self._inputs(request, state, start, length)
         return self.module.apply(
-            {"params": params},
-            inputs,
-            columns(request.attention_mask, start, length),
-            state.cache,
-            method=self.module.decode_frame,
+            {"params": params}, **inputs, output_attentions=output_attentions, method=self.module.listen
         )
 
-    def follow(self, params, request: Request, state: State, hidden_state, tokens, keys):
-        fixed = columns(request.streams.fixed_codes, state.position, 1)[..., 0]
-        codes = depth_step(
-            self.module, params, self.init_depth_cache, hidden_state, tokens, keys, request.depth_sampling, fixed
+    def step(self, params, request: Request, state: State, choose, output_attentions: bool = False):
+        outputs, chosen, codes = frame_step(
+            self.module,
+            params,
+            **self._inputs(request, state, state.position - 1, 1),
+            choose=choose,
+            depth_sampling=request.depth_sampling,
+            fixed_codes=columns(request.streams.fixed_codes, state.position, 1)[..., 0],
+            output_attentions=output_attentions,
         )
-        return write_column(state.streams, codes, state.position)
+        streams = state.streams if chosen.parents is None else take_rows(state.streams, chosen.parents)
+        return outputs, chosen, write_column(streams, codes, state.position)
+
+    def _inputs(self, request: Request, state: State, start: Int[Array, ""], length: int) -> dict[str, Any]:
+        """What the module's ``listen`` needs to run these columns."""
+        given, where = request.streams.inputs_embeds, None
+        if given is not None:
+            in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
+            where = lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
+        return {
+            "text_ids": columns(state.sequences, start, length),
+            "user_codes": columns(request.streams.user_codes, start, length),
+            "moshi_codes": columns(state.streams, start, length),
+            "cache": state.cache,
+            "attention_mask": columns(request.attention_mask, start, length),
+            "inputs_embeds": where,
+        }
 
 
 def leading_starts(moshi_codes: Int[ArrayLike, "batch codebooks frames"], start_code: int) -> Int[ArrayLike, "batch"]:

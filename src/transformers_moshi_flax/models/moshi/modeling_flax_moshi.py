@@ -40,6 +40,7 @@ from ...input_checks import (
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ...nn.cache import LinearCache, NoCache, StaticCache
 from ..mimi.modeling_flax_mimi import encoded_length
 from ..mimi.streaming_flax_mimi import samples_per_frame
 from .checkpoint_flax_moshi import MOSHI_RULES
@@ -61,7 +62,7 @@ from .generation_flax_moshi import (
     with_start_first,
 )
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
-from .layers_flax_moshi import IGNORE_INDEX, FlaxMoshiCache, FlaxMoshiDepthCache, call_length
+from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
     FlaxMoshiDepthDecoderModule,
@@ -79,9 +80,9 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
-    cache_class = FlaxMoshiCache
+    cache_class = LinearCache
 
-    def init_cache(self, batch_size: int, max_length: int) -> FlaxMoshiCache | FlaxMoshiDepthCache:
+    def init_cache(self, batch_size: int, max_length: int) -> LinearCache | StaticCache:
         """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
 
         Raises:
@@ -114,8 +115,11 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         return_dict = config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _apply(self, params, dropout_rng, train: bool, **inputs):
+    def _apply(self, params, dropout_rng, train: bool, output_attentions: bool | None, **inputs):
         """Runs the module with ``params`` (default: the model's own)."""
+        inputs["output_attentions"] = bool(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
         if train and dropout_rng is None and self.config.attention_dropout > 0:
             raise ValueError(
                 "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
@@ -198,7 +202,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         params: Any | None = None,
@@ -238,6 +242,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -254,7 +259,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
     checkpoint_prefixes = ("", "decoder.")
 
     def make_decoder(self) -> TextDecoder:
-        return TextDecoder(self.module, self.init_cache)
+        return TextDecoder(self.module)
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
@@ -265,7 +270,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,
         position_ids: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         labels: ArrayLike | None = None,
@@ -298,6 +303,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -322,7 +328,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
     base_model_prefix = ""
     module_class = FlaxMoshiDepthDecoderModule
     checkpoint_prefixes = ("", "depth_decoder.")
-    cache_class = FlaxMoshiDepthCache
+    cache_class = StaticCache
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         batch_size, num_codebooks = input_shape[0], self.config.num_codebooks
@@ -337,7 +343,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         input_ids: ArrayLike | None = None,
         last_hidden_state: ArrayLike | None = None,
         attention_mask: Any | None = None,
-        cache: FlaxMoshiDepthCache | None = None,
+        cache: StaticCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         use_cache: bool | None = None,
         position_ids: Any | None = None,
@@ -384,7 +390,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         axes = ("batch", "codebooks") if inputs_embeds is None else ("batch", "codebooks", "hidden_size")
         check_rank("input_ids" if inputs_embeds is None else "inputs_embeds", given, axes)
         batch_size, length = np.shape(given)[:2]
-        past = call_length(cache)
+        past = (NoCache() if cache is None else cache).length
         if past + length > config.num_codebooks:
             raise ValueError(
                 f"`{'input_ids' if inputs_embeds is None else 'inputs_embeds'}` has {length} positions after {past} "
@@ -414,6 +420,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             last_hidden_state=jnp.asarray(last_hidden_state),
             attention_mask=as_array(attention_mask),
@@ -566,7 +573,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         user_audio_codes: ArrayLike | None = None,
         moshi_input_values: ArrayLike | None = None,
         moshi_audio_codes: ArrayLike | None = None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         text_labels: ArrayLike | None = None,
         audio_labels: ArrayLike | None = None,
@@ -656,6 +663,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             params,
             dropout_rng,
             train,
+            output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             user_input_values=as_array(user_input_values),
@@ -1006,11 +1014,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         return batch_size, length
 
     def make_decoder(self) -> FrameDecoder:
-        return FrameDecoder(self.module, self.init_cache, self._make_depth_cache)
-
-    def _make_depth_cache(self, batch_size: int) -> FlaxMoshiDepthCache:
-        config = self.config.depth_decoder_config
-        return FlaxMoshiDepthCache.create(config, batch_size, config.num_codebooks, self.dtype)
+        return FrameDecoder(self.module)
 
 
 def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None:

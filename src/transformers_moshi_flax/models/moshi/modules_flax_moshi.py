@@ -13,7 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
@@ -22,25 +22,21 @@ from ...modeling_flax_outputs import (
     FlaxCausalLMOutputWithPast,
     FlaxModelOutput,
 )
+from ...nn.cache import Cache, LinearCache, NoCache, StaticCache
+from ...nn.initializers import normal
+from ...nn.linear import dense
+from ...nn.norm import RMSNorm
 from ..mimi.modeling_flax_mimi import FlaxMimiModule
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
-from ..ring_cache import RingCache
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
     IGNORE_INDEX,
-    FlaxMoshiCache,
-    FlaxMoshiDepthCache,
     FlaxMoshiEmbeddings,
     FlaxMoshiFlexibleLinear,
     FlaxMoshiLayers,
-    FlaxMoshiRMSNorm,
-    attention_mask_of,
-    call_length,
     cross_entropy,
-    dense,
     embed,
     embedding_table,
-    masked_keys,
 )
 
 # ------------------------------------------------------------------------------------------------- the backbone
@@ -65,43 +61,35 @@ class FlaxMoshiModule(nn.Module):
             gradient_checkpointing=self.gradient_checkpointing,
             scan_layers=self.scan_layers,
         )
-        self.norm = FlaxMoshiRMSNorm(config.rms_norm_eps, self.dtype)
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
 
     def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
         return embed(self.embed_tokens, input_ids)
 
     def __call__(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache: FlaxMoshiCache | RingCache | None = None,
-        inputs_embeds=None,
+        input_ids: Int[Array, "batch frames"] | None = None,
+        attention_mask: Shaped[Array, "batch slots"] | None = None,
+        position_ids: Integer[Array, "#batch frames"] | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Float[Array, "batch frames hidden"] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = True,
     ) -> FlaxBaseModelOutputWithPast:
-        """With a :class:`RingCache`, the rows are at places of their own; the caller advances it."""
         hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         batch_size, length, _ = hidden_states.shape
-        if isinstance(cache, RingCache):
-            position_ids = cache.positions(length)
-            mask = cache.mask(length, self.config.sliding_window)
-        else:
-            slots = call_length(cache) + jnp.arange(length, dtype=jnp.int32)
-            if position_ids is None:
-                position_ids = slots[None]
-            key_mask, cache = masked_keys(attention_mask, cache, batch_size, length)
-            mask = attention_mask_of(slots, key_mask, self.config.sliding_window)
-        hidden_states, cache, inputs, attentions = self.layers(
-            hidden_states, mask, position_ids, cache, None, deterministic
+        past = NoCache() if cache is None else cache
+        steps, past = past.next_steps(length, self.config.sliding_window, batch_size, attention_mask)
+        position_ids = steps.positions if position_ids is None else position_ids
+        hidden_states, past, inputs, attentions = self.layers(
+            hidden_states, steps, past, position_ids, None, deterministic, output_attentions
         )
         hidden_states = self.norm(hidden_states)
-        if isinstance(cache, FlaxMoshiCache):
-            cache = cache.replace(length=cache.length + length)
         return FlaxBaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            cache=cache,
+            cache=None if cache is None else past,
             hidden_states=(*inputs, hidden_states),
-            attentions=attentions,
+            attentions=attentions if output_attentions else None,
         )
 
 
@@ -115,20 +103,23 @@ class FlaxMoshiForCausalLMModule(nn.Module):
 
     def setup(self):
         self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing, self.scan_layers)
-        self.lm_head = dense(self.config.vocab_size, self.config.initializer_range, self.dtype)
+        self.lm_head = dense(self.config.vocab_size, normal(self.config.initializer_range), self.dtype)
 
     def __call__(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache: FlaxMoshiCache | RingCache | None = None,
-        inputs_embeds=None,
-        labels=None,
+        input_ids: Int[Array, "batch frames"] | None = None,
+        attention_mask: Shaped[Array, "batch slots"] | None = None,
+        position_ids: Integer[Array, "#batch frames"] | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Float[Array, "batch frames hidden"] | None = None,
+        labels: Int[Array, "batch frames"] | None = None,
         logits_to_keep: int = 0,
         deterministic: bool = True,
+        output_attentions: bool = True,
     ) -> FlaxCausalLMOutputWithPast:
-        outputs = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, deterministic)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, deterministic, output_attentions
+        )
         hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
         logits = self.lm_head(hidden_states)
         loss = None
@@ -197,34 +188,29 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
 
     def __call__(
         self,
-        input_ids=None,
-        last_hidden_state=None,
-        attention_mask=None,
-        cache: FlaxMoshiDepthCache | None = None,
-        inputs_embeds=None,
+        input_ids: Int[Array, "batch seq"] | None = None,
+        last_hidden_state: Float[Array, "batch last input_size"] | None = None,
+        attention_mask: Shaped[Array, "batch slots"] | None = None,
+        cache: StaticCache | None = None,
+        inputs_embeds: Float[Array, "batch seq hidden"] | None = None,
         position_ids: tuple[int, ...] | None = None,
-        labels=None,
+        labels: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = True,
     ) -> FlaxCausalLMOutputWithPast:
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        past_length = call_length(cache)
-        slots = tuple(range(past_length, past_length + length))
-        codebook_idx = slots if position_ids is None else position_ids
+        past = NoCache() if cache is None else cache
+        codebook_idx = tuple(range(past.length, past.length + length)) if position_ids is None else position_ids
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, codebook_idx)
         # the hidden state of the frame conditions every codebook
         last_hidden_state = jnp.broadcast_to(last_hidden_state, (batch_size, length, last_hidden_state.shape[-1]))
         hidden_states = inputs_embeds.astype(self.dtype) + self.input_projections(last_hidden_state, codebook_idx)
 
-        key_mask, cache = masked_keys(attention_mask, cache, batch_size, length)
-        mask = attention_mask_of(
-            jnp.asarray(slots, dtype=jnp.int32), key_mask[:, : past_length + length], self.config.sliding_window
+        steps, past = past.next_steps(length, self.config.sliding_window, batch_size, attention_mask)
+        hidden_states, past, inputs, attentions = self.layers(
+            hidden_states, steps, past, None, codebook_idx, deterministic, output_attentions
         )
-        hidden_states, cache, inputs, attentions = self.layers(
-            hidden_states, mask, None, cache, codebook_idx, deterministic
-        )
-        if cache is not None:
-            cache = cache.replace(length=past_length + length)
         logits = self.lm_heads(hidden_states, codebook_idx)
         loss = None
         if labels is not None:
@@ -234,9 +220,9 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
             loss=loss,
             logits=logits,
             last_hidden_state=hidden_states,
-            cache=cache,
+            cache=None if cache is None else past,
             hidden_states=(*inputs, hidden_states),
-            attentions=attentions,
+            attentions=attentions if output_attentions else None,
         )
 
 
@@ -363,18 +349,46 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
                 embedded += [self.embed_tokens(first + k, codes[:, k]) for k in range(codes.shape[1])]
         return sum(embedded[1:], start=embedded[0])
 
-    def decode_frame(self, inputs_embeds, attention_mask, cache) -> FlaxCausalLMOutputWithPast:
-        """The backbone with its cache, logits of the last frame only."""
+    def listen(
+        self,
+        text_ids: Int[Array, "batch frames"],
+        user_codes: Int[Array, "batch codebooks frames"],
+        moshi_codes: Int[Array, "batch codebooks frames"],
+        cache: Cache,
+        attention_mask: Shaped[Array, "batch frames"] | None = None,
+        inputs_embeds: tuple[Float[Array, "batch frames hidden"], Bool[Array, "1 frames 1"]] | None = None,
+        output_attentions: bool = False,
+    ) -> FlaxCausalLMOutputWithPast:
+        """The backbone on the next frames, logits and last hidden state of the last one only.
+
+        Args:
+            text_ids: the text.
+            user_codes, moshi_codes: delayed codes.
+            cache: of the backbone.
+            attention_mask: as the cache understands it.
+            inputs_embeds: embeddings, and in which frames they stand for those of the ids and codes.
+            output_attentions: whether the attentions are needed.
+        """
+        embedded = self.embed(text_ids, user_codes, moshi_codes)
+        if inputs_embeds is not None:
+            given, where = inputs_embeds
+            embedded = jnp.where(where, given.astype(embedded.dtype), embedded)
         return self.decoder(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embedded,
             attention_mask=attention_mask,
             cache=cache,
             logits_to_keep=1,
+            output_attentions=output_attentions,
         )
 
-    def decode_codebook(self, input_ids, last_hidden_state, cache) -> FlaxCausalLMOutputWithPast:
+    def next_codebook(
+        self,
+        input_ids: Int[Array, "batch 1"],
+        last_hidden_state: Float[Array, "batch 1 input_size"],
+        cache: StaticCache,
+    ) -> FlaxCausalLMOutputWithPast:
         """The depth decoder on the next codebook of a frame."""
-        return self.depth_decoder(input_ids, last_hidden_state, cache=cache)
+        return self.depth_decoder(input_ids, last_hidden_state, cache=cache, output_attentions=False)
 
     def depth_inputs(self, text_labels, audio_labels, hidden_states, attention_mask):
         """Pairs the hidden state of frame t with text and (delayed) codes of frame t + 1, as generation does."""
@@ -405,12 +419,15 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         """
         inputs_embeds = self.embed(input_ids[:, :-1], user_audio_codes[..., :-1], moshi_audio_codes[..., :-1])
         outputs = self.decoder(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask[:, :-1], deterministic=deterministic
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask[:, :-1],
+            deterministic=deterministic,
+            output_attentions=False,
         )
         ids, hidden_states, _ = self.depth_inputs(
             text_labels, audio_labels, outputs.last_hidden_state, attention_mask.astype(bool)
         )
-        depth = self.depth_decoder(ids, hidden_states, deterministic=deterministic)
+        depth = self.depth_decoder(ids, hidden_states, deterministic=deterministic, output_attentions=False)
         return outputs.logits, depth.logits.reshape(*outputs.logits.shape[:2], *depth.logits.shape[1:])
 
     def __call__(
@@ -421,12 +438,13 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         user_audio_codes=None,
         moshi_input_values=None,
         moshi_audio_codes=None,
-        cache: FlaxMoshiCache | None = None,
+        cache: LinearCache | None = None,
         inputs_embeds=None,
         text_labels=None,
         audio_labels=None,
         audio_encoder_padding_mask=None,
         deterministic: bool = True,
+        output_attentions: bool = True,
     ) -> FlaxMoshiConditionalGenerationOutputWithPast:
         if self.is_initializing():
             self._reach_all_of_mimi()
@@ -443,6 +461,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             attention_mask=attention_mask,
             cache=cache,
             deterministic=deterministic,
+            output_attentions=output_attentions,
         )
         text_loss = depth_loss = depth = None
         if text_labels is not None:
@@ -450,7 +469,9 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
             text_loss = cross_entropy(outputs.logits[:, :-1], text_labels[:, 1:], masked)
         if audio_labels is not None:
             ids, hidden_states, labels = self.depth_inputs(text_labels, audio_labels, outputs.last_hidden_state, mask)
-            depth = self.depth_decoder(ids, hidden_states, labels=labels, deterministic=deterministic)
+            depth = self.depth_decoder(
+                ids, hidden_states, labels=labels, deterministic=deterministic, output_attentions=output_attentions
+            )
             depth_loss = depth.loss
         batch_size, length = mask.shape
         return FlaxMoshiConditionalGenerationOutputWithPast(

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Int, Key, UInt
 
 from ...generation.decoding import FREE
 from ...generation.programs import Program
+from ...nn.cache import RingCache
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
-from ..ring_cache import RingCache
 from .generation_flax_moshi import FrameDecoder
 
 

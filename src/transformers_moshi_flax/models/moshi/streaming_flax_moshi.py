@@ -3,9 +3,9 @@
 A stream has a number of slots, the rows of its batch. Each holds a dialogue of its own age, which never ends and takes
 no more memory with time. All of it is in a :class:`StreamState`; a step takes one and returns the next.
 
-Four compiled programs make a step: two of Mimi's encoder for the user's audio, one column of Moshi, Mimi's decoder for
-Moshi's audio. A column is what ``generate`` does for a frame; which frames meet in it is drawn in
-``docs/streaming.md``.
+A step is Mimi's encoder on the user's audio, one column of Moshi, Mimi's decoder on Moshi's audio: one compiled
+program, or four, one after another, where that is quicker. A column is what ``generate`` does for a frame; which
+frames meet in it is drawn in ``docs/streaming.md``.
 
 ``stream_state.py`` has the state, ``stream_options.py`` the options, ``stream_files.py`` what is written of a state.
 """
@@ -30,10 +30,11 @@ from ...checkpoints.formats import open_safetensors
 from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
-from ...generation.decoding import FREE
+from ...generation.decoding import FREE, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
-from ...modeling_flax_outputs import FlaxModelOutput
+from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
+from ...ops.dispatch import steps_in_several_programs
 from ..mimi.modeling_flax_mimi import HALVES, parts_of, prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
@@ -41,7 +42,8 @@ from ..mimi.streaming_flax_mimi import (
     samples_per_frame,
     seanet_histories,
 )
-from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder, depth_step
+from .frame_flax_moshi import frame_step
+from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
 from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
@@ -99,9 +101,8 @@ def next_column(
         forced_ids, forced_codes: text and undelayed codes of the frame after the one that is returned, ``FREE`` where
             they are to be chosen.
     """
-    module = decoder.module
-    start_code = module.config.audio_vocab_size
-    first = state.cache.filled == 0
+    start_code = decoder.module.config.audio_vocab_size
+    first = state.cache.length == 0
     # ids out of range become NaN, which would stay in the ring
     user_codes = jnp.where(active[:, None], user_codes, 0)
     forced_ids = jnp.where(active, forced_ids, FREE)
@@ -111,23 +112,24 @@ def next_column(
         return jnp.concatenate([now[:, :1], before[:, 1:]], axis=1)
 
     heard = jnp.where(first[:, None], start_code, delayed(user_codes, state.user_codes))
-    inputs = module.apply(
-        {"params": params},
-        state.text_ids[:, None],
-        heard[..., None],
-        state.audio_codes[..., None],
-        method=module.embed,
-    )
-    outputs = module.apply({"params": params}, inputs, None, state.cache, method=module.decode_frame)
-    hidden_state, logits = outputs.last_hidden_state[:, -1], outputs.logits[:, -1]
-
     keys = fold_rows(state.keys, state.columns)
     sampling, depth_sampling = with_numbers(samplings, state.numbers)
-    text_ids = select_token(logits, state.text_ids[:, None], 0, keys, 0, sampling)
-    text_ids = jnp.where(forced_ids == FREE, text_ids, forced_ids)
-    fixed = delayed(forced_codes, jnp.where(first[:, None], start_code, state.forced_codes))
-    audio_codes = depth_step(
-        module, params, decoder.init_depth_cache, hidden_state, text_ids, keys, depth_sampling, fixed
+
+    def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
+        text_ids = select_token(outputs.logits[:, -1], state.text_ids[:, None], 0, keys, 0, sampling)
+        return Chosen(jnp.where(forced_ids == FREE, text_ids, forced_ids), keys)
+
+    outputs, chosen, audio_codes = frame_step(
+        decoder.module,
+        params,
+        text_ids=state.text_ids[:, None],
+        user_codes=heard[..., None],
+        moshi_codes=state.audio_codes[..., None],
+        cache=state.cache,
+        choose=choose,
+        depth_sampling=depth_sampling,
+        fixed_codes=delayed(forced_codes, jnp.where(first[:, None], start_code, state.forced_codes)),
+        attention_mask=active[:, None],
     )
 
     valid = active & ~first
@@ -135,11 +137,11 @@ def next_column(
         audio_codes=jnp.where(valid[:, None], delayed(state.audio_codes, audio_codes), NOTHING),
         text_ids=jnp.where(valid, state.text_ids, NOTHING),
         valid=valid,
-        text_logits=logits,
-        last_hidden_state=hidden_state,
+        text_logits=outputs.logits[:, -1],
+        last_hidden_state=outputs.last_hidden_state[:, -1],
     )
     after = {
-        "text_ids": text_ids,
+        "text_ids": chosen.tokens,
         "audio_codes": audio_codes,
         "user_codes": jnp.where(first[:, None], start_code, user_codes),
         "forced_codes": forced_codes,
@@ -149,7 +151,7 @@ def next_column(
         name: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, getattr(state, name))
         for name, new in after.items()
     }
-    return state.replace(cache=outputs.cache.advance(1, active), **kept), frame
+    return state.replace(cache=outputs.cache, **kept), frame
 
 
 def with_numbers(samplings: tuple[Sampling, Sampling], numbers: dict[str, Any]) -> tuple[Sampling, Sampling]:
@@ -197,6 +199,37 @@ def decode_frame(
     codes = jnp.where(valid[:, None], audio_codes, 0)[..., None]
     state, audio = module.apply({"params": params}, state, codes, valid, method=module.decode_audio_step)
     return state, jnp.where(valid[:, None, None], audio, 0).astype(jnp.float32)
+
+
+def whole_step(
+    decoder: FrameDecoder,
+    parts: dict[str, Any],
+    samplings: tuple[Sampling, Sampling],
+    state: StreamState,
+    heard: Array,
+    active: Bool[Array, "batch"],
+    forced_ids: Int[Array, "batch"],
+    forced_codes: Int[Array, "batch codebooks"],
+) -> tuple[StreamState, FlaxMoshiFrame]:
+    """A step as one program; what is ``heard`` is audio of three axes, or codes of two."""
+    if heard.ndim == 3:
+        count = seanet_histories(decoder.module.config.audio_encoder_config)
+        before, rest = state.encoder.histories[:count], state.encoder.histories[count:]
+        convolved, features = convolve_frame(
+            decoder, parts["convolve"], before, state.encoder.cache.length, heard, active
+        )
+        encoder, heard = encode_frame(
+            decoder, parts["encode"], state.encoder.replace(histories=rest), features, active
+        )
+        state = state.replace(encoder=encoder.replace(histories=(*convolved, *encoder.histories)))
+    dialogue, frame = next_column(
+        decoder, parts["column"], samplings, state.dialogue, heard, active, forced_ids, forced_codes
+    )
+    state = state.replace(dialogue=dialogue)
+    if state.decoder is not None:
+        decoded, audio = decode_frame(decoder, parts["decode"], state.decoder, frame.audio_codes, frame.valid)
+        state, frame = state.replace(decoder=decoded), frame.replace(audio=audio)
+    return state, frame
 
 
 class SharedProgram:
@@ -308,10 +341,18 @@ class FlaxMoshiStream:
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._seanet_histories = seanet_histories(codec)
         seanet, *others = HALVES["encode_step"]
-        self._convolve = self._program(convolve_frame, codec_part(codec_params, seanet))
-        self._encode = self._program(encode_frame, codec_part(codec_params, *others))
+        parts = {
+            "convolve": codec_part(codec_params, seanet),
+            "encode": codec_part(codec_params, *others),
+            "column": dialogue,
+            "decode": codec_part(codec_params, *HALVES["decode_step"]),
+        }
+        self._convolve = self._program(convolve_frame, parts["convolve"])
+        self._encode = self._program(encode_frame, parts["encode"])
         self._column = self._program(next_column, dialogue, tuple(self._samplings))
-        self._decode = self._program(decode_frame, codec_part(codec_params, *HALVES["decode_step"]))
+        self._decode = self._program(decode_frame, parts["decode"])
+        several = steps_in_several_programs()
+        self._whole = None if several else self._program(whole_step, parts, tuple(self._samplings))
         free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
@@ -448,6 +489,8 @@ class FlaxMoshiStream:
         else:
             heard = self._checked_codes("user_audio_codes", user_audio_codes, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
+        if self._whole is not None:
+            return self._whole(traced, state, heard, active, *forced)
         if user_audio is not None:
             encoder, heard = self._hear(traced, state.encoder, heard, active)
             state = state.replace(encoder=encoder)
@@ -463,7 +506,7 @@ class FlaxMoshiStream:
     ) -> tuple[FlaxMimiEncoderState, jax.Array]:
         """Mimi's encoder. Its convolutions have few arrays: they are begun early, and run while the rest is called."""
         count = self._seanet_histories
-        convolved, features = self._convolve(traced, state.histories[:count], state.cache.filled, audio, active)
+        convolved, features = self._convolve(traced, state.histories[:count], state.cache.length, audio, active)
         state, codes = self._encode(traced, state.replace(histories=state.histories[count:]), features, active)
         return state.replace(histories=(*convolved, *state.histories)), codes
 

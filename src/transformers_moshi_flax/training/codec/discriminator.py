@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ...precision import at_least_float32
+from ...ops.precision import at_least_float32
 from .losses import stft
 
 KERNEL, DILATIONS, SLOPE = (3, 9), (1, 2, 4), 0.2

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from transformers.audio_utils import mel_filter_bank
 
-from ...precision import at_least_float32
+from ...ops.precision import at_least_float32
 
 FLOOR = 1e-3
 """Of a mel band (white noise of a deviation of 1 has 1): what is below is silence, of which the logarithm would count

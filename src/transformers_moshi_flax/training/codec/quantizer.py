@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from transformers import MimiConfig
 
-from ...precision import at_least_float32
+from ...ops.precision import at_least_float32
 
 CODEBOOKS = r"quantizer/.*/codebook/.*"
 """Paths of the buffers, which are no parameters of the optimizer."""

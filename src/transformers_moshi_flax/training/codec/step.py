@@ -23,7 +23,7 @@ from transformers import MimiConfig
 
 from ...models.mimi.modeling_flax_mimi import FlaxMimiDecoderModule, FlaxMimiEncoderModule
 from ...models.mimi.streaming_flax_mimi import samples_per_frame
-from ...precision import at_least_float32
+from ...ops.precision import at_least_float32
 from ..train_state import TrainState, merge_params, split_paths
 from ..train_step import compiler_options, counted, dealt, on_mesh
 from .configuration import CodecTrainingConfig

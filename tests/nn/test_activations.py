@@ -7,7 +7,7 @@ import torch
 from transformers import activations as upstream
 
 from tests.torch_oracle import assert_close
-from transformers_moshi_flax.models.activations import ACT2FN
+from transformers_moshi_flax.nn.activations import ACT2FN
 
 
 @pytest.mark.parametrize("name", sorted(ACT2FN))

@@ -1,16 +1,18 @@
-"""One-dimensional convolutions as single matrix products, channels last.
+"""One-dimensional convolutions, channels last.
 
-XLA's CPU backend runs ``lax.conv`` several times slower than an unfold and one product, and products suit TPU and GPU
-as well. All functions are pure; ``lengths`` says how many frames of each row count, the others are padding on the
-right.
+``lengths`` says how many frames of each row count, the others are padding on the right.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..dots import row_dot_general
+from . import cpu
+from .dispatch import for_cpu
 
 PAD_MODES = ("constant", "replicate", "reflect")
 
@@ -64,21 +66,6 @@ def pad_frames(
     return jnp.where(shown[..., None], x, 0)
 
 
-def unfold(
-    x: Float[Array, "batch padded channels"], width: int, stride: int, dilation: int
-) -> Float[Array, "batch frames width channels"]:
-    """The inputs under the kernel at each of its positions."""
-    batch, padded, channels = x.shape
-    frames = (padded - (width - 1) * dilation - 1) // stride + 1
-    if dilation == 1 and width % stride == 0:
-        # blocks of `stride` frames are contiguous: no strided reads
-        shifts = width // stride
-        blocks = x[:, : (frames + shifts - 1) * stride].reshape(batch, frames + shifts - 1, stride, channels)
-        return jnp.concatenate([blocks[:, shift : shift + frames] for shift in range(shifts)], axis=2)
-    span = (frames - 1) * stride + 1
-    return jnp.stack([x[:, tap * dilation : tap * dilation + span : stride] for tap in range(width)], axis=2)
-
-
 def conv1d(
     x: Float[Array, "batch padded in_channels"],
     kernel: Float[Array, "width in_per_group out_channels"],
@@ -87,15 +74,15 @@ def conv1d(
     groups: int = 1,
 ) -> Float[Array, "batch frames out_channels"]:
     """Convolution without padding (``torch.nn.functional.conv1d``, channels last)."""
-    width, in_per_group, out_channels = kernel.shape
-    patches = unfold(x, width, stride, dilation)
-    batch, frames = patches.shape[:2]
-    if groups == 1:
-        kernel = kernel.reshape(-1, out_channels)
-        return row_dot_general(patches.reshape(batch, frames, -1), kernel, (((2,), (0,)), ((), ())))
-    patches = patches.reshape(batch, frames, width, groups, in_per_group)
-    kernel = kernel.reshape(width, in_per_group, groups, out_channels // groups)
-    return jnp.einsum("btwgi,wigo->btgo", patches, kernel).reshape(batch, frames, out_channels)
+    definition = partial(
+        lax.conv_general_dilated,
+        window_strides=(stride,),
+        padding="VALID",
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+    return for_cpu(definition, partial(cpu.conv1d, stride=stride, dilation=dilation, groups=groups), x, kernel)
 
 
 def conv_transpose1d(
@@ -121,30 +108,21 @@ def conv_transpose1d_inside(
     groups: int = 1,
 ) -> Float[Array, "batch samples out_channels"]:
     """The samples of a transposed convolution that every frame which could write to them is there for."""
-    batch, frames, in_channels = x.shape
-    width, out_per_group, _ = kernel.shape
-    shifts = frames_out(width, stride)
-    if shifts * stride != width:
-        kernel = jnp.pad(kernel, ((0, shifts * stride - width), (0, 0), (0, 0)))
-    frames -= shifts - 1
-    kernel = kernel.reshape(shifts, stride, out_per_group, in_channels)
-    if groups == 1 and batch * frames >= in_channels:
-        written = jnp.einsum("bti,swoi->btswo", x, kernel)
-        written = sum(written[:, shifts - 1 - shift :][:, :frames, shift] for shift in range(shifts))
-        return written.reshape(batch, frames * stride, out_per_group)
+    shifts = frames_out(kernel.shape[0], stride)
+    kernel = jnp.pad(kernel, ((0, shifts * stride - kernel.shape[0]), (0, 0), (0, 0)))
 
-    # inputs[s] is `s` frames behind the samples, to which it writes the s-th `stride` rows of the kernel
-    inputs = jnp.stack([x[:, shifts - 1 - shift :][:, :frames] for shift in range(shifts)])
-    if groups == in_channels and out_per_group == 1:
-        written = jnp.sum(inputs[:, :, :, None] * kernel[:, None, None, :, 0], axis=0)
-    elif groups > 1:
-        inputs = inputs.reshape(shifts, batch, frames, groups, -1)
-        kernel = kernel.reshape(shifts, stride, out_per_group, groups, -1)
-        written = jnp.sum(jnp.einsum("sbtgi,swogi->sbtwgo", inputs, kernel), axis=0)
-    else:
-        # few rows: with the kernel on the left, XLA's CPU backend reads it as it lies; transposed before the sum, the
-        # product would be turned around again, and the whole kernel with it
-        inputs = inputs.reshape(shifts, batch * frames, in_channels).transpose(0, 2, 1)
-        kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
-        written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs), axis=0).T
-    return written.reshape(batch, frames * stride, groups * out_per_group)
+    def definition(x: Array, kernel: Array) -> Array:
+        # a convolution of the frames, with zeros between them, with the kernel turned around
+        width, out_per_group, _ = kernel.shape
+        kernel = kernel[::-1].reshape(width, out_per_group, groups, -1).transpose(0, 3, 2, 1)
+        return lax.conv_general_dilated(
+            x,
+            kernel.reshape(width, -1, groups * out_per_group),
+            window_strides=(1,),
+            padding=[(stride - 1, stride - 1)],
+            lhs_dilation=(stride,),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=groups,
+        )
+
+    return for_cpu(definition, partial(cpu.conv_transpose1d, stride=stride, groups=groups), x, kernel)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, UInt
 
-from ..precision import at_least_float32
+from .precision import at_least_float32
 
 
 def rotary_embedding(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from transformers_moshi_flax.models.dots import batched_row_dot, chunk_count, row_dot_general, term_count
+from transformers_moshi_flax.ops.cpu import batched_dot, chunk_count, term_count
+from transformers_moshi_flax.ops.linear import dot_general
 
 LARGE = (1024, 768)
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    layer = nn.Dense(kernel.shape[1], use_bias=False, dot_general=row_dot_general)
+    layer = nn.Dense(kernel.shape[1], use_bias=False, dot_general=dot_general)
     return layer.apply({"params": {"kernel": kernel}}, x)
 
 
@@ -41,7 +42,7 @@ def exported(rows: int, platform: str, shape: tuple[int, int] = LARGE, dtype: st
 
 
 def row_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return row_dot_general(x, kernel, (((1,), (0,)), ((), ())))
+    return dot_general(x, kernel, (((1,), (0,)), ((), ())))
 
 
 def test_a_row_is_cut_into_chunks_on_cpus_only():
@@ -96,17 +97,8 @@ def test_gradients_of_two_rows():
 def test_batches_of_rows_equal_the_plain_products(rows: int):
     rng = np.random.default_rng(3)
     x, matrices = rng.standard_normal((4, rows, 60)), rng.standard_normal((4, 60, 25))
-    result = jax.jit(batched_row_dot)(jnp.float32(x), jnp.float32(matrices))
+    result = jax.jit(batched_dot)(jnp.float32(x), jnp.float32(matrices))
     np.testing.assert_allclose(result, x @ matrices, atol=1e-4)
-
-
-def test_two_rows_of_a_batch_are_two_products_on_cpus_only():
-    def products(rows: int, platform: str) -> int:
-        arguments = jnp.zeros((4, rows, 60)), jnp.zeros((4, 60, 25))
-        exported = jax.export.export(jax.jit(batched_row_dot), platforms=[platform])(*arguments)
-        return exported.mlir_module().count("stablehlo.dot_general")
-
-    assert (products(2, "cpu"), products(3, "cpu"), products(2, "tpu")) == (2, 1, 1)
 
 
 def test_terms_divide_the_rows():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from transformers_moshi_flax.models.initializers import (
+from transformers_moshi_flax.nn.initializers import (
     LONGEST,
     SHORTEST,
     kaiming_normal,

@@ -1,4 +1,4 @@
-"""The place of the largest number, as NumPy finds it."""
+"""The largest numbers and their places, as NumPy finds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from transformers_moshi_flax.models.argmax import argmax
+from transformers_moshi_flax.ops.selection import argmax, top_k
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.0, -1.0, 1e-40, -1e-40, 3.4e38]
 
@@ -38,3 +38,15 @@ def test_other_dtypes(dtype: str) -> None:
         x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 40)), dtype).at[0, 1, 7].set(jnp.nan)
         np.testing.assert_array_equal(argmax(x), jnp.argmax(x, axis=-1))
         np.testing.assert_array_equal(argmax(-jnp.abs(x), 0), jnp.argmin(jnp.abs(x), axis=0))
+
+
+@pytest.mark.parametrize("size", [50, 8192, 9001])
+def test_top_k(size: int) -> None:
+    scores = jax.random.normal(jax.random.key(size), (3, size)).at[1, 4:].set(-jnp.inf)
+    for number in (1, 40):
+        values, ids = jax.jit(top_k, static_argnums=1)(scores, number)
+        expected = np.sort(scores, axis=-1)[:, ::-1][:, :number]
+        np.testing.assert_array_equal(values, expected)
+        finite = np.isfinite(values)
+        found = np.take_along_axis(np.asarray(scores), np.minimum(ids, size - 1), axis=-1)
+        np.testing.assert_array_equal(found[finite], np.asarray(values)[finite])

@@ -8,7 +8,7 @@ from transformers.models.moshi import modeling_moshi
 
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import assert_close
-from transformers_moshi_flax.models.rotary import apply_rotary_pos_emb, rotary_embedding
+from transformers_moshi_flax.ops.rotary import apply_rotary_pos_emb, rotary_embedding
 
 
 @pytest.mark.parametrize("theta, head_dim", [(10000.0, 8), (100.0, 6)])

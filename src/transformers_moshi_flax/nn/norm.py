@@ -1,0 +1,25 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..ops.precision import at_least_float32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich, 2019) in at least float32; upstream ``MoshiRMSNorm``."""
+
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden_states: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        scale = self.param("scale", nn.initializers.ones, (hidden_states.shape[-1],), jnp.float32)
+        wide = at_least_float32(self.dtype)
+        x = hidden_states.astype(wide)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(wide)).astype(self.dtype)

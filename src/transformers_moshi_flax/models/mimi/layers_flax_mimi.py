@@ -141,7 +141,7 @@ class FlaxMimiConv1d(nn.Module):
             right = 0 if self.config.use_causal_conv else total // 2
             x = pad_frames(x, total - right, right, self.stride, mode, lengths)
         x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
-        return (x if bias is None else x + bias), history
+        return (x if bias is None else x + bias[None, None]), history
 
 
 class FlaxMimiConvTranspose1d(nn.Module):
@@ -193,7 +193,7 @@ class FlaxMimiConvTranspose1d(nn.Module):
         else:
             x, history = history.followed_by(x)
             x = conv_transpose1d_inside(x, kernel, self.stride, self.groups)
-        return (x if bias is None else x + bias), history
+        return (x if bias is None else x + bias[None, None]), history
 
 
 # ------------------------------------------------------------------------------------------------------------ SEANet
@@ -304,7 +304,7 @@ class FlaxMimiLayerScale(nn.Module):
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         initial = nn.initializers.constant(self.config.layer_scale_initial_scale)
         scale = self.param("scale", initial, (self.config.hidden_size,), jnp.float32)
-        return scale.astype(self.dtype) * x
+        return jnp.expand_dims(scale.astype(self.dtype), tuple(range(x.ndim - 1))) * x
 
 
 class FlaxMimiMLP(nn.Module):

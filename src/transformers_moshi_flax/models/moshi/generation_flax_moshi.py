@@ -331,7 +331,7 @@ def after_padding(
     given = padded(given, max(frames, given.shape[-1]), 0)[..., :frames]
 
     def moved(array: ArrayLike, shift: Int[ArrayLike, "rows"], front: ArrayLike) -> Array:
-        column = xp.arange(array.shape[-1], dtype=np.int32) - shift[:, None]
+        column = xp.arange(array.shape[-1], dtype=np.int32)[None] - shift[:, None]
         behind = xp.take_along_axis(xp.asarray(array), xp.maximum(column, 0)[:, None], axis=-1)
         return on_device(xp.where((column < 0)[:, None], front, behind), array.dtype)
 

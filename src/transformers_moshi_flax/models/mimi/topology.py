@@ -78,8 +78,9 @@ Layer: TypeAlias = Convolution | Residual | Literal["elu"]
 
 def residual(config: MimiConfig, dim: int, dilation: int) -> Residual:
     hidden = dim // config.compress
-    branch = (ELU, Conv(dim, hidden, config.residual_kernel_size, dilation=dilation), ELU, Conv(hidden, dim, 1))
-    return Residual(branch, Conv(dim, dim, 1) if config.use_conv_shortcut else None)
+    first = Conv(dim, hidden, config.residual_kernel_size, dilation=dilation)
+    shortcut = Conv(dim, dim, 1) if config.use_conv_shortcut else None
+    return Residual((ELU, first, ELU, Conv(hidden, dim, 1)), shortcut)
 
 
 def residuals(config: MimiConfig, dim: int) -> list[Residual]:

@@ -46,7 +46,7 @@ class Subcommands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load(name), rest
+        return name, None if name is None else load(name), rest
 
 
 app = typer.Typer(

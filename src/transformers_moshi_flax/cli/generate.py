@@ -84,7 +84,7 @@ def generate(
         speaker = Speaker.load(source, dtype)
         bar.remove_task(stage)
     if samples is None:
-        samples = speaker.silence(text_prompt)
+        samples = speaker.silence(text_prompt or "")
         notes.print("without --user-audio the user is silent while Moshi says the text prompt", soft_wrap=True)
     if not interactive:
         _turn(speaker, samples, text_prompt, max_new_frames, sampling, seed, output, notes)

@@ -187,7 +187,7 @@ class FlaxMimiConvTranspose1d(nn.Module):
         x = x.astype(self.dtype)
         if lengths is not None:
             # the padding of a row must not reach back into it
-            x = jnp.where(jnp.arange(length)[:, None] < lengths[:, None, None], x, 0)
+            x = jnp.where(jnp.arange(length)[None, :, None] < lengths[:, None, None], x, 0)
         if history is None:
             x = conv_transpose1d(x, kernel, self.stride, self.groups)[:, left : left + length * self.stride]
         else:

@@ -72,8 +72,8 @@ def _rounded_codes(config: MimiConfig, name: str, inputs: Inputs) -> tuple[Input
 def _mask_of(inputs: Inputs) -> np.ndarray | None:
     if "padding_mask" not in inputs:
         return None
-    mask = np.asarray(inputs["padding_mask"])
-    return mask if mask.ndim == 2 else mask.any(axis=1)
+    mask: np.ndarray = np.asarray(inputs["padding_mask"])
+    return mask if mask.ndim == 2 else np.asarray(mask.any(axis=1))
 
 
 def shortened(outputs: FlaxModelOutput, lengths: Lengths) -> FlaxModelOutput:

@@ -23,6 +23,9 @@ from ..checkpoints.writing import write_text
 from .configuration import ConfigurationError
 
 METRICS = "metrics.jsonl"
+SHOWN = ("loss", "text_loss", "audio_loss", "log_mel", "si_sdr", "stoi", "word_accuracy", "usage")
+"""Which metrics of an evaluation are shown to people."""
+
 EXTRA = 'pip install "transformers-moshi-flax[train]"'
 
 
@@ -95,6 +98,12 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error[0] is None else 1)
 
+    def settle(self) -> None:
+        """Before the process ends without :meth:`__exit__`: show the cursor again, and write what is held back."""
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.flush()
+
     def advance(self, step: int) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=step)
@@ -120,7 +129,7 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of the held-out data, and show the losses."""
         self._write(step, "evaluation", metrics)
-        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "text_loss", "audio_loss"))
+        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
         self.say(f"evaluation at step {step}  {losses}")
 
     def _write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:

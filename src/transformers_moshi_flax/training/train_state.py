@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from ..ops.precision import at_least_float32
-from .optimizer import path_rules
+from .optimizer import path_rules, warn_of_narrow
 
 NEVER_TRAINED = "audio_encoder/"
 """Mimi has no part in the objective, so that weight decay would be all that it learned."""
@@ -102,6 +103,19 @@ def split_params(params: Mapping[str, Any], freeze: Sequence[str] = ()) -> tuple
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
 
 
+def split_paths(
+    params: Mapping[str, Any], patterns: Sequence[str], matching: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two nested dicts: the parameters whose whole "/"-joined paths match no pattern, and those that match one.
+
+    ``matching`` puts those that match first.
+    """
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, leaf in flatten_dict(dict(params), sep="/").items():
+        parts[any(re.fullmatch(pattern, path) for pattern in patterns) != matching][path] = leaf
+    return unflatten_dict(parts[0], sep="/"), unflatten_dict(parts[1], sep="/")
+
+
 def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`split_params`."""
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
@@ -121,11 +135,12 @@ def create_train_state(
     model that they come from are gone after it.
 
     Args:
-        trainable, frozen: see :func:`split_params`.
+        trainable, frozen: see :func:`split_params`. Trainable ones of less than float32 warn, and become float32.
         optimizer: see ``make_optimizer``.
         seed: of dropout.
         dtype: of the computation; float16 gets a loss scale.
     """
+    warn_of_narrow(trainable)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, at_least_float32(leaf.dtype)), dict(trainable))
     return TrainState(
         step=jnp.zeros((), jnp.int32),

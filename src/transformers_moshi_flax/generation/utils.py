@@ -167,7 +167,7 @@ class FlaxGenerationMixin:
         vocab_size = self.config.vocab_size
         check_ids("input_ids", input_ids, vocab_size + 1)
         config, inputs = merge_generation_config(
-            self.generation_config, generation_config, kwargs, extra=("attention_mask", "stop_lengths")
+            self.generation_defaults(), generation_config, kwargs, extra=("attention_mask", "stop_lengths")
         )
         attention_mask = inputs.get("attention_mask")
         if attention_mask is not None:

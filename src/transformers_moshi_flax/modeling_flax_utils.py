@@ -99,7 +99,10 @@ class FlaxPreTrainedModel:
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     _generates: ClassVar[bool] = False
     _auto_class: ClassVar[str | None] = None
-    _kept_for_speed: ClassVar[tuple[str, ...]] = ("_programs_of", "_programs", "_decoder", "_norms")
+    _kept_for_speed: ClassVar[tuple[str, ...]] = ("_programs_of", "_programs", "_decoder", "_norms", "_parts")
+    # of a part of a larger model: that one, and the name of its parameters there
+    _whole: FlaxPreTrainedModel | None = None
+    _name_in_whole: str = ""
 
     def __init__(
         self,
@@ -148,8 +151,47 @@ class FlaxPreTrainedModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled (``copy``, ``joblib``, Ray): all but the compiled programs, which belong to this
-        process. Parameters that are spread over devices arrive whole on the default device."""
-        return {name: value for name, value in vars(self).items() if name not in self._kept_for_speed}
+        process. Parameters that are spread over devices arrive whole on the default device; a part of a larger model
+        arrives alone."""
+        state = {name: value for name, value in vars(self).items() if name not in self._kept_for_speed}
+        if self._whole is not None:
+            state["_whole"] = None
+            if self._is_initialized:
+                state["_params"] = self.params
+        return state
+
+    def _part_classes(self) -> dict[str, tuple[type[FlaxPreTrainedModel], PreTrainedConfig]]:
+        """The models that this one consists of: name in the parameter tree -> class and configuration."""
+        return {}
+
+    def _part(self, name: str) -> Any:
+        """One of them as a model of its own, which shares the parameters: setting them in one sets them in the other.
+
+        It is made once, and keeps its compiled programs.
+        """
+        parts = vars(self).setdefault("_parts", {})
+        if name not in parts:
+            model_class, config = self._part_classes()[name]
+            part = model_class(config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
+            part._whole, part._name_in_whole, part._is_initialized = self, name, self._is_initialized
+            parts[name] = part
+        part = parts[name]
+        if part.can_generate():
+            part.generation_config = self.generation_config
+        return part
+
+    @property
+    def base_model(self) -> FlaxPreTrainedModel:
+        """The model without its head, or itself."""
+        return self._part(self.base_model_prefix) if self.base_model_prefix in self._part_classes() else self
+
+    def _rebuild(self, config: PreTrainedConfig) -> None:
+        """Take on another configuration, whose parameters have the same names."""
+        self._config = config
+        self._module = self._build_module()
+        self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
+        for name, part in vars(self).get("_parts", {}).items():
+            part._rebuild(self._part_classes()[name][1])
 
     @classmethod
     def _module_fields(cls) -> set[str]:
@@ -190,13 +232,17 @@ class FlaxPreTrainedModel:
                 "a model made with _do_init=False keeps no params: make them with init_weights or from_pretrained, "
                 "keep them outside and pass them as params="
             )
-        return self._params
+        return self._params if self._whole is None else self._whole.params[self._name_in_whole]
 
     @params.setter
     def params(self, params: Params) -> None:
         if not self._is_initialized:
             raise ValueError("params cannot be set in a model made with _do_init=False: pass them as params=")
-        self._params = unfreeze(self.whole_params(params))
+        params = unfreeze(self.whole_params(params))
+        if self._whole is None:
+            self._params = params
+        else:
+            self._whole.params = {**self._whole.params, self._name_in_whole: params}
 
     def whole_params(self, params: Any) -> Any:
         """``params``, the model's own if None; ValueError if some of ``required_params`` are missing."""
@@ -247,6 +293,8 @@ class FlaxPreTrainedModel:
     def _set_gradient_checkpointing(self, value: bool) -> None:
         self._module_kwargs = {**self._module_kwargs, "gradient_checkpointing": value}
         self._module = self._build_module()
+        for part in vars(self).get("_parts", {}).values():
+            part._set_gradient_checkpointing(value)
 
     # Parameters
 

@@ -22,7 +22,7 @@ from ...checkpoints.uploading import Repository, check_upload
 from ...input_checks import check_audio, check_ids
 from ...model_card import check_card_fields
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..mimi.streaming_flax_mimi import samples_per_frame
+from ..mimi.topology import samples_per_frame
 from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
 from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
@@ -98,8 +98,8 @@ class MoshiProcessor(ProcessorMixin):
         streams: audio is followed by silence, ``input_ids`` by padding, and ``text`` stands at the end, one piece a
         frame in the last frames. Rows are then padded to the longest one, with 0 in the attention mask.
 
-        The mask hides padding from the backbone, but Mimi hears the silence on the left of a row: its codes can differ
-        a little from those of the row alone. With ``padding_side="right"``, for teacher forcing, they do not.
+        The mask hides padding from the backbone, and the models encode every row from its own start: a row has the
+        same codes as alone, on whichever side the padding is. Text without audio means that both are silent.
 
         Args:
             text: what Moshi says at the end of the prompt.

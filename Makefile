@@ -11,7 +11,7 @@ FAST := -m "not slow"
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets requirements wheel-check clean
+.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements wheel-check clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -56,6 +56,9 @@ docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 
 assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak-ng
 	$(BIN)/python utils/build_assets.py
+
+voices:  ## the Debian packages that examples/converse speaks with; needs root
+	apt-get install --yes libflite1 espeak-ng
 
 # newer versions come in by `make requirements UPGRADE=--upgrade`; without, only what the ranges no longer allow changes
 requirements: $(VENV)/.quality  ## write the lists of exact versions in requirements/ from the ranges in setup.py

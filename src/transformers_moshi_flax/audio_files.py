@@ -533,13 +533,13 @@ def _counting(frame: _MpegFrame, count: int) -> bytes:
     """A frame that counts ``count`` others, for layer 3; others need none, as theirs are all of one size."""
     if frame.layer != 3:
         return b""
-    for bitrate in range(1, 15):  # the first that has room
+    tag = b"Xing" + struct.pack(">II", 1, count)
+    for bitrate in range(1, 15):  # the first that has room; the last one always has
         header = bytes([frame.header[0], frame.header[1] | 1, bitrate << 4 | frame.header[2] & 0x0C, frame.header[3]])
         made = _MpegFrame.at(header)
         if made is not None and made.size >= frame.tag_place + 12:
-            break
-    tag = b"Xing" + struct.pack(">II", 1, count)
-    return (header + bytes(frame.tag_place - 4) + tag).ljust(made.size, b"\0")
+            return (header + bytes(frame.tag_place - 4) + tag).ljust(made.size, b"\0")
+    return b""
 
 
 # ------------------------------------------------------------------------------------------------------------- downmix

@@ -1,7 +1,8 @@
 """Checks of what users pass: eager values raise ``ValueError``; traced ones are covered by ``checkify``.
 
 Inside ``jax.jit`` values are not known. There :func:`check_ids` adds ``checkify.debug_check``, which costs nothing
-until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`` then reports ids out of range.
+until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`` then reports ids out of range. What
+is known inside of ``jax.jit``, as arrays that a function closes over are, is checked there as elsewhere.
 """
 
 import numbers
@@ -59,8 +60,22 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"`{name}` must be a whole number of at least 1, but is {size!r}.")
 
 
+def refuse_params(**arguments: Any) -> None:
+    """Raises ``ValueError`` for a dictionary in the place of an array: parameters, in another argument's place.
+
+    The former Flax models had ``params`` before other arguments, so they may be passed by position.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            raise ValueError(
+                f"`{name}` is a dictionary, as parameters are: pass them by name, `params=...`. The arguments are in "
+                "the order of upstream's `forward`."
+            )
+
+
 def check_rank(name: str, array, axes: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``array`` has one dimension per name in ``axes``."""
+    refuse_params(**{name: array})
     if np.ndim(array) != len(axes):
         raise ValueError(f"`{name}` must have the shape ({', '.join(axes)}), but has the shape {np.shape(array)}.")
 
@@ -153,13 +168,17 @@ def check_mask(name: str, mask, batch_size: int, lengths: tuple[int, ...]) -> No
 def check_left_padding(name: str, mask, padding: str = "0", otherwise: str = "") -> None:
     """Raises ``ValueError`` if a row of a mask ends with padding, from which nothing can be generated.
 
+    A traced mask is checked under ``checkify`` only.
+
     Args:
         name: of the argument that the mask comes from.
         mask: ``(batch, frames)``.
         padding: what stands for it in the argument.
         otherwise: what else can be done about it.
     """
-    if not is_traced(mask):
+    if is_traced(mask):
+        checkify.debug_check(jnp.all(mask[:, -1] != 0), f"`{name}` ends with {padding}: pad on the left")
+    else:
         padded = np.flatnonzero(np.asarray(mask)[:, -1] == 0)
         if padded.size:
             raise ValueError(

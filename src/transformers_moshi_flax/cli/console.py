@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -36,7 +37,7 @@ def progress_bar(notes: Console) -> Progress:
 def notes_of_warnings() -> Iterator[None]:
     """Print warnings of the block's as lines on standard error, without the place in the code that they come from."""
 
-    def print_note(message: Warning | str, *place: object) -> None:
+    def print_note(message: Warning | str, *place: Any, **file: Any) -> None:
         print(f"moshi-flax: warning: {one_line(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():

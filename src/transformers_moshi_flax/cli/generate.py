@@ -84,7 +84,7 @@ def generate(
         speaker = Speaker.load(source, dtype)
         bar.remove_task(stage)
     if samples is None:
-        samples = speaker.silence(text_prompt)
+        samples = speaker.silence(text_prompt or "")
         notes.print("without --user-audio the user is silent while Moshi says the text prompt", soft_wrap=True)
     if not interactive:
         _turn(speaker, samples, text_prompt, max_new_frames, sampling, seed, output, notes)
@@ -193,7 +193,7 @@ class Speaker:
     @property
     def frame_size(self) -> int:
         """Samples a frame."""
-        from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+        from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
         return samples_per_frame(self.model.config.audio_encoder_config)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ from ..input_checks import (
     check_sizes,
     is_traced,
     is_tracing,
+    is_whole,
 )
 from ..modeling_flax_outputs import FlaxModelOutput
 from .arrays import cut, on_device, padded
@@ -33,7 +34,7 @@ from .running import run
 from .sampling import row_keys
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxGreedySearchOutput(FlaxModelOutput):
     """Output of greedy search.
 
@@ -50,12 +51,12 @@ class FlaxGreedySearchOutput(FlaxModelOutput):
     hidden_states: tuple[tuple[jax.Array, ...], ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxSampleOutput(FlaxGreedySearchOutput):
     """Output of sampling, ``(batch * num_return_sequences, ...)``; the rest as :class:`FlaxGreedySearchOutput`."""
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxBeamSearchOutput(FlaxGreedySearchOutput):
     """Output of beam search, ``(batch * num_return_sequences, ...)``, the best hypothesis of each row first.
 
@@ -71,7 +72,7 @@ class FlaxBeamSearchOutput(FlaxGreedySearchOutput):
     beam_indices: jax.Array | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxBeamSampleOutput(FlaxBeamSearchOutput):
     """Output of beam search with sampling; as :class:`FlaxBeamSearchOutput`."""
 
@@ -151,51 +152,106 @@ class FlaxGenerationMixin:
                 model chooses.
             **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
                 ``(batch,)``, after how many new tokens each row ends at the latest. Without a mask, ``pad_token_id``
-                in the prompt is masked unless it is also an end or the start token.
+                in the prompt is masked unless it is also an end or the start token. ``inputs_embeds``
+                ``(batch, length, hidden_size)`` are the prompt's embeddings, in the place of those of the ids:
+                sequences then begin with ``input_ids`` if they are given, and with the new tokens otherwise.
+                ``logits_to_keep`` is taken as upstream does: logits of the last column are all that is ever needed.
 
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(f"`inputs_embeds` is no prompt for {type(self).__name__}: pass `input_ids`.")
-        if input_ids is None:
-            raise ValueError("`input_ids` is missing: pass the prompt's ids, (batch, length).")
-        check_rank("input_ids", input_ids, ("batch", "length"))
-        batch_size, length = np.shape(input_ids)
-        if length == 0:
-            raise ValueError("`input_ids` is empty: pass at least one token, such as the start token `vocab_size`.")
+        config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
+        attention_mask, inputs_embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         vocab_size = self.config.vocab_size
-        check_ids("input_ids", input_ids, vocab_size + 1)
-        config, inputs = merge_generation_config(
-            self.generation_defaults(), generation_config, kwargs, extra=("attention_mask", "stop_lengths")
-        )
-        attention_mask = inputs.get("attention_mask")
+        batch_size, length = check_prompt(self.config, input_ids, inputs_embeds, inputs.get("logits_to_keep"))
+        text_prompt = input_ids is not None
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, batch_size, (length,))
             check_left_padding("attention_mask", attention_mask)
         else:
             pad, eos = config.pad_token_id, config.eos_token_id
             unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])
-            attention_mask = np.ones(np.shape(input_ids), dtype=bool) if unmasked else input_ids != pad
+            if unmasked or not text_prompt:
+                attention_mask = np.ones((batch_size, length), dtype=bool)
+            else:
+                # on the host where the values are known, inside of jax.jit too
+                attention_mask = (input_ids if is_traced(input_ids) else np.asarray(input_ids)) != pad
             otherwise = ", or pass an `attention_mask` if it is part of the text"
             check_left_padding("input_ids", attention_mask, f"`pad_token_id` = {pad}", otherwise)
+        if not text_prompt:
+            # no id of the vocabulary, so that no processor of logits takes it for a part of the history
+            input_ids = np.full((batch_size, length), vocab_size)
         plan = resolve_plan(
             config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
         )
         if forced_text_ids is not None:
             axes = {"batch": batch_size}
             check_forced("forced_text_ids", forced_text_ids, axes, plan.max_length - length, vocab_size)
-        traced = is_tracing(input_ids, attention_mask, params, prng_key, plan.sampling, forced_text_ids)
+        operands = (prng_key, plan.sampling, forced_text_ids)
+        traced = is_tracing(input_ids, inputs_embeds, attention_mask, params, operands)
         check_watching(plan, streamer, traced)
         params = self.whole_params(params)
         capacity = capacity_of(plan, traced)
-        request = self.make_request(plan, input_ids, attention_mask, prng_key, capacity, forced_text_ids)
+        streams = None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1))
+        request = self.make_request(
+            plan, input_ids, attention_mask, prng_key, capacity, forced_text_ids, streams=streams
+        )
         with jax.disable_jit(not trace):
             state, more = self.decode(plan, request, length, params, streamer)
         sequences = state.sequences
         if not is_traced(sequences):
             sequences = cut(sequences, int(state.lengths.max()))
+        if not text_prompt:
+            sequences = sequences[:, length:] if traced else on_device(np.asarray(sequences)[:, length:])
         return OUTPUTS[plan.num_beams > 1, plan.sampling.do_sample](sequences=sequences, **more)
+
+    def compute_transition_scores(
+        self,
+        sequences: ArrayLike,
+        scores: tuple[ArrayLike, ...],
+        beam_indices: ArrayLike | None = None,
+        normalize_logits: bool = False,
+    ) -> jax.Array:
+        """The scores of the tokens that were generated, from what ``generate`` returned.
+
+        Args:
+            sequences: ``(batch, length)``, with or without the prompt.
+            scores: ``output_scores=True`` (or ``output_logits=True``) returns them: for each new token,
+                ``(batch * num_beams, vocab_size)``.
+            beam_indices: those of beam search, ``(batch, new tokens)``, -1 after the end.
+            normalize_logits: make log-probabilities of them first.
+
+        Returns:
+            ``(batch, new tokens)``; of beam search, as many as the longest hypothesis has, and 0 after the end.
+
+        Raises:
+            ValueError: shapes that do not belong together, tokens outside the vocabulary.
+        """
+        if not isinstance(scores, list | tuple) or not scores:
+            raise ValueError("`scores` must be a tuple with an array for each new token: generate with output_scores")
+        check_rank("sequences", sequences, ("batch", "length"))
+        xp = jnp if is_traced(sequences, beam_indices, *scores) else np
+        stacked = xp.stack([xp.asarray(each) for each in scores], axis=1)  # [rows, steps, vocab]
+        sequences = xp.asarray(sequences)
+        if beam_indices is None:
+            beam_indices = xp.broadcast_to(xp.arange(len(stacked))[:, None], stacked.shape[:2])
+        beam_indices = xp.asarray(beam_indices)
+        ended = beam_indices < 0
+        steps = beam_indices.shape[1] if xp is jnp else int((~ended).sum(axis=-1).max())
+        beam_indices, ended = beam_indices[:, :steps], ended[:, :steps]
+        if beam_indices.shape[0] != len(sequences) or steps > min(stacked.shape[1], sequences.shape[1]):
+            raise ValueError(
+                f"`sequences` of the shape {sequences.shape}, {stacked.shape[1]} `scores` and `beam_indices` for "
+                f"{beam_indices.shape[0]} rows do not belong together: pass those of one call of `generate`"
+            )
+        tokens = sequences[:, sequences.shape[1] - steps :]
+        if xp is np:
+            check_ids("sequences", np.where(ended, 0, tokens), stacked.shape[-1])
+        if normalize_logits:
+            stacked = jax.nn.log_softmax(jnp.asarray(stacked), axis=-1)
+        rows = xp.where(ended, 0, beam_indices)
+        chosen = stacked[rows, xp.arange(steps)[None], xp.where(ended, 0, tokens)]
+        return jnp.where(ended, jnp.zeros((), chosen.dtype), chosen)
 
     def warmup(
         self, batch_size: int = 1, prompt_length: int = 1, max_new_tokens: int | None = None, **options: Any
@@ -305,6 +361,37 @@ class FlaxGenerationMixin:
         beam_indices = cut(beam_indices, reached - prompt_length)
         more = unrolled(state.records, prompt_length, searched)
         return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
+
+
+TEXT_INPUTS = ("attention_mask", "stop_lengths", "inputs_embeds", "logits_to_keep")
+"""Arguments of a prompt of text that are no fields of a generation configuration."""
+
+
+def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, logits_to_keep: Any) -> tuple[int, int]:
+    """Batch size and length of a prompt of text; ValueError if it has a wrong shape, is empty or has unknown ids."""
+    if input_ids is None and inputs_embeds is None:
+        raise ValueError("`input_ids` is missing: pass the prompt's ids, (batch, length), or `inputs_embeds`.")
+    if logits_to_keep is not None and (not is_whole(logits_to_keep) or logits_to_keep < 0):
+        raise ValueError(f"`logits_to_keep` must be a whole number of at least 0, but is {logits_to_keep!r}.")
+    shapes = {}
+    if input_ids is not None:
+        check_rank("input_ids", input_ids, ("batch", "length"))
+        check_ids("input_ids", input_ids, config.vocab_size + 1)
+        shapes["input_ids"] = np.shape(input_ids)
+    if inputs_embeds is not None:
+        check_rank("inputs_embeds", inputs_embeds, ("batch", "length", "hidden_size"))
+        if np.shape(inputs_embeds)[2] != config.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` must have {config.hidden_size} features (`hidden_size`), but has "
+                f"{np.shape(inputs_embeds)[2]}."
+            )
+        shapes["inputs_embeds"] = np.shape(inputs_embeds)[:2]
+    name, (batch_size, length) = next(iter(shapes.items()))
+    if length == 0:
+        raise ValueError(f"`{name}` is empty: pass at least one token, such as the start token `vocab_size`.")
+    if len({*shapes.values()}) > 1:
+        raise ValueError(f"`input_ids` must have one id for each of `inputs_embeds`, but their shapes are {shapes}.")
+    return batch_size, length
 
 
 def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:

@@ -21,12 +21,12 @@ from tests.configs import tiny_mimi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, oracle_precision, upstreams_name
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
 from transformers_moshi_flax.models.mimi import modeling_flax_mimi
-from transformers_moshi_flax.models.mimi.modeling_flax_mimi import norms_for_frames, prepared_for_frames
+from transformers_moshi_flax.models.mimi.quantizer_flax_mimi import norms_for_frames, prepared_for_frames
 from transformers_moshi_flax.models.mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    samples_per_frame,
 )
+from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
 FRAME = 16  # samples, of the tiny configuration
 
@@ -354,6 +354,26 @@ def test_configuration_asks_for_streaming(pair: Pair, tmp_path: Path):
     outputs = model.encode(sound(1, 1, config))
     assert outputs.padding_cache and model.decode(outputs.audio_codes).decoder_cache
     assert "padding_cache" not in model.encode(sound(1, 1, config), use_streaming=False)
+
+
+def test_configured_streams_yield_to_masks():
+    """No stream has a mask, hidden states or attentions: the whole is coded, whatever the configuration says."""
+    model = FlaxMimiModel(tiny_mimi_config(use_streaming=True, use_cache=True))
+    x = sound(1, 3, model.config)[..., :-5]
+    mask = np.ones((1, x.shape[-1]), int)
+    codes = model.encode(x, mask).audio_codes
+    np.testing.assert_array_equal(codes, model.encode(x, use_streaming=False).audio_codes)
+    out = model.decode(codes, padding_mask=mask)
+    assert list(out) == ["audio_values"] and out[0].shape == x.shape
+    whole = model(x, mask, output_hidden_states=True, output_attentions=True)
+    np.testing.assert_array_equal(whole.audio_codes, codes)
+    assert_close(whole.audio_values, out.audio_values, 1e-6)
+    states = model.encode(x, output_hidden_states=True).hidden_states
+    assert len(whole.encoder_hidden_states) == len(states) == len(whole.decoder_hidden_states)
+    assert_close(whole.encoder_hidden_states[-1], states[-1], 1e-6)
+    assert len(whole.encoder_attentions) == len(whole.decoder_attentions) == model.config.num_hidden_layers
+    again = model(audio_codes=codes, output_hidden_states=True)
+    assert list(again) == ["audio_codes", "audio_values", "decoder_hidden_states"]
 
 
 def test_upstreams_chunked_decode_is_wrong(pair: Pair):

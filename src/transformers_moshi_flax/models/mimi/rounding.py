@@ -15,7 +15,8 @@ from ...generation.arrays import cut, padded
 from ...generation.buckets import small_bucket
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...ops.convolution import frames_out
-from .streaming_flax_mimi import is_causal, samples_per_frame, steps_per_frame
+from .streaming_flax_mimi import is_causal
+from .topology import samples_per_frame, steps_per_frame
 
 Inputs = dict[str, Any]
 Lengths = dict[str, int]
@@ -71,8 +72,8 @@ def _rounded_codes(config: MimiConfig, name: str, inputs: Inputs) -> tuple[Input
 def _mask_of(inputs: Inputs) -> np.ndarray | None:
     if "padding_mask" not in inputs:
         return None
-    mask = np.asarray(inputs["padding_mask"])
-    return mask if mask.ndim == 2 else mask.any(axis=1)
+    mask: np.ndarray = np.asarray(inputs["padding_mask"])
+    return mask if mask.ndim == 2 else np.asarray(mask.any(axis=1))
 
 
 def shortened(outputs: FlaxModelOutput, lengths: Lengths) -> FlaxModelOutput:

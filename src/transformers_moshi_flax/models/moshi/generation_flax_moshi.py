@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from transformers import GenerationConfig
 
 from ...generation.arrays import on_device, padded
@@ -30,7 +30,7 @@ from .delay_pattern import delay, undelay
 from .frame_flax_moshi import frame_step
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiGenerateOutput(FlaxModelOutput):
     """Output of nested ``generate``; upstream ``MoshiConditionalGenerationGenerateOutput``.
 
@@ -182,9 +182,19 @@ def frame_inputs(
     )
 
 
+def prompt_embeds(
+    given: Float[Array, "batch capacity hidden"], request: Request, start: Int[Array, ""], length: int
+) -> tuple[Float[Array, "batch length hidden"], Bool[Array, "1 length 1"]]:
+    """The given embeddings of the columns from ``start`` on, and which of these are in the prompt."""
+    in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
+    return lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
+
+
 @dataclasses.dataclass(frozen=True)
 class TextDecoder:
     """Text alone: a ``FlaxMoshiForCausalLMModule`` as a :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
+
+    The request's ``streams`` are the prompt's embeddings, ``(batch, capacity, hidden_size)``, or None.
 
     Attributes:
         module: the module.
@@ -199,9 +209,16 @@ class TextDecoder:
         return None
 
     def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
+        input_ids, inputs = columns(state.sequences, start, length), {}
+        if request.streams is None:
+            inputs["input_ids"] = input_ids
+        else:
+            embedded = self.module.apply({"params": params}, input_ids, method=self.module.embed)
+            given, where = prompt_embeds(request.streams, request, start, length)
+            inputs["inputs_embeds"] = jnp.where(where, given.astype(embedded.dtype), embedded)
         return self.module.apply(
             {"params": params},
-            input_ids=columns(state.sequences, start, length),
+            **inputs,
             attention_mask=columns(request.attention_mask, start, length),
             cache=state.cache,
             logits_to_keep=1,
@@ -255,17 +272,14 @@ class FrameDecoder:
 
     def _inputs(self, request: Request, state: State, start: Int[Array, ""], length: int) -> dict[str, Any]:
         """What the module's ``listen`` needs to run these columns."""
-        given, where = request.streams.inputs_embeds, None
-        if given is not None:
-            in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
-            where = lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
+        given = request.streams.inputs_embeds
         return {
             "text_ids": columns(state.sequences, start, length),
             "user_codes": columns(request.streams.user_codes, start, length),
             "moshi_codes": columns(state.streams, start, length),
             "cache": state.cache,
             "attention_mask": columns(request.attention_mask, start, length),
-            "inputs_embeds": where,
+            "inputs_embeds": None if given is None else prompt_embeds(given, request, start, length),
         }
 
 
@@ -317,7 +331,7 @@ def after_padding(
     given = padded(given, max(frames, given.shape[-1]), 0)[..., :frames]
 
     def moved(array: ArrayLike, shift: Int[ArrayLike, "rows"], front: ArrayLike) -> Array:
-        column = xp.arange(array.shape[-1], dtype=np.int32) - shift[:, None]
+        column = xp.arange(array.shape[-1], dtype=np.int32)[None] - shift[:, None]
         behind = xp.take_along_axis(xp.asarray(array), xp.maximum(column, 0)[:, None], axis=-1)
         return on_device(xp.where((column < 0)[:, None], front, behind), array.dtype)
 

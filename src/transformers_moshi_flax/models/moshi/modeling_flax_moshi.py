@@ -36,15 +36,19 @@ from ...input_checks import (
     check_sizes,
     is_traced,
     is_tracing,
+    refuse_params,
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
-from ..mimi.modeling_flax_mimi import encoded_length
-from ..mimi.streaming_flax_mimi import is_causal, samples_per_frame
+from ..mimi.checkpoint_flax_mimi import CODEBOOKS
+from ..mimi.modeling_flax_mimi import FlaxMimiModel
+from ..mimi.streaming_flax_mimi import is_causal
+from ..mimi.topology import encoded_length, samples_per_frame
 from .calls import in_bucket
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
+from .embeddings_flax_moshi import FlaxMoshiEmbeddingsMixin
 from .generation_flax_moshi import (
     FlaxMoshiGenerateOutput,
     FrameDecoder,
@@ -66,6 +70,7 @@ from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
     FlaxMoshiDepthDecoderModule,
+    FlaxMoshiDepthDecoderOutputWithPast,
     FlaxMoshiForCausalLMModule,
     FlaxMoshiForConditionalGenerationModule,
     FlaxMoshiModule,
@@ -74,12 +79,13 @@ from .modules_flax_moshi import (
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
-class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
+class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
     """What the Moshi classes share: the call around ``module.apply`` and the cache."""
 
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
+    checkpoint_series = (CODEBOOKS,)
     cache_class = LinearCache
     rounds_lengths = True
 
@@ -138,8 +144,15 @@ class FlaxMoshiPreTrainedModel(FlaxPreTrainedModel):
         return run(inputs)
 
 
+def check_cache_kind(cache) -> None:
+    """Raises ``ValueError`` for what is no cache at all."""
+    if not isinstance(cache, LinearCache | StaticCache | None):
+        raise ValueError(f"`cache` must be a cache of `init_cache`, but is a {type(cache).__name__}.")
+
+
 def check_cache(cache, config, batch_size: int, length: int) -> None:
     """Raises ``ValueError`` if a call of ``length`` frames does not fit into the cache."""
+    check_cache_kind(cache)
     if cache is None:
         return
     if len(cache.keys) != config.num_hidden_layers or cache.mask.shape[0] != batch_size:
@@ -156,6 +169,7 @@ def check_cache(cache, config, batch_size: int, length: int) -> None:
 
 def check_decoder_inputs(config, cache, input_ids, inputs_embeds, attention_mask, position_ids) -> tuple[int, int]:
     """Checks what the backbone is called with; returns batch size and frames."""
+    refuse_params(attention_mask=attention_mask, position_ids=position_ids, cache=cache)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     if input_ids is not None:
@@ -201,6 +215,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
     """The backbone without a head; upstream ``MoshiModel``."""
 
     module_class = FlaxMoshiModule
+    input_tables = ("embed_tokens/embedding",)
     checkpoint_prefixes = ("", "model.", "decoder.model.")
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -267,6 +282,16 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
 
     module_class = FlaxMoshiForCausalLMModule
     checkpoint_prefixes = ("", "decoder.")
+    input_tables = ("model/embed_tokens/embedding",)
+    output_table = "lm_head/kernel"
+
+    def _part_classes(self) -> dict[str, tuple[type[FlaxPreTrainedModel], Any]]:
+        return {"model": (FlaxMoshiModel, self.config)}
+
+    @property
+    def model(self) -> FlaxMoshiModel:
+        """The backbone as a model of its own, on the same parameters."""
+        return self._part("model")
 
     def make_decoder(self) -> TextDecoder:
         return TextDecoder(self.module)
@@ -338,6 +363,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
     base_model_prefix = ""
     module_class = FlaxMoshiDepthDecoderModule
     checkpoint_prefixes = ("", "depth_decoder.")
+    input_tables = ("text_embed_tokens/embedding",)
     cache_class = StaticCache
     rounds_lengths = False  # there are as many as codebooks
 
@@ -365,7 +391,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> FlaxCausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> FlaxMoshiDepthDecoderOutputWithPast | tuple[Any, ...]:
         """Runs the depth decoder over the codebooks of frames, one frame a row.
 
         Args:
@@ -387,6 +413,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             ValueError: for wrong shapes, ids outside the vocabularies, more positions than codebooks.
         """
         config = self.config
+        refuse_params(attention_mask=attention_mask, cache=cache, position_ids=position_ids, labels=labels)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if last_hidden_state is None:
@@ -401,6 +428,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         axes = ("batch", "codebooks") if inputs_embeds is None else ("batch", "codebooks", "hidden_size")
         check_rank("input_ids" if inputs_embeds is None else "inputs_embeds", given, axes)
         batch_size, length = np.shape(given)[:2]
+        check_cache_kind(cache)
         past = (NoCache() if cache is None else cache).length
         if past + length > config.num_codebooks:
             raise ValueError(
@@ -448,6 +476,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
 
     base_model_prefix = ""
     module_class = FlaxMoshiForConditionalGenerationModule
+    input_tables = ("decoder/model/embed_tokens/embedding", "depth_decoder/text_embed_tokens/embedding")
+    output_table = "decoder/lm_head/kernel"
 
     def __init__(self, config: MoshiConfig, *args, **kwargs):
         if config.audio_encoder_config is None or config.depth_decoder_config is None:
@@ -475,12 +505,39 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             "audio_labels": codes,
         }
 
+    # Parts, as upstream has them: each a model of its own on the same parameters, made once
+
+    def _part_classes(self) -> dict[str, tuple[type[FlaxPreTrainedModel], Any]]:
+        config = self.config
+        return {
+            "audio_encoder": (FlaxMimiModel, config.audio_encoder_config),
+            "decoder": (FlaxMoshiForCausalLM, config),
+            "depth_decoder": (FlaxMoshiDepthDecoder, config.depth_decoder_config),
+        }
+
+    @property
+    def audio_encoder(self) -> FlaxMimiModel:
+        """Mimi."""
+        return self._part("audio_encoder")
+
+    @property
+    def decoder(self) -> FlaxMoshiForCausalLM:
+        """The backbone with the head for text."""
+        return self._part("decoder")
+
+    @property
+    def depth_decoder(self) -> FlaxMoshiDepthDecoder:
+        """The decoder over the codebooks of a frame."""
+        return self._part("depth_decoder")
+
     def get_depth_decoder(self) -> FlaxMoshiDepthDecoder:
-        """The depth decoder as a model of its own, sharing the parameters."""
-        model = FlaxMoshiDepthDecoder(self.config.depth_decoder_config, dtype=self.dtype, _do_init=False)
-        model._is_initialized = True
-        model.params = self.params["depth_decoder"]
-        return model
+        """:attr:`depth_decoder`."""
+        return self.depth_decoder
+
+    @property
+    def num_codebooks(self) -> int:
+        """Of Moshi, and of the user: those that are heard and said, of Mimi's."""
+        return self.config.num_codebooks
 
     def freeze_audio_encoder(self, mask: dict | None = None) -> dict:
         """A tree of booleans for optax (``optax.masked``, ``multi_transform``): False for the audio encoder's leaves.
@@ -623,6 +680,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 finite or of the wrong rank, more frames than the cache has room for.
         """
         config = self.config
+        refuse_params(attention_mask=attention_mask, cache=cache, text_labels=text_labels, audio_labels=audio_labels)
         streams = (input_ids, user_input_values, user_audio_codes, moshi_input_values, moshi_audio_codes)
         if inputs_embeds is None and all(stream is None for stream in streams):
             raise ValueError(

@@ -7,10 +7,10 @@ over the codebooks of one frame (the depth decoder). The public classes around t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
@@ -26,8 +26,9 @@ from ...nn.cache import Cache, LinearCache, NoCache, StaticCache
 from ...nn.initializers import normal
 from ...nn.linear import dense
 from ...nn.norm import RMSNorm
-from ..mimi.modeling_flax_mimi import FlaxMimiModule
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
+from ..mimi.modules_flax_mimi import FlaxMimiModule
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..mimi.topology import samples_per_frame
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
     IGNORE_INDEX,
@@ -105,6 +106,9 @@ class FlaxMoshiForCausalLMModule(nn.Module):
         self.model = FlaxMoshiModule(self.config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.lm_head = dense(self.config.vocab_size, normal(self.config.initializer_range), self.dtype)
 
+    def embed(self, input_ids: Int[Array, "batch frames"]) -> Float[Array, "batch frames hidden"]:
+        return self.model.embed(input_ids)
+
     def __call__(
         self,
         input_ids: Int[Array, "batch frames"] | None = None,
@@ -136,6 +140,25 @@ class FlaxMoshiForCausalLMModule(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------- the depth decoder
+
+
+@dataclasses.dataclass
+class FlaxMoshiDepthDecoderOutputWithPast(FlaxModelOutput):
+    """Output of the depth decoder; upstream ``CausalLMOutputWithPast``.
+
+    Attributes:
+        loss: mean cross-entropy, if labels were passed.
+        logits: ``(batch, codebooks, audio_vocab_size)``.
+        cache: the updated cache, if one was passed.
+        hidden_states: input of every layer and what the heads read, each ``(batch, codebooks, hidden_size)``.
+        attentions: weights of every layer, each ``(batch, heads, codebooks, keys)``.
+    """
+
+    loss: jax.Array | None = None
+    logits: jax.Array | None = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 class FlaxMoshiDepthDecoderModule(nn.Module):
@@ -197,7 +220,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         labels: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         output_attentions: bool = True,
-    ) -> FlaxCausalLMOutputWithPast:
+    ) -> FlaxMoshiDepthDecoderOutputWithPast:
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         past = NoCache() if cache is None else cache
         codebook_idx = tuple(range(past.length, past.length + length)) if position_ids is None else position_ids
@@ -216,10 +239,9 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         if labels is not None:
             ignored = (labels == IGNORE_INDEX) | (labels == self.config.audio_vocab_size)
             loss = cross_entropy(logits, labels, ignored)
-        return FlaxCausalLMOutputWithPast(
+        return FlaxMoshiDepthDecoderOutputWithPast(
             loss=loss,
             logits=logits,
-            last_hidden_state=hidden_states,
             cache=None if cache is None else past,
             hidden_states=(*inputs, hidden_states),
             attentions=attentions if output_attentions else None,
@@ -229,7 +251,7 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
 # ---------------------------------------------------------------------------------------------- the whole of Moshi
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
     """Output of :class:`FlaxMoshiForConditionalGeneration`.
 
@@ -258,7 +280,7 @@ class FlaxMoshiConditionalGenerationOutputWithPast(FlaxModelOutput):
     depth_attentions: tuple[jax.Array, ...] | None = None
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass
 class FlaxMoshiUnconditionalInput(FlaxModelOutput):
     """Inputs of one start frame, for generation from nothing; upstream ``MoshiUnconditionalInput``.
 
@@ -386,7 +408,7 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         input_ids: Int[Array, "batch 1"],
         last_hidden_state: Float[Array, "batch 1 input_size"],
         cache: StaticCache,
-    ) -> FlaxCausalLMOutputWithPast:
+    ) -> FlaxMoshiDepthDecoderOutputWithPast:
         """The depth decoder on the next codebook of a frame."""
         return self.depth_decoder(input_ids, last_hidden_state, cache=cache, output_attentions=False)
 

@@ -34,7 +34,7 @@ from transformers import MoshiConfig, PreTrainedTokenizerBase
 from ...checkpoints.formats import parse_json
 from ...checkpoints.writing import write_text
 from ...models.mimi import FlaxMimiModel
-from ...models.mimi.streaming_flax_mimi import samples_per_frame
+from ...models.mimi.topology import samples_per_frame
 from .alignment import MAIN_SPEAKER, AlignedText, Word, align_words, parse_words
 from .prepared import (
     INDEX,

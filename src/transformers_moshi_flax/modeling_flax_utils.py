@@ -48,7 +48,7 @@ from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.own_code import own_code
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
-from .generation.configuration import load_generation_config
+from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
 from .param_shapes import param_shapes, refuse_unsavable
@@ -123,6 +123,7 @@ class FlaxPreTrainedModel:
         self._seed = seed
         self._module = self._build_module()
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
+        self._fields_of_generation = fields_of_model_config(config)
         self._is_initialized = _do_init
         self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(seed)))
         self._required_params = set(flatten_dict(self._params_shape_tree))
@@ -130,6 +131,10 @@ class FlaxPreTrainedModel:
         self.hub_id: str | None = None
         if _do_init:
             self.params = self.init_weights(self.key, self.input_shape)
+
+    def generation_defaults(self) -> GenerationConfig | None:
+        """``generation_config``, with what has been set in ``config`` since the model was made; that warns."""
+        return with_model_config(self.generation_config, self.config, self._fields_of_generation)
 
     # What a model class defines
 

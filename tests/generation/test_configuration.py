@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from tests.configs import tiny_moshi_config
+from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax import generation as ours
 from transformers_moshi_flax.generation.configuration import (
     DEFAULT_NEW_TOKENS,
@@ -21,6 +23,7 @@ from transformers_moshi_flax.generation.configuration import (
     SUPPORTED_FIELDS,
     UNSUPPORTED_FIELDS,
     Plan,
+    load_generation_config,
     merge_generation_config,
     resolve_nested_sampling,
     resolve_plan,
@@ -406,3 +409,80 @@ def test_wrong_values_of_the_inner_decoder(options: dict[str, Any], message: str
 def test_neutral_values_of_the_inner_decoder() -> None:
     neutral = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "output_scores": False, "max_length": 9}
     assert nested(**neutral, min_length=9, num_return_sequences=1, eos_token_id=None, use_cache=True) is not None
+
+
+def model_of(loaded: dict[str, Any] | None = None, **before: Any) -> Any:
+    """A model without parameters, with what its generation_config.json says, if it has one."""
+    config = tiny_moshi_config(num_hidden_layers=1)
+    for name, value in before.items():
+        setattr(config, name, value)
+    model = FlaxMoshiForCausalLM(config, _do_init=False)
+    if loaded is not None:
+        model.generation_config = load_generation_config(loaded)
+    return model
+
+
+class TestFieldsInTheModelsConfiguration:
+    """Where scripts for older versions set them, after the model was made."""
+
+    def test_they_count_and_warn(self) -> None:
+        for loaded in (None, {"do_sample": False, "temperature": 0.5}):
+            model = model_of(loaded, **({"eos_token_id": 7} if loaded is None else {}))
+            assert model.generation_defaults() is model.generation_config
+            model.config.max_length = 6
+            model.config.eos_token_id = [5, 6]
+            model.config.forced_eos_token_id = 5
+            with pytest.warns(UserWarning) as told:
+                found = model.generation_defaults()
+            assert (found.max_length, found.eos_token_id, found.forced_eos_token_id) == (6, [5, 6], 5)
+            assert model.generation_config.max_length != 6
+            messages = {str(warning.message) for warning in told}
+            assert "`model.config.max_length = 6` counts for `generate`, which is deprecated: set " in " ".join(
+                messages
+            )
+            assert len(messages) == 3 and "`model.generation_config.max_length`" in " ".join(messages)
+
+    def test_unset(self) -> None:
+        model = model_of(eos_token_id=7, suppress_tokens=[3, 4])
+        model.config.suppress_tokens = np.array([3, 4])  # the same
+        assert model.generation_defaults() is model.generation_config
+        model.config.eos_token_id = None
+        with pytest.warns(UserWarning, match=r"`model\.config\.eos_token_id = None` counts"):
+            assert model.generation_defaults().eos_token_id is None
+
+    def test_without_a_generation_configuration(self) -> None:
+        model = model_of()
+        model.generation_config = None
+        assert model.generation_defaults() is None
+        model.config.max_length = 6
+        with pytest.warns(UserWarning, match=r"`model\.config\.max_length = 6` counts"):
+            assert model.generation_defaults().max_length == 6
+
+    def test_what_the_generation_configuration_says_stays(self) -> None:
+        model = model_of({"max_length": 9, "do_sample": True})
+        model.config.max_length = 6
+        with pytest.warns(UserWarning, match=r"`model\.config\.max_length = 6` has no effect .* is 9: set that"):
+            assert model.generation_defaults().max_length == 9
+        # set in both places, as some scripts do
+        model.config.max_length = model.generation_config.max_length = 12
+        assert model.generation_defaults().max_length == 12
+
+    def test_what_the_model_was_made_with(self) -> None:
+        """Is in its generation configuration already, unless the checkpoint has one, which counts."""
+        assert model_of(max_length=8).generation_defaults().max_length == 8
+        loaded = model_of({"max_length": 9}, max_length=8)
+        assert loaded.generation_defaults().max_length == 9
+
+    def test_arguments_of_the_call_come_first(self) -> None:
+        ids, models = np.ones((1, 2), np.int32), []
+        for model_class in (FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration):
+            models.append(model_class(tiny_moshi_config(num_hidden_layers=1), _do_init=False))
+            models[-1].config.num_beams = 0
+        causal, nested_model = models
+        calls = (lambda: nested_model.generate(ids), lambda: causal.generate(ids), lambda: nested_model.streaming(1))
+        with pytest.warns(UserWarning, match=r"model\.config\.num_beams") as told:
+            for call in calls:
+                with pytest.raises(ValueError, match="num_beams"):
+                    call()
+            config, _ = merge_generation_config(causal.generation_defaults(), GenerationConfig(num_beams=2), {})
+        assert len(told) == 4 and config.num_beams == 2

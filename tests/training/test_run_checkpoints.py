@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from transformers_moshi_flax.training import run_checkpoints
 from transformers_moshi_flax.training.run_checkpoints import (
     MANIFEST,
+    METRICS_FILE,
     PARAMS,
     REST,
     WRITTEN_LAST,
@@ -38,7 +40,9 @@ TARGETS = {PARAMS: shapes(PARAMETERS), REST: shapes(OTHERS)}
 
 def save(checkpoints: RunCheckpoints, step: int, metric: float | None = None) -> None:
     params = jax.tree.map(lambda leaf: leaf + step, PARAMETERS)
-    checkpoints.save(step, params, OTHERS, {"position": step}, None if metric is None else {"loss": metric})
+    checkpoints.save(step, params, OTHERS, {"position": step})
+    if metric is not None:
+        checkpoints.add_metrics(step, {"loss": metric})
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     save(save_to, 7, 0.5)
     save_to.close()
     data = max(((folder / "7" / "params").rglob("*")), key=lambda path: path.is_file() and path.stat().st_size)
-    victim = {"metrics": folder / "7" / "metrics" / "metrics", MANIFEST: folder / "7" / MANIFEST}.get(kind, data)
+    victim = {"metrics": folder / "7" / METRICS_FILE, MANIFEST: folder / "7" / MANIFEST}.get(kind, data)
     if kind == "missing":
         victim.unlink()
     elif kind == "more":
@@ -134,6 +138,33 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     save(checkpoints, 7)  # the step is made again
     assert checkpoints.restore_latest(TARGETS).step == 7
     checkpoints.close()
+
+
+def test_metrics_come_after_the_checkpoint(folder: Path) -> None:
+    """What is the best then stays; what is not, and not among the latest, goes."""
+    checkpoints = RunCheckpoints(folder, max_to_keep=2)
+    save(checkpoints, 7)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 6, 7], 3)
+    assert RunCheckpoints(folder, read_only=True).restore(7, TARGETS).progress == {"position": 7}
+    checkpoints.add_metrics(7, {"loss": 0.5})
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([6, 7], 7)
+    save(checkpoints, 8)
+    save(checkpoints, 9)
+    checkpoints.close()
+    # as somebody else sees it
+    for reader in (RunCheckpoints(folder, read_only=True), RunCheckpoints(folder, max_to_keep=2)):
+        assert (reader.steps(), reader.best_step()) == ([7, 8, 9], 7)
+        reader.close()
+
+
+def test_metrics_that_orbax_wrote_count(folder: Path) -> None:
+    """As in folders of before."""
+    for step, loss in ((5, 0.25), (6, 0.5)):
+        (folder / str(step) / METRICS_FILE).unlink(missing_ok=True)
+        (folder / str(step) / "metrics").mkdir()
+        (folder / str(step) / "metrics" / "metrics").write_text(json.dumps({"loss": loss}))
+    (folder / "5" / MANIFEST).write_text(json.dumps(run_checkpoints._checksums(folder / "5")))
+    assert RunCheckpoints(folder, read_only=True).best_step() == 5  # that of 6 is not in its manifest
 
 
 def test_nothing_is_begun_anew_where_all_are_damaged(folder: Path) -> None:

@@ -79,9 +79,9 @@ for line in sys.stdin:
 """
 
 
-def environment(folder: Path, devices: int) -> dict[str, str]:
+def environment(devices: int) -> dict[str, str]:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def values_of(folder: Path, run: Path, **overrides: Any) -> dict[str, dict[str, Any]]:
@@ -148,14 +148,16 @@ def one_device(inputs: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(inputs: Path, one_device: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_on_another_mesh(
+    inputs: Path, one_device: Path, tmp_path: Path, keeping: dict[str, str]
+) -> None:
     run = tmp_path / "run"
     first = write_config(tmp_path / "first.yaml", values_of(inputs, run, mesh__fsdp=8, run__steps=2))
     options = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, **SPOKEN}
     second = write_config(tmp_path / "second.yaml", values_of(inputs, run, **options))
     subprocess.run(
         [sys.executable, "-c", MESHES, str(first), str(second)],
-        env=environment(tmp_path, 8),
+        env=environment(8) | keeping,
         check=True,
         timeout=PATIENCE,
     )
@@ -164,7 +166,7 @@ def test_a_run_goes_on_on_another_mesh(inputs: Path, one_device: Path, tmp_path:
 
 
 @contextmanager
-def nursery(folder: Path) -> Iterator[Any]:
+def nursery(folder: Path, keeping: dict[str, str]) -> Iterator[Any]:
     """A function that runs a configuration in several processes, and returns their exit codes.
 
     The second argument tells for each process in which of its steps it is sent SIGTERM, 0 for none.
@@ -176,7 +178,7 @@ def nursery(folder: Path) -> Iterator[Any]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment(folder, 1) | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")},
+            env=environment(1) | keeping,
         )
 
         def run(config: Path, *signalled: int) -> list[int]:
@@ -191,7 +193,9 @@ def nursery(folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_processes_that_are_stopped_end_as_one(inputs: Path, one_device: Path, tmp_path: Path) -> None:
+def test_processes_that_are_stopped_end_as_one(
+    inputs: Path, one_device: Path, tmp_path: Path, keeping: dict[str, str]
+) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -204,13 +208,13 @@ def test_processes_that_are_stopped_end_as_one(inputs: Path, one_device: Path, t
     )
     options["distributed__num_processes"] = 1
     alone = write_config(tmp_path / "one.yaml", values_of(inputs, tmp_path / "run", **options))
-    with nursery(tmp_path) as run:
+    with nursery(tmp_path, keeping) as run:
         # one is told of the signal by the other; then both have it
         assert run(config, 0, 1) == [143, 143], (tmp_path / "stderr").read_text()
         assert [line["step"] for line in lines(tmp_path / "run")] == [1]
-        # what two have written one goes on with, and the other way round
+        # what two have written one goes on with, and the other way round; its second batch is of the evaluation
         assert run(alone, 2) == [143], (tmp_path / "stderr").read_text()
-        assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 2, 3]
+        assert [(line["step"], line["split"]) for line in lines(tmp_path / "run")] == [(1, "train"), (2, "train")]
         with RunFolder(tmp_path / "run").lock():
             # what the first one finds ends the other
             assert run(config, 0, 0) == [2, 2]

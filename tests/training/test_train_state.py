@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,11 +40,28 @@ def test_wrong_paths() -> None:
         split_params(params(), [".*"])
 
 
+def told_if_narrow(dtype: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns; that the parameters are narrow is told here, with the remedy, or not at all."""
+    if dtype == jnp.float32:
+        return make()
+    with pytest.warns(UserWarning, match=rf"are {jnp.dtype(dtype)}, .*`param_dtype=jnp\.float32`") as told:
+        made = make()
+    assert len(told) == 1
+    return made
+
+
+def test_frozen_parameters_may_be_narrow() -> None:
+    trainable, _ = split_params(params(np.float32), ["decoder/model/.*"])
+    _, frozen = split_params(params(jnp.bfloat16), ["decoder/model/.*"])
+    optimizer, _ = make_optimizer(OptimizerConfig(), 10, trainable)
+    create_train_state(trainable, frozen, optimizer, dtype=jnp.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_master_weights_and_moments_are_float32(dtype: Any) -> None:
     trainable, frozen = split_params(params(dtype), ["decoder/model/.*"])
-    optimizer, _ = make_optimizer(OptimizerConfig(), 10, trainable)
-    state = create_train_state(trainable, frozen, optimizer, dtype=dtype)
+    optimizer, _ = told_if_narrow(dtype, lambda: make_optimizer(OptimizerConfig(), 10, trainable))
+    state = told_if_narrow(dtype, lambda: create_train_state(trainable, frozen, optimizer, dtype=dtype))
     assert state.params["decoder"]["lm_head"]["kernel"].dtype == jnp.float32
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert [leaf.dtype for leaf in moments] == [jnp.float32] * 2, "two moments for the one trainable leaf"

@@ -21,17 +21,18 @@ import numpy as np
 import pytest
 import soundfile
 from flax.traverse_util import flatten_dict
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from tests.training.runs import LENGTHS, run_config, smaller_config, write_conversations, write_inputs
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.training import evaluation, signals
 from transformers_moshi_flax.training import trainer as trainer_module
 from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
 from transformers_moshi_flax.training.data import loading
 from transformers_moshi_flax.training.run_checkpoints import PARAMS, DamagedCheckpointError, RunCheckpoints
 from transformers_moshi_flax.training.run_folder import RunFolder, export_checkpoint
+from transformers_moshi_flax.training.run_logging import RunLog
 from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
 
 OPTIONS = {
@@ -41,19 +42,6 @@ OPTIONS = {
     "run__tensorboard": True,
     "run__wandb_project": "moshi",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run compiles the same step: once is enough."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update(folder, None)
-    jax.config.update(least, 1.0)  # the default
-    compilation_cache.reset_cache()
 
 
 def quiet() -> Console:
@@ -240,6 +228,7 @@ def terminated_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
     with monkeypatch.context() as patches:
         patches.setattr(trainer_module, "put_batch", put_and_signal)
+        patches.setattr(signals, "PATIENCE", 600.0)  # nobody else ends this process
         yield
 
 
@@ -271,21 +260,78 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     assert_has(whole["export"], ours)
 
 
+def kept_steps(run: Path) -> list[int]:
+    checkpoints = RunCheckpoints(run / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
+
+
 def test_an_evaluation_is_made_up_for_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if there is no checkpoint after it: in the middle of a run, and at its end."""
+    """Whatever ends the run before it, in its midst, or behind it; and it counts for the best checkpoint."""
     run = tmp_path / "run"
-    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 4}
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 4, "run__max_to_keep": 1}
     options |= {"data__evaluation": str(inputs / "held-out"), "run__evaluate_every": 2}
     with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 2"):
         train(inputs, **options)
+    # SIGKILL where the checkpoint of step 2 would be told of its metrics, and where they would be logged
+    for owner, name in ((RunCheckpoints, "add_metrics"), (RunLog, "evaluation")):
+        killed_at(inputs, owner, name, **options)
+        assert kept_steps(run) == [2] and not losses_of(run, "evaluation")
     killed_at(inputs, trainer_module._Loop, "_save", **options)
-    assert losses_of(run, "evaluation").keys() == {2, 4}
+    assert losses_of(run, "evaluation").keys() == {2} and kept_steps(run) == [2]
     with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 4"):
         train(inputs, **options)
     assert losses_of(run, "evaluation").keys() == {2}
     metrics = train(inputs, **options)
     assert train(inputs, **options) == {}
-    assert losses_of(run, "evaluation").keys() == {2, 4} and losses_of(run, "evaluation")[4] == metrics["loss"]
+    losses = losses_of(run, "evaluation")
+    assert losses.keys() == {2, 4} and losses[4] == metrics["loss"]
+    best = min(losses, key=losses.get)
+    assert kept_steps(run) == sorted({best, 4}) and export_checkpoint(run, tmp_path / "best", best=True) == best
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), [("batch", signal.SIGTERM), ("sample", signal.SIGINT), ("end", signal.SIGTERM)]
+)
+def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: signal.Signals
+) -> None:
+    """Of the losses or of a spoken dialogue; the checkpoint of before the evaluation is there."""
+    run, told = tmp_path / "run", []
+    monkeypatch.setattr(signals, "PATIENCE", 600.0)  # nobody else ends this process
+    options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 3, "run__evaluate_every": 2}
+    options |= {"data__evaluation": str(inputs / "held-out"), "run__samples": 2, "run__sample_frames": 5}
+    evaluate_step, put, add = trainer_module.make_eval_step, evaluation._Heeding.put, RunCheckpoints.add_metrics
+
+    def tell(*given: Any) -> None:
+        told.append(given)
+        if len(told) == 1:
+            os.kill(os.getpid(), number)
+
+    def make_eval_step(*args: Any, **kwargs: Any) -> Any:
+        step = evaluate_step(*args, **kwargs)
+        return lambda *given: (step(*given), tell(*given))[0]
+
+    kept = 3 if place == "end" else 2  # behind the evaluation of step 2 it is heard after the next step
+    message = f"{number.name}: the checkpoint of step {kept} is written"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=message):
+        if place == "batch":
+            patch.setattr(trainer_module, "make_eval_step", make_eval_step)
+        elif place == "sample":
+            patch.setattr(evaluation._Heeding, "put", lambda *given: (tell(*given), put(*given))[1])
+        else:
+            patch.setattr(RunCheckpoints, "add_metrics", lambda *given: (add(*given), tell(*given))[0])
+        train(inputs, **options)
+    # heard before the next batch or frame is begun, and before the evaluation of step 3
+    assert len(told) == 1 and kept_steps(run) == ([2, 3] if place == "end" else [2])
+    assert (len(losses_of(run, "evaluation")), (run / "samples").exists()) == (
+        (1, True) if place == "end" else (0, False)
+    )
+    if place == "sample":
+        train(inputs, **options)
+        assert losses_of(run, "evaluation").keys() == {2, 3}
+        assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-2", "step-3"]
 
 
 def test_steps_that_are_not_finite_end_the_run(inputs: Path, tmp_path: Path) -> None:
@@ -549,13 +595,13 @@ def test_a_second_signal_ends_the_process(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # JAX has threads; the child needs none
         child = os.fork()
     if child == 0:
-        with trainer_module._signals() as received:
+        with signals.Signals() as received:
             os.kill(os.getpid(), signal.SIGTERM)
-            (tmp_path / "first").write_text(str(received))
+            (tmp_path / "first").write_text(str(int(received.number)))
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
-    assert (tmp_path / "first").read_text() == "[15]"
+    assert (tmp_path / "first").read_text() == "15"
 
 
 @pytest.fixture(scope="module")

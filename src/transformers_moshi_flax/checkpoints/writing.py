@@ -258,6 +258,13 @@ def _follow_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def sync_all(folder: Path, deep: bool = True) -> None:
+    """Return when a directory, and with ``deep`` all that is in it, is on the disk."""
+    for path in folder.rglob("*") if deep else ():
+        _sync(path)
+    _sync(folder)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

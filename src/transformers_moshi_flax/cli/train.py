@@ -33,9 +33,10 @@ def train(
 ) -> None:
     """Train as CONFIG says. A run that was interrupted goes on when it is started again.
 
-    SIGTERM and SIGINT (Ctrl-C) write a checkpoint first; a second one ends the run at once. Exit codes: 0 all steps
-    are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all damaged, a full disk, a
-    process of data.workers that was killed); 2 a mistake in what was given; 130 after SIGINT, 143 after SIGTERM.
+    SIGTERM and SIGINT (Ctrl-C) write a checkpoint first, if there are steps to keep; a second one ends the run at
+    once. Exit codes: 0 all steps are made; 1 the run cannot go on (steps that are not finite, checkpoints that are all
+    damaged, a full disk, a process of data.workers that was killed); 2 a mistake in what was given; 130 after SIGINT,
+    143 after SIGTERM.
     """
     check_extra()
     from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration

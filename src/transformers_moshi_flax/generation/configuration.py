@@ -132,6 +132,11 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "max_matching_ngram_size": (),
     "speculation_type": (),
 }
+# fields that `generate` of older versions read from the model's configuration, if they were set there
+MODEL_CONFIG_FIELDS = (
+    *SAMPLING_FIELDS, *PROCESSOR_FIELDS, *LENGTH_FIELDS, *BEAM_FIELDS, "output_scores", "output_logits",
+    *TOKEN_FIELDS, *UNSUPPORTED_FIELDS,
+)  # fmt: skip
 # numbers that programs take as arguments, so that they may be traced; everything else decides what a program is
 OPERANDS = (
     "temperature",
@@ -293,6 +298,46 @@ def merge_generation_config(
     check_values(vars(config))
     warn_without_effect(kwargs, vars(config))
     return config, inputs
+
+
+def fields_of_model_config(config: Any) -> dict[str, Any]:
+    """The fields of generation that a model's configuration has, where scripts for older ``transformers`` set them."""
+    found = {name: getattr(config, name, None) for name in MODEL_CONFIG_FIELDS}
+    return {name: copy.deepcopy(value) for name, value in found.items() if value is not None}
+
+
+def with_model_config(
+    default: GenerationConfig | None, config: Any, before: dict[str, Any]
+) -> GenerationConfig | None:
+    """The model's generation configuration, with what has been set in the model's configuration since.
+
+    Setting it there is deprecated, and warns. It counts unless the generation configuration says something else than
+    the model's configuration did, which also warns.
+
+    Args:
+        default: the generation configuration, if there is one; it is not changed.
+        config: the model's configuration.
+        before: :func:`fields_of_model_config` when the model was made.
+    """
+    now = fields_of_model_config(config)
+    merged = default
+    for name in sorted(now.keys() | before.keys()):
+        value, old, given = now.get(name), before.get(name), getattr(default, name, None)
+        if _equal(value, old) or _equal(value, given):
+            continue
+        if _equal(given, old):
+            if merged is default:
+                merged = GenerationConfig() if default is None else copy.deepcopy(default)
+            setattr(merged, name, value)
+            told = f"counts for `generate`, which is deprecated: set `model.generation_config.{name}`"
+        else:
+            told = f"has no effect on `generate`, as `model.generation_config.{name}` is {given!r}: set that"
+        warnings.warn(f"`model.config.{name} = {value!r}` {told}.", stacklevel=callers_level())
+    return merged
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.all(one == other))  # arrays say so entry by entry
 
 
 def read_temp(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -160,7 +160,7 @@ class FlaxGenerationMixin:
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
         """
-        config, inputs = merge_generation_config(self.generation_config, generation_config, kwargs, TEXT_INPUTS)
+        config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
         attention_mask, inputs_embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         vocab_size = self.config.vocab_size
         batch_size, length = check_prompt(self.config, input_ids, inputs_embeds, inputs.get("logits_to_keep"))

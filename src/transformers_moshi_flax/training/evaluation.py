@@ -72,6 +72,7 @@ def speak(
     max_frames: int,
     tokenizer: Any | None = None,
     seed: int = 0,
+    heed: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Let Moshi speak with the users of conversations, who are heard live from the first frame on.
 
@@ -84,9 +85,14 @@ def speak(
         max_frames: the most that are spoken.
         tokenizer: of the model.
         seed: of the sampling.
+        heed: called again and again; may raise. One process alone calls it every few frames, several before each
+            conversation, as they must do so at the same places.
     """
     samples = []
+    # beams have no frame that is final before their end
+    watches = jax.process_count() == 1 and getattr(model.generation_config, "num_beams", None) in (None, 1)
     for conversation in conversations:
+        heed()
         frames = min(conversation.frames, max_frames)
         user = conversation.user_audio_tokens[None, : model.config.num_codebooks, :frames].astype(np.int32)
         start = model.get_unconditional_inputs(1)
@@ -99,6 +105,7 @@ def speak(
             max_new_tokens=frames + 1,
             prng_key=jax.random.key(seed),
             params=params,
+            streamer=_Heeding(heed) if watches else None,
         )
         text_ids = np.asarray(spoken.sequences)[0, 1 : frames + 1]
         record = {"id": conversation.id, "frames": frames}
@@ -112,6 +119,19 @@ def speak(
         voices = np.stack([np.pad(voice, (0, len(heard) - len(voice))), heard], axis=-1)
         samples.append(Sample(voices, record))
     return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heeding:
+    """A streamer of ``generate`` that does something else."""
+
+    heed: Callable[[], None]
+
+    def put(self, value: np.ndarray) -> None:
+        self.heed()
+
+    def end(self) -> None:
+        """Nothing is kept back."""
 
 
 def write_samples(samples: Iterable[Sample], folder: Path, sampling_rate: int) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from ..generation.configuration import callers_level
 from .scanned_layers import layer_paths
 
 SCHEDULES = ("constant", "linear", "cosine", "one_cycle")
@@ -135,14 +137,15 @@ def make_optimizer(
         params: the trainable parameters, or their shapes; layers may be stacked. Multipliers have the paths of files.
 
     Returns:
-        The transformation and :func:`make_schedule`. ``update`` takes the norm of the gradients as ``grad_norm`` where
-        it is known.
+        The transformation and :func:`make_schedule`. Parameters of less than float32 warn. ``update`` takes the norm
+        of the gradients as ``grad_norm`` where it is known.
 
     Raises:
         ValueError: see :func:`make_schedule`; a multiplier's expression is wrong, matches no path, or only paths that
             those before it match.
     """
     schedule = make_schedule(config, steps)
+    warn_of_narrow(params)
     paths = [path for stored, leaf in flatten_dict(params, sep="/").items() for path in layer_paths(stored, leaf)]
     rules = path_rules("learning_rate_multipliers", config.learning_rate_multipliers, paths)
     _refuse_shadowed("learning_rate_multipliers", rules, paths)
@@ -154,6 +157,19 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
     ]
     return optax.chain(*parts), schedule
+
+
+def warn_of_narrow(params: Mapping[str, Any]) -> None:
+    """Warns where parameters that are to be trained have less than float32, in which small updates are lost."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    narrow = sorted(str(dtype) for dtype in dtypes if jnp.finfo(dtype).bits < 32)
+    if narrow:
+        warnings.warn(
+            f"the parameters to train are {' and '.join(narrow)}, in which small updates are lost, and to which "
+            "weights of a float32 checkpoint have been rounded: load them with `param_dtype=jnp.float32`, as the "
+            "`dtype` of `from_pretrained` is that of the parameters, too, unless that is given",
+            stacklevel=callers_level(),
+        )
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 A checkpoint is a folder named by its step. Orbax writes it in the background, under a temporary name. When all is
 written, a manifest with the size and CRC-32 of every file is added, and then the folder gets its name: a checkpoint
 that has a name is whole, and one whose files do not fit its manifest has been damaged since.
+
+What the held-out data say of a checkpoint is known later: it is written before they are evaluated, and gets a file of
+metrics, with a checksum of its own, when they are.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,9 @@ WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 PARAMS, REST = "params", "rest"
 """The arrays of a checkpoint: the trained parameters, and what else it takes to go on."""
+
+METRICS_FILE = "metrics.json"
+"""What the held-out data say of a checkpoint, if they were evaluated."""
 
 _PROGRESS, _METRICS = "progress", "metrics"
 
@@ -79,31 +85,26 @@ class RunCheckpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         else:
-            self._move_away([step for step in self._steps_on_disk() if self._is_damaged(step, f"{_METRICS}/")])
-            kept = policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(max_to_keep),
-                    policies.BestN(
-                        get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            )
+            self._move_away([step for step in self._steps_on_disk() if self._is_damaged(step, _METRICS)])
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=kept,
+                preservation_policy=_LatestAndBest(max_to_keep, self._best_of),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
                 save_root_metadata=False,
-                best_fn=self._metric,
-                best_mode="min",
             )
         handlers = {name: ocp.StandardCheckpointHandler() for name in (PARAMS, REST)}
         handlers[_PROGRESS] = ocp.JsonCheckpointHandler()
         with _without_chatter():
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        # looked at again only where another process may write
+        self._metrics = {} if read_only else {step: read_metrics(folder / str(step)) for step in self._steps_on_disk()}
+        self._max_to_keep = max_to_keep
 
-    def _metric(self, metrics: Mapping[str, float]) -> float:
-        return metrics[self._best_metric]
+    def _best_of(self, steps: Iterable[int]) -> int | None:
+        """The step with the lowest metric; None if none has metrics."""
+        known = {step: found[self._best_metric] for step in steps if (found := self._metrics.get(step))}
+        return min(known, key=known.__getitem__, default=None)
 
     def save(
         self,
@@ -111,7 +112,6 @@ class RunCheckpoints:
         params: Any,
         rest: Any,
         progress: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Write a checkpoint in the background; waits for the one before, and for the arrays to be copied.
 
@@ -119,7 +119,6 @@ class RunCheckpoints:
             step: its number; there must be no checkpoint of it.
             params, rest: trees of arrays; ``rest`` may be None.
             progress: what JSON can hold.
-            metrics: of the held-out data, which tell the best checkpoint.
 
         Raises:
             OSError: the save before this one failed, as on a full disk.
@@ -131,7 +130,27 @@ class RunCheckpoints:
             items[REST] = ocp.args.StandardSave(rest)
         args = ocp.args.Composite(**items, **{_PROGRESS: ocp.args.JsonSave(dict(progress))})
         with _without_chatter(), self._failures():
-            self._manager.save(step, args=args, metrics=metrics and dict(metrics), force=True)
+            self._manager.save(step, args=args, force=True)
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write down what the held-out data say of a checkpoint, which tells the best one; waits for its save.
+
+        Checkpoints that are neither among the latest nor the best one now are removed.
+
+        Args:
+            step: of the checkpoint.
+            metrics: finite numbers.
+
+        Raises:
+            OSError: the disk is full, or a save has failed.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            write_text(self.folder / str(step) / METRICS_FILE, _with_checksum(metrics))
+        self._metrics[step] = dict(metrics)
+        steps = self.steps()
+        for old in set(steps) - {*steps[-self._max_to_keep :], self._best_of(steps)}:
+            self._manager.delete(old)
 
     def wait(self) -> None:
         """Return when no save is under way.
@@ -166,13 +185,10 @@ class RunCheckpoints:
 
     def best_step(self) -> int | None:
         """Which has the lowest metric; None if none has metrics."""
-        metrics = {}
-        for step in self.steps():
-            file = self.folder / str(step) / _METRICS / _METRICS
-            if file.exists() and not find_damage(file.parents[1], f"{_METRICS}/"):
-                with contextlib.suppress(FileNotFoundError):  # the run goes on, and has just removed it
-                    metrics[step] = self._metric(json.loads(file.read_bytes()))
-        return min(metrics, key=metrics.__getitem__, default=None)
+        steps = self.steps()
+        if self._read_only:
+            self._metrics = {step: read_metrics(self.folder / str(step)) for step in steps}
+        return self._best_of(steps)
 
     def restore_latest(self, targets: Mapping[str, Any]) -> Restored | None:
         """Read the latest checkpoint that is whole; damaged ones are reported and moved out of the way.
@@ -278,9 +294,22 @@ class RunCheckpoints:
             multihost_utils.sync_global_devices("damaged checkpoints moved away")
 
 
+@dataclass(frozen=True)
+class _LatestAndBest(policies.PreservationPolicy):
+    """Orbax asks it, when a save begins, what is kept once that is written."""
+
+    latest: int
+    best_of: Callable[[Iterable[int]], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.latest :], self.best_of(steps)}
+        return [step in kept for step in steps]
+
+
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """No warnings of Orbax's that a folder is opened for reading, or that a checkpoint has no metrics."""
+    """No warning of Orbax's that a folder is opened for reading."""
     orbax_log = logging.getLogger("absl")
     orbax_log.addFilter(_is_of_interest)
     try:
@@ -290,8 +319,27 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return "did not provide metrics" not in message and "read only" not in message
+    return "read only" not in record.getMessage()
+
+
+def _with_checksum(metrics: Mapping[str, float]) -> str:
+    text = json.dumps(dict(metrics))
+    return json.dumps({"metrics": dict(metrics), "crc32": f"{zlib.crc32(text.encode()):08x}"}) + "\n"
+
+
+def read_metrics(checkpoint: Path) -> dict[str, float] | None:
+    """What the held-out data say of a checkpoint; None if they were not evaluated, or that is damaged."""
+    try:
+        content = json.loads((checkpoint / METRICS_FILE).read_bytes())
+        metrics = content["metrics"]
+        return metrics if _with_checksum(metrics) == json.dumps(content) + "\n" else None
+    except FileNotFoundError:
+        earlier = checkpoint / _METRICS / _METRICS  # where Orbax wrote them, along with the rest
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(earlier.read_bytes()) if not find_damage(checkpoint, f"{_METRICS}/") else None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def find_damage(checkpoint: Path, prefix: str = "") -> list[str]:
@@ -310,7 +358,10 @@ def find_damage(checkpoint: Path, prefix: str = "") -> list[str]:
         found = _checksums(checkpoint, prefix)
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
-    problems = [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
+    problems = []
+    if METRICS_FILE.startswith(prefix) and (checkpoint / METRICS_FILE).exists() and read_metrics(checkpoint) is None:
+        problems.append(f"{METRICS_FILE} is not what was written")
+    problems += [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
     problems += [f"{name} is not of this checkpoint" for name in sorted(found.keys() - files.keys())]
     for name in sorted(files.keys() & found.keys()):
         if files[name] != found[name]:
@@ -321,7 +372,7 @@ def find_damage(checkpoint: Path, prefix: str = "") -> list[str]:
 def _checksums(folder: Path, prefix: str = "") -> dict[str, str]:
     """Size and CRC-32 of the files that a manifest has, by their paths in the folder."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    skipped = (MANIFEST, *WRITTEN_LAST)
+    skipped = (MANIFEST, METRICS_FILE, *WRITTEN_LAST)
     files = {name: path for name, path in paths.items() if name.startswith(prefix) and name not in skipped}
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(files, pool.map(_checksum, files.values())))

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,10 +26,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .. import __version__
-from ..checkpoints.companions import copy_companions, sentencepiece_model
+from ..checkpoints.companions import companions_afterwards, copy_companions, sentencepiece_model
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
-from ..checkpoints.replacing import replacing_weights
+from ..checkpoints.replacing import remove_folder, replacing_weights, whole_folder
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
@@ -121,8 +120,7 @@ class RunFolder:
         write_text(self.path / CONFIGURATION, to_yaml(config))
         (self.path / _EXPORTED).unlink(missing_ok=True)
         for folder in (self.export, self.frozen, self.model):
-            if folder.exists():
-                shutil.rmtree(folder)
+            remove_folder(folder)
 
     def begin(self, config: TrainingConfig, step: int) -> None:
         """Write down the configuration, and with what the run is started at ``step``."""
@@ -198,17 +196,25 @@ class RunFolder:
         )
 
     def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
-        """Write a checkpoint that ``from_pretrained`` loads.
+        """Write a checkpoint that ``from_pretrained`` loads; it is there whole, tokenizer and all, or not at all.
 
         Args:
             params: of the whole model, layers unstacked.
-            folder: where to; weights that are there, of any layout, are removed once the new ones are written.
+            folder: where to. In one that is there, weights of any layout are removed once the new ones are written,
+                and other files stay.
             to_pt: for the PyTorch classes of ``transformers``.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        copy_companions(Source.locate(self.model), folder)
-        with replacing_weights(folder):
-            self.load_model().save_pretrained(folder, params=params, to_pt=to_pt, _replaces_layouts=True)
+
+        def save(target: Path) -> None:
+            self.load_model().save_pretrained(target, params=params, to_pt=to_pt, _replaces_layouts=True)
+
+        if not folder.exists() or folder == self.export:
+            with whole_folder(folder) as fresh:
+                copy_companions(Source.locate(self.model), fresh)
+                save(fresh)
+            return
+        with companions_afterwards(Source.locate(self.model), folder), replacing_weights(folder):
+            save(folder)
 
 
 def export_checkpoint(

@@ -95,6 +95,12 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error[0] is None else 1)
 
+    def settle(self) -> None:
+        """Before the process ends without :meth:`__exit__`: show the cursor again, and write what is held back."""
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.flush()
+
     def advance(self, step: int) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=step)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from ..ops.precision import at_least_float32
-from .optimizer import path_rules
+from .optimizer import path_rules, warn_of_narrow
 
 NEVER_TRAINED = "audio_encoder/"
 """Mimi has no part in the objective, so that weight decay would be all that it learned."""
@@ -121,11 +121,12 @@ def create_train_state(
     model that they come from are gone after it.
 
     Args:
-        trainable, frozen: see :func:`split_params`.
+        trainable, frozen: see :func:`split_params`. Trainable ones of less than float32 warn, and become float32.
         optimizer: see ``make_optimizer``.
         seed: of dropout.
         dtype: of the computation; float16 gets a loss scale.
     """
+    warn_of_narrow(trainable)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, at_least_float32(leaf.dtype)), dict(trainable))
     return TrainState(
         step=jnp.zeros((), jnp.int32),

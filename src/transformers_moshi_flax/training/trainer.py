@@ -2,6 +2,8 @@
 
 The host runs ahead of the devices: it waits for them only where something is logged, evaluated or kept. So it learns
 of steps that were not finite, and, with several processes, of signals, at the next line of the log.
+
+A checkpoint is written before an evaluation, so that whatever ends the run there costs no step.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
 from .run_logging import METRICS, RunLog, check_packages, has_evaluation
 from .scanned_layers import stack_layers, unstack_layers
+from .signals import Signals
 from .train_state import TrainState, create_train_state, split_params
 from .train_step import make_eval_step, make_train_step
 
@@ -51,7 +53,7 @@ class NotFiniteError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """A signal has ended the run after a checkpoint.
+    """A signal has ended the run, after a checkpoint if there is a step to keep.
 
     Attributes:
         signal: its number.
@@ -59,7 +61,8 @@ class Interrupted(RuntimeError):
     """
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"{signal.Signals(number).name}: the checkpoint of step {step} is written; start it to go on")
+        kept = f"the checkpoint of step {step} is written; start it to go on" if step else "no step is made yet"
+        super().__init__(f"{signal.Signals(number).name}: {kept}")
         self.signal = number
         self.step = step
 
@@ -116,7 +119,8 @@ class Trainer:
         Raises:
             ConfigurationError: as the class; or another process trains in the same folder.
             DamagedCheckpointError: no checkpoint of the run is whole, or the weights that are not trained are not.
-            Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once.
+            Interrupted: SIGTERM or SIGINT; a checkpoint is written. A second one ends the process at once, and so does
+                the first SIGTERM in a compilation or another long call, where nothing is lost.
             NotFiniteError: see the class.
             WorkerError: one of the ``data.workers`` has ended.
             OSError: the disk is full, or the like; the checkpoints before are kept.
@@ -181,8 +185,8 @@ class Trainer:
                 lambda: _explained("data.evaluation", lambda: _Evaluation(self, model, step_of_evaluation))
             )
         log = self._log(step)
-        with log or contextlib.nullcontext(), _signals() as stop:
-            loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, stop)
+        with log or contextlib.nullcontext(), Signals() as signals:
+            loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, signals)
             state, metrics = loop.run(state, step, evaluated)
         if self.folder.exported_step() != run.steps:
             self._export(state)
@@ -356,22 +360,28 @@ class _Evaluation:
     def _loader(self) -> Loader:
         return self._trainer._loader(self._model, self._trainer._held_out, epochs=1)
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+    def __call__(self, state: TrainState, step: int, heed: Callable[[], None]) -> dict[str, float]:
+        """The metrics; ``heed`` is called before every batch and within dialogues, and may raise."""
         trainer = self._trainer
+
+        def batches(loader: Loader) -> Iterator[Any]:
+            for batch in iter(lambda: _explained("data.evaluation", partial(next, loader, None)), None):
+                heed()
+                yield trainer._put(batch)
+
         with contextlib.closing(self._loader()) as loader:
-            read = iter(lambda: _explained("data.evaluation", partial(next, loader, None)), None)
-            metrics = evaluate(self._step, state, map(trainer._put, read), trainer.config.objective)
+            metrics = evaluate(self._step, state, batches(loader), trainer.config.objective)
         if trainer.config.run.samples:
-            self._speak(state, trainer.folder.path / "samples" / f"step-{step}")
+            self._speak(state, trainer.folder.path / "samples" / f"step-{step}", heed)
         return metrics
 
-    def _speak(self, state: TrainState, folder: Path) -> None:
+    def _speak(self, state: TrainState, folder: Path, heed: Callable[[], None]) -> None:
         trainer, run = self._trainer, self._trainer.config.run
         held_out = trainer._held_out
         numbers = range(min(run.samples, len(held_out)))
         users = _in_all(lambda: _explained("data.evaluation", lambda: [held_out[number] for number in numbers]))
         params = trainer._all_params(state)
-        samples = speak(self._model, params, users, run.sample_frames, self._tokenizer(), run.seed)
+        samples = speak(self._model, params, users, run.sample_frames, self._tokenizer(), run.seed, heed)
         rate = self._model.config.audio_encoder_config.sampling_rate
         _in_all(lambda: write_samples(samples, folder, rate) if trainer._is_first else None)
 
@@ -395,11 +405,11 @@ class _Loop:
         loader: Loader,
         train_step: Any,
         evaluation: _Evaluation | None,
-        stop: list[int],
+        signals: Signals,
     ):
         self._trainer, self._run = trainer, trainer.config.run
         self._log, self._checkpoints, self._loader = log, checkpoints, loader
-        self._train_step, self._evaluation, self._stop = train_step, evaluation, stop
+        self._train_step, self._evaluation, self._signals = train_step, evaluation, signals
 
     def run(self, state: TrainState, step: int, evaluated: bool) -> tuple[TrainState, dict[str, float]]:
         """From after ``step`` steps to the end; returns the state and the last metrics.
@@ -407,15 +417,18 @@ class _Loop:
         ``evaluated``: whether the evaluation that is due after ``step`` steps, if any, has been made.
         """
         run, last = self._run, {}
-        if not evaluated and self._evaluation is not None:  # a signal came before it
+        begun = step
+        if not evaluated and self._evaluation is not None:  # a signal came before it, or in its midst
             last = self._evaluate(state, step)
         meter, in_a_row = _Meter(), []
         while step < run.steps:
             with self._kept_on_failure(state, step):
                 batch = meter.waiting_for(lambda: _explained("data.train", partial(next, self._loader)))
-            state, metrics = self._train_step(state, self._trainer._put(batch))
-            step += 1
-            meter.count(metrics, batch["input_ids"].shape)
+            # the first step is compiled, and there is none before it to be lost
+            with self._expendable(step) if step == begun else contextlib.nullcontext():
+                state, metrics = self._train_step(state, self._trainer._put(batch))
+                step += 1
+                meter.count(metrics, batch["input_ids"].shape)
             in_a_row.append(metrics["bad_steps_in_a_row"])
             if self._log is not None:
                 self._log.advance(step)
@@ -427,18 +440,36 @@ class _Loop:
             if step % min(run.log_every, run.max_bad_steps) == 0 or step == run.steps:
                 self._check_finite(state, step, max(map(int, jax.device_get(in_a_row))))
                 in_a_row.clear()
-            interrupted, due, held_out = self._signalled(step), self._evaluates_after(step), None
+            interrupted, due = self._signalled(step), self._evaluates_after(step)
             with meter.paused():
-                if due and not interrupted:
-                    with self._kept_on_failure(state, step):
-                        last = held_out = self._evaluate(state, step)
                 if due or interrupted or step == run.steps or step % run.checkpoint_every == 0:
-                    self._save(state, step, held_out)
+                    self._save(state, step)
+                if due and not interrupted:
+                    last = self._evaluate(state, step)
             if interrupted:
-                self._checkpoints.wait()
-                raise Interrupted(interrupted, step)
+                self._end(interrupted, step)
+        if number := self._signal_of_all():
+            self._end(number, step)
         self._checkpoints.wait()
         return state, last
+
+    def _end(self, number: int, step: int) -> NoReturn:
+        self._checkpoints.wait()
+        raise Interrupted(number, step)
+
+    def _expendable(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """A block in which nothing is lost but itself, as the checkpoint of the step is there or on its way.
+
+        One process of several does not end alone: the others would wait for it.
+        """
+
+        def finish(number: int) -> None:
+            self._checkpoints.wait()
+            if self._log is not None:
+                self._log.settle()
+            self._trainer._say(f"{Interrupted(number, step)}")
+
+        return contextlib.nullcontext() if jax.process_count() > 1 else self._signals.expendable(finish)
 
     def _evaluates_after(self, step: int) -> bool:
         if self._evaluation is None:
@@ -446,17 +477,23 @@ class _Loop:
         return step == self._run.steps or bool(self._run.evaluate_every and step % self._run.evaluate_every == 0)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        metrics = self._evaluation(state, step)
+        """The metrics of the held-out data, of which the log and the checkpoint of the step are told."""
+
+        def heed() -> None:
+            if number := self._signal_of_all():
+                self._end(number, step)
+
+        with self._expendable(step):
+            metrics = self._evaluation(state, step, heed)
+        if np.isfinite(metrics[self._run.best_metric]):
+            self._checkpoints.add_metrics(step, metrics)
         if self._log is not None:
             self._log.evaluation(step, metrics)
         return metrics
 
-    def _save(self, state: TrainState, step: int, held_out: dict[str, float] | None) -> None:
-        evaluated = held_out is not None or not self._evaluates_after(step)
-        if held_out is not None and not np.isfinite(held_out[self._run.best_metric]):
-            held_out = None
-        progress = {"data": self._loader.get_state(), "evaluated": evaluated}
-        self._checkpoints.save(step, state.params, _rest(state), progress, held_out)
+    def _save(self, state: TrainState, step: int) -> None:
+        progress = {"data": self._loader.get_state(), "evaluated": not self._evaluates_after(step)}
+        self._checkpoints.save(step, state.params, _rest(state), progress)
 
     @contextlib.contextmanager
     def _kept_on_failure(self, state: TrainState, step: int) -> Iterator[None]:
@@ -467,16 +504,16 @@ class _Loop:
             if jax.process_count() > 1 or step == 0:
                 raise
             if step not in self._checkpoints.steps():
-                self._save(state, step, None)
+                self._save(state, step)
                 self._checkpoints.wait()
-            if self._stop:  # which also ends processes of the loader
-                raise Interrupted(self._stop[0], step) from error
+            if self._signals.number:  # which also ends processes of the loader
+                raise Interrupted(self._signals.number, step) from error
             raise
 
     def _check_finite(self, state: TrainState, step: int, in_a_row: int) -> None:
         if in_a_row >= self._run.max_bad_steps:
             if step not in self._checkpoints.steps():
-                self._save(state, step, None)
+                self._save(state, step)
                 self._checkpoints.wait()
             raise NotFiniteError(
                 f"{in_a_row} steps in a row had a loss or a gradient that is not finite (run.max_bad_steps is "
@@ -486,12 +523,14 @@ class _Loop:
             )
 
     def _signalled(self, step: int) -> int:
-        """The signal that ends the run, 0 if none; the same in all processes."""
-        number = self._stop[0] if self._stop else 0
+        """The signal that ends the run after a step, 0 if none; several processes look at lines of the log alone."""
+        return self._signal_of_all() if jax.process_count() == 1 or step % self._run.log_every == 0 else 0
+
+    def _signal_of_all(self) -> int:
+        """The signal that ends the run, 0 if none; the same in all processes, which must ask at the same places."""
+        number = int(self._signals.number)
         if jax.process_count() == 1:
             return number
-        if step % self._run.log_every:
-            return 0
         return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
 
 
@@ -556,28 +595,6 @@ def _placed(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
 def _rest(state: TrainState) -> TrainState:
     """The state without what lies elsewhere."""
     return state.replace(params=None, frozen_params=None)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are put into the list; a second one has its usual effect at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, receive) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _in_all(make: Any) -> Any:

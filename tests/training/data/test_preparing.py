@@ -371,47 +371,61 @@ def test_written_shards_are_freed(run: Callable[..., Report], tmp_path: Path, mo
 
 
 KILLED = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer, MoshiConfig
 from transformers_moshi_flax import FlaxMimiModel
 from transformers_moshi_flax.training.data.preparing import prepare
 
 folder, embedded = Path(sys.argv[1]), sys.argv[2]
-mimi, config = FlaxMimiModel.from_pretrained(folder / "mimi"), MoshiConfig.from_pretrained(folder / "moshi")
-tokenizer = AutoTokenizer.from_pretrained(embedded)
 
 def advance(done):
     print("done", flush=True)
     time.sleep(0.03)  # so that the end does not come before the signal
 
-prepare(folder / "all.jsonl", folder / "out", mimi=mimi, config=config, tokenizer=tokenizer, batch_size=3,
-        recordings_per_shard=2, advance=advance)
+# imports are most of a start: a process a line
+for _ in sys.stdin:
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        continue
+    print(os.getpid(), flush=True)
+    mimi, config = FlaxMimiModel.from_pretrained(folder / "mimi"), MoshiConfig.from_pretrained(folder / "moshi")
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    prepare(folder / "all.jsonl", folder / "out", mimi=mimi, config=config, tokenizer=tokenizer, batch_size=3,
+            recordings_per_shard=2, advance=advance)
 """
 
 
 @pytest.mark.slow
-def test_killed_for_real(run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path) -> None:
+def test_killed_for_real(
+    run: Callable[..., Report], mimi: FlaxMimiModel, tmp_path: Path, keeping: dict[str, str]
+) -> None:
     """SIGKILL in the midst of the work, more of it done each time."""
     record(tmp_path, {f"{number}.wav": 3000 for number in range(60)})
     mimi.save_pretrained(tmp_path / "mimi")
     CONFIG.save_pretrained(tmp_path / "moshi")
     whole = run(tmp_path / "whole")
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    environment = os.environ | keeping
     shards = 0
-    for lines in (7, 14):
-        arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(EMBEDDED)]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(lines):
-            assert process.stdout.readline() == "done\n"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
-        found = len(list((tmp_path / "out").glob("shard-*")))
-        assert shards < found < 30
-        shards = found
-        with pytest.raises(ValueError, match="is not finished"):
-            open_dataset(tmp_path / "out")
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(EMBEDDED)]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as nursery:
+        for lines in (7, 14):
+            print("go", file=nursery.stdin, flush=True)
+            process = int(nursery.stdout.readline())
+            for _ in range(lines):
+                assert nursery.stdout.readline() == "done\n"
+            os.kill(process, signal.SIGKILL)
+            while (line := nursery.stdout.readline()) == "done\n":
+                pass
+            assert int(line) == -signal.SIGKILL
+            found = len(list((tmp_path / "out").glob("shard-*")))
+            assert shards < found < 30
+            shards = found
+            with pytest.raises(ValueError, match="is not finished"):
+                open_dataset(tmp_path / "out")
+        nursery.stdin.close()
     report = run()
     assert report.resumed == 2 * shards and report.conversations == whole.conversations == 60
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

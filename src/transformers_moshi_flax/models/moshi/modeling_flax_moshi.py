@@ -806,7 +806,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         if "depth_decoder_config" in depth_kwargs:
             kwargs["depth_decoder_config"] = depth_kwargs.pop("depth_decoder_config")
         extra = ("attention_mask", "stop_lengths", "logits_processor")
-        options, inputs = merge_generation_config(self.generation_config, generation_config, kwargs, extra)
+        options, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, extra)
         depth_sampling = resolve_depth_sampling(
             getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
         )
@@ -997,7 +997,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             # rows may end early, and waveforms are decoded in several lengths
             started = not prompt or options.get("concat_unconditional_inputs", True)
             given = {name: options[name] for name in ("max_new_tokens", "max_length") if name in options}
-            merged, _ = merge_generation_config(self.generation_config, options.get("generation_config"), given)
+            merged, _ = merge_generation_config(self.generation_defaults(), options.get("generation_config"), given)
             capacity = bucket(resolve_max_length(vars(merged), prompt_frames + int(started)))
             for frames in decoded_frames(capacity - 1):
                 codes = np.zeros((len(outputs.sequences), config.num_codebooks, frames), dtype=np.int32)

@@ -322,7 +322,7 @@ class FlaxMoshiStream:
         self.ignore_first_user_frame = ignore_first_user_frame
         self.return_audio_waveforms = return_audio_waveforms
         *self._samplings, self._numbers = resolve_stream_sampling(
-            model.generation_config, generation_config, kwargs, config
+            model.generation_defaults(), generation_config, kwargs, config
         )
         # looked up once: reading a configuration takes longer than all else in `step`
         self._hears = codec.encoder_config is not None

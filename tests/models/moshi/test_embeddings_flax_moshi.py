@@ -157,7 +157,7 @@ class TestAnotherVocabulary:
         out = moshi.generate(max_new_tokens=2, forced_text_ids=np.array([[63]]), return_audio_waveforms=False)
         assert out.sequences[0, 1] == 63
 
-    def test_is_refused(self, text: FlaxMoshiForCausalLM) -> None:
+    def test_is_refused(self, text: FlaxMoshiForCausalLM, unchecked_types: None) -> None:
         for value in (0, 2.5, True):
             with pytest.raises(ValueError, match="new_num_tokens"):
                 text.resize_token_embeddings(value)
@@ -185,7 +185,7 @@ class TestPromptsOfEmbeddings:
         beams = ours.generate(inputs_embeds=embeds, max_new_tokens=4, num_beams=2).sequences
         np.testing.assert_array_equal(beams, ours.generate(prompt, max_new_tokens=4, num_beams=2).sequences[:, 3:])
 
-    def test_wrong_ones(self, text: FlaxMoshiForCausalLM) -> None:
+    def test_wrong_ones(self, text: FlaxMoshiForCausalLM, unchecked_types: None) -> None:
         embeds = np.zeros((1, 2, 64), np.float32)
         for inputs, told in (
             ({}, "input_ids"),
@@ -201,7 +201,9 @@ class TestPromptsOfEmbeddings:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_transition_scores_are_upstreams(pair: tuple, options: dict[str, int], normalize: bool) -> None:
+def test_transition_scores_are_upstreams(
+    pair: tuple, options: dict[str, int], normalize: bool, unchecked_types: None
+) -> None:
     ours, theirs = pair
     prompt = np.array([[5, 6, 7], [8, 9, 10]])
     more = {"max_new_tokens": 5, "output_scores": True, "eos_token_id": 11, "pad_token_id": 0, **options}

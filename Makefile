@@ -7,11 +7,16 @@ TESTED := --constraint requirements/tested.txt --constraint requirements/peers.t
 PIP := $(BIN)/python $(PIP_INSTALL) $(TESTED)
 COMPILE := $(BIN)/uv pip compile --quiet --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_35
 UPGRADE ?=
-FAST := -m "not slow"
+# a part of every room: numbers against PyTorch, files, options, what is traced; no whole generation, dialogue or training
+FAST := -m "not slow" tests/ops tests/nn tests/checkpoints/test_rules.py tests/checkpoints/test_files.py \
+	tests/generation/test_logits_process.py tests/generation/test_configuration.py tests/models/moshi/test_modules.py \
+	tests/training/test_configuration.py tests/training/data/test_alignment.py tests/cli/test_pacing.py \
+	tests/cli/test_transcript.py tests/cli/test_mistakes.py tests/test_docs.py tests/test_input_checks.py \
+	tests/test_package.py tests/test_promotion.py tests/test_requirements.py
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-newest test-oldest style quality bench bench-streaming bench-training docs assets requirements wheel-check clean
+.PHONY: demo test test-fast test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements wheel-check clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -19,6 +24,9 @@ demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (rando
 
 test: $(VENV)/.test  ## every test, the equivalence with PyTorch included
 	$(BIN)/python -m pytest -n 2
+
+test-fast: $(VENV)/.test  ## a part of every room, for the inner loop
+	$(BIN)/python -m pytest -n 2 $(FAST)
 
 test-newest:  ## what is fast, with the newest versions that setup.py allows, in an environment of its own
 	$(PYTHON) -m venv --clear .venv-newest
@@ -56,6 +64,9 @@ docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 
 assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak-ng
 	$(BIN)/python utils/build_assets.py
+
+voices:  ## the Debian packages that examples/converse speaks with; needs root
+	apt-get install --yes libflite1 espeak-ng
 
 # newer versions come in by `make requirements UPGRADE=--upgrade`; without, only what the ranges no longer allow changes
 requirements: $(VENV)/.quality  ## write the lists of exact versions in requirements/ from the ranges in setup.py

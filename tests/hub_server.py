@@ -33,11 +33,24 @@ from typing import Any, NamedTuple
 from unittest import mock
 from urllib.parse import parse_qs, unquote
 
+import yaml
+
 USER = "tester"
 TOKEN = "hf_of_the_tester"
 # for `pytest.mark.filterwarnings`: the client's upload of large files provokes it in its own HTTP library
 UPLOAD_WARNING = "ignore:Use 'content=:DeprecationWarning"
 _CHUNK = 1 << 16
+_LICENSES = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "gpl-3.0",
+    "unknown",
+    "other",
+)
 _LARGEST_REGULAR_FILE = 10_000_000
 
 
@@ -129,6 +142,7 @@ class Hub:
         part_size: larger files are uploaded in parts of so many bytes.
         requests: what was asked so far.
         repos: the repositories, by id.
+        headers: what was said of each commit, as JSON.
         large_files: what was uploaded with Git LFS, by SHA-256.
         parts: uploaded parts of a large file that is not complete, by its SHA-256 and their number.
         lock: held while a repository changes.
@@ -140,6 +154,7 @@ class Hub:
         self.part_size = part_size
         self.requests: list[Request] = []
         self.repos: dict[str, _Repo] = {}
+        self.headers: list[str] = []
         self.large_files: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.Lock()
@@ -299,8 +314,31 @@ class _Handler(BaseHTTPRequestHandler):
         self._check_writable()
         return {"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}}
 
-    def validate_yaml(self) -> dict[str, Any]:
-        return {"errors": [], "warnings": []}
+    def validate_yaml(self) -> dict[str, Any] | None:
+        """What the Hub says of the fields that a card is judged by, of the ids of licences the usual ones."""
+        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", json.loads(self.body)["content"], re.DOTALL)
+        fields = (yaml.safe_load(front[1]) if front else None) or {}
+        errors = []
+        if "license" in fields and fields["license"] not in _LICENSES:
+            errors.append(f'"license" must be one of {list(_LICENSES)}')
+        for text in _texts(fields.get("language")):
+            if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", text):
+                errors.append(
+                    f'"language" with value "{text}" is not valid. It must be an ISO 639-1, 639-2 or 639-3 code'
+                )
+        for text in _texts(fields.get("base_model")):
+            if not re.fullmatch(r"(?!.*(\.\.|--))[\w-][\w.-]*(/[\w-][\w.-]*)?", text):
+                errors.append(
+                    f'"base_model" with value "{text}" is not valid. Use a model id from https://hf.co/models.'
+                )
+        errors += [
+            f'"tags" with value "{text}" is not valid' for text in _texts(fields.get("tags")) if not text.strip()
+        ]
+        answer = {"errors": [{"message": message} for message in errors], "warnings": []}
+        if not errors:
+            return answer
+        self._send(400, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        return None
 
     def repo_info(self, repo_id: str, revision: str = "main") -> dict[str, Any]:
         repo = self._repo(repo_id)
@@ -403,6 +441,8 @@ class _Handler(BaseHTTPRequestHandler):
             files = dict(repo.commits[head])
             for line in self.body.splitlines():
                 item = json.loads(line)
+                if item["key"] == "header":
+                    self.hub.headers.append(json.dumps(item["value"]))
                 self._apply(item["key"], item["value"], files, head)
             sha = repo.commit(files, branch)
         url = f"{self.hub.endpoint}/{repo_id}/commit/{sha}"
@@ -537,6 +577,11 @@ def _entry(path: str, file: _File) -> dict[str, Any]:
     if file.is_lfs:
         entry["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
     return entry
+
+
+def _texts(value: Any) -> list[str]:
+    """A field of a card that is one text or several."""
+    return [] if value is None else [str(text) for text in (value if isinstance(value, list) else [value])]
 
 
 def _tree_oid(path: str) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,7 +171,7 @@ def test_private_repositories(hub: Hub, model: FlaxToyWithHead):
 
 
 def test_what_is_not_there(hub: Hub, model: FlaxToyWithHead):
-    with pytest.raises(OSError, match="tester/nothing"):
+    with pytest.raises(OSError, match="'tester/nothing' is neither a directory here nor a repository of the Hub"):
         FlaxToyWithHead.from_pretrained("tester/nothing")
     model.push_to_hub("tester/toy", token=hub.token)
     with pytest.raises(OSError, match="no-such-branch"):
@@ -279,19 +283,160 @@ def test_paths_of_this_machine_stay_here(
         assert "loaded from local files" in card_of(hub)
 
 
-@pytest.mark.parametrize(
-    "card, message",
-    [
-        ({"licence": "mit"}, "licence='mit' is no field of the model card, .*; did you mean 'license'"),
-        ({"privat": True}, "did you mean 'private'"),
-        ({"tags": "speech"}, "tags='speech' must be a list"),
-        ({"language": 5}, "language=5 must be"),
-        ({"license": ["mit"]}, "license=.'mit'. must be a text"),
-    ],
-)
+BAD_FIELDS = [
+    ({"licence": "mit"}, "licence='mit' is no field of the model card, .*; did you mean 'license'"),
+    ({"privat": True}, "did you mean 'private'"),
+    ({"tags": "speech"}, "tags='speech' must be a list"),
+    ({"tags": ["speech", " "]}, "tags=' ' is no tag"),
+    ({"tags": ["a\nb"]}, r"tags='a\\nb' is no tag"),
+    ({"language": 5}, "language=5 must be"),
+    ({"language": "English"}, "language='English' is no code"),
+    ({"language": ["en", "en-US"]}, "language='en-US' is no code"),
+    ({"license": ["mit"]}, "license=.'mit'. must be a text"),
+    ({"license": "CC BY 4.0"}, "license='CC BY 4.0' is no id"),
+    ({"license": ""}, "license='' is no id"),
+    ({"base_model": "/data/run 1"}, "base_model='/data/run 1' is no id of a model"),
+    ({"base_model": "../m"}, "base_model='../m' is no id of a model"),
+    ({"base_model": "a/b/c"}, "base_model='a/b/c' is no id of a model"),
+    ({"private": "yes"}, "private='yes' must be True, False, or None"),
+    ({"revision": "a draft"}, "revision='a draft' is no name of a branch"),
+    ({"revision": "../main"}, r"revision='\.\./main' is no name of a branch"),
+    ({"revision": "draft.lock"}, "revision='draft.lock' is no name of a branch"),
+    ({"use_temp_dir": "here"}, "use_temp_dir='here' must be"),
+]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("options, message", BAD_FIELDS)
 def test_bad_fields_of_the_card_are_refused_before_any_request(
-    hub: Hub, model: FlaxToyWithHead, card: dict, message: str
+    hub: Hub, model: FlaxToyWithHead, tmp_path: Path, options: dict, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        model.push_to_hub("tester/toy", token=hub.token, **card)
+        model.push_to_hub("tester/toy", token=hub.token, **options)
+    if "use_temp_dir" not in options:
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token, **options)
+        assert not (tmp_path / "toy").exists()
     assert not hub.requests
+
+
+def test_what_only_the_hub_refuses_makes_nothing_either(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    """Such as a licence of the right form that it does not know, also in a card that somebody has written."""
+    with pytest.raises(ValueError, match=r'Hub refuses the model card for .*: "license" must be one of'):
+        model.push_to_hub("tester/toy", token=hub.token, license="mit-0.5")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "README.md").write_text("---\nlanguage: English\n---\nmine\n")
+    with pytest.raises(ValueError, match=r'Hub refuses the model card for .*: "language" with value'):
+        model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token)
+    assert not hub.repos
+    model.push_to_hub("tester/toy", token=hub.token)
+    before = dict(hub.repos["tester/toy"].heads)
+    with pytest.raises(ValueError, match="must be one of"):
+        model.push_to_hub("tester/toy", token=hub.token, license="mit-0.5", revision="draft")
+    assert hub.repos["tester/toy"].heads == before
+
+
+def test_a_branch_is_not_made_for_what_is_refused(hub: Hub, model: FlaxToyWithHead):
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/toy")
+    operations = [CommitOperationAdd("config.json", b'{"moshi_name": "lm.safetensors"}')]
+    api.create_commit("tester/toy", operations, commit_message="theirs")
+    with pytest.raises(ValueError, match="Kyutai's format"):
+        model.push_to_hub("tester/toy", token=hub.token, revision="draft")
+    assert set(hub.repos["tester/toy"].heads) == {"main"}
+
+
+def test_what_is_to_be_private_is_not_published(
+    hub: Hub, model: FlaxToyWithHead, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model.push_to_hub("tester/toy", token=hub.token, private=False)
+    before = dict(hub.repos["tester/toy"].heads)
+    for revision in (None, "draft"):
+        with pytest.raises(ValueError, match=r"private=True, but .*'tester/toy' is public.*update_repo_settings"):
+            model.push_to_hub("tester/toy", token=hub.token, private=True, revision=revision)
+    with pytest.raises(ValueError, match=r"private=True, but .*'tester/toy' is public"):
+        model.save_pretrained(tmp_path / "toy", push_to_hub=True, token=hub.token, private=True)
+    assert hub.repos["tester/toy"].heads == before and not hub.repos["tester/toy"].private
+    # a name without its owner is the same repository
+    with pytest.raises(ValueError, match=r"private=True, but .*'tester/toy' is public"):
+        model.push_to_hub("toy", token=hub.token, private=True)
+    for private in (True, True, None, False):
+        model.push_to_hub("tester/secret", token=hub.token, private=private)
+        assert hub.repos["tester/secret"].private
+    assert "private=False, but the repository 'tester/secret' is private, and stays so" in caplog.text
+
+
+def test_one_who_makes_it_public_meanwhile(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
+    create_repo = HfApi.create_repo
+
+    def overtaken(api: HfApi, name: str, **options: object) -> object:
+        create_repo(api, name, private=False)
+        return create_repo(api, name, **options)
+
+    monkeypatch.setattr(HfApi, "create_repo", overtaken)
+    with pytest.raises(ValueError, match="is public"):
+        model.push_to_hub("tester/toy", token=hub.token, private=True)
+    assert set(hub.files("tester/toy")) <= {".gitattributes"}
+
+
+def test_words_of_the_commit(hub: Hub, model: FlaxToyWithHead, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    words = {"commit_message": "the third epoch", "commit_description": "on our recordings"}
+    model.push_to_hub("tester/toy", token=hub.token, use_temp_dir=True, **words)
+    model.save_pretrained(tmp_path / "toy", push_to_hub=True, use_auth_token=hub.token, revision="dev", **words)
+    headers = [json.loads(header) for header in hub.headers]
+    assert [(header["summary"], header["description"]) for header in headers] == [tuple(words.values())] * 2
+    assert set(hub.repos["tester/toy"].heads) == {"main", "dev"}
+    assert not caplog.records
+    model.push_to_hub("tester/toy", token=hub.token, use_temp_dir=False)
+    assert "use_temp_dir=False" in caplog.text and "save_pretrained(directory, push_to_hub=True)" in caplog.text
+    with pytest.raises(ValueError, match=r"commit_message='x' has no effect without push_to_hub=True"):
+        model.save_pretrained(tmp_path / "toy", commit_message="x")
+
+
+def in_a_new_process(name: str, **variables: str) -> str:
+    """What loading says there."""
+    code = f"from transformers_moshi_flax import FlaxMimiModel\ntry: FlaxMimiModel.from_pretrained({name!r})\n"
+    code += "except OSError as error: print(error)"
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip()
+
+
+def test_why_a_file_is_not_there(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+    """Not in the cache, offline, no connection, missing: each is told as what it is."""
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/empty")
+    with pytest.raises(OSError, match=r"'tester/empty' has no config\.json; add that of the model"):
+        FlaxToyWithHead.from_pretrained("tester/empty")
+    with pytest.raises(
+        OSError, match=r"config\.json of 'tester/toy' is not in the cache, .* \(local_files_only=True\)"
+    ):
+        FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
+    home = {"HF_HOME": str(tmp_path / "other")}
+    said = in_a_new_process("tester/toy", HF_HUB_OFFLINE="1", **home)
+    assert said.startswith(
+        "config.json of 'tester/toy' is not in the cache, and the Hub is not asked for it, as HF_HUB_O"
+    )
+    said = in_a_new_process("tester/toy", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", **home)
+    assert "is not in the cache, and the Hub cannot be reached at http://127.0.0.1:9 (" in said
+    assert "check the connection" in said
+
+
+def test_weights_that_are_not_in_the_cache(hub: Hub, model: FlaxToyWithHead):
+    model.push_to_hub("tester/toy", token=hub.token, max_shard_size=2000)
+    huggingface_hub.hf_hub_download("tester/toy", "config.json")
+    with pytest.raises(OSError, match=r"flax_model\.safetensors of 'tester/toy' is not in the cache"):
+        FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
+    huggingface_hub.hf_hub_download("tester/toy", "flax_model.safetensors.index.json")
+    with pytest.raises(OSError, match=r"flax_model-00001-of-\d+\.safetensors of 'tester/toy' is not in the cache"):
+        FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
+
+
+def test_what_is_left_out_is_not_downloaded(hub: Hub):
+    api = HfApi(token=hub.token)
+    api.create_repo("tester/toy")
+    files = {"config.json": tiny_moshi_config().to_json_string().encode(), "pytorch_model.bin": b"\0" * 100}
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    api.create_commit("tester/toy", operations, commit_message="theirs")
+    with pytest.raises(OSError, match=r"pytorch_model\.bin \(a pickle: opened with from_pt=True only\)"):
+        FlaxToyWithHead.from_pretrained("tester/toy")
+    assert not [request for request in hub.requests if request.path.endswith("pytorch_model.bin")]

@@ -50,7 +50,8 @@ def check_card_fields(fields: Mapping[str, Any], others: Sequence[str] = ()) -> 
         others: names of further keywords of the caller, which a typo may have been meant for.
 
     Raises:
-        ValueError: an unknown field, or a value that is not text (``language`` and ``tags``: a list of texts).
+        ValueError: an unknown field, or a value that the Hub refuses: what is not text (``language`` and ``tags``: a
+            list of texts), a licence or language that is no id, a base model that is none of the Hub.
     """
     for name, value in fields.items():
         if name not in CARD_FIELDS:
@@ -65,6 +66,39 @@ def check_card_fields(fields: Mapping[str, Any], others: Sequence[str] = ()) -> 
             raise ValueError(f"language={value!r} must be a text or a list of texts, such as 'en'")
         if name in ("license", "base_model") and not (value is None or isinstance(value, str)):
             raise ValueError(f"{name}={value!r} must be a text")
+        if value is not None:
+            _check_form(name, value)
+
+
+_LICENSE = re.compile(r"[a-z0-9]+([.+-]+[a-z0-9]+)*\+*")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+_LONGEST_TAG = 100
+
+
+def _check_form(name: str, value: Any) -> None:
+    """ValueError for a text that the Hub has no such id for."""
+    if name == "license" and not _LICENSE.fullmatch(value):
+        raise ValueError(
+            f"license={value!r} is no id of a licence on the Hub; give one such as 'mit' or 'cc-by-4.0', or 'other'"
+        )
+    if name == "language":
+        wrong = [text for text in ([value] if isinstance(value, str) else value) if not _LANGUAGE.fullmatch(text)]
+        if wrong:
+            raise ValueError(
+                f"language={wrong[0]!r} is no code of ISO 639, of two or three small letters such as 'en'"
+            )
+    if name == "tags":
+        wrong = [tag for tag in value if not tag.strip() or len(tag) > _LONGEST_TAG or not tag.isprintable()]
+        if wrong:
+            raise ValueError(f"tags={wrong[0]!r:.120} is no tag: give words of at most {_LONGEST_TAG} characters")
+    if name == "base_model":
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            raise ValueError(f"base_model={value!r} is no id of a model on the Hub: {error}") from error
 
 
 def is_generated(card: str) -> bool:

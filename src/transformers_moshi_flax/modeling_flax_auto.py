@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoints.configs import read_config
 from .checkpoints.files import Source
+from .checkpoints.keywords import one_token
 
 PACKAGE = __name__.rpartition(".")[0]
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -134,6 +135,7 @@ class _FlaxAutoModelClass:
         """
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+        hub["token"] = one_token(kwargs.get("token"), kwargs.get("use_auth_token"))
         if isinstance(config, PreTrainedConfig):
             values, where = config.to_dict(), "the configuration"
         else:

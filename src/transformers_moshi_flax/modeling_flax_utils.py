@@ -16,7 +16,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,10 +42,12 @@ from .checkpoints.configs import (
     refuse_to_replace_kyutais,
 )
 from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
-from .checkpoints.fitting import fit
+from .checkpoints.fitting import Weights
 from .checkpoints.formats import parse_json
+from .checkpoints.keywords import one_name, one_token, understood
 from .checkpoints.loading import Transfers, main_dtype
 from .checkpoints.own_code import own_code
+from .checkpoints.uploading import Repository, check_upload
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
@@ -70,6 +72,8 @@ class FlaxPreTrainedModel:
         module_class: the linen module, with fields ``config``, ``dtype`` and ``gradient_checkpointing``.
         checkpoint_rules: the table of the PyTorch layout.
         checkpoint_prefixes: under which prefixes the model may lie in a checkpoint of a larger one.
+        checkpoint_series: regular expressions of tensors that count up in a file, and of which a configuration may ask
+            for the first ones alone.
         default_input_shape: shape of the dummy input for initialisation.
 
     Args:
@@ -91,6 +95,7 @@ class FlaxPreTrainedModel:
     module_class: ClassVar[type[nn.Module]]
     checkpoint_rules: ClassVar[tuple[tables.Rule, ...]] = ()
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    checkpoint_series: ClassVar[tuple[str, ...]] = ()
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     _generates: ClassVar[bool] = False
     _auto_class: ClassVar[str | None] = None
@@ -342,12 +347,13 @@ class FlaxPreTrainedModel:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike,
-        dtype: DTypeLike | None = None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        dtype: Any = None,
         *,
         from_pt: bool | None = None,
-        param_dtype: DTypeLike | None = None,
+        param_dtype: Any = None,
         config: PreTrainedConfig | str | os.PathLike | None = None,
+        use_safetensors: bool | None = None,
         revision: str = "main",
         subfolder: str | None = "",
         token: str | bool | None = None,
@@ -364,13 +370,15 @@ class FlaxPreTrainedModel:
         """Make a model from a checkpoint.
 
         Args:
-            name_or_path: a directory, a weight file (its directory has the configuration), or a Hub id.
-            dtype: of the computation and of the stored parameters. None follows the checkpoint: parameters stay as
-                stored, and the dtype that most of them have is that of the computation.
+            pretrained_model_name_or_path: a directory, a weight file (its directory has the configuration), or a Hub
+                id. ``name_or_path`` is its former name.
+            dtype: of the computation and of the stored parameters. None, or ``"auto"``, follows the checkpoint:
+                parameters stay as stored, and the dtype that most of them have is that of the computation.
             from_pt: True insists on the PyTorch layout, False on the Flax layout, None takes what is there (the Flax
                 layout first).
             param_dtype: of the stored parameters, if it is to differ from ``dtype``.
             config: instead of the checkpoint's: a configuration, or where to load one.
+            use_safetensors: True opens safetensors only, False the other formats only, None any.
             revision, subfolder, token, cache_dir, local_files_only, force_download: of the Hub, as in
                 ``transformers``; ``subfolder`` also of a directory.
             ignore_mismatched_sizes: load what fits: weights of another shape are drawn at random, and weights that the
@@ -383,7 +391,10 @@ class FlaxPreTrainedModel:
                 ``Sharding`` for all, or a tree of them. Each device's slice is read onto that device alone.
             verify: also read every tensor of the files beforehand, compare its checksum, if the file has one, and
                 look for numbers that are not finite.
-            **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change.
+            **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change
+                (of one of its parts by a dict, such as ``audio_encoder_config={"num_quantizers": 8}``). Keywords of
+                ``transformers`` that ask for nothing here (``trust_remote_code=False``, ``device_map=None``,
+                ``low_cpu_mem_usage``, ``torch_dtype``, ...) are taken as well; see :mod:`checkpoints.keywords`.
 
         Returns:
             The model; ``(model, params)`` with ``_do_init=False``; with ``output_loading_info`` these and the dict.
@@ -393,22 +404,23 @@ class FlaxPreTrainedModel:
             ValueError: damaged files, another model's checkpoint, weights that are missing, mismatched, too many or
                 not floating-point, all of them listed; a mesh that does not fit; unknown keywords.
         """
+        given = understood(dtype, param_dtype, token, kwargs)
+        dtype, param_dtype, kwargs = given.dtype, given.param_dtype, given.rest
+        name_or_path = one_name(pretrained_model_name_or_path, kwargs.pop("name_or_path", None))
         hub = {
             "revision": revision,
-            "token": token,
+            "token": given.token,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
             "force_download": force_download,
         }
-        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if value is not None:
-                check_float_dtype(name, value)
+        check_dtypes(dtype, param_dtype)
         if not isinstance(config, PreTrainedConfig | str | os.PathLike | None):
             raise ValueError(
                 f"config must be a configuration or where to load one, but is {config!r}; single fields are keyword "
                 "arguments of their own"
             )
-        source = Source.locate(name_or_path, subfolder or "", **hub)
+        source = Source.locate(name_or_path, subfolder or "", use_safetensors=use_safetensors, **hub)
         if config is None:
             config = load_config(cls.config_class, source, from_pt)
         elif not isinstance(config, PreTrainedConfig):
@@ -416,22 +428,56 @@ class FlaxPreTrainedModel:
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
         config = override_config(config, config_kwargs)
 
-        layout, tensors = source.weights(from_pt)
+        generation_config = None
+        if cls.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
+            generation_config = load_generation_config(values)
+        return cls._from_weights(
+            config,
+            Weights.of(source, from_pt),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            generation_config=generation_config,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=output_loading_info,
+            _do_init=_do_init,
+            sharding=sharding,
+            verify=verify,
+            **model_kwargs,
+        )
+
+    @classmethod
+    def _from_weights(
+        cls,
+        config: PreTrainedConfig,
+        weights: Weights,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike | None,
+        generation_config: GenerationConfig | None,
+        ignore_mismatched_sizes: bool,
+        output_loading_info: bool,
+        _do_init: bool,
+        sharding: Any | None,
+        verify: bool,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
         shardings = {} if sharding is None else resolve_shardings(sharding, model.params_shape_tree)
         if verify:
-            refuse_damage(tensors)
+            for file in weights.files:
+                refuse_damage(file)
         stored = param_dtype if param_dtype is not None else dtype
-        loaded = _load(model, layout, tensors, stored, shardings, source.name, ignore_mismatched_sizes)
-        model.name_or_path = source.name
-        model.hub_id = source.name if source.folder is None else None
+        loaded = _load(model, weights, stored, shardings, ignore_mismatched_sizes)
+        model.name_or_path = weights.name
+        model.hub_id = weights.name if weights.is_on_hub else None
         if dtype is None:
             model.dtype = main_dtype(loaded.params)
             model._module = model._build_module()
+        if generation_config is not None:
+            model.generation_config = generation_config
         params = unflatten_dict(loaded.params, sep="/")
-        if model.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
-            model.generation_config = load_generation_config(values)
 
         result: tuple[Any, ...] = (model, params)
         if _do_init:
@@ -458,14 +504,16 @@ class FlaxPreTrainedModel:
         return result if len(result) > 1 else result[0]
 
     @classmethod
-    def _split_kwargs(cls, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> tuple[dict, dict]:
+    def _split_kwargs(
+        cls, config: PreTrainedConfig, kwargs: Mapping[str, Any], method: str = "from_pretrained"
+    ) -> tuple[dict, dict]:
         of_model = {"seed", "input_shape"} | cls._module_fields()
         of_config = set(config.to_dict()) | set(getattr(config, "attribute_map", {}))
-        of_call = set(inspect.signature(cls.from_pretrained).parameters) - {"name_or_path", "kwargs"}
+        of_call = set(_keywords_of(getattr(cls, method), "kwargs"))
         for name in kwargs:
             if name not in of_model | of_config:
                 hint = did_you_mean(name, of_model | of_config | of_call)
-                raise ValueError(f"{cls.__name__}.from_pretrained has no keyword argument {name!r}{hint}")
+                raise ValueError(f"{cls.__name__}.{method} has no keyword argument {name!r}{hint}")
         model_kwargs = {name: value for name, value in kwargs.items() if name in of_model}
         return model_kwargs, {name: value for name, value in kwargs.items() if name not in of_model}
 
@@ -480,7 +528,14 @@ class FlaxPreTrainedModel:
         to_pt: bool = False,
         repo_id: str | None = None,
         *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        use_auth_token: str | bool | None = None,
         _replaces_layouts: bool = False,
+        **card: Any,
     ) -> None:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
 
@@ -498,19 +553,34 @@ class FlaxPreTrainedModel:
             to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
                 ``transformers`` load.
             repo_id: where to upload to, the name of the directory if None.
+            commit_message, commit_description, private, revision, create_pr, **card: of the upload, as in
+                :meth:`push_to_hub`.
+            use_auth_token: the former name of ``token``.
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
-                file in place of the directory, ``to_pt`` without ``safe_serialization``, ``repo_id`` without
-                ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or repository) with a checkpoint in
-                Kyutai's format, or with weights in the other layout of another configuration, as all share
-                ``config.json``.
+                file in place of the directory, ``to_pt`` without ``safe_serialization``, options of the upload
+                without ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or repository) with a
+                checkpoint in Kyutai's format, or with weights in the other layout of another configuration, as all
+                share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
-        if repo_id is not None and not push_to_hub:
-            raise ValueError(f"repo_id={repo_id!r} has no effect without push_to_hub=True")
+        upload = {
+            "private": private,
+            "commit_message": commit_message,
+            "commit_description": commit_description,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
+        token = one_token(token, use_auth_token)
+        if not push_to_hub:
+            idle = [f"{name}={value!r}" for name, value in {"repo_id": repo_id, **upload, **card}.items() if value]
+            if idle:
+                raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub=True")
+        check_card_fields(card, _keywords_of(self.save_pretrained, "card"))
+        check_upload(private=private, revision=revision)
         max_shard_bytes = shard_bytes(max_shard_size)
         params = self._savable_params(params)
         folder = Path(save_directory)
@@ -525,7 +595,7 @@ class FlaxPreTrainedModel:
                 f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
                 "lose theirs: save to another directory, or remove them"
             )
-        tensors = tables.pt_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
+        tensors = tables.table_tensors(params, self.checkpoint_rules) if to_pt else tables.flax_tensors(params)
         auto_map, companions = own_code([self, self.config])
         companions["config.json"] = self._config_json(params, auto_map)
         if self.generation_config is not None:
@@ -544,7 +614,7 @@ class FlaxPreTrainedModel:
                 f"{folder} holds {beside.name}, which from_pretrained prefers: remove it, or load with from_pt=True"
             )
         if push_to_hub:
-            self._upload(folder, written, repo_id or folder.resolve().name, params, token=token)
+            self._upload(folder, written, repo_id or folder.resolve().name, params, card=card, token=token, **upload)
 
     def push_to_hub(
         self,
@@ -552,13 +622,17 @@ class FlaxPreTrainedModel:
         params: Params | None = None,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        use_temp_dir: bool | None = None,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
         to_pt: bool = False,
+        tags: Sequence[str] | None = None,
+        use_auth_token: str | bool | None = None,
         **card: Any,
     ) -> Any:
         """Save to a temporary directory and upload it, with a model card, as one commit.
@@ -569,10 +643,13 @@ class FlaxPreTrainedModel:
         Args:
             repo_id: the repository, made if it is not there.
             params, max_shard_size, safe_serialization, to_pt: as in :meth:`save_pretrained`.
-            commit_message, private, token, revision, create_pr: as in ``huggingface_hub``; a branch is made if it is
-                not there.
-            **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`): ``license``,
-                ``language``, ``base_model``, ``tags``.
+            commit_message, commit_description, token, create_pr: as in ``huggingface_hub``.
+            private: True makes a repository that is not there a private one, and refuses one that is public.
+            revision: the branch, made if it is not there.
+            use_temp_dir: of ``transformers``; the files are saved to a temporary directory whatever it is.
+            use_auth_token: the former name of ``token``.
+            tags, **card: fields of the model card (:func:`~transformers_moshi_flax.model_card.model_card`):
+                ``license``, ``language``, ``base_model``, ``tags``.
 
                 A card of the repository that somebody has written or edited is kept.
 
@@ -580,9 +657,13 @@ class FlaxPreTrainedModel:
             The ``CommitInfo`` of ``huggingface_hub``.
 
         Raises:
-            ValueError: as :meth:`save_pretrained`, and for a field that the card does not have.
+            ValueError: as :meth:`save_pretrained`; fields that the card does not have or the Hub refuses, and
+                ``private`` for a public repository, before anything is made there.
         """
-        check_card_fields(card, [name for name in inspect.signature(self.push_to_hub).parameters if name != "card"])
+        card = card if tags is None else {**card, "tags": tags}
+        check_card_fields(card, _keywords_of(self.push_to_hub, "card"))
+        check_upload(private=private, revision=revision, use_temp_dir=use_temp_dir)
+        token = one_token(token, use_auth_token)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_pretrained(
@@ -598,6 +679,7 @@ class FlaxPreTrainedModel:
                 token=token,
                 private=private,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
             )
@@ -612,46 +694,43 @@ class FlaxPreTrainedModel:
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
     ) -> Any:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # only here: an HTTP client
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.repo_info(repo_id, revision=revision)
-        replaced = known_values(lambda: parse_json(_file_of_repo(api, there, "config.json") or "{}"))
+        """Upload what was written; the card is checked, and what is there looked at, before anything is made."""
+        there = Repository.look_up(repo_id, token=token, private=private, revision=revision)
+        replaced = known_values(lambda: parse_json(there.text("config.json") or "{}"))
         refuse_to_replace_kyutais(f"repo_id={repo_id!r}", replaced)
         names = [*written, "README.md"]
         readme = folder / "README.md"
         if not readme.exists() or is_generated(readme.read_text("utf-8", errors="replace")):
-            write_text(readme, model_card(self, params, folder, written, repo_id, **(card or {})))
-            published = _file_of_repo(api, there, "README.md")
+            write_text(readme, model_card(self, params, folder, written, there.name, **(card or {})))
+            published = there.text("README.md")
             if published is not None and not is_generated(published):
                 lacking = f", without {dict(card)}" if card else ""
                 logger.warning(
-                    f"{repo_id!r} has a README.md that somebody has written or edited: it is kept as it is{lacking}; "
-                    "correct what it says of the weights, or remove it to get a new one"
+                    f"{there.name!r} has a README.md that somebody has written or edited: it is kept as it "
+                    f"is{lacking}; correct what it says of the weights, or remove it to get a new one"
                 )
                 names.remove("README.md")
-        rivals = [file.rfilename for file in there.siblings if is_weights(file.rfilename)]
+        if "README.md" in names:
+            there.check_card(readme.read_text("utf-8", errors="replace"))
+        there = there.made(private=private, revision=revision)
+        rivals = [name for name in there.filenames() if is_weights(name)]
         if any(is_weights(name, "flax") for name in written):
             # beside it, but only with their own configuration
             pt_weights = [name for name in rivals if is_weights(name, "pt")]
             if pt_weights and describes(replaced, self.config):
                 rivals = [name for name in rivals if name not in pt_weights]
-        return api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(name) for name in rivals if name not in names),
-                *(CommitOperationAdd(name, folder / name) for name in names),
-            ],
-            commit_message=commit_message or f"Upload {type(self).__name__}",
+        return there.commit(
+            folder,
+            names,
+            [name for name in rivals if name not in names],
+            message=commit_message or f"Upload {type(self).__name__}",
+            description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            parent_commit=there.sha,
         )
 
     @classmethod
@@ -683,15 +762,6 @@ class FlaxPreTrainedModel:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _file_of_repo(api: Any, repo: Any, name: str) -> str | None:
-    """A text of a repository in the Hub's answer about it, None if it has none of this name."""
-    if not any(file.rfilename == name for file in repo.siblings):
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        path = api.hf_hub_download(repo.id, name, revision=repo.sha, cache_dir=scratch)
-        return Path(path).read_text("utf-8", errors="replace")
-
-
 def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:
     """Evaluate a function, operation by operation, skipping what its result does not depend on.
 
@@ -712,20 +782,17 @@ def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax
 
 def _load(
     model: FlaxPreTrainedModel,
-    layout: str,
-    tensors: Mapping[str, Any],
+    weights: Weights,
     dtype: DTypeLike | None,
     shardings: Mapping[str, jax.sharding.Sharding],
-    name: str,
     ignore_mismatched_sizes: bool,
 ) -> tables.ReadResult:
     """Read the leaves of a model, and raise if the checkpoint does not fit it."""
 
     with Transfers() as transfers:
-        loaded, surplus = fit(
-            model, layout, tensors, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path))
-        )
+        loaded, surplus = weights.fit(model, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path)))
         loaded.params = {path: transfer.result() for path, transfer in loaded.params.items()}
+    name = weights.name
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
     head = {path for path in paths if base and not path.startswith(f"{base}/")}
@@ -749,6 +816,18 @@ def _load(
     if surplus:
         logger.warning(f"weights of {name!r} that {class_name} has no place for are left out: {surplus}")
     return loaded
+
+
+def _keywords_of(method: Callable[..., Any], *others: str) -> list[str]:
+    """The keywords of a method but for those that are named."""
+    return [name for name in inspect.signature(method).parameters if name not in others]
+
+
+def check_dtypes(dtype: Any, param_dtype: Any) -> None:
+    """ValueError for types that no model is loaded in."""
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None:
+            check_float_dtype(name, value)
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:

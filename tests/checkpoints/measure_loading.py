@@ -9,6 +9,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def anonymous_bytes() -> int:
@@ -34,14 +35,15 @@ def main(folder: str, dtype: str | None = None) -> None:
     import jax
     import jax.numpy as jnp
 
-    from transformers_moshi_flax import FlaxMoshiForCausalLM
+    import transformers_moshi_flax
 
+    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    model_class = getattr(transformers_moshi_flax, f"Flax{architecture}")
     jnp.zeros(1).block_until_ready()
-    FlaxMoshiForCausalLM.from_pretrained  # noqa: B018 (imports the class)
     baseline, peak = anonymous_bytes(), Peak()
     peak.start()
     start, worked = time.perf_counter(), time.process_time()
-    model = FlaxMoshiForCausalLM.from_pretrained(folder, dtype=dtype and jnp.dtype(dtype))
+    model = model_class.from_pretrained(folder, dtype=dtype and jnp.dtype(dtype))
     jax.block_until_ready(model.params)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     peak.going = False

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.numpy import save_file
 
 from transformers_moshi_flax.checkpoints import formats, writing
@@ -187,6 +188,71 @@ def test_links_out_of_the_directory(tmp_path):
                 Source.locate(snapshot).weights()
 
 
+def _files(kind):
+    """A checkpoint of one file or of shards, by name."""
+    if kind == "single":
+        return {PT_WEIGHTS: None}
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    return {PT_INDEX: index, "one.safetensors": "a", "two.safetensors": "b"}
+
+
+def _fill(folder, kind):
+    folder.mkdir(parents=True)
+    for name, content in _files(kind).items():
+        if isinstance(content, dict):
+            (folder / name).write_text(json.dumps(content))
+        else:
+            _write(folder / name, tensors=TENSORS if content is None else {content: TENSORS[content]})
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_links_that_users_make(tmp_path, kind):
+    """A folder of links, to one place or several, and a cache that lies on several disks."""
+    _fill(tmp_path / "there", kind)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "disks" / "blobs").mkdir(parents=True)
+    snapshot = tmp_path / "hub" / "models--x--y" / "snapshots" / "0f"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--x--y" / "blobs").symlink_to(tmp_path / "disks" / "blobs")
+    for number, path in enumerate((tmp_path / "there").iterdir()):
+        disk = tmp_path / f"disk{number}"
+        disk.mkdir()
+        (disk / "file").write_bytes(path.read_bytes())
+        (tmp_path / "links" / path.name).symlink_to(disk / "file")
+        # a blob may be a link itself
+        (tmp_path / "disks" / "blobs" / f"hash{number}").symlink_to(disk / "file")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash{number}")
+    (tmp_path / "model").symlink_to(snapshot)
+    for folder in (tmp_path / "links", snapshot, tmp_path / "model"):
+        assert set(Source.locate(folder).weights()[1]) == set(TENSORS)
+
+
+@pytest.mark.parametrize("name", [PT_WEIGHTS, PT_INDEX])
+def test_links_out_of_the_cache(tmp_path, name):
+    """The file itself and the index as well as a shard."""
+    _fill(tmp_path / "there", "single" if name == PT_WEIGHTS else "sharded")
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "0f"
+    snapshot.mkdir(parents=True)
+    (snapshot / name).symlink_to(tmp_path / "there" / name)
+    with pytest.raises(ValueError, match="link out of the directory and of the cache"):
+        Source.locate(snapshot).weights()
+
+
+def test_use_safetensors(tmp_path, unchecked_types):
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin \(left out by use_safetensors=True\)"):
+        Source.locate(tmp_path, use_safetensors=True).weights(from_pt=True)
+    _write(tmp_path / PT_WEIGHTS)
+    assert set(Source.locate(tmp_path, use_safetensors=True).weights(from_pt=True)[1]) == set(TENSORS)
+    assert set(Source.locate(tmp_path, use_safetensors=False).weights(from_pt=True)[1]) == {"a"}
+    with pytest.raises(ValueError, match=r"model\.safetensors \(left out by use_safetensors=False\)"):
+        Source.locate(tmp_path, use_safetensors=False).weights()
+    with pytest.raises(ValueError, match=r"use_safetensors=False, but .* is of another format"):
+        Source.locate(tmp_path / PT_WEIGHTS, use_safetensors=False).weights()
+    with pytest.raises(ValueError, match="use_safetensors='yes' must be"):
+        Source.locate(tmp_path, use_safetensors="yes")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     writing.write_safetensors(path, TENSORS, "pt")
@@ -238,15 +304,17 @@ def test_memory_order_does_not_matter(tmp_path):
         np.testing.assert_array_equal(read[key], tensor)
 
 
-def test_hub_files_come_through_cached_file(tmp_path, monkeypatch):
+def test_hub_files_come_through_its_client(tmp_path, monkeypatch):
     _write(tmp_path / PT_WEIGHTS)
     asked = []
 
-    def cached_file(name, filename, **kwargs):
+    def download(name, filename, **kwargs):
         asked.append((name, filename, kwargs["revision"], kwargs["subfolder"]))
-        return str(tmp_path / filename) if filename == PT_WEIGHTS else None
+        if filename != PT_WEIGHTS:
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
 
-    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     layout, tensors = Source.locate("someone/a-model", "inner", revision="v1").weights()
     assert layout == "pt" and set(tensors) == {"a", "b"}
     assert asked == [("someone/a-model", name, "v1", "inner") for name in (*LAYOUTS["flax"], PT_WEIGHTS)]

@@ -12,9 +12,9 @@ from transformers_moshi_flax.checkpoints.rules import (
     choose_renaming,
     flax_slots,
     flax_tensors,
-    pt_slots,
-    pt_tensors,
     read_params,
+    table_slots,
+    table_tensors,
 )
 
 RULES = (
@@ -28,7 +28,7 @@ RULES = (
 
 
 def to_pt_state(params: dict, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
-    return {tensor.key: tensor.build() for tensor in pt_tensors(params, rules)}
+    return {tensor.key: tensor.build() for tensor in table_tensors(params, rules)}
 
 
 def to_flax_state(params: dict) -> dict[str, np.ndarray]:
@@ -141,16 +141,16 @@ def test_each_tensor_is_fetched_once():
 
 def test_first_matching_rule_wins_and_none_is_an_error():
     rules = (Rule("a/kernel", "special"), Rule("(.*)/kernel", r"\1.weight"))
-    assert [slot.key for slot in pt_slots(["a/kernel", "b/kernel"], rules)] == ["special", "b.weight"]
+    assert [slot.key for slot in table_slots(["a/kernel", "b/kernel"], rules)] == ["special", "b.weight"]
     with pytest.raises(ValueError, match="'c/bias'"):
-        pt_slots(["c/bias"], rules)
+        table_slots(["c/bias"], rules)
     with pytest.raises(ValueError, match=r"transform.*'rotate'"):
         Rule("a", "a", "rotate")
 
 
 def test_codebooks_must_be_numbered_without_gaps():
     with pytest.raises(ValueError, match=r"body\.linear\.weight.*\[0, 2\]"):
-        pt_slots(["body/linear/0/kernel", "body/linear/2/kernel"], RULES)
+        table_slots(["body/linear/0/kernel", "body/linear/2/kernel"], RULES)
     with pytest.raises(ValueError, match=r"body\.linear\.weight"):
         to_pt_state(
             {"body": {"linear": {"0": {"kernel": np.zeros((2, 3))}, "1": {"kernel": np.zeros((2, 4))}}}}, RULES

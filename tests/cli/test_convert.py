@@ -136,11 +136,26 @@ def test_push_to_hub(moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest
     assert b'MimiModel.from_pretrained("someone/new")' in files["README.md"]
 
 
+@pytest.mark.filterwarnings(UPLOAD_WARNING)
+def test_push_to_a_private_repository(moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with hub_server() as hub, hub.client(tmp_path / "home"), monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", hub.token)
+        api = HfApi(token=hub.token)
+        api.create_repo("someone/public")
+        result = moshi_flax("convert", mimi, tmp_path / "new", "--push-to-hub", "someone/public", "--private")
+        assert result.code == 2 and "'someone/public' is public" in result.err and result.err.count("\n") == 1
+        assert not hub.files("someone/public") and not (tmp_path / "new").exists()
+        result = moshi_flax("convert", mimi, tmp_path / "new", "--push-to-hub", "someone/secret", "--private")
+        assert result.code == 0 and hub.repos["someone/secret"].private
+    result = moshi_flax("convert", mimi, tmp_path / "newer", "--private")
+    assert result.code == 2 and "--private: no effect without --push-to-hub" in result.err
+
+
 def test_refused_upload_is_one_line(moshi_flax, layouts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(self, *args: object, **options: object) -> None:
         raise HfHubHTTPError.__bases__[0]("no such host")
 
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    monkeypatch.setattr(HfApi, "repo_info", refuse)
     result = moshi_flax("convert", layouts["pt"], tmp_path / "new", "--push-to-hub", "someone/new")
     assert result.code == 2 and "is written" in result.err and "no such host" in result.err
     assert (tmp_path / "new" / "flax_model.safetensors").exists()
@@ -150,7 +165,7 @@ def test_unreachable_hub_is_one_line(moshi_flax, tmp_path: Path, monkeypatch: py
     def refuse(*args: object, **options: object) -> None:
         raise HfHubHTTPError.__bases__[0]("no such host")
 
-    monkeypatch.setattr("transformers.utils.cached_file", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     for command in (("convert", "someone/model", tmp_path / "new"), ("inspect", "someone/model")):
         result = moshi_flax(*command)
         assert result.code == 2 and result.err.count("\n") == 1 and "no such host" in result.err

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import pytest
 import soundfile
 from transformers import AutoTokenizer
 
+from tests.configs import tiny_moshi_config
+from transformers_moshi_flax.cli import generate
 from transformers_moshi_flax.cli.audio import read_audio, write_audio
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype
 from transformers_moshi_flax.cli.generate import Speaker
@@ -115,6 +118,18 @@ def test_text_prompt_ends_the_prompt():
     assert ids.shape == (1, 20)
     assert tokenizer.decode(pieces).strip() == "Hello, I am"
     assert ids[0, : 20 - len(pieces)].tolist() == [3] * (20 - len(pieces))
+
+
+def test_text_prompt_alone_is_said_to_silence(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer, heard = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), []
+    speaker = Speaker("", SimpleNamespace(config=tiny_moshi_config()), tokenizer)
+    monkeypatch.setattr(Speaker, "load", lambda *_: speaker)
+    monkeypatch.setattr(generate, "_turn", lambda speaker, samples, *rest: heard.append(samples))
+    result = moshi_flax("generate", "--text-prompt", "Hello", "--output", tmp_path / "reply.wav")
+    (samples,) = heard
+    assert result.code == 0 and "the user is silent" in result.err
+    assert samples.size == 16 * len(tokenizer.encode("Hello", add_special_tokens=False)) and not samples.any()
+    assert speaker.prompt_ids(samples.size // 16, "Hello")[0, 0] != 3
 
 
 def test_refusal_of_the_model_is_one_line(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

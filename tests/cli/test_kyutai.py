@@ -103,5 +103,30 @@ def test_a_conversion_can_prepare_recordings(moshi_flax, flax_folder: Path, tmp_
 
 def test_kyutais_files_are_known_for_what_they_are(moshi_flax, flax_folder: Path, tmp_path: Path):
     assert moshi_flax("convert", flax_folder, tmp_path / "kyutai", "--to", "kyutai").code == 0
-    result = moshi_flax("convert", tmp_path / "kyutai", tmp_path / "out")
-    assert result.code == 2 and "moshi-flax convert --from kyutai" in result.err
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "said.wav"}) + "\n")
+    for config in (True, False):  # moshiko was first published without one
+        if not config:
+            (tmp_path / "kyutai" / "config.json").unlink()
+        for args in (
+            ("convert", tmp_path / "kyutai", tmp_path / "out"),
+            ("generate", "--model", tmp_path / "kyutai"),
+            ("converse", "--model", tmp_path / "kyutai"),
+            ("prepare", tmp_path / "list.jsonl", tmp_path / "out", "--model", tmp_path / "kyutai"),
+        ):
+            result = moshi_flax(*args)
+            assert result.code == 2 and "moshi-flax convert --from kyutai" in result.err, args
+
+
+def test_adapters_are_known_for_what_they_are(moshi_flax, tmp_path: Path):
+    (tmp_path / "lora.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 4096, "depformer_dim": 1024, "lora": True}))
+    for args in (
+        ("convert", tmp_path, tmp_path / "out"),
+        ("convert", tmp_path, tmp_path / "out", "--from", "kyutai"),
+        ("inspect", tmp_path),
+        ("generate", "--model", tmp_path),
+    ):
+        result = moshi_flax(*args)
+        assert result.code == 2 and "LoRA adapter of moshi-finetune, no whole model: merge it" in result.err, args
+    result = moshi_flax("verify", tmp_path)
+    assert result.code == 2 and "merge it" in result.err

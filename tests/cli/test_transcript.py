@@ -6,14 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import Unigram
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.errors import one_line
 from transformers_moshi_flax.cli.transcript import (
     END_OF_PAD,
+    LINE_LENGTH,
     PAD,
     Timed,
+    joined,
     subtitles,
     timed_words,
     to_record,
@@ -50,7 +54,7 @@ def test_words_together_are_the_decoded_text(tokenizer, seed: int):
     ids = np.random.default_rng(seed).integers(0, len(tokenizer), 200, np.int32)
     words = timed_words(ids, tokenizer, RATE)
     pieces = [int(token) for token in ids if token not in (PAD, END_OF_PAD)]
-    assert " ".join(word.text for word in words) == one_line(tokenizer.decode(pieces, skip_special_tokens=True))
+    assert joined(words) == one_line(tokenizer.decode(pieces, skip_special_tokens=True))
     assert all(word.start < word.end for word in words)
     assert all(one.end <= other.start for one, other in pairwise(words))
 
@@ -83,11 +87,72 @@ def test_lines_end_with_a_sentence_a_pause_or_when_full():
         "I think",
         "so",
         f"{'a' * 10} {'b' * 10} {'c' * 10}",
-        *[f"{'d' * 10} {'e' * 10}", "w" * 50],
+        *[f"{'d' * 10} {'e' * 10}", "w" * 42, "w" * 8],
     ]
-    assert [line.start for line in lines] == [0.0, 0.2, 2.3, 20, 23, 25.2]
+    assert [line.start for line in lines] == [0.0, 0.2, 2.3, 20, 23, 25.2, 25.284]
     # a second longer than the last word, but neither into the next line nor beyond the end
-    assert [line.end for line in lines] == [0.2, 2.3, 3.4, 23, 25.2, 25.9]
+    assert [line.end for line in lines] == [0.2, 2.3, 3.4, 23, 25.2, 25.284, 25.9]
+
+
+@pytest.fixture(scope="module")
+def japanese() -> PreTrainedTokenizerFast:
+    """No piece begins with a space; unknown characters are bytes."""
+    special = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0)]
+    pieces = [(character, -1.0) for character in "もしはい元気です。"] + [
+        (f"<0x{byte:02X}>", -9.0) for byte in range(256)
+    ]
+    model = Tokenizer(Unigram(special + pieces, 0, byte_fallback=True))
+    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>")
+
+
+def spoken(tokenizer: PreTrainedTokenizerFast, frames: int, **texts: str) -> np.ndarray:
+    """One id a frame, of the pieces of each text from the frame of its name on (``at_10``)."""
+    ids = np.full(frames, PAD, np.int32)
+    for name, text in texts.items():
+        start = int(name.removeprefix("at_"))
+        pieces = tokenizer.convert_tokens_to_ids(
+            [
+                piece
+                for character in text
+                for piece in (character if character in "もしはい元気です。" else bytes_of(character))
+            ]
+        )
+        ids[start : start + len(pieces)] = pieces[: frames - start]
+    return ids
+
+
+def bytes_of(character: str) -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in character.encode()]
+
+
+def test_words_without_spaces_end_by_time(japanese):
+    words = timed_words(spoken(japanese, 500, at_10="もし", at_400="はい", at_402="です"), japanese, RATE)
+    assert words == [Timed("もし", 0.8, 0.96, False), Timed("はいです", 32.0, 32.32, False)]
+    assert joined(words) == "もしはいです"
+    assert [line.text for line in subtitles(words, 40.0)] == ["もし", "はいです"]
+
+
+def test_words_without_spaces_end_with_sentences_and_lines(japanese):
+    words = timed_words(spoken(japanese, 40, at_3="元気。もし。"), japanese, RATE)
+    assert [word.text for word in words] == ["元気。", "もし。"]
+    assert [line.text for line in subtitles(words, 4.0)] == ["元気。", "もし。"]
+    long = timed_words(spoken(japanese, 400, at_10="もしはい元気です" * 40), japanese, RATE)
+    assert joined(long) == "もしはい元気です" * 40
+    lines = subtitles(long, 40.0)
+    assert {len(line.text) for line in lines[:-1]} == {LINE_LENGTH} and len(lines[-1].text) <= LINE_LENGTH
+    assert lines[1].start == (10 + LINE_LENGTH) / RATE
+
+
+def test_half_a_character_is_left_out(japanese):
+    (word,) = timed_words(spoken(japanese, 8, at_2="も😀"), japanese, RATE)
+    assert word.text == "も😀"
+    (word,) = timed_words(spoken(japanese, 6, at_2="も😀"), japanese, RATE)  # the dialogue ends in it
+    assert word.text == "も"
+    assert timed_words(spoken(japanese, 4, at_2="😀"), japanese, RATE) == []
+    # nor is one cut by the end of a line
+    words = timed_words(spoken(japanese, 90, at_2="も" * 41 + "😀" * 9), japanese, RATE)
+    assert joined(words) == "も" * 41 + "😀" * 9
 
 
 def test_srt():

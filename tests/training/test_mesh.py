@@ -44,7 +44,7 @@ def setting(mesh, batch, accumulation_steps=1, looped=False, **config):
     shardings = state_shardings(mesh, state)
     step = make_train_step(module, ObjectiveConfig(), optimizer, schedule, accumulation_steps=accumulation_steps,
                            state_shardings=shardings)
-    return step.lower(state, put_batch(batch, mesh, accumulation_steps)).compile(), state
+    return step.lower(state, put_batch(batch, mesh)).compile(), state
 
 def figures(state, metrics):
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
@@ -69,7 +69,7 @@ def run(*sizes, accumulation_steps=1, **config):
     mesh = make_mesh(*sizes)
     program, state = setting(mesh, batch, accumulation_steps, **config)
     arguments = {leaf.sharding for leaf in jax.tree.leaves(state.params)}
-    state, metrics = program(state, put_batch(batch, mesh, accumulation_steps))
+    state, metrics = program(state, put_batch(batch, mesh))
     expected = state_shardings(mesh, state)
     assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, expected))
     return figures(state, metrics)
@@ -80,6 +80,13 @@ for sizes in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
 looped = dict(looped=True, num_hidden_layers=2, depth_decoder_config=dict(num_hidden_layers=2))
 expected = run(1, 1, 1, **looped)
 assert_equal(run(2, 2, 2, accumulation_steps=2, **looped), expected)
+
+try:
+    put_batch({name: rows[:6] for name, rows in batch.items()}, make_mesh(2, 2, 2))
+except ValueError as error:
+    assert "`batch` has 6 rows, which are not divisible by `data` x `fsdp` = 2 x 2 = 4" in str(error), error
+else:
+    raise AssertionError("six rows were shared by four groups of devices")
 """
 )
 
@@ -121,7 +128,7 @@ if processes > 1:
 batch = draw_batch(small_config(vocab_size=64), (4, 3, 2, 4), 4)
 rows = {name: np.split(array, processes)[process] for name, array in batch.items()}
 program, state = setting(make_mesh(fsdp=2), rows, 2)
-state, metrics = program(state, put_batch(rows, make_mesh(fsdp=2), 2))
+state, metrics = program(state, put_batch(rows, make_mesh(fsdp=2)))
 whole = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(make_mesh(fsdp=2), jax.P()))
 found = {path: np.asarray(leaf) for path, leaf in whole(figures(state, metrics)).items()}
 if process == 0:
@@ -189,13 +196,10 @@ def test_what_a_mesh_cannot_be() -> None:
         make_mesh(fsdp=many)
 
 
-def test_rows_are_shared_equally() -> None:
+def test_a_batch_arrives_as_it_is() -> None:
     batch = draw_batch(small_config(), (2, 2, 2), 2)
-    put = put_batch(batch, make_mesh(), accumulation_steps=3)
+    put = put_batch(batch, make_mesh())
     assert all((np.asarray(put[name]) == array).all() for name, array in batch.items())
-    message = r"`batch` has 3 rows, which are not divisible by `accumulation_steps` x `data` x `fsdp` = 2 x 1 x 1 = 2"
-    with pytest.raises(ValueError, match=message):
-        put_batch(batch, make_mesh(), accumulation_steps=2)
 
 
 @pytest.mark.parametrize(

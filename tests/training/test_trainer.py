@@ -278,7 +278,7 @@ def test_an_evaluation_is_made_up_for_once(inputs: Path, tmp_path: Path, monkeyp
     for owner, name in ((RunCheckpoints, "add_metrics"), (RunLog, "evaluation")):
         killed_at(inputs, owner, name, **options)
         assert kept_steps(run) == [2] and not losses_of(run, "evaluation")
-    killed_at(inputs, trainer_module._Loop, "_save", **options)
+    killed_at(inputs, trainer_module.Loop, "_save", **options)
     assert losses_of(run, "evaluation").keys() == {2} and kept_steps(run) == [2]
     with terminated_in_step(2, monkeypatch), pytest.raises(Interrupted, match="step 4"):
         train(inputs, **options)
@@ -447,7 +447,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     killed_at(inputs, RunFolder, "keep_model", **options)
     (run / ".config.yaml.0.tmp").write_text("torn")
     killed_at(inputs, Trainer, "_keep_frozen", **options, run__seed=1)
-    killed_at(inputs, trainer_module._Loop, "run", **options, run__seed=2)
+    killed_at(inputs, trainer_module.Loop, "run", **options, run__seed=2)
     train(inputs, **options)
     final = exported(whole["run"] / "export")
     assert_has(exported(run / "export"), final)
@@ -459,7 +459,7 @@ def test_begun_anew_the_export_is_of_the_new_run(whole: dict[str, Any], inputs: 
     run = Path(shutil.copytree(whole["run"], tmp_path / "run"))
     shutil.rmtree(run / "checkpoints")
     options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__seed": 1}
-    killed_at(inputs, trainer_module._Loop, "run", **options)
+    killed_at(inputs, trainer_module.Loop, "run", **options)
     assert RunFolder(run).exported_step() is None and not (run / "export").exists()
     train(inputs, **options)
     assert_has(exported(run / "export"), kept(run, 6))

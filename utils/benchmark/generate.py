@@ -70,11 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES), help="only these")
     parser.add_argument("--contexts", nargs="+", type=int, choices=CONTEXTS, default=list(CONTEXTS), help="only these")
     parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), help="only these")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each side that count")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="after which a side of a setting has two runs only"
-    )
-    parser.add_argument("--first-calls", type=int, default=2, help="fresh processes of each kind; 0 for none")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side that count")
+    parser.add_argument("--seconds", type=float, default=6.0, help="after which a side of a setting has two runs only")
+    parser.add_argument("--first-calls", type=int, default=1, help="fresh processes of each kind; 0 for none")
     parser.add_argument("--threads", type=int, default=2, help="threads of all sides")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--output", type=Path, help="markdown file to write")

@@ -13,11 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..input_checks import is_whole
 from .files import CheckpointNotFoundError, Source
+from .recognising import foreign, is_foreign_config, is_kyutai_config
 
 METADATA = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "model_type")
-_KYUTAIS = (
-    "loaded with FlaxMoshiForConditionalGeneration.from_kyutai, or converted with moshi-flax convert --from kyutai"
-)
 
 
 def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:
@@ -45,25 +43,22 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
 
 
 def read_config(source: Source, from_pt: bool | None = None) -> dict[str, Any]:
-    """The values of ``config.json`` in a checkpoint; ``from_pt`` as the weights are read with.
+    """The values of a checkpoint's ``config.json``; ``from_pt`` as the weights are read with.
 
     Raises:
-        CheckpointNotFoundError: there is none.
-        ValueError: it is damaged, or Kyutai's.
+        CheckpointNotFoundError: there is none, or the Hub could not be asked for it.
+        ValueError: it is damaged, or of files that have a door of their own.
     """
     values = source.read_json("config.json", from_pt)
     if values is None:
-        raise CheckpointNotFoundError(
-            f"{source.name!r} has no config.json; add it or pass config= (Kyutai's own files are {_KYUTAIS})"
-        )
-    if is_kyutai_config(values):
-        raise ValueError(f"{source.name!r} is in Kyutai's own format, which is {_KYUTAIS}")
+        if unseen := source.absence("config.json"):
+            raise CheckpointNotFoundError(unseen)
+        known = foreign(source, None)
+        remedy = f"it {known}" if known else "add that of the model, or pass config="
+        raise CheckpointNotFoundError(f"{source.name!r} has no config.json; {remedy}")
+    if is_foreign_config(values):
+        raise ValueError(f"{source.name!r} {foreign(source, values)}")
     return values
-
-
-def is_kyutai_config(values: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of Kyutai's own format."""
-    return "depformer_dim" in values or "moshi_name" in values
 
 
 def refuse_to_replace_kyutais(name: str, values: Mapping[str, Any]) -> None:
@@ -157,8 +152,19 @@ _SIZES = dict.fromkeys(
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """A copy of ``config`` with some attributes changed; derived ones are computed anew."""
-    return build_config(type(config), {**config.to_dict(), **overrides}) if overrides else config
+    """A copy of ``config`` with some attributes changed; derived ones are computed anew.
+
+    A dict for one of its parts changes the fields that it has, as in ``transformers``.
+    """
+    if not overrides:
+        return config
+    values = config.to_dict()
+    for name, value in overrides.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(value, Mapping):
+            value = override_config(part, value).to_dict()
+        values[name] = value
+    return build_config(type(config), values)
 
 
 def _find_part(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:

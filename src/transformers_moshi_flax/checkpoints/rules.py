@@ -1,7 +1,10 @@
-"""How the tensors of a PyTorch-layout file become a Flax parameter tree, and back.
+"""How the tensors of a file become a Flax parameter tree, and back.
 
-One declarative table (a tuple of :class:`Rule`) is read in both directions, so reading and writing cannot drift apart.
-Nothing here computes: leaves are transposed, sliced or stacked, never cast, so both directions are exact to the bit.
+One declarative table (a tuple of :class:`Rule`) a model and format is read in both directions, so reading and writing
+cannot drift apart. A file tensor may hold several leaves: stacked along an axis of their own, one a codebook, as
+``transformers`` keeps them, or joined along the first axis in the order (codebook, part), as Kyutai keeps q, k and v
+of codebook 0, then of codebook 1, and so on. Nothing here computes: leaves are transposed, sliced, reordered, stacked
+or joined, never cast, so both directions are exact to the bit.
 """
 
 from __future__ import annotations
@@ -17,8 +20,48 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Axes to permute a file tensor by to get our leaf.
-_FROM_FILE = {"identity": None, "transpose": (1, 0), "conv": (2, 1, 0)}
+from .recognising import foreign_tensors
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How one leaf is laid out in the file.
+
+    Attributes:
+        read: rows of the file tensor -> leaf.
+        write: leaf -> rows of the file tensor, the inverse of ``read``.
+        file_shape: shape of the leaf -> shape of its rows in the file.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+    file_shape: Callable[[Shape], Shape]
+
+
+IDENTITY = Transform(lambda rows: rows, lambda leaf: leaf, lambda shape: shape)
+# (out, in) <-> (in, out), and (out, in, width) <-> (width, in, out) of convolutions
+REVERSED = Transform(np.transpose, np.transpose, lambda shape: shape[::-1])
+# (1, 1, dim) <-> (dim,), as Kyutai keeps the scale of an RMSNorm
+SCALE = Transform(lambda rows: rows.reshape(-1), lambda leaf: leaf.reshape(1, 1, -1), lambda shape: (1, 1, *shape))
+_NAMED = {"identity": IDENTITY, "transpose": REVERSED, "conv": REVERSED}
+
+
+def interleaved_heads(head_dim: int) -> Transform:
+    """A projection to queries or keys, (heads·head_dim, in) <-> (in, heads·head_dim), of even ``head_dim``.
+
+    The file's rotary embedding turns the rows 2i and 2i+1 of a head together, ours i and i + head_dim/2.
+    """
+    half = head_dim // 2
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(-1, half, 2, rows.shape[-1]).transpose(0, 2, 1, 3).reshape(rows.shape).T
+
+    def write(leaf: np.ndarray) -> np.ndarray:
+        return leaf.T.reshape(-1, 2, half, leaf.shape[0]).transpose(0, 2, 1, 3).reshape(leaf.shape[::-1])
+
+    return Transform(read, write, REVERSED.file_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +69,15 @@ class Rule:
     """One line of a checkpoint table.
 
     Attributes:
-        path: regular expression that must match the whole "/"-joined Flax path. A group named ``codebook`` says that
-            the leaf is that slice along a leading axis of the file tensor.
+        path: regular expression that must match the whole "/"-joined Flax path. A group named ``codebook`` says which
+            of several leaves of a file tensor it is.
         key: template (as in ``re.Match.expand``) of the key in the file; a "/" in the result becomes a dot.
-        transform: ``identity``, ``transpose`` or ``conv``; applied to the slice.
+        transform: of the leaf: a :class:`Transform`, or ``identity``, ``transpose`` or ``conv``.
         squeeze_single: write a single codebook without the leading axis (upstream stores some layers so when there is
             one codebook only). Reading takes both forms in any case.
+        joined: the leaves of a tensor are joined along its first axis; otherwise codebooks have an axis of their own.
+        part: orders the joined leaves of the same codebook.
+        other_key: template of a second key, for files that keep the leaves of each codebook apart; read, not written.
 
     Raises:
         ValueError: the transform is none of these.
@@ -39,23 +85,47 @@ class Rule:
 
     path: str
     key: str
-    transform: str = "identity"
+    transform: str | Transform = "identity"
     squeeze_single: bool = False
+    joined: bool = False
+    part: int = 0
+    other_key: str = ""
 
     def __post_init__(self):
-        if self.transform not in _FROM_FILE:
-            raise ValueError(f"transform must be one of {sorted(_FROM_FILE)}, got {self.transform!r}")
+        if not isinstance(self.transform, Transform) and self.transform not in _NAMED:
+            raise ValueError(f"transform must be one of {sorted(_NAMED)}, got {self.transform!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one leaf lies in a file: ``key``, and the index along the leading axis if the tensor is stacked."""
+    """Where one leaf lies in a file: its key or ``other_key``, and which of the tensor's leaves it is.
+
+    Attributes:
+        codebook: index along a leading axis of codebooks, None if there is no such axis.
+        order: of the leaf among those of its tensor.
+    """
 
     path: str
     key: str
-    transform: str = "identity"
+    transform: Transform = IDENTITY
     codebook: int | None = None
     squeeze_single: bool = False
+    order: tuple[int, int] = (0, 0)
+    other_key: str = ""
+
+    def file_shape(self, shape: Shape) -> Shape:
+        """The shape of the rows of a leaf."""
+        rows = self.transform.file_shape(tuple(shape))
+        return rows if self.codebook is None else (1, *rows)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The leaf in its rows of the tensor."""
+        return self.transform.read(rows if self.codebook is None else rows[0])
+
+    def write(self, leaf: np.ndarray) -> np.ndarray:
+        """The rows of a leaf."""
+        rows = self.transform.write(leaf)
+        return rows if self.codebook is None else rows[None]
 
 
 @dataclasses.dataclass
@@ -77,28 +147,35 @@ class ReadResult:
     not_floating: list[tuple[str, str]]
 
 
-def pt_slots(paths: Iterable[str], rules: tuple[Rule, ...]) -> list[Slot]:
-    """Slots of the leaves in a PyTorch-layout file; the first matching rule wins.
+def table_slots(paths: Iterable[str], rules: tuple[Rule, ...]) -> list[Slot]:
+    """Slots of the leaves in a file by its table; the first matching rule wins.
 
     Raises:
         ValueError: a path that no rule matches, or codebooks that are not numbered 0, 1, 2, ...
     """
+    compiled = [(rule, re.compile(rule.path)) for rule in rules]
     slots = []
     for path in paths:
-        for rule in rules:
-            match = re.fullmatch(rule.path, path)
+        for rule, pattern in compiled:
+            match = pattern.fullmatch(path)
             if match:
                 codebook = match.groupdict().get("codebook")
-                index = None if codebook is None else int(codebook)
-                key = match.expand(rule.key).replace("/", ".")
-                slots.append(Slot(path, key, rule.transform, index, rule.squeeze_single))
+                index = None if codebook is None or rule.joined else int(codebook)
+                key, other_key = (match.expand(template).replace("/", ".") for template in (rule.key, rule.other_key))
+                transform = rule.transform if isinstance(rule.transform, Transform) else _NAMED[rule.transform]
+                order = (int(codebook or 0), rule.part)
+                slots.append(Slot(path, key, transform, index, rule.squeeze_single, order, other_key))
                 break
         else:
             raise ValueError(f"no rule of the checkpoint table matches the parameter {path!r}: add one")
-    for key, group in _by_key(slots).items():
+    for key, group in _grouped(slots).items():
         indices = [slot.codebook for slot in group]
-        if indices not in ([None], list(range(len(group)))):
+        if indices[0] is not None and indices != list(range(len(group))):
             raise ValueError(f"the leaves of the file key {key!r} are numbered {indices}, expected 0, 1, 2, ...")
+        if len(group) > 1 and len({slot.order for slot in group}) < len(group):
+            raise ValueError(
+                f"two leaves have the same place in the file key {key!r}: {[slot.path for slot in group]}"
+            )
     return slots
 
 
@@ -128,9 +205,10 @@ def choose_renaming(
     scores = [sum(rename(key) in keys for key in wanted) for _, rename in ways]
     best = max(range(len(ways)), key=lambda index: (scores[index], -index))
     if not scores[best]:
+        remedy = foreign_tensors(keys) or "load the class that the checkpoint was saved from"
         raise ValueError(
             f"none of the file's {len(keys)} tensors belongs to this model: the file has {sorted(keys)[:3]}..., the "
-            f"model wants {list(wanted)[:3]}...; load the class that the checkpoint was saved from"
+            f"model wants {list(wanted)[:3]}...; {remedy}"
         )
     return ways[best]
 
@@ -147,45 +225,49 @@ def read_slots(
     Each tensor is fetched once and let go before the next, so a lazy mapping never holds more than one in memory.
 
     Args:
-        slots: from :func:`pt_slots` or :func:`flax_slots`.
+        slots: from :func:`table_slots` or :func:`flax_slots`.
         template: for every leaf, by path, what has its ``shape`` and ``dtype``.
         tensors: key -> array.
         rename: from :func:`choose_renaming`.
         convert: called on every path and leaf, a view of the tensor (for a cast, a transfer to the device).
     """
     result = ReadResult({}, [], [], [], [])
-    used = set()
-    for key, group in _by_key(slots).items():
-        name = rename(key)
+
+    def name_of(slot: Slot) -> str:
+        name = rename(slot.key)
+        return rename(slot.other_key) if slot.other_key and name not in tensors else name
+
+    groups = _grouped(slots, name_of)
+    for name, group in groups.items():
         if name not in tensors:
             result.missing += [slot.path for slot in group]
             continue
-        used.add(name)
         tensor = tensors[name]
-        wanted = template[group[0].path]
-        single = _file_shape(group[0], wanted.shape)
-        stacked = group[0].codebook is not None
-        expected = (len(group), *single) if stacked else single
-        if stacked and len(group) == 1 and tensor.shape == single:
+        rows = [slot.file_shape(template[slot.path].shape) for slot in group]
+        alone = len(group) == 1
+        if alone and group[0].codebook is not None and tensor.shape == rows[0][1:]:
             tensor = tensor[None]
+        expected = rows[0] if alone else (sum(shape[0] for shape in rows), *rows[0][1:])
         if tensor.shape != expected:
             result.mismatched.append((name, tuple(tensor.shape), expected))
             continue
-        if jnp.issubdtype(wanted.dtype, jnp.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
+        floating = jnp.issubdtype(tensor.dtype, jnp.floating)
+        if not floating and jnp.issubdtype(template[group[0].path].dtype, jnp.floating):
             result.not_floating.append((name, tensor.dtype.name))
             continue
-        for slot in group:
-            leaf = tensor[slot.codebook] if stacked else tensor
-            axes = _FROM_FILE[slot.transform]
-            result.params[slot.path] = convert(slot.path, leaf if axes is None else leaf.transpose(axes))
-    result.unexpected = [key for key in tensors if key not in used]
+        start = 0
+        for slot, shape in zip(group, rows):
+            part = tensor if alone else tensor[start : start + shape[0]]
+            result.params[slot.path] = convert(slot.path, slot.read(part))
+            start += shape[0] if shape else 0
+    result.unexpected = [key for key in tensors if key not in groups]
     return result
 
 
 def read_params(
     template: Mapping[str, Any], rules: tuple[Rule, ...], tensors: Mapping[str, Any]
 ) -> tuple[dict, list[str], list[str], list[tuple]]:
-    """Read a parameter tree from the tensors of a PyTorch-layout file, dtypes as in the file.
+    """Read a parameter tree from the tensors of a file by its table, dtypes as in the file.
 
     Args:
         template: nested dict whose leaves have a ``shape`` and a ``dtype``.
@@ -197,7 +279,7 @@ def read_params(
         :class:`ReadResult`.
     """
     leaves = flatten_dict(template, sep="/")
-    result = read_slots(pt_slots(leaves, rules), leaves, tensors)
+    result = read_slots(table_slots(leaves, rules), leaves, tensors)
     return unflatten_dict(result.params, sep="/"), result.missing, result.unexpected, result.mismatched
 
 
@@ -216,28 +298,41 @@ class FileTensor:
     build: Callable[[], np.ndarray]
 
 
-def pt_tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> list[FileTensor]:
-    """The tensors of a PyTorch-layout file, dtypes as in the tree: the inverse of :func:`read_params`.
+def table_tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> list[FileTensor]:
+    """The tensors of a file by its table, dtypes as in the tree: the inverse of :func:`read_params`.
 
     Raises:
         ValueError: a leaf that no rule matches, or the leaves of one file tensor differ in dtype or shape.
     """
     flat = flatten_dict(params, sep="/")
     tensors = []
-    for key, group in _by_key(pt_slots(flat, rules)).items():
+    for key, group in _grouped(table_slots(flat, rules)).items():
         leaves = [flat[slot.path] for slot in group]
-        forms = Counter((np.dtype(leaf.dtype).name, tuple(leaf.shape)) for leaf in leaves)
+        rows = [slot.file_shape(leaf.shape) for slot, leaf in zip(group, leaves)]
+        forms = Counter(
+            # joined leaves, such as k and v of fewer heads than q, may differ along the axis that they are joined on
+            (
+                np.dtype(leaf.dtype).name,
+                tuple(leaf.shape) if slot.codebook is not None or len(group) == 1 else shape[1:],
+            )
+            for slot, leaf, shape in zip(group, leaves, rows)
+        )
         if len(forms) > 1:
-            raise ValueError(f"the leaves of the file key {key!r} differ in dtype or shape: {sorted(forms)}")
+            raise ValueError(
+                f"the leaves of the file key {key!r} differ in dtype or shape, {sorted(forms)}: cast them alike"
+            )
         tensors.append(FileTensor(key, sum(leaf.nbytes for leaf in leaves), partial(_build, group, leaves)))
     return tensors
 
 
 def _build(group: list[Slot], leaves: list[Any]) -> np.ndarray:
-    arrays = [_to_file(slot, np.asarray(leaf)) for slot, leaf in zip(group, leaves)]
-    single = group[0].codebook is None or (group[0].squeeze_single and len(group) == 1)
-    # np.stack keeps the memory order of transposed leaves, which safetensors would write as it lies
-    return np.asarray(arrays[0] if single else np.stack(arrays), order="C")
+    rows = [slot.write(np.asarray(leaf)) for slot, leaf in zip(group, leaves)]
+    if len(rows) > 1:
+        tensor = np.concatenate(rows)
+    else:
+        tensor = rows[0][0] if group[0].codebook is not None and group[0].squeeze_single else rows[0]
+    # np.concatenate keeps the memory order of transposed leaves, which safetensors would write as it lies
+    return np.asarray(tensor, order="C")
 
 
 def flax_tensors(params: Mapping[str, Any]) -> list[FileTensor]:
@@ -249,21 +344,11 @@ def flax_tensors(params: Mapping[str, Any]) -> list[FileTensor]:
     ]
 
 
-def _by_key(slots: list[Slot]) -> dict[str, list[Slot]]:
-    """Slots that share a file tensor, in the order of their codebooks."""
+def _grouped(slots: list[Slot], name_of: Callable[[Slot], str] = lambda slot: slot.key) -> dict[str, list[Slot]]:
+    """Slots that share a file tensor, in the order in which it has them."""
     groups: dict[str, list[Slot]] = {}
     for slot in slots:
-        groups.setdefault(slot.key, []).append(slot)
+        groups.setdefault(name_of(slot), []).append(slot)
     for group in groups.values():
-        group.sort(key=lambda slot: -1 if slot.codebook is None else slot.codebook)
+        group.sort(key=lambda slot: slot.order)
     return groups
-
-
-def _file_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
-    axes = _FROM_FILE[slot.transform]
-    return tuple(shape) if axes is None else tuple(shape[axis] for axis in np.argsort(axes))
-
-
-def _to_file(slot: Slot, leaf: np.ndarray) -> np.ndarray:
-    axes = _FROM_FILE[slot.transform]
-    return leaf if axes is None else leaf.transpose(np.argsort(axes))

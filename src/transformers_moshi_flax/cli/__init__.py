@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
     "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",
     "train": "Train as CONFIG says. A run that was interrupted goes on when it is started again.",
+    "train-codec": "Train a codec (Mimi) as CONFIG says. A run that was interrupted goes on when it is started again.",
     "export-checkpoint": "Write a checkpoint of the run RUN to DST, with configuration and tokenizer.",
     "verify": "Check every tensor of A for damage (checksums, numbers that are not finite), and compare A with B.",
 }
@@ -45,7 +46,7 @@ class Subcommands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load(name), rest
+        return name, None if name is None else load(name), rest
 
 
 app = typer.Typer(

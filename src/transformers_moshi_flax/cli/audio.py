@@ -9,42 +9,32 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from transformers_moshi_flax.cli.errors import UserMistake
+from transformers_moshi_flax.cli.console import notes_of_warnings
+from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
 
 AUDIO_OUT = (".wav", ".flac")
 """What audio can be written as."""
 
 
-def read_audio(path: Path, sampling_rate: int) -> Float[np.ndarray, "samples"]:
-    """Read WAV, FLAC or whatever else libsndfile knows, as mono at ``sampling_rate``.
+LONGEST = 86_400.0
+"""Seconds of a recording that a command takes."""
 
-    Channels are averaged. Resampling is soxr's high quality.
+
+def read_audio(path: Path, sampling_rate: int, option: str = "--user-audio") -> Float[np.ndarray, "samples"]:
+    """Read WAV, FLAC or whatever else libsndfile knows, as mono at ``sampling_rate``; see :mod:`..audio_files`.
+
+    Warnings (of what cannot be read, or of channels that cannot be mixed) are printed as notes on standard error.
 
     Returns:
         ``(samples,)`` float32 in [-1, 1] (a float file may exceed that, and is then left as it is).
 
     Raises:
-        UserMistake: the file is missing, no audio, empty, or has samples that are not finite.
+        UserMistake: the file is missing, no audio, empty, longer than a day, or has samples that are none.
     """
-    import soundfile
-    import soxr
+    from transformers_moshi_flax.audio_files import read_mono
 
-    if not path.is_file():
-        raise UserMistake(f"--user-audio: {str(path)!r} is not a file; give the path of a WAV or FLAC file")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise UserMistake(
-            f"--user-audio: {str(path)!r} cannot be read as audio ({error}); give a WAV or FLAC file"
-        ) from error
-    mono = samples.mean(axis=1)
-    if rate != sampling_rate:
-        mono = soxr.resample(mono, rate, sampling_rate)
-    if mono.size == 0:
-        raise UserMistake(f"--user-audio: {str(path)!r} holds no samples; give a file with at least one")
-    if not np.isfinite(mono).all():
-        raise UserMistake(f"--user-audio: {str(path)!r} holds NaN or infinite samples; give finite audio")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    with as_mistake(option, ValueError), notes_of_warnings():
+        return read_mono(path, sampling_rate, LONGEST)
 
 
 def check_output(path: Path) -> None:
@@ -83,11 +73,16 @@ def check_place(option: str, path: Path) -> None:
 
 
 def write_audio(path: Path, samples: Float[np.ndarray, "samples *channels"], sampling_rate: int) -> None:
-    """Write 16-bit ``samples``, atomically; beyond [-1, 1] they are clipped, as the format demands."""
+    """Write 16-bit ``samples``, atomically; beyond [-1, 1] they are clipped, as the format demands.
+
+    A FLAC file cannot say that it has none, and libsndfile then writes nothing at all: it gets one of silence.
+    """
     import soundfile
 
     from transformers_moshi_flax.checkpoints.writing import atomic_file
 
+    kind = path.suffix[1:].upper()
+    if kind == "FLAC" and not len(samples):
+        samples = np.zeros((1, *samples.shape[1:]), np.float32)
     with atomic_file(path) as temporary:
-        kind = path.suffix[1:].upper()
         soundfile.write(temporary, np.clip(samples, -1.0, 1.0), sampling_rate, subtype="PCM_16", format=kind)

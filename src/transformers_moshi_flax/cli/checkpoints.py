@@ -56,19 +56,28 @@ def read_config(option: str, source: str) -> dict:
     Raises:
         UserMistake: there is no such checkpoint, or its ``config.json`` is missing or cannot be read.
     """
+    from transformers_moshi_flax.checkpoints import configs
+    from transformers_moshi_flax.checkpoints.files import Source
+
     check_source(option, source)
-    config = find_config(option, source)
-    if not config:
-        raise UserMistake(f"{option}: {source!r} has no config.json; give a checkpoint that has one")
-    return config
+    with as_mistake(f"{option}: cannot read the configuration of {source!r}", *hub_errors(), ValueError):
+        return configs.read_config(Source.locate(source))
 
 
 def find_config(option: str, source: str) -> dict | None:
-    """As :func:`read_config`, also beside a weight file; None if there is no ``config.json``."""
-    from transformers_moshi_flax.checkpoints.files import Source
+    """As :func:`read_config`, of any format, also beside a weight file; None if there is no ``config.json``.
+
+    Raises:
+        UserMistake: it cannot be read, or the Hub could not be asked for it.
+    """
+    from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError, Source
 
     with as_mistake(f"{option}: cannot read the configuration of {source!r}", *hub_errors(), ValueError):
-        return Source.locate(source).read_json("config.json")
+        place = Source.locate(source)
+        config = place.read_json("config.json")
+        if config is None and (unseen := place.absence("config.json")):
+            raise CheckpointNotFoundError(unseen)
+        return config
 
 
 def flax_class(option: str, source: str, config: dict) -> type:

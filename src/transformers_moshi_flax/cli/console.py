@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from transformers_moshi_flax.cli.errors import one_line
 
 PATIENCE = 2.0
 """Seconds that pass before a bar of :func:`slow` is shown."""
@@ -26,6 +31,19 @@ def progress_bar(notes: Console) -> Progress:
     """A bar that leaves nothing behind; on a stream that is no terminal it prints nothing."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+
+
+@contextmanager
+def notes_of_warnings() -> Iterator[None]:
+    """Print warnings of the block's as lines on standard error, without the place in the code that they come from."""
+
+    def print_note(message: Warning | str, *place: Any, **file: Any) -> None:
+        print(f"moshi-flax: warning: {one_line(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = print_note
+        yield
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from transformers_moshi_flax.cli.options import (
 )
 from transformers_moshi_flax.cli.pacing import Pace
 from transformers_moshi_flax.cli.timing import compilation_time
-from transformers_moshi_flax.cli.transcript import subtitles, timed_words, to_record, to_srt
+from transformers_moshi_flax.cli.transcript import joined, subtitles, timed_words, to_record, to_srt
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
 DAY = 86_400.0
@@ -90,7 +90,7 @@ def converse(
     pace = Pace(1 / frame_rate, realtime)
     moshi, text_ids = _dialogue(stream, samples, length, seed, pace, notes)
     words = timed_words(text_ids, speaker.tokenizer, frame_rate)
-    typer.echo(" ".join(word.text for word in words))
+    typer.echo(joined(words))
 
     interrupted = len(moshi) < length
     seconds = len(moshi) / rate

@@ -54,11 +54,14 @@ def convert(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Also upload DST to this repository (owner/name).")
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: make REPO private; refused if it is public.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
     """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai."""
     _check_destination(source, destination, overwrite)
-    _check_options(to, max_shard_size, push_to_hub)
+    _check_options(to, max_shard_size, push_to_hub, private)
     model_class = _class_to_load(source, from_)
     if to is Layout.kyutai and not hasattr(model_class, "save_kyutai"):
         raise UserMistake(f"--to kyutai: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
@@ -73,7 +76,7 @@ def convert(
         written = _write(model, source, destination, to, max_shard_size, tokenizer, from_kyutai)
     typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
     if push_to_hub is not None:
-        _upload(model, destination, written, push_to_hub)
+        _upload(model, destination, written, push_to_hub, private)
 
 
 def _class_to_load(source: str, layout: SourceLayout) -> type:
@@ -82,8 +85,13 @@ def _class_to_load(source: str, layout: SourceLayout) -> type:
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
         return FlaxMoshiForConditionalGeneration
+    from transformers_moshi_flax.checkpoints.files import Source
+    from transformers_moshi_flax.checkpoints.recognising import foreign, is_foreign_config
+
     check_source("SRC", source, files=True)
     config = find_config("SRC", source)
+    if known := foreign(Source.locate(source), config) if not config or is_foreign_config(config) else None:
+        raise UserMistake(f"SRC: {source!r} has no config.json of a model of ours: it {known}")
     if not config or config.keys().isdisjoint(("architectures", "model_type")):
         raise UserMistake(
             f"SRC: {source!r} has no config.json that names a model; give a checkpoint that has one, or --from kyutai "
@@ -102,7 +110,9 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
         raise UserMistake(f"DST: {str(destination)!r} is not empty; give another directory, or --overwrite")
 
 
-def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | None) -> None:
+def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | None, private: bool) -> None:
+    if private and push_to_hub is None:
+        raise UserMistake("--private: no effect without --push-to-hub; leave it out, or give a repository")
     if to is Layout.kyutai:
         for option, value in (("--max-shard-size", max_shard_size), ("--push-to-hub", push_to_hub)):
             if value is not None:
@@ -117,6 +127,12 @@ def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | No
 
         with as_mistake(f"--push-to-hub: {push_to_hub!r} is no name of a repository", ValueError):
             validate_repo_id(push_to_hub)
+        if private:
+            from transformers_moshi_flax.checkpoints.uploading import Repository
+
+            # before the hours that a conversion may take
+            with as_mistake(f"--push-to-hub: cannot upload to {push_to_hub!r}", *hub_errors(), ValueError):
+                Repository.look_up(push_to_hub, private=True)
 
 
 def _tokenizer(source: str, layout: SourceLayout) -> Path | None:
@@ -195,8 +211,8 @@ def _nothing_new(folder: Path) -> Iterator[None]:
         raise
 
 
-def _upload(model: Any, folder: Path, files: list[str], repo_id: str) -> None:
+def _upload(model: Any, folder: Path, files: list[str], repo_id: str, private: bool) -> None:
     problem = f"--push-to-hub: {str(folder)!r} is written, but cannot be uploaded to {repo_id!r}"
     with as_mistake(problem, *hub_errors(), ValueError), slow(f"uploading to {repo_id}"):
-        commit = model._upload(folder, files, repo_id, model.params)
+        commit = model._upload(folder, files, repo_id, model.params, private=private or None)
     typer.echo(commit.commit_url, err=True)

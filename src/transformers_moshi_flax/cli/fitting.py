@@ -25,19 +25,19 @@ def fit_kyutai(name: str) -> ReadResult:
     """The parameters of a checkpoint in Kyutai's layout, as those of ``FlaxMoshiForConditionalGeneration``.
 
     Raises:
-        ValueError: its configuration cannot be expressed, or its tensors do not fit; all of them listed.
+        ValueError: its configuration cannot be expressed, or its files are damaged.
     """
     from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
     from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import (
         find_kyutai_files,
         kyutai_config,
-        read_kyutai_params,
+        kyutai_weights,
     )
 
     files = find_kyutai_files(name)
     model = FlaxMoshiForConditionalGeneration(kyutai_config(files), _do_init=False)
-    params = read_kyutai_params(files, model.config, model.params_shape_tree)
-    return ReadResult(flatten_dict(params, sep="/"), [], [], [], [])
+    result, surplus = kyutai_weights(files, model.config).fit(model, lambda path, leaf: leaf)
+    return dataclasses.replace(result, unexpected=surplus)
 
 
 def fits(result: ReadResult) -> bool:

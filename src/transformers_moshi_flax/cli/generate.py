@@ -29,11 +29,10 @@ from transformers_moshi_flax.cli.options import (
     Temperature,
     TopK,
     TopP,
-    UserAudio,
     sampling_options,
 )
 from transformers_moshi_flax.cli.timing import compilation_time
-from transformers_moshi_flax.cli.transcript import END_OF_PAD, PAD
+from transformers_moshi_flax.cli.transcript import END_OF_PAD, HALF, PAD
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
 RANDOM = "random weights: what it says is noise"
@@ -43,9 +42,16 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 
 def generate(
     model: Model = None,
-    user_audio: UserAudio = None,
+    user_audio: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the user says: WAV or FLAC, any rate. Default: the embedded clip; with --text-prompt, silence."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
-    text_prompt: Annotated[str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end.")] = None,
+    text_prompt: Annotated[
+        str | None, typer.Option(help="Words put in Moshi's mouth at the prompt's end; alone, to silence.")
+    ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Ask turn by turn for a text prompt or an audio file.")
     ] = False,
@@ -63,12 +69,13 @@ def generate(
     """Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text."""
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
     check_output(output)
+    silent = user_audio is None and text_prompt is not None
     user_audio = user_audio or EMBEDDED_CLIP
     if user_audio.resolve() == output.resolve():
         raise UserMistake(f"--output: {str(output)!r} is the file of --user-audio; give another name")
     source = model or str(EMBEDDED_MODEL)
     rate = check_moshi(source)
-    samples = read_audio(user_audio, rate)
+    samples = None if silent else read_audio(user_audio, rate)
 
     notes = Console(stderr=True, highlight=False)
     use_compilation_cache()
@@ -76,6 +83,9 @@ def generate(
         stage = bar.add_task(f"loading {name_of(source)}", total=None)
         speaker = Speaker.load(source, dtype)
         bar.remove_task(stage)
+    if samples is None:
+        samples = speaker.silence(text_prompt or "")
+        notes.print("without --user-audio the user is silent while Moshi says the text prompt", soft_wrap=True)
     if not interactive:
         _turn(speaker, samples, text_prompt, max_new_frames, sampling, seed, output, notes)
         return
@@ -183,9 +193,14 @@ class Speaker:
     @property
     def frame_size(self) -> int:
         """Samples a frame."""
-        from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+        from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
         return samples_per_frame(self.model.config.audio_encoder_config)
+
+    def silence(self, text: str) -> Float[np.ndarray, "samples"]:
+        """The user's, for as long as ``text`` takes, a piece a frame."""
+        pieces = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.zeros(max(1, len(pieces)) * self.frame_size, np.float32)
 
     def prompt_ids(self, frames: int, text: str | None) -> Int[np.ndarray, "1 frames"]:
         """Moshi's text stream during the prompt: padding, and ``text`` in the last frames, one piece a frame.
@@ -247,7 +262,7 @@ class Speaker:
         text_ids = np.asarray(output.sequences)[0, 1 + prompt_frames :]
         words = [int(token) for token in text_ids if token not in (END_OF_PAD, PAD)]
         return Reply(
-            text=self.tokenizer.decode(words, skip_special_tokens=True).strip(),
+            text=self.tokenizer.decode(words, skip_special_tokens=True).replace(HALF, "").strip(),
             text_ids=text_ids,
             audio_codes=np.asarray(output.audio_codes)[0, :, prompt_frames:],
             audio=np.asarray(output.audio_sequences, np.float32)[0, 0, prompt_frames * self.frame_size :],

@@ -44,7 +44,7 @@ def open_checkpoint(option: str, name: str, headers_only: bool = False) -> Check
 
 def _is_of_kyutai(source: Any, config: dict | None) -> bool:
     """Whether the checkpoint has the parts of Kyutai's layout: its configuration, or none and the published names."""
-    from transformers_moshi_flax.checkpoints.configs import is_kyutai_config
+    from transformers_moshi_flax.checkpoints.recognising import is_kyutai_config
     from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import MIMI_NAME
 
     if source.file is not None:

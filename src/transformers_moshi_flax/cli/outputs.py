@@ -65,7 +65,7 @@ def run(checkpoint: Checkpoint, model_class: type) -> dict[str, np.ndarray]:
 
 
 def _mimi_inputs(config: Any) -> dict[str, np.ndarray]:
-    from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+    from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
     draw = np.random.default_rng(0)
     codes = (1, config.num_quantizers, FRAMES)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from transformers_moshi_flax.cli.checkpoints import check_source
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
-from transformers_moshi_flax.cli.console import report_console, slow
+from transformers_moshi_flax.cli.console import notes_of_warnings, report_console, slow
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def prepare(
     main_speaker: Annotated[
         str, typer.Option(metavar="LABEL", help="The speaker of Moshi's words; all others are the user's.")
     ] = "SPEAKER_MAIN",
+    whitespace_before_word: Annotated[
+        bool,
+        typer.Option(
+            "--whitespace-before-word/--no-whitespace-before-word",
+            help="The latter for languages that are written without spaces.",
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Recordings that are encoded at once.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read audio.")] = 4,
     recordings_per_shard: Annotated[
@@ -73,6 +80,7 @@ def prepare(
         slow("preparing", count) as advance,
         as_mistake("--model", ValueError),
         as_mistake("OUT", OSError, preparing.UnusableFolder),
+        notes_of_warnings(),
         as_mistake("--main-speaker", preparing.NoMainSpeaker),
     ):
         report = preparing.prepare(
@@ -84,6 +92,7 @@ def prepare(
             pad_token_id=processor.pad_token_id,
             end_of_pad_token_id=processor.end_of_pad_token_id,
             main_speaker=main_speaker,
+            whitespace_before_word=whitespace_before_word,
             batch_size=batch_size,
             workers=workers,
             recordings_per_shard=recordings_per_shard,

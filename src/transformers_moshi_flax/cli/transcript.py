@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +19,12 @@ WORD_START = "▁"
 """How a piece begins that begins a word, in SentencePiece's vocabularies."""
 
 LINE_LENGTH = 42
-"""Most characters of a subtitle, unless one word is longer: what a screen has room for in one line."""
+"""Most characters of a subtitle: what a screen has room for in one line."""
 
 PAUSE = 0.8
-"""Seconds of silence after which a new subtitle begins."""
+"""Seconds of silence after which a new subtitle begins; where no spaces are written, a new word too."""
+
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")  # noqa: RUF001 (fullwidth on purpose)
 
 LINGER = 1.0
 """Seconds that a subtitle stays after its last word, unless the next one comes: a word can be over in one frame."""
@@ -29,11 +32,18 @@ LINGER = 1.0
 
 @dataclass(frozen=True)
 class Timed:
-    """Words and when they are said, in seconds from the beginning of the dialogue."""
+    """Words and when they are said, in seconds from the beginning of the dialogue.
+
+    Attributes:
+        text: without white space around it.
+        start, end: in seconds.
+        spaced: whether there is a space before it, if there is something before it.
+    """
 
     text: str
     start: float
     end: float
+    spaced: bool = True
 
 
 def is_piece(token: int, tokenizer: Any) -> bool:
@@ -41,23 +51,66 @@ def is_piece(token: int, tokenizer: Any) -> bool:
     return 0 <= token < len(tokenizer) and token not in (PAD, END_OF_PAD) and token not in tokenizer.all_special_ids
 
 
+@dataclass
+class _Group:
+    """The pieces of a word, said from the frame ``start`` to the one before ``end``."""
+
+    pieces: list[int]
+    start: int
+    end: int
+    spaced: bool
+
+
 def timed_words(text_ids: Int[np.ndarray, "frames"], tokenizer: Any, frame_rate: float) -> list[Timed]:
-    """The words of one id a frame. A word lasts from the frame of its first piece to the end of that of its last."""
-    # (first frame, frame after the last, pieces) of each word
-    groups: list[tuple[int, int, list[int]]] = []
+    """The words of one id a frame. A word lasts from the frame of its first piece to the end of that of its last.
+
+    In languages that are written without spaces, a word ends with a sentence, before a pause, or when a line is full.
+    """
+    groups: list[_Group] = []
     for frame, token in enumerate(text_ids.tolist()):
         if not is_piece(token, tokenizer):
             continue
-        if not groups or tokenizer.convert_ids_to_tokens(token).startswith(WORD_START):
-            groups.append((frame, frame + 1, [token]))
+        spaced = tokenizer.convert_ids_to_tokens(token).startswith(WORD_START)
+        if not groups or spaced or _ends(groups[-1], token, frame, tokenizer, frame_rate):
+            groups.append(_Group([token], frame, frame + 1, spaced))
         else:
-            start, _, pieces = groups[-1]
-            groups[-1] = (start, frame + 1, [*pieces, token])
+            groups[-1].pieces.append(token)
+            groups[-1].end = frame + 1
     words = [
-        Timed(one_line(tokenizer.decode(pieces)), seconds(start, frame_rate), seconds(end, frame_rate))
-        for start, end, pieces in groups
+        Timed(
+            clean(tokenizer.decode(group.pieces)),
+            seconds(group.start, frame_rate),
+            seconds(group.end, frame_rate),
+            group.spaced,
+        )
+        for group in groups
     ]
     return [word for word in words if word.text]
+
+
+def _ends(group: _Group, token: int, frame: int, tokenizer: Any, frame_rate: float) -> bool:
+    """Whether a word ends before a piece that does not begin with a space."""
+    if round((frame - group.end) / frame_rate, 6) >= PAUSE:
+        return True
+    text = tokenizer.decode(group.pieces)
+    if text.endswith(HALF):  # the piece is to complete the character
+        return False
+    longer = clean(tokenizer.decode([*group.pieces, token]))
+    return text.endswith(SENTENCE_ENDS[3:]) or len(longer) > LINE_LENGTH
+
+
+HALF = "\ufffd"
+"""Stands for bytes that make no character: of one that is not complete when the dialogue ends, for example."""
+
+
+def clean(text: str) -> str:
+    """``text`` in one line, without what is no character."""
+    return one_line(text.replace(HALF, ""))
+
+
+def joined(words: Sequence[Timed]) -> str:
+    """The text that the words make."""
+    return "".join(" " * (word.spaced and number > 0) + word.text for number, word in enumerate(words))
 
 
 def seconds(frame: int, frame_rate: float) -> float:
@@ -73,16 +126,32 @@ def subtitles(words: Sequence[Timed], duration: float) -> list[Timed]:
         duration: of the dialogue, in seconds; no line stays longer.
     """
     lines: list[Timed] = []
-    for word in words:
-        if lines and not lines[-1].text.endswith((".", "!", "?")):
+    for word in itertools.chain.from_iterable(map(_cut, words)):
+        if lines and not lines[-1].text.endswith(SENTENCE_ENDS):
             line = lines[-1]
-            text = f"{line.text} {word.text}"
+            text = joined([line, word])
             if len(text) <= LINE_LENGTH and round(word.start - line.end, 6) < PAUSE:
                 lines[-1] = Timed(text, line.start, word.end)
                 continue
         lines.append(word)
     ends = [line.start for line in lines[1:]] + [duration]
     return [replace(line, end=round(min(line.end + LINGER, end), 6)) for line, end in zip(lines, ends)]
+
+
+def _cut(word: Timed) -> list[Timed]:
+    """A word in parts that have room in a line, said at an even pace."""
+    if len(word.text) <= LINE_LENGTH:
+        return [word]
+    pace = (word.end - word.start) / len(word.text)
+    return [
+        Timed(
+            word.text[at : at + LINE_LENGTH],
+            round(word.start + at * pace, 6),
+            round(word.start + min(at + LINE_LENGTH, len(word.text)) * pace, 6),
+            word.spaced and at == 0,
+        )
+        for at in range(0, len(word.text), LINE_LENGTH)
+    ]
 
 
 def to_srt(lines: Sequence[Timed]) -> str:
@@ -107,7 +176,7 @@ def to_record(text_ids: Int[np.ndarray, "frames"], tokenizer: Any, frame_rate: f
     words = timed_words(text_ids, tokenizer, frame_rate)
     return {
         "frame_rate": frame_rate,
-        "text": " ".join(word.text for word in words),
+        "text": joined(words),
         "words": [{"text": word.text, "start": word.start, "end": word.end} for word in words],
         "tokens": [
             {

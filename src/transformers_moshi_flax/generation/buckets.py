@@ -16,6 +16,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def small_bucket(length: int) -> int:
+    """As :func:`bucket`, with 1, 2, 4, … 32 before them: for what takes as long as it has frames."""
+    return bucket(length) if length > SMALLEST else 2 ** math.ceil(math.log2(length))
+
+
 def prefill_chunk(columns: int) -> int:
     """How many columns of a prompt are run at once, if ``columns`` of them are to be run in all."""
     if columns == 0:

@@ -73,7 +73,7 @@ def penalize_repetition(
         if ignored.ndim and ignored.shape[0] != rows:
             ignored = jnp.repeat(ignored, rows // ignored.shape[0], total_repeat_length=rows)
         first = jnp.broadcast_to(ignored, (rows,))
-        counted &= jnp.arange(input_ids.shape[-1], dtype=jnp.int32) >= first[:, None]
+        counted &= jnp.arange(input_ids.shape[-1], dtype=jnp.int32)[None] >= first[:, None]
     occurred = mark_tokens(input_ids, counted, scores.shape[-1])
     penalty = jnp.asarray(penalty, dtype=scores.dtype)
     return jnp.where(occurred, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
@@ -165,7 +165,7 @@ def keep_top_p(
     # summed from the smallest as upstream does, so that the same tokens fall at the edge
     cumulative = jnp.flip(jnp.cumsum(jnp.flip(probabilities, axis=-1), axis=-1), axis=-1) + missing
     kept = cumulative > 1 - jnp.asarray(top_p, dtype=probabilities.dtype)
-    return kept | (jnp.arange(probabilities.shape[-1], dtype=jnp.int32) < min_tokens_to_keep)
+    return kept | (jnp.arange(probabilities.shape[-1], dtype=jnp.int32)[None] < min_tokens_to_keep)
 
 
 def filter_top_p(

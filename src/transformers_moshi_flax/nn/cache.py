@@ -201,7 +201,7 @@ class LinearCache(_Linear):
             begin, end: the slots to be reordered.
         """
         batch_size, num_beams = parents.shape
-        same = jnp.all(parents == jnp.arange(num_beams, dtype=parents.dtype))
+        same = jnp.all(parents == jnp.arange(num_beams, dtype=parents.dtype)[None])
         end = jnp.where(same, begin, end)
 
         def reorder_block(carry: tuple) -> tuple:
@@ -305,10 +305,10 @@ class RingCache(_Layers):
         finite. Positions are counted modulo 2**32: pass them to the rotary embedding as they are.
         """
         newest = self.slot + (steps - 1)
-        age = (newest[:, None] - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
-        distance = age[:, None] - jnp.arange(steps - 1, -1, -1, dtype=jnp.int32)[:, None]
+        age = (newest[:, None] - jnp.arange(self.slots, dtype=jnp.int32)[None]) % self.slots
+        distance = age[:, None] - jnp.arange(steps - 1, -1, -1, dtype=jnp.int32)[None, :, None]
         mask = (distance >= 0) & (distance < window) & (age < self.filled[:, None] + steps)[:, None]
-        positions = self.position[:, None] + jnp.arange(steps, dtype=jnp.uint32)
+        positions = self.position[:, None] + jnp.arange(steps, dtype=jnp.uint32)[None]
         active = jnp.ones((batch_size,), dtype=bool) if attention_mask is None else attention_mask[:, 0].astype(bool)
         after = self.replace(
             position=jnp.where(active, self.position + jnp.uint32(steps), self.position),

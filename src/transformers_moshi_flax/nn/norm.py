@@ -22,4 +22,5 @@ class RMSNorm(nn.Module):
         wide = at_least_float32(self.dtype)
         x = hidden_states.astype(wide)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(wide)).astype(self.dtype)
+        scale = jnp.expand_dims(scale.astype(wide), tuple(range(x.ndim - 1)))
+        return (x * scale).astype(self.dtype)

@@ -27,7 +27,7 @@ def nearest_entries(
     def definition(total: Array, usage: Array, squares: Array, rows: Array) -> Array:
         # |x - e|² without |x|², which is the same for all entries
         products = jnp.matmul(rows, total.T, precision=lax.Precision.HIGHEST)
-        return lax.argmin((squares / usage - 2 * products) / usage, 1, jnp.int32)
+        return lax.argmin(((squares / usage)[None] - 2 * products) / usage[None], 1, jnp.int32)
 
     rows = x.reshape(-1, x.shape[-1])
     return for_cpu(definition, cpu.nearest_entries, total, usage, squares, rows).reshape(x.shape[:-1])

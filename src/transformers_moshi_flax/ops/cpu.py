@@ -136,7 +136,7 @@ def top_k(
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), number)
     chosen = jnp.sort(chosen, axis=-1)  # so that of equal numbers the first one comes first
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
-    columns = chosen[:, :, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE, dtype=chosen.dtype)
+    columns = chosen[:, :, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE, dtype=chosen.dtype)[None, None]
     values, places = lax.top_k(candidates, number)
     return values, jnp.take_along_axis(columns.reshape(rows, -1), places, axis=-1)
 

@@ -39,7 +39,7 @@ def rotary_embedding(
     if jnp.issubdtype(position_ids.dtype, jnp.unsignedinteger):
         angles = wrapped_angles(position_ids, inverse_frequencies)
     else:
-        angles = position_ids[..., None].astype(wide) * inverse_frequencies
+        angles = jnp.multiply.outer(position_ids.astype(wide), inverse_frequencies)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -55,7 +55,7 @@ def wrapped_angles(
     signed, unsigned = (jnp.int32, jnp.uint32) if frequencies.dtype == np.float32 else (jnp.int64, jnp.uint64)
     turn = 2.0 ** jnp.iinfo(unsigned).bits
     steps = [round(float(frequency) / (2 * np.pi) * turn) for frequency in frequencies]
-    phases = position_ids[..., None].astype(unsigned) * jnp.array(steps, dtype=unsigned)
+    phases = jnp.multiply.outer(position_ids.astype(unsigned), jnp.array(steps, dtype=unsigned))
     return lax.bitcast_convert_type(phases, signed).astype(frequencies.dtype) * (2 * np.pi / turn)
 
 

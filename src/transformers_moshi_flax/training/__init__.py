@@ -3,6 +3,8 @@
 from ..lazy_names import lazy_names
 
 _PUBLIC = {
+    "codec.configuration": ["CodecTrainingConfig"],
+    "codec.trainer": ["CodecTrainer"],
     "configuration": [
         "ConfigurationError",
         "DataConfig",

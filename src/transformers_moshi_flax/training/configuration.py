@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,7 @@ class DataConfig:
 
     def problems(self) -> Iterator[str]:
         """As of :class:`ModelConfig`."""
-        yield from _at_least(self, max_length=2, min_length=1, batch_size=1, workers=0)
+        yield from at_least(self, max_length=2, min_length=1, batch_size=1, workers=0)
         if self.min_length >= self.max_length:
             yield f"`min_length`: {self.min_length} frames and a start frame exceed max_length = {self.max_length}"
         if list(self.buckets) != sorted(set(self.buckets)) or (self.buckets and self.buckets[0] < 2):
@@ -140,7 +140,7 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """As of :class:`ModelConfig`."""
-        yield from _at_least(
+        yield from at_least(
             self,
             **dict.fromkeys(("steps", "accumulation_steps", "log_every", "checkpoint_every", "max_to_keep"), 1),
             **dict.fromkeys(("evaluate_every", "sample_frames", "max_bad_steps"), 1),
@@ -168,7 +168,7 @@ class MeshConfig:
 
     def problems(self) -> Iterator[str]:
         """As of :class:`ModelConfig`."""
-        yield from _at_least(self, data=1, fsdp=1, tensor=1)
+        yield from at_least(self, data=1, fsdp=1, tensor=1)
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,17 @@ class DistributedConfig:
         if any(given) and not all(given):
             yield "`coordinator_address`: give `coordinator_address`, `num_processes` and `process_id`, or none"
         elif all(given):
-            yield from _at_least(self, num_processes=1, process_id=0)
+            yield from at_least(self, num_processes=1, process_id=0)
             if self.process_id >= self.num_processes:
                 yield f"`process_id`: {self.process_id} must be below num_processes = {self.num_processes}"
 
 
+class Configuration:
+    """A whole configuration: a dataclass whose fields are the sections of the file."""
+
+
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Configuration):
     """A whole configuration; the fields are the sections of the file.
 
     Raises:
@@ -213,45 +217,55 @@ class TrainingConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        problems = []
-        for section in dataclasses.fields(self):
-            values = getattr(self, section.name)
-            if hasattr(values, "problems"):
-                problems += [problem.replace("`", f"`{section.name}.", 1) for problem in values.problems()]
-        problems = problems or list(self._contradictions())
-        if problems:
-            raise ConfigurationError("; ".join(problems))
-
-    def _contradictions(self) -> Iterator[str]:
-        rows, parts = self.data.batch_size, self.run.accumulation_steps
-        devices = self.mesh.data * self.mesh.fsdp
-        processes = self.distributed.num_processes or 1
-        if rows % (parts * devices):
-            yield (
-                f"`data.batch_size`: {rows} rows are not divisible by run.accumulation_steps * mesh.data * mesh.fsdp "
-                f"= {parts} * {self.mesh.data} * {self.mesh.fsdp}; use a multiple of {parts * devices}"
-            )
-        if rows % processes:
-            yield f"`data.batch_size`: {rows} rows are not divisible by distributed.num_processes = {processes}"
-        if devices % processes:
-            yield (
-                f"`mesh`: data * fsdp = {devices} is not divisible by distributed.num_processes = {processes}; each "
-                "process must have rows of its own"
-            )
-        try:
-            make_schedule(self.optimizer, self.run.steps)
-        except ValueError as error:
-            yield f"`run.steps`: {error}"
-        if self.data.evaluation is None and self.run.evaluate_every is not None:
-            yield "`run.evaluate_every`: there is nothing to evaluate on; set data.evaluation"
+        check_sections(self, contradictions)
 
 
-def load_configuration(path: str | Path, assignments: Sequence[str] = ()) -> TrainingConfig:
+def check_sections(config: Configuration, between: Callable[[Any], Iterator[str]]) -> None:
+    """Raise what is wrong with the sections of a configuration, or else what is wrong ``between`` them."""
+    problems = []
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        if hasattr(values, "problems"):
+            problems += [problem.replace("`", f"`{section.name}.", 1) for problem in values.problems()]
+    problems = problems or list(between(config))
+    if problems:
+        raise ConfigurationError("; ".join(problems))
+
+
+def contradictions(config: Any) -> Iterator[str]:
+    """What contradicts itself in a configuration with data, run, optimizer, mesh and distributed."""
+    rows, parts = config.data.batch_size, config.run.accumulation_steps
+    devices = config.mesh.data * config.mesh.fsdp
+    processes = config.distributed.num_processes or 1
+    if rows % (parts * devices):
+        yield (
+            f"`data.batch_size`: {rows} rows are not divisible by run.accumulation_steps * mesh.data * mesh.fsdp "
+            f"= {parts} * {config.mesh.data} * {config.mesh.fsdp}; use a multiple of {parts * devices}"
+        )
+    if rows % processes:
+        yield f"`data.batch_size`: {rows} rows are not divisible by distributed.num_processes = {processes}"
+    if devices % processes:
+        yield (
+            f"`mesh`: data * fsdp = {devices} is not divisible by distributed.num_processes = {processes}; each "
+            "process must have rows of its own"
+        )
+    try:
+        make_schedule(config.optimizer, config.run.steps)
+    except ValueError as error:
+        yield f"`run.steps`: {error}"
+    if config.data.evaluation is None and config.run.evaluate_every is not None:
+        yield "`run.evaluate_every`: there is nothing to evaluate on; set data.evaluation"
+
+
+def load_configuration(
+    path: str | Path, assignments: Sequence[str] = (), kind: type[Configuration] = TrainingConfig
+) -> Any:
     """Read a configuration.
 
     Args:
         path: of the YAML file.
         assignments: such as ``"run.steps=100"``, which replace single values; what follows ``=`` is YAML.
+        kind: the class of the configuration, whose fields are its sections.
 
     Raises:
         ConfigurationError: the file cannot be read, is no YAML or has bad keys or values; all of them are listed.
@@ -265,26 +279,29 @@ def load_configuration(path: str | Path, assignments: Sequence[str] = ()) -> Tra
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: it holds no sections; write `model:`, `data:` and `run:` with their keys")
     for assignment in assignments:
-        _assign(values, assignment)
-    return build_configuration(values, str(path))
+        _assign(values, assignment, kind)
+    return build_configuration(values, str(path), kind)
 
 
-def build_configuration(values: Mapping[str, Any], name: str = "configuration") -> TrainingConfig:
+def build_configuration(
+    values: Mapping[str, Any], name: str = "configuration", kind: type[Configuration] = TrainingConfig
+) -> Any:
     """Make a configuration from nested mappings.
 
     Args:
         values: section -> key -> value, as YAML has them.
         name: of the file, for errors.
+        kind: the class of the configuration, whose fields are its sections.
 
     Raises:
         ConfigurationError: unknown keys, values of another type, missing ones, bad ones; all of them are listed.
     """
     problems: list[str] = []
-    sections = typing.get_type_hints(TrainingConfig)
+    sections = typing.get_type_hints(kind)
     built = {}
     for key in values:
         if key not in sections:
-            hint = did_you_mean(str(key), sections) or did_you_mean(str(key), _all_keys())
+            hint = did_you_mean(str(key), sections) or did_you_mean(str(key), _all_keys(kind))
             problems.append(f"`{key}` is no section{hint or '; there are ' + ', '.join(sections)}")
     for section, section_class in sections.items():
         given = values.get(section)
@@ -293,16 +310,16 @@ def build_configuration(values: Mapping[str, Any], name: str = "configuration") 
         if not isinstance(given, Mapping):
             problems.append(f"`{section}`: {given!r} must be keys with values")
             continue
-        built[section] = _section(section, section_class, given, problems)
+        built[section] = _section(section, section_class, given, problems, kind)
     if problems:
         raise ConfigurationError(f"{name}: {'; '.join(problems)}")
     try:
-        return TrainingConfig(**built)
+        return kind(**built)
     except ConfigurationError as error:
         raise ConfigurationError(f"{name}: {error}") from error
 
 
-def to_yaml(config: TrainingConfig) -> str:
+def to_yaml(config: Configuration) -> str:
     """The whole configuration, defaults included, as YAML that :func:`load_configuration` reads."""
     plain = {section.name: {} for section in dataclasses.fields(config)}
     for section in plain:
@@ -352,14 +369,14 @@ MOST = 2**31 - 1
 """The largest whole number: steps are counted in 32 bits."""
 
 
-def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+def changes_of_the_run(before: Configuration, now: Configuration) -> list[str]:
     """What differs between two configurations such that the one's run cannot go on as the other's.
 
     Returns:
         Such as ``"optimizer.b1: 0.9 -> 0.95"``; empty if the run can go on.
     """
     changes = []
-    for section in dataclasses.fields(TrainingConfig):
+    for section in dataclasses.fields(now):
         old, new = getattr(before, section.name), getattr(now, section.name)
         allowed = set(MAY_CHANGE.get(section.name, ()))
         if section.name == "run" and now.optimizer.schedule == "constant":
@@ -370,7 +387,8 @@ def changes_of_the_run(before: TrainingConfig, now: TrainingConfig) -> list[str]
     return changes
 
 
-def _at_least(values: Any, **bounds: int) -> Iterator[str]:
+def at_least(values: Any, **bounds: float | int) -> Iterator[str]:
+    """A sentence for every key whose value is below its bound, where it is not None."""
     for key, bound in bounds.items():
         value = getattr(values, key)
         if value is not None and value < bound:
@@ -445,14 +463,15 @@ def _parse(text: str, name: str) -> Any:
         raise ConfigurationError(f"{name}: no YAML: {error}") from error
 
 
-def _assign(values: dict[str, Any], assignment: str) -> None:
+def _assign(values: dict[str, Any], assignment: str, kind: type) -> None:
     """Carry out ``section.key=value`` in nested dictionaries."""
     path, equals, text = assignment.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and section and key):
         raise ConfigurationError(f"--set {assignment!r}: write section.key=value, such as run.steps=100")
-    if section not in typing.get_type_hints(TrainingConfig):
-        raise ConfigurationError(f"--set {assignment!r}: {section!r} is no section{did_you_mean(path, _all_keys())}")
+    if section not in typing.get_type_hints(kind):
+        hint = did_you_mean(path, _all_keys(kind))
+        raise ConfigurationError(f"--set {assignment!r}: {section!r} is no section{hint}")
     if _is_null(values.get(section)):
         values[section] = {}
     if not isinstance(values[section], dict):
@@ -463,12 +482,12 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 # From what YAML has to what the dataclasses have
 
 
-def _all_keys() -> list[str]:
-    sections = typing.get_type_hints(TrainingConfig)
+def _all_keys(kind: type) -> list[str]:
+    sections = typing.get_type_hints(kind)
     return [f"{name}.{entry.name}" for name, section in sections.items() for entry in dataclasses.fields(section)]
 
 
-def _section(name: str, section: type, given: Mapping[str, Any], problems: list[str]) -> Any:
+def _section(name: str, section: type, given: Mapping[str, Any], problems: list[str], kind: type) -> Any:
     """An instance of a section's class, or None, with the reasons added to ``problems``."""
     known = {entry.name: entry for entry in dataclasses.fields(section)}
     hints = typing.get_type_hints(section)
@@ -476,7 +495,7 @@ def _section(name: str, section: type, given: Mapping[str, Any], problems: list[
     values = {}
     for key, value in given.items():
         if key not in known:
-            elsewhere = [path for path in _all_keys() if path.endswith(f".{key}")]
+            elsewhere = [path for path in _all_keys(kind) if path.endswith(f".{key}")]
             hint = f"; it belongs to {elsewhere[0].split('.')[0]!r}" if elsewhere else did_you_mean(str(key), known)
             problems.append(f"`{name}.{key}` is no key{hint or f' of {name}; there are ' + ', '.join(known)}")
             continue

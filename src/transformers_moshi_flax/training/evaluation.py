@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.buckets import bucket
-from ..models.mimi.streaming_flax_mimi import samples_per_frame
+from ..models.mimi.topology import samples_per_frame
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..models.moshi.generation_flax_moshi import decode_audio
 from ..models.moshi.kyutai_config_flax_moshi import TEXT_END_OF_PAD, TEXT_PAD

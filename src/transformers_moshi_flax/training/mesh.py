@@ -142,24 +142,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def put_batch(batch: Mapping[str, Any], mesh: Mesh, accumulation_steps: int = 1) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, from the rows that each process has.
 
     Args:
         batch: arrays of this process's rows, equally many in each process. Those of process 0 come first.
         mesh: of :func:`make_mesh`.
-        accumulation_steps: into how many micro-batches the step deals the rows.
 
     Raises:
-        ValueError: the rows of a micro-batch cannot be shared equally by the devices.
+        ValueError: the rows cannot be shared equally by the devices.
     """
     processes, devices = jax.process_count(), math.prod(mesh.shape[name] for name in ROW_AXES)
     rows = processes * len(next(iter(batch.values())))
-    if rows % (accumulation_steps * devices):
+    if rows % devices:
         raise ValueError(
-            f"`batch` has {rows} rows, which are not divisible by `accumulation_steps` x `data` x `fsdp` = "
-            f"{accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']} = {accumulation_steps * devices}; "
-            "use a multiple of it."
+            f"`batch` has {rows} rows, which are not divisible by `data` x `fsdp` = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {devices}; use a multiple of it."
         )
     sharding = batch_sharding(mesh)
     own = sharding.addressable_devices_indices_map((rows,)).values()

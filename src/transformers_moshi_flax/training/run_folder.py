@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -33,7 +34,14 @@ from ..checkpoints.replacing import remove_folder, replacing_weights, whole_fold
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
-from .configuration import ConfigurationError, TrainingConfig, changes_of_the_run, load_configuration, to_yaml
+from .configuration import (
+    Configuration,
+    ConfigurationError,
+    TrainingConfig,
+    changes_of_the_run,
+    load_configuration,
+    to_yaml,
+)
 from .run_checkpoints import DAMAGED, PARAMS, DamagedCheckpointError, RunCheckpoints
 from .scanned_layers import unstack_layers
 from .train_state import merge_params
@@ -49,6 +57,8 @@ class RunFolder:
     Attributes:
         path: absolute.
     """
+
+    configuration_class: type[Configuration] = TrainingConfig
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).resolve()
@@ -78,15 +88,15 @@ class RunFolder:
         found = [*self.checkpoints.glob("*"), *(self.path / DAMAGED).glob("*")]
         return any(entry.name.isdecimal() for entry in found)
 
-    def configuration(self) -> TrainingConfig:
+    def configuration(self) -> Any:
         """What the run was started with.
 
         Raises:
             ConfigurationError: the folder has no configuration that can be read.
         """
-        return load_configuration(self.path / CONFIGURATION)
+        return load_configuration(self.path / CONFIGURATION, kind=self.configuration_class)
 
-    def check(self, config: TrainingConfig) -> None:
+    def check(self, config: Configuration) -> None:
         """Make sure that a run of ``config`` can begin or go on here.
 
         Raises:
@@ -111,7 +121,7 @@ class RunFolder:
                     "give it those to go on, or another folder to begin anew"
                 )
 
-    def begin_anew(self, config: TrainingConfig) -> None:
+    def begin_anew(self, config: Configuration) -> None:
         """Write down the configuration, and remove what a run has left that had no checkpoints, or lost them.
 
         Its model and frozen weights, which may be others, and its export. The configuration comes first: with it in
@@ -122,7 +132,7 @@ class RunFolder:
         for folder in (self.export, self.frozen, self.model):
             remove_folder(folder)
 
-    def begin(self, config: TrainingConfig, step: int) -> None:
+    def begin(self, config: Configuration, step: int) -> None:
         """Write down the configuration, and with what the run is started at ``step``."""
         write_text(self.path / CONFIGURATION, to_yaml(config))
         start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **environment()}
@@ -245,7 +255,7 @@ def export_checkpoint(
     """
     if step is not None and best:
         raise ValueError("`step` and `best` are both given; leave one out")
-    folder = RunFolder(run)
+    folder = open_run(run)
     config = folder.configuration()
     step, trained = _restore_trained(folder, config.run.best_metric, step, best)
     params = merge_params(trained, folder.restore_frozen())
@@ -255,6 +265,17 @@ def export_checkpoint(
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     folder.write_export(params, Path(destination), to_pt)
     return step
+
+
+def open_run(path: str | os.PathLike) -> RunFolder:
+    """The folder of a run, of Moshi or of a codec."""
+    folder = RunFolder(path)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if "\nquantizer:" in (folder.path / CONFIGURATION).read_text("utf-8"):
+            from .codec.run_folder import CodecRunFolder
+
+            return CodecRunFolder(path)
+    return folder
 
 
 def environment() -> dict[str, Any]:

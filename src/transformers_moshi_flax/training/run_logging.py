@@ -23,6 +23,9 @@ from ..checkpoints.writing import write_text
 from .configuration import ConfigurationError
 
 METRICS = "metrics.jsonl"
+SHOWN = ("loss", "text_loss", "audio_loss", "log_mel", "si_sdr", "stoi", "word_accuracy", "usage")
+"""Which metrics of an evaluation are shown to people."""
+
 EXTRA = 'pip install "transformers-moshi-flax[train]"'
 
 
@@ -126,7 +129,7 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of the held-out data, and show the losses."""
         self._write(step, "evaluation", metrics)
-        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "text_loss", "audio_loss"))
+        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
         self.say(f"evaluation at step {step}  {losses}")
 
     def _write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:

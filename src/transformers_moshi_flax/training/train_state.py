@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,19 @@ def split_params(params: Mapping[str, Any], freeze: Sequence[str] = ()) -> tuple
     if not trainable:
         raise ValueError(f"`freeze` is {list(freeze)}, which leaves no parameter to train; freeze less.")
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def split_paths(
+    params: Mapping[str, Any], patterns: Sequence[str], matching: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two nested dicts: the parameters whose whole "/"-joined paths match no pattern, and those that match one.
+
+    ``matching`` puts those that match first.
+    """
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, leaf in flatten_dict(dict(params), sep="/").items():
+        parts[any(re.fullmatch(pattern, path) for pattern in patterns) != matching][path] = leaf
+    return unflatten_dict(parts[0], sep="/"), unflatten_dict(parts[1], sep="/")
 
 
 def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:

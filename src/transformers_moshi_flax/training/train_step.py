@@ -72,7 +72,7 @@ def make_train_step(
         if accumulation_steps == 1:
             gradients, loss, sums = gradients_of(batch, 0)
         else:
-            parts = jax.tree.map(lambda array: _dealt(array, accumulation_steps), batch)
+            parts = jax.tree.map(lambda array: dealt(array, accumulation_steps), batch)
             first = jax.tree.map(lambda array: array[0], parts)
             zeros = jax.tree.map(
                 lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradients_of, first, 0)
@@ -101,13 +101,13 @@ def make_train_step(
         # a loop of one round or none changes its values in place; a choice afterwards would need both
         rounds = finite.astype(jnp.int32)
         params, opt_state = jax.lax.fori_loop(0, rounds, update, (state.params, state.opt_state))
-        state, counts = _counted(state, finite, jnp.isfinite(loss))
+        state, counts = counted(state, finite, jnp.isfinite(loss))
         state = state.replace(params=params, opt_state=opt_state)
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
     outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
-    return jax.jit(_on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
+    return jax.jit(on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 
 def compiler_options() -> dict[str, str]:
@@ -131,10 +131,10 @@ def make_eval_step(
     def step(state: TrainState, batch: Batch) -> dict[str, Array]:
         return objective_loss(module, state.all_params, _checked(batch, 1), objective)[1]
 
-    return jax.jit(_on_mesh(step, state_shardings))
+    return jax.jit(on_mesh(step, state_shardings))
 
 
-def _on_mesh(step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
+def on_mesh(step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
     """``step`` traced with the mesh of the state set, so that layers say how their rows are split."""
     if state_shardings is None:
         return step
@@ -161,12 +161,12 @@ def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
     return batch
 
 
-def _dealt(array: Array, parts: int) -> Array:
+def dealt(array: Array, parts: int) -> Array:
     """Rows dealt like cards, ``(parts, rows / parts, ...)``: each device keeps its own."""
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
 
-def _counted(state: TrainState, finite: Array, loss_finite: Array) -> tuple[TrainState, Mapping[str, Array]]:
+def counted(state: TrainState, finite: Array, loss_finite: Array) -> tuple[TrainState, Mapping[str, Array]]:
     """The state with its counters and loss scale moved on, and these as metrics."""
     bad = ~finite
     loss_scale = state.loss_scale

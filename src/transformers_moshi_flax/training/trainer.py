@@ -23,14 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from rich.console import Console
 from transformers import MoshiConfig
 
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
+from ..modeling_flax_utils import FlaxPreTrainedModel
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..partitioning import param_shardings
-from .configuration import ConfigurationError, TrainingConfig
+from .configuration import Configuration, ConfigurationError
 from .data.loading import Loader, check_workers, make_loader
 from .data.prepared import PreparedDataset, open_dataset
 from .evaluation import evaluate, speak, write_samples
@@ -82,10 +84,12 @@ class Trainer:
         WorkerError: this process can have no ``data.workers``, as where a script has no guard for them.
     """
 
-    def __init__(self, config: TrainingConfig, notes: Console | None = None):
+    folder_class = RunFolder
+
+    def __init__(self, config: Configuration, notes: Console | None = None):
         check_workers(config.data.workers)
         self.config = config
-        self.folder = RunFolder(config.run.output_dir)
+        self.folder = self.folder_class(config.run.output_dir)
         self._notes = notes
         if config.distributed.num_processes is not None:
             initialize_distributed(**dataclasses.asdict(config.distributed))
@@ -96,18 +100,21 @@ class Trainer:
                 f"`distributed.num_processes`: the run has {processes}, but JAX {jax.process_count()}; leave "
                 "jax.distributed.initialize to the section distributed"
             )
-        self._mesh, self._train_data, self._held_out = _in_all(self._opened)
+        self._mesh, self._train_data, self._held_out = in_all(self._opened)
 
-    def _opened(self) -> tuple[Mesh, PreparedDataset, PreparedDataset | None]:
+    def _opened(self) -> tuple[Mesh, Any, Any | None]:
         config = self.config
         check_packages(config.run.tensorboard, config.run.wandb_project)
-        _explained("run.output_dir", lambda: self.folder.check(config))
-        mesh = _explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
-        train = _explained("data.train", lambda: open_dataset(config.data.train))
+        explained("run.output_dir", lambda: self.folder.check(config))
+        mesh = explained("mesh", lambda: make_mesh(**dataclasses.asdict(config.mesh)))
+        train = explained("data.train", lambda: self._open(config.data.train))
         held_out = None
         if config.data.evaluation is not None:
-            held_out = _explained("data.evaluation", lambda: open_dataset(config.data.evaluation))
+            held_out = explained("data.evaluation", lambda: self._open(config.data.evaluation))
         return mesh, train, held_out
+
+    def _open(self, path: str) -> PreparedDataset:
+        return open_dataset(path)
 
     def train(self) -> dict[str, float]:
         """Train to the last step, from the latest checkpoint that is whole, if there are any.
@@ -128,29 +135,27 @@ class Trainer:
 
         def lock() -> None:
             if self._is_first:
-                stack.enter_context(_explained("run.output_dir", self.folder.lock))
+                stack.enter_context(explained("run.output_dir", self.folder.lock))
 
         with contextlib.ExitStack() as stack:
-            _in_all(lock)
+            in_all(lock)
             return self._train(stack)
 
     def _train(self, stack: contextlib.ExitStack) -> dict[str, float]:
         config, run = self.config, self.config.run
-        resumes = _in_all(self._prepare_folder)
-        model, params = _in_all(self._resumed_model if resumes else self._new_model)
-        _explained("objective", lambda: check_padding_ids(config.objective, model.config.vocab_size))
-        module = model.module.clone(
-            gradient_checkpointing=config.model.gradient_checkpointing, scan_layers=config.model.scan_layers
-        )
-        trained, frozen = _explained("model.freeze", lambda: jax.eval_shape(self._split, model.params_shape_tree))
-        optimizer, schedule = _explained("optimizer", lambda: make_optimizer(config.optimizer, run.steps, trained))
-        create = partial(create_train_state, optimizer=optimizer, seed=run.seed, dtype=config.model.dtype)
+        resumes = in_all(self._prepare_folder)
+        model, params = in_all(self._resumed_model if resumes else self._new_model)
+        self._check(model)
+        shapes = self._shapes(model)
+        trained, frozen = explained("model.freeze", lambda: jax.eval_shape(self._split, shapes))
+        optimizer, schedule = explained("optimizer", lambda: self._optimizer(trained))
+        create = self._creation(model, optimizer)
         state_shapes = jax.eval_shape(create, trained, frozen)
-        shardings = _explained("mesh", lambda: state_shardings(self._mesh, state_shapes))
+        shardings = explained("mesh", lambda: state_shardings(self._mesh, state_shapes))
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes, shardings
         )
-        loader = _in_all(lambda: _explained("data", lambda: self._loader(model, self._train_data, epochs=None)))
+        loader = in_all(lambda: explained("data", lambda: self._loader(model, self._train_data, epochs=None)))
         stack.callback(loader.close)
         self._tell_dropped(loader)
 
@@ -160,7 +165,7 @@ class Trainer:
         if resumes:
             state, step, progress = self._restored(checkpoints, target)
             evaluated = progress["evaluated"] or self._has_evaluated(step)
-            _explained("data.train", lambda: loader.set_state(progress["data"]))
+            explained("data.train", lambda: loader.set_state(progress["data"]))
             self._say(f"going on from the checkpoint of step {step}")
         else:
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
@@ -170,23 +175,13 @@ class Trainer:
             self._keep_frozen(state)
         if self._is_first:
             self.folder.begin(config, step)
-        train_step = make_train_step(
-            module,
-            config.objective,
-            optimizer,
-            schedule,
-            accumulation_steps=run.accumulation_steps,
-            state_shardings=shardings,
-        )
+        train_step = self._train_step(model, optimizer, schedule, shardings)
         evaluation = None
         if self._held_out is not None:
-            step_of_evaluation = make_eval_step(module, config.objective, state_shardings=shardings)
-            evaluation = _in_all(
-                lambda: _explained("data.evaluation", lambda: _Evaluation(self, model, step_of_evaluation))
-            )
+            evaluation = in_all(lambda: explained("data.evaluation", lambda: self._evaluation(model, shardings)))
         log = self._log(step)
         with log or contextlib.nullcontext(), Signals() as signals:
-            loop = _Loop(self, log, checkpoints, loader, train_step, evaluation, signals)
+            loop = self._loop(self, log, checkpoints, loader, train_step, evaluation, signals)
             state, metrics = loop.run(state, step, evaluated)
         if self.folder.exported_step() != run.steps:
             self._export(state)
@@ -199,9 +194,9 @@ class Trainer:
         resumes = self.folder.has_checkpoints()
         if self._is_first:
             # another run may have been here since the folder was looked at, before it was locked
-            _explained("run.output_dir", lambda: self.folder.check(self.config))
+            explained("run.output_dir", lambda: self.folder.check(self.config))
             if not resumes:
-                _explained("run.output_dir", lambda: self.folder.begin_anew(self.config))
+                explained("run.output_dir", lambda: self.folder.begin_anew(self.config))
         return resumes
 
     def _new_model(self) -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any]]:
@@ -223,15 +218,15 @@ class Trainer:
                 load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
             )
             shardings = param_shardings(self._mesh, model.params_shape_tree)
-            return model, jax.tree.map(_placed, model.init_weights(model.key), shardings), source
+            return model, jax.tree.map(placed, model.init_weights(model.key), shardings), source
 
         key = "model.path" if config.path is not None else "model.config"
-        model, params, source = _explained(key, loaded)
+        model, params, source = explained(key, loaded)
         if self._is_first:
             self.folder.keep_model(model, source)
         return model, params
 
-    def _resumed_model(self) -> tuple[FlaxMoshiForConditionalGeneration, None]:
+    def _resumed_model(self) -> tuple[FlaxPreTrainedModel, None]:
         return self.folder.load_model(dtype=jnp.dtype(self.config.model.dtype)), None
 
     def _keep_frozen(self, state: TrainState) -> None:
@@ -259,6 +254,46 @@ class Trainer:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
 
     # Parts
+
+    def _check(self, model: FlaxMoshiForConditionalGeneration) -> None:
+        """Raises where the model and the configuration do not go together."""
+        objective = self.config.objective
+        explained("objective", lambda: check_padding_ids(objective, model.config.vocab_size))
+
+    def _shapes(self, model: FlaxMoshiForConditionalGeneration) -> Mapping[str, Any]:
+        return model.params_shape_tree
+
+    def _optimizer(self, trained: Mapping[str, Any]) -> tuple[Any, Any]:
+        return make_optimizer(self.config.optimizer, self.config.run.steps, trained)
+
+    def _creation(self, model: FlaxMoshiForConditionalGeneration, optimizer: Any) -> Callable[[Any, Any], TrainState]:
+        config = self.config
+        return partial(create_train_state, optimizer=optimizer, seed=config.run.seed, dtype=config.model.dtype)
+
+    def _module(self, model: FlaxMoshiForConditionalGeneration) -> Any:
+        settings = self.config.model
+        return model.module.clone(
+            gradient_checkpointing=settings.gradient_checkpointing, scan_layers=settings.scan_layers
+        )
+
+    def _train_step(
+        self, model: FlaxMoshiForConditionalGeneration, optimizer: Any, schedule: Any, shardings: Any
+    ) -> Any:
+        return make_train_step(
+            self._module(model),
+            self.config.objective,
+            optimizer,
+            schedule,
+            accumulation_steps=self.config.run.accumulation_steps,
+            state_shardings=shardings,
+        )
+
+    def _evaluation(self, model: FlaxMoshiForConditionalGeneration, shardings: Any) -> Evaluation:
+        step = make_eval_step(self._module(model), self.config.objective, state_shardings=shardings)
+        return Evaluation(self, model, step)
+
+    def _loop(self, *parts: Any) -> Loop:
+        return Loop(*parts)
 
     def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trained parameters and the others, as the module has them; ``freeze`` has the paths of files."""
@@ -342,10 +377,10 @@ class Trainer:
             self._say(f"{self.folder.export}: the model of the last step")
 
         # the others wait: a process that has ended would be missed after some minutes
-        _in_all(write if self._is_first else lambda: None)
+        in_all(write if self._is_first else lambda: None)
 
 
-class _Evaluation:
+class Evaluation:
     """Losses and samples of the held-out conversations.
 
     Raises:
@@ -365,7 +400,7 @@ class _Evaluation:
         trainer = self._trainer
 
         def batches(loader: Loader) -> Iterator[Any]:
-            for batch in iter(lambda: _explained("data.evaluation", partial(next, loader, None)), None):
+            for batch in iter(lambda: explained("data.evaluation", partial(next, loader, None)), None):
                 heed()
                 yield trainer._put(batch)
 
@@ -379,11 +414,11 @@ class _Evaluation:
         trainer, run = self._trainer, self._trainer.config.run
         held_out = trainer._held_out
         numbers = range(min(run.samples, len(held_out)))
-        users = _in_all(lambda: _explained("data.evaluation", lambda: [held_out[number] for number in numbers]))
+        users = in_all(lambda: explained("data.evaluation", lambda: [held_out[number] for number in numbers]))
         params = trainer._all_params(state)
         samples = speak(self._model, params, users, run.sample_frames, self._tokenizer(), run.seed, heed)
         rate = self._model.config.audio_encoder_config.sampling_rate
-        _in_all(lambda: write_samples(samples, folder, rate) if trainer._is_first else None)
+        in_all(lambda: write_samples(samples, folder, rate) if trainer._is_first else None)
 
     def _tokenizer(self) -> Any | None:
         folder = self._trainer.folder.model
@@ -394,7 +429,7 @@ class _Evaluation:
         return AutoTokenizer.from_pretrained(folder)
 
 
-class _Loop:
+class Loop:
     """The steps, and what happens between them."""
 
     def __init__(
@@ -404,7 +439,7 @@ class _Loop:
         checkpoints: RunCheckpoints,
         loader: Loader,
         train_step: Any,
-        evaluation: _Evaluation | None,
+        evaluation: Callable[..., dict[str, float]] | None,
         signals: Signals,
     ):
         self._trainer, self._run = trainer, trainer.config.run
@@ -423,12 +458,12 @@ class _Loop:
         meter, in_a_row = _Meter(), []
         while step < run.steps:
             with self._kept_on_failure(state, step):
-                batch = meter.waiting_for(lambda: _explained("data.train", partial(next, self._loader)))
+                batch = meter.waiting_for(lambda: explained("data.train", partial(next, self._loader)))
             # the first step is compiled, and there is none before it to be lost
             with self._expendable(step) if step == begun else contextlib.nullcontext():
-                state, metrics = self._train_step(state, self._trainer._put(batch))
+                state, metrics = self._advanced(state, self._trainer._put(batch), step)
                 step += 1
-                meter.count(metrics, batch["input_ids"].shape)
+                meter.count(metrics, next(iter(batch.values())).shape)
             in_a_row.append(metrics["bad_steps_in_a_row"])
             if self._log is not None:
                 self._log.advance(step)
@@ -470,6 +505,10 @@ class _Loop:
             self._trainer._say(f"{Interrupted(number, step)}")
 
         return contextlib.nullcontext() if jax.process_count() > 1 else self._signals.expendable(finish)
+
+    def _advanced(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """After one more step than ``step``, and its metrics."""
+        return self._train_step(state, batch)
 
     def _evaluates_after(self, step: int) -> bool:
         if self._evaluation is None:
@@ -586,7 +625,7 @@ class _Meter:
         self._start += time.perf_counter() - start
 
 
-def _placed(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+def placed(leaf: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has, on the mesh of all."""
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -597,7 +636,7 @@ def _rest(state: TrainState) -> TrainState:
     return state.replace(params=None, frozen_params=None)
 
 
-def _in_all(make: Any) -> Any:
+def in_all(make: Any) -> Any:
     """What ``make`` returns in this process; what fails in one process fails in all, so that none waits for it."""
     if jax.process_count() == 1:
         return make()
@@ -614,7 +653,7 @@ def _in_all(make: Any) -> Any:
     return made
 
 
-def _explained(key: str, make: Any) -> Any:
+def explained(key: str, make: Any) -> Any:
     """What ``make`` returns; its complaints name the key of the configuration."""
     try:
         return make()

@@ -1,4 +1,4 @@
-"""Mimi against upstream's, module by module and whole, and what upstream does not do: padded batches."""
+"""Mimi against upstream's, whole and in halves, and what upstream does not do: padded batches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import MimiModel
 from transformers.models.mimi import modeling_mimi
 
 from tests.configs import tiny_mimi_config
+from tests.models.mimi.with_upstreams_weights import audio
 from tests.torch_oracle import (
     Pair,
     assert_close,
@@ -24,157 +25,15 @@ from tests.torch_oracle import (
     make_pair,
     numpy,
     oracle_precision,
-    randomize,
-    to_double,
 )
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
 from transformers_moshi_flax.checkpoints.rules import read_params
-from transformers_moshi_flax.models.mimi import modeling_flax_mimi as flax_mimi
 from transformers_moshi_flax.models.mimi.checkpoint_flax_mimi import mimi_rules
-
-WHERE = ("quantizer", "any")  # a path under which the table knows every module
-
-
-def audio(batch: int, samples: int, seed: int = 0, channels: int = 1, dtype: str = "float64") -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((batch, channels, samples)).astype(dtype)
-
-
-def run(theirs: torch.nn.Module, module: Any, *inputs: Any, method: str = "__call__") -> Any:
-    """Our module in double, with the weights that upstream's has, which went through the table."""
-    template = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, method=method))["params"]
-    state = {".".join((*WHERE, name)): numpy(tensor) for name, tensor in theirs.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if name.rsplit(".", 1)[1] not in NOT_SAVED}
-    params, missing, unexpected, mismatched = read_params({WHERE[0]: {WHERE[1]: template}}, mimi_rules(), state)
-    assert not missing and not unexpected and not mismatched, (missing, unexpected, mismatched)
-    params = jax.tree.map(jnp.asarray, params[WHERE[0]][WHERE[1]])
-    arrays = [value for value in inputs if isinstance(value, jax.Array)]
-    # one program: operation by operation, each would be compiled for itself
-    compiled = jax.jit(
-        lambda *arrays: module.apply({"params": params}, *arrays, *inputs[len(arrays) :], method=method)
-    )
-    return compiled(*arrays)
-
-
-NOT_SAVED = ("stride", "kernel_size", "padding_total")  # buffers of upstream that its files lack
-
-
-def double(theirs: torch.nn.Module) -> torch.nn.Module:
-    return to_double(randomize(theirs))
-
-
-def last_to_first(x: Any) -> np.ndarray:
-    return np.swapaxes(np.asarray(x), 1, 2)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(MimiModel, FlaxMimiModel, tiny_mimi_config(), tmp_path_factory.mktemp("mimi"))
-
-
-# ------------------------------------------------------------------------------------------------------------ modules
-
-
-@pytest.mark.parametrize("samples", [2, 31])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("mode", ["constant", "replicate", "reflect"])
-def test_conv1d(mode: str, causal: bool, samples: int, x64: None):
-    config = tiny_mimi_config(pad_mode=mode, use_causal_conv=causal)
-    x = audio(2, samples, channels=6)
-    for width, stride, dilation, groups in ((3, 1, 4, 1), (8, 4, 1, 1), (5, 3, 1, 2)):
-        theirs = double(modeling_mimi.MimiConv1d(config, 6, 10, width, stride, dilation, groups))
-        module = flax_mimi.FlaxMimiConv1d(config, 6, 10, width, stride, dilation, groups, dtype=jnp.float64)
-        result = run(theirs, module, jnp.asarray(last_to_first(x)))
-        assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10, f"{(width, stride, dilation, groups)}")
-
-
-@pytest.mark.parametrize("causal, ratio", [(True, 1.0), (True, 0.4), (False, 1.0)])
-@pytest.mark.parametrize("groups", [1, 3, 6])
-def test_conv_transpose1d(groups: int, causal: bool, ratio: float, x64: None):
-    config = tiny_mimi_config(use_causal_conv=causal, trim_right_ratio=ratio)
-    out = 6 if groups == 6 else 9
-    for width, stride, frames in ((8, 4, 7), (5, 2, 1)):
-        x = audio(2, frames, channels=6)
-        theirs = double(modeling_mimi.MimiConvTranspose1d(config, 6, out, width, stride, groups))
-        module = flax_mimi.FlaxMimiConvTranspose1d(config, 6, out, width, stride, groups, dtype=jnp.float64)
-        result = run(theirs, module, jnp.asarray(last_to_first(x)))
-        assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10, f"{(width, stride)}")
-
-
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_resnet_block(shortcut: bool, x64: None):
-    config = tiny_mimi_config(use_conv_shortcut=shortcut)
-    x = audio(2, 11, channels=8)
-    theirs = double(modeling_mimi.MimiResnetBlock(config, 8, [2, 1]))
-    result = run(theirs, flax_mimi.FlaxMimiResnetBlock(config, 8, (2, 1), jnp.float64), jnp.asarray(last_to_first(x)))
-    assert_close(last_to_first(result), theirs(torch.tensor(x)), 1e-10)
-
-
-@pytest.mark.parametrize("ours, theirs", [("FlaxMimiEncoder", "MimiEncoder"), ("FlaxMimiDecoder", "MimiDecoder")])
-def test_seanet(ours: str, theirs: str, x64: None):
-    config = tiny_mimi_config(num_residual_layers=2, upsampling_ratios=[3, 2, 5])
-    x = audio(2, 37, channels=1 if ours == "FlaxMimiEncoder" else 32)
-    oracle = double(getattr(modeling_mimi, theirs)(config))
-    result = run(oracle, getattr(flax_mimi, ours)(config, jnp.float64), jnp.asarray(last_to_first(x)))
-    assert_close(last_to_first(result), oracle(torch.tensor(x)), 1e-10)
-
-
-@pytest.mark.parametrize(
-    "kv_heads, window, bias, act", [(4, 3, False, "gelu"), (2, 50, True, "silu"), (1, 1, False, "relu")]
-)
-def test_transformer(kv_heads: int, window: int, bias: bool, act: str, x64: None):
-    config = tiny_mimi_config(
-        num_key_value_heads=kv_heads, sliding_window=window, attention_bias=bias, hidden_act=act, head_dim=10
-    )
-    config._attn_implementation = "eager"
-    x = audio(2, 32, channels=9)
-    theirs = double(modeling_mimi.MimiTransformerModel(config))
-    with double_oracle():
-        expected = theirs(torch.tensor(x)).last_hidden_state
-    result = run(theirs, flax_mimi.FlaxMimiTransformerModel(config, jnp.float64), jnp.asarray(x))
-    assert_close(result.last_hidden_state, expected, 1e-10)
-
-
-@pytest.mark.parametrize("inner", [12, 32])
-def test_residual_quantizer(inner: int, x64: None):
-    """With projections, and without where the inner dimension is that of the latents."""
-    config = tiny_mimi_config(vector_quantization_hidden_dimension=inner, codebook_dim=inner)
-    theirs = double(modeling_mimi.MimiResidualVectorQuantizer(config, 5))
-    module = flax_mimi.FlaxMimiResidualVectorQuantizer(config, 5, jnp.float64)
-    x = audio(2, 40, channels=32)
-    with double_oracle():
-        expected = theirs.encode(torch.tensor(x), 4).transpose(0, 1)
-        decoded = theirs.decode(expected)
-    codes = run(theirs, module, jnp.asarray(last_to_first(x)), 4, method="encode")
-    assert len(np.unique(codes)) > 10
-    np.testing.assert_array_equal(codes, expected)
-    assert_close(last_to_first(run(theirs, module, codes, method="decode")), decoded, 1e-10)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_nearest_in_a_table_of_full_size(rows: int):
-    rng = np.random.default_rng(0)
-    total, usage = rng.standard_normal((2048, 256)), rng.uniform(0.5, 2, 2048)
-    chosen = rng.integers(0, 2048, rows)
-    x = (total / usage[:, None])[chosen] + 0.1 * rng.standard_normal((rows, 256))
-    table = flax_mimi.Codebook(jnp.float32(total), jnp.float32(usage))
-    assert jax.jit(table.nearest)(jnp.float32(x)).tolist() == chosen.tolist()
-
-
-def test_nearest_takes_the_first_of_equal_entries():
-    table = flax_mimi.Codebook(jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.array([1, 2.0, 1, 1]))
-    assert table.nearest(jnp.array([[0.9, 0.1], [0.5, 0.5]])).tolist() == [1, 1]
-
-
-def test_distances_in_full_precision():
-    """A TPU would round the factors of products to bfloat16, and choose other entries."""
-    table = flax_mimi.Codebook(jnp.ones((4, 2)), jnp.ones(4))
-    with jax.default_matmul_precision("default"):
-        program = jax.jit(lambda x: table.nearest(x)).lower(jnp.ones((3, 2))).as_text()
-    products = [line for line in program.splitlines() if "dot_general" in line]
-    assert len(products) == 2 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
-
-
-# -------------------------------------------------------------------------------------------------------- whole model
 
 
 def drawn(seed: int) -> tuple[dict, int, int]:

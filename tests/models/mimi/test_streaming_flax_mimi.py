@@ -21,12 +21,12 @@ from tests.configs import tiny_mimi_config
 from tests.torch_oracle import Pair, assert_close, make_pair, oracle_precision, upstreams_name
 from transformers_moshi_flax import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel
 from transformers_moshi_flax.models.mimi import modeling_flax_mimi
-from transformers_moshi_flax.models.mimi.modeling_flax_mimi import norms_for_frames, prepared_for_frames
+from transformers_moshi_flax.models.mimi.quantizer_flax_mimi import norms_for_frames, prepared_for_frames
 from transformers_moshi_flax.models.mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    samples_per_frame,
 )
+from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
 FRAME = 16  # samples, of the tiny configuration
 

@@ -12,7 +12,7 @@ from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
-from transformers_moshi_flax.models.mimi.streaming_flax_mimi import samples_per_frame
+from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
 HOP = 8
 

@@ -22,7 +22,7 @@ from transformers import MimiConfig
 
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import assert_close
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError
 from transformers_moshi_flax.models.mimi import kyutai_flax_mimi as of_mimi
 from transformers_moshi_flax.models.moshi import kyutai_config_flax_moshi as of_config
@@ -667,20 +667,83 @@ def test_tensors_that_do_not_fit_are_listed(copied: Path) -> None:
     renamed = {key.replace("out_norm.alpha", "final.alpha"): tensor for key, tensor in tensors.items()}
     del renamed["emb.3.weight"]
     save_file(renamed, path)
-    with pytest.raises(ValueError, match=r"lacks out_norm\.alpha, emb\.3\.weight; .*no place for final\.alpha"):
+    with pytest.raises(ValueError, match=r"does not fit .* no place for \['final\.alpha'\]") as raised:
         Moshi.from_kyutai(copied)
+    for name in ("decoder/model/norm/scale", "embed_tokens/3/embedding"):
+        assert name in str(raised.value).split("no place")[0]
     tensors["emb.0.weight"] = torch.zeros(33, 41)
     tensors["text_linear.weight"] = torch.zeros(50, 40, dtype=torch.int8)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"text_linear\.weight is int8") as raised:
+    with pytest.raises(ValueError, match=r"text_linear\.weight must be floating-point, but is int8") as raised:
         Moshi.from_kyutai(copied)
-    assert "emb.0.weight is float32 (33, 41), the configuration wants floating (33, 40)" in str(raised.value)
+    assert "emb.0.weight is (33, 40) by the config, (33, 41) in the file" in str(raised.value)
 
 
-def test_long_lists_are_shortened(copied: Path) -> None:
-    edit_config(copied, num_layers=8)
-    with pytest.raises(ValueError, match=r"lacks transformer\.layers\.2.* and \d+ more"):
+def test_loading_as_from_pretrained(copied: Path) -> None:
+    """One path for all formats: the same options with the same effects."""
+    whole = Moshi.from_kyutai(copied)
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    model, params, info = Moshi.from_kyutai(
+        copied, torch_dtype="bfloat16", sharding=mesh, verify=True, output_loading_info=True, _do_init=False
+    )
+    assert model.dtype == "bfloat16" and not any(info.values())
+    leaves = jax.tree.leaves(params)
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"} and all(leaf.sharding.mesh == mesh for leaf in leaves)
+    assert_same_bits(params, whole.to_bf16(whole.params))
+    assert Moshi.from_kyutai(copied, gradient_checkpointing=True).module.gradient_checkpointing
+    few = Moshi.from_kyutai(
+        copied, audio_encoder_config={"num_quantizers": whole.config.num_codebooks}, _do_init=False
+    )
+    assert few[0].config.audio_encoder_config.num_quantizers == whole.config.num_codebooks
+    with pytest.raises(ValueError, match=r"from_kyutai has no keyword argument 'shardings'; did you mean 'sharding'"):
+        Moshi.from_kyutai(copied, shardings=mesh)
+
+
+def test_damage_is_found_where_it_is_looked_for(tmp_path: Path) -> None:
+    Moshi(tiny_moshi_config(ffn_dim=142, depth_decoder_config={"ffn_dim": 62})).save_kyutai(tmp_path)
+    path = tmp_path / of_moshi.MIMI_NAME
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    Moshi.from_kyutai(tmp_path, _do_init=False)
+    with pytest.raises(ValueError, match=r"is damaged: .* checksum"):
+        Moshi.from_kyutai(tmp_path, verify=True)
+
+
+def test_fine_tunes_are_refused_by_what_they_are(copied: Path, tmp_path: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    edit_config(copied, dep_q=config["n_q"])
+    with pytest.raises(
+        ValueError, match=r"dep_q=\d+ \(it makes the user's stream as well; only Moshi's own"
+    ) as raised:
         Moshi.from_kyutai(copied)
+    assert "delays" not in str(raised.value)  # which are as they should be
+    edit_config(copied, model_type="personaplex")
+    for load in (Moshi.from_kyutai, Moshi.from_pretrained):
+        with pytest.raises(ValueError, match=r"is PersonaPlex, .* the user's stream"):
+            load(copied)
+    edit_config(copied, dep_q=config["dep_q"], model_type="moshi", lora=True)
+    (copied / "moshi.safetensors").rename(copied / "lora.safetensors")
+    (copied / "mimi.safetensors").rename(copied / of_moshi.MIMI_NAME)
+    for load in (Moshi.from_kyutai, Moshi.from_pretrained):
+        with pytest.raises(ValueError, match=r"holds a LoRA adapter of moshi-finetune, .*: merge it"):
+            load(copied)
+
+
+def test_a_fine_tune_without_its_config(tmp_path: Path) -> None:
+    """It is no moshiko; the first thing that is wrong is not that tensors are missing."""
+    model = Moshi(tiny_moshi_config())
+    model.save_kyutai(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "params.json")
+    with pytest.raises(ValueError, match=r"has no config\.json, which is needed for all but moshiko"):
+        Moshi.from_kyutai(tmp_path)
+    for load in (Moshi.from_pretrained, FlaxMimiModel.from_pretrained, MoshiProcessor.from_pretrained):
+        with pytest.raises(OSError, match=r"it is in Kyutai's own format, which is loaded with from_kyutai"):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=r"none of the file's .* Kyutai's own files, which are loaded with from_kyu"):
+        Moshi.from_pretrained(tmp_path, config=model.config)
+    with pytest.raises(ValueError, match=r"none of the file's .* Kyutai's own files, which are loaded with from_kyu"):
+        FlaxMimiModel.from_pretrained(tmp_path / of_moshi.MIMI_NAME, config=model.config.audio_encoder_config)
 
 
 @pytest.mark.parametrize("name", ["../moshi.safetensors", "/etc/hostname", "file://moshi.safetensors", "", 3, "a\\b"])
@@ -693,11 +756,11 @@ def test_names_do_not_lead_out_of_the_checkpoint(copied: Path, name: Any) -> Non
 def test_files_of_other_repositories(copied: Path, monkeypatch: Any) -> None:
     asked = []
 
-    def cached_file(name: str, filename: str, **hub: Any) -> str:
+    def download(name: str, filename: str, **hub: Any) -> str:
         asked.append((name, filename, hub["token"], "revision" in hub))
         return str(copied / "moshi.safetensors")
 
-    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     edit_config(copied, moshi_name="hf://kyutai/moshiko/weights/model.safetensors")
     files = find_kyutai_files(copied, token="secret", revision="v2")
     assert asked == [("kyutai/moshiko", "weights/model.safetensors", "secret", False)]

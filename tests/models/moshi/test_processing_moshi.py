@@ -285,6 +285,29 @@ def test_hub(processor: MoshiProcessor, tmp_path: Path) -> None:
         assert again.to_dict() == processor.to_dict()
 
 
+def test_what_is_to_be_private_is_not_published(processor: MoshiProcessor, tmp_path: Path) -> None:
+    with hub_server() as hub, hub.client(tmp_path / "home"):
+        processor.push_to_hub("tester/saved", token=hub.token, use_temp_dir=True, tags=["speech"])
+        before = dict(hub.repos["tester/saved"].heads)
+        with pytest.raises(ValueError, match=r"private=True, but .*'tester/saved' is public"):
+            processor.push_to_hub("tester/saved", token=hub.token, private=True, revision="draft")
+        with pytest.raises(ValueError, match=r"private=True, but .*'tester/saved' is public"):
+            processor.save_pretrained(tmp_path / "saved", push_to_hub=True, private=True, token=hub.token)
+        with pytest.raises(ValueError, match=r"tags='' is no tag"):
+            processor.push_to_hub("tester/other", token=hub.token, tags=[""])
+        with pytest.raises(ValueError, match=r"revision='a draft' is no name"):
+            processor.push_to_hub("tester/other", token=hub.token, revision="a draft")
+        assert hub.repos["tester/saved"].heads == before and set(hub.repos) == {"tester/saved"}
+
+
+def test_why_there_is_no_processor(tmp_path: Path) -> None:
+    with hub_server() as hub, hub.client(tmp_path / "home"):
+        with pytest.raises(OSError, match=r"'tester/none' gives no processor: .* is not in the cache, and the Hub is"):
+            MoshiProcessor.from_pretrained("tester/none", local_files_only=True)
+        with pytest.raises(OSError, match=r"'tester/none' is neither a directory here nor a repository of the Hub"):
+            MoshiProcessor.from_pretrained("tester/none")
+
+
 def test_upstream_checkpoint_on_the_hub(tmp_path: Path) -> None:
     with hub_server() as hub, hub.client(tmp_path):
         api = HfApi(token=hub.token)

@@ -24,10 +24,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.configs import tiny_mimi_config, tiny_moshi_config
 from tests.training.data.test_alignment import EMBEDDED
 from tests.training.data.test_prepared import assert_same
-from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax import FlaxMimiModel, audio_files
 from transformers_moshi_flax.checkpoints import writing
 from transformers_moshi_flax.checkpoints.formats import open_safetensors
-from transformers_moshi_flax.training.data import preparing, recordings
+from transformers_moshi_flax.training.data import preparing
 from transformers_moshi_flax.training.data.prepared import Conversation, open_dataset
 from transformers_moshi_flax.training.data.preparing import NoMainSpeaker, Report, SettingsDiffer, prepare
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
@@ -152,7 +152,7 @@ def test_what_cannot_be_used_is_reported(
     soundfile.write(tmp_path / "c.wav", np.zeros(200), RATE)
     soundfile.write(tmp_path / "d.wav", np.zeros((0, 2)), RATE)
     # behind the first block, when the slot has begun
-    monkeypatch.setattr(recordings, "_READ_SAMPLES", 500)
+    monkeypatch.setattr(audio_files, "BLOCK_SAMPLES", 1000)
     broken = np.zeros((1200, 2), np.float32)
     broken[1100, 1] = np.nan
     soundfile.write(tmp_path / "e.wav", broken, RATE, subtype="FLOAT")
@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_reported(
         "i.wav": "all are words without a speaker, the first is ['you', [0, 1]]",
         long: "File name too long",
         "n.raw": "does not say its rate",
-        "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale it",
+        "p.wav": "samples of up to 3e+38, but must be in [-1, 1]: scale them",
         "q.wav": "samples of up to 3e+38",
         "o\0.wav": "no such file",
         ".": "no such file",
@@ -230,6 +230,23 @@ def test_late_text_is_counted(run: Callable[..., Report], tmp_path: Path) -> Non
         assert (report.pieces, report.late_pieces, report.largest_lag) == (34, 16, 15 / rate)
         told = json.loads((tmp_path / "out" / "report.json").read_text())
         assert (told["lags"], told["late_pieces"], told["largest_lag"]) == (report.lags, 16, 15 / rate)
+
+
+@pytest.mark.parametrize("word", ["you", "to", "Hello,", "xyz"])
+def test_words_without_a_space_before_them(tokenizer: PreTrainedTokenizerBase, word: str) -> None:
+    fields = (tokenizer, 12.5, 270, 2048, PAD, 0, "SPEAKER_MAIN")
+    spaced, bare = (
+        tokenizer.convert_ids_to_tokens(preparing._Text(*fields, whitespace)._encode(word))
+        for whitespace in (True, False)
+    )
+    assert "".join(spaced) == f"▁{word}" and "".join(bare) == word
+
+
+def test_whitespace_is_a_setting(run: Callable[..., Report], tmp_path: Path) -> None:
+    record(tmp_path, {"a.wav": 200})
+    run()
+    with pytest.raises(SettingsDiffer, match="whitespace_before_word"):
+        run(whitespace_before_word=False)
 
 
 def test_recordings_without_a_word_of_moshis(run: Callable[..., Report], tmp_path: Path) -> None:
@@ -374,7 +391,7 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer, MoshiConfig
-from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax import FlaxMimiModel, audio_files
 from transformers_moshi_flax.training.data.preparing import prepare
 
 folder, embedded = Path(sys.argv[1]), sys.argv[2]

@@ -1,17 +1,14 @@
 """Mimi, the neural audio codec of Moshi."""
 
-from .modeling_flax_mimi import (
-    FlaxMimiDecoderModel,
+from .modeling_flax_mimi import FlaxMimiDecoderModel, FlaxMimiEncoderModel, FlaxMimiModel, FlaxMimiPreTrainedModel
+from .modules_flax_mimi import (
     FlaxMimiDecoderModule,
     FlaxMimiDecoderOutput,
-    FlaxMimiEncoderModel,
     FlaxMimiEncoderModelOutput,
     FlaxMimiEncoderModule,
     FlaxMimiEncoderOutput,
-    FlaxMimiModel,
     FlaxMimiModule,
     FlaxMimiOutput,
-    FlaxMimiPreTrainedModel,
 )
 
 __all__ = [

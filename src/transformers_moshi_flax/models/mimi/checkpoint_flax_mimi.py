@@ -27,3 +27,6 @@ def mimi_rules(prefix: str = "") -> tuple[Rule, ...]:
 
 
 MIMI_RULES = mimi_rules()
+
+CODEBOOKS = r"quantizer\.\w+_residual_vector_quantizer\.layers\.\d+\.codebook\."
+"""Codebooks refine those before them: with a smaller ``num_quantizers`` the first ones are a whole model."""

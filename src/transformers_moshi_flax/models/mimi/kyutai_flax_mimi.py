@@ -12,7 +12,7 @@ from typing import Any
 from transformers import MimiConfig
 
 from ...checkpoints.configs import build_config
-from ...checkpoints.joined import IDENTITY, REVERSED, JoinedRule, interleaved_heads
+from ...checkpoints.rules import IDENTITY, REVERSED, Rule, interleaved_heads
 
 KYUTAI_MIMI: dict[str, Any] = {
     "sample_rate": 24000,
@@ -55,6 +55,9 @@ KYUTAI_MIMI: dict[str, Any] = {
     },
 }
 """The configuration of the published Mimi, which a checkpoint without ``mimi_config_name`` has."""
+
+CODEBOOKS = r"quantizer\.rvq_\w+\.vq\.layers\.\d+\._codebook\."
+"""As of ``checkpoint_flax_mimi.py``, in Kyutai's files."""
 
 # What the constructors take for a field that is left out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -350,7 +353,7 @@ def rope_theta(config: Any) -> int | float:
     return int(theta) if theta == int(theta) else theta
 
 
-def attention_rules(path: str, key: str, head_dim: int | None, per_codebook: bool = False) -> tuple[JoinedRule, ...]:
+def attention_rules(path: str, key: str, head_dim: int | None, per_codebook: bool = False) -> tuple[Rule, ...]:
     """The rules of a self-attention.
 
     Args:
@@ -366,59 +369,64 @@ def attention_rules(path: str, key: str, head_dim: int | None, per_codebook: boo
     parts = (("q", turned), ("k", turned), ("v", REVERSED))
     return (
         *(
-            JoinedRule(
+            Rule(
                 f"{path}/{name}_proj{kernel}",
                 rf"{key}.in_proj_weight",
                 transform,
-                part,
-                rf"{key}.in_projs.{index}.weight",
+                joined=True,
+                part=part,
+                other_key=rf"{key}.in_projs.{index}.weight",
             )
             for part, (name, transform) in enumerate(parts)
         ),
-        JoinedRule(
-            f"{path}/o_proj{kernel}", rf"{key}.out_proj.weight", REVERSED, 0, rf"{key}.out_projs.{index}.weight"
+        Rule(
+            f"{path}/o_proj{kernel}",
+            rf"{key}.out_proj.weight",
+            REVERSED,
+            joined=True,
+            other_key=rf"{key}.out_projs.{index}.weight",
         ),
     )
 
 
-def kyutai_mimi_rules(config: MimiConfig) -> tuple[JoinedRule, ...]:
+def kyutai_mimi_rules(config: MimiConfig) -> tuple[Rule, ...]:
     """The table of Mimi in Kyutai's files."""
     stage = 2 + config.num_residual_layers
     upsampling = "|".join(str(2 + stage * index) for index in range(len(config.upsampling_ratios)))
     layer, their_layer = r"((?:en|de)coder_transformer)/layers/(\d+)", r"\1.transformer.layers.\2"
     rvq = {"semantic": "first", "acoustic": "rest"}
     return (
-        JoinedRule(rf"decoder/layers/({upsampling})/conv/kernel", r"decoder.model.\1.convtr.convtr.weight", REVERSED),
-        JoinedRule(rf"decoder/layers/({upsampling})/conv/bias", r"decoder.model.\1.convtr.convtr.bias"),
-        JoinedRule(
+        Rule(rf"decoder/layers/({upsampling})/conv/kernel", r"decoder.model.\1.convtr.convtr.weight", REVERSED),
+        Rule(rf"decoder/layers/({upsampling})/conv/bias", r"decoder.model.\1.convtr.convtr.bias"),
+        Rule(
             r"((?:en|de)coder)/layers/(\d+)/block/(\d+)/conv/kernel",
             r"\1.model.\2.block.\3.conv.conv.weight",
             REVERSED,
         ),
-        JoinedRule(r"((?:en|de)coder)/layers/(\d+)/block/(\d+)/conv/bias", r"\1.model.\2.block.\3.conv.conv.bias"),
-        JoinedRule(r"((?:en|de)coder)/layers/(\d+)/conv/kernel", r"\1.model.\2.conv.conv.weight", REVERSED),
-        JoinedRule(r"((?:en|de)coder)/layers/(\d+)/conv/bias", r"\1.model.\2.conv.conv.bias"),
+        Rule(r"((?:en|de)coder)/layers/(\d+)/block/(\d+)/conv/bias", r"\1.model.\2.block.\3.conv.conv.bias"),
+        Rule(r"((?:en|de)coder)/layers/(\d+)/conv/kernel", r"\1.model.\2.conv.conv.weight", REVERSED),
+        Rule(r"((?:en|de)coder)/layers/(\d+)/conv/bias", r"\1.model.\2.conv.conv.bias"),
         *attention_rules(f"{layer}/self_attn", rf"{their_layer}.self_attn", config.head_dim),
-        JoinedRule(rf"{layer}/input_layernorm/scale", rf"{their_layer}.norm1.weight"),
-        JoinedRule(rf"{layer}/input_layernorm/bias", rf"{their_layer}.norm1.bias"),
-        JoinedRule(rf"{layer}/post_attention_layernorm/scale", rf"{their_layer}.norm2.weight"),
-        JoinedRule(rf"{layer}/post_attention_layernorm/bias", rf"{their_layer}.norm2.bias"),
-        JoinedRule(rf"{layer}/mlp/fc([12])/kernel", rf"{their_layer}.linear\3.weight", REVERSED),
-        JoinedRule(rf"{layer}/self_attn_layer_scale/scale", rf"{their_layer}.layer_scale_1.scale"),
-        JoinedRule(rf"{layer}/mlp_layer_scale/scale", rf"{their_layer}.layer_scale_2.scale"),
-        JoinedRule(r"downsample/conv/kernel", r"downsample.conv.conv.conv.weight", REVERSED),
-        JoinedRule(r"upsample/conv/kernel", r"upsample.convtr.convtr.convtr.weight", REVERSED),
+        Rule(rf"{layer}/input_layernorm/scale", rf"{their_layer}.norm1.weight"),
+        Rule(rf"{layer}/input_layernorm/bias", rf"{their_layer}.norm1.bias"),
+        Rule(rf"{layer}/post_attention_layernorm/scale", rf"{their_layer}.norm2.weight"),
+        Rule(rf"{layer}/post_attention_layernorm/bias", rf"{their_layer}.norm2.bias"),
+        Rule(rf"{layer}/mlp/fc([12])/kernel", rf"{their_layer}.linear\3.weight", REVERSED),
+        Rule(rf"{layer}/self_attn_layer_scale/scale", rf"{their_layer}.layer_scale_1.scale"),
+        Rule(rf"{layer}/mlp_layer_scale/scale", rf"{their_layer}.layer_scale_2.scale"),
+        Rule(r"downsample/conv/kernel", r"downsample.conv.conv.conv.weight", REVERSED),
+        Rule(r"upsample/conv/kernel", r"upsample.convtr.convtr.convtr.weight", REVERSED),
         *(
             rule
             for ours, theirs in rvq.items()
             for rule in (
-                JoinedRule(
+                Rule(
                     rf"quantizer/{ours}_residual_vector_quantizer/(input|output)_proj/kernel",
                     rf"quantizer.rvq_{theirs}.\1_proj.weight",
                     REVERSED,
                 ),
                 *(
-                    JoinedRule(
+                    Rule(
                         rf"quantizer/{ours}_residual_vector_quantizer/layers/(\d+)/codebook/{ours_name}",
                         rf"quantizer.rvq_{theirs}.vq.layers.\1._codebook.{their_name}",
                         IDENTITY,

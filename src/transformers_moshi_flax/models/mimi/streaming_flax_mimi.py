@@ -7,36 +7,78 @@ of the batch is a stream of its own, with its own age; rows may rest, or begin a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 from transformers import MimiConfig
 
 from ...input_checks import check_sizes, is_traced
 from ...nn.cache import RingCache
+from .layers_flax_mimi import Histories, History
+from .topology import (
+    Convolution,
+    Path,
+    convolutions,
+    decoder_convolutions,
+    encoder_convolutions,
+    samples_per_frame,
+    seanet_encoder,
+    steps_per_frame,
+)
 
-# ------------------------------------------------------------------------------------------------------------ frames
+# --------------------------------------------------------------------------------------------------------- histories
 
 
-def resamples(config: MimiConfig) -> bool:
-    """Whether the frames of the codes come at another rate than SEANet's."""
-    return config.frame_rate != config.encodec_frame_rate
+def remembering(convolutions: Mapping[Path, Convolution]) -> dict[Path, Convolution]:
+    """Those of the convolutions that look back."""
+    return {path: conv for path, conv in convolutions.items() if conv.remembered}
 
 
-def steps_per_frame(config: MimiConfig) -> int:
-    """Steps of the transformer in a frame of the codes."""
-    return config.latent_stride if resamples(config) else 1
+def seanet_histories(config: MimiConfig) -> int:
+    """How many of the encoder's histories are SEANet's; they come first."""
+    return len(remembering(convolutions(seanet_encoder(config))))
 
 
-def samples_per_frame(config: MimiConfig) -> int:
-    """Samples in a frame of the codes. (``config.frame_size`` always counts two steps a frame.)"""
-    return math.prod(config.upsampling_ratios) * steps_per_frame(config)
+def histories_by_name(
+    convolutions: Mapping[Path, Convolution],
+    inputs: Sequence[Float[Array, "batch _before _channels"]],
+    begun: Bool[Array, "batch"],
+    active: Bool[Array, "batch"],
+) -> Histories:
+    """What each of the convolutions is handed in a step.
+
+    Args:
+        convolutions: by their paths.
+        inputs: of a state, one array for each that looks back.
+        begun: rows that have heard a chunk already.
+        active: rows that go on.
+    """
+    begun, active = begun[:, None, None], active[:, None, None]
+    histories: dict[Path, History | None] = dict.fromkeys(convolutions)
+    for path, array in zip(remembering(convolutions), inputs, strict=True):
+        histories[path] = History(array, begun, active)
+    return unflatten_dict(histories)
+
+
+def inputs_by_order(convolutions: Mapping[Path, Convolution], histories: Histories) -> tuple[Array, ...]:
+    """The inverse of :func:`histories_by_name`: the ``inputs`` of the next state."""
+    flat = flatten_dict(histories)
+    return tuple(flat[path].inputs for path in remembering(convolutions))
+
+
+# ------------------------------------------------------------------------------------------------------------ states
+
+
+def is_causal(config: MimiConfig) -> bool:
+    """Whether no output depends on what follows the frame that it belongs to."""
+    return config.use_causal_conv and config.trim_right_ratio == 1.0 and config.pad_mode != "reflect"
 
 
 def check_streamable(config: MimiConfig) -> None:
@@ -62,76 +104,6 @@ def check_streamable(config: MimiConfig) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------- histories
-
-
-class Histories:
-    """Hands every convolution what came before its inputs, and collects what the next chunk will need.
-
-    It lives while a step is traced, and counts on the convolutions being called in the order of the state.
-
-    Args:
-        before: inputs remembered, in the order of the calls, each ``(batch, frames, channels)``.
-        begun: rows that have heard a chunk already; the others have nothing before their inputs.
-        active: rows that go on; the others keep what they remember.
-    """
-
-    def __init__(self, before: Sequence[Array], begun: Bool[Array, "batch"], active: Bool[Array, "batch"]):
-        self._before, self._begun, self._active = iter(before), begun[:, None, None], active[:, None, None]
-        self.after: list[Array] = []
-
-    def extend(
-        self, x: Float[Array, "batch frames channels"], frames: int, mode: str = "constant"
-    ) -> Float[Array, "batch {frames}+frames channels"]:
-        """``x`` with the ``frames`` before it, those of a new row being padding of that mode."""
-        if frames == 0:
-            return x
-        before = next(self._before)
-        start = jnp.where(self._begun, before, x[:, :1]) if mode == "replicate" else before
-        x = jnp.concatenate([start, x], axis=1)
-        self.after.append(jnp.where(self._active, x[:, -frames:], before))
-        return x
-
-
-def _seanet_dilations(config: MimiConfig) -> Iterator[int]:
-    return (config.dilation_growth_rate**block for block in range(config.num_residual_layers))
-
-
-def encoder_histories(config: MimiConfig) -> list[tuple[int, int]]:
-    """Frames and channels that each convolution of the encoder half remembers, in the order of the calls."""
-    dim = config.num_filters
-    sizes = [(config.kernel_size - 1, config.audio_channels)]
-    for ratio in reversed(config.upsampling_ratios):
-        sizes += [((config.residual_kernel_size - 1) * dilation, dim) for dilation in _seanet_dilations(config)]
-        sizes.append((ratio, dim))
-        dim *= 2
-    sizes.append((config.last_kernel_size - 1, dim))
-    if resamples(config):
-        sizes.append((config.latent_stride, config.hidden_size))
-    return [size for size in sizes if size[0]]
-
-
-def seanet_histories(config: MimiConfig) -> int:
-    """How many of :func:`encoder_histories` are SEANet's; they come first."""
-    return len(encoder_histories(config)) - resamples(config)
-
-
-def decoder_histories(config: MimiConfig) -> list[tuple[int, int]]:
-    """As :func:`encoder_histories`, of the decoder half. A transposed convolution remembers one frame."""
-    dim = 2 ** len(config.upsampling_ratios) * config.num_filters
-    sizes = [(1, config.hidden_size)] if resamples(config) else []
-    sizes.append((config.kernel_size - 1, config.hidden_size))
-    for _ in config.upsampling_ratios:
-        sizes.append((1, dim))
-        dim //= 2
-        sizes += [((config.residual_kernel_size - 1) * dilation, dim) for dilation in _seanet_dilations(config)]
-    sizes.append((config.last_kernel_size - 1, dim))
-    return [size for size in sizes if size[0]]
-
-
-# ------------------------------------------------------------------------------------------------------------ states
-
-
 State = TypeVar("State", bound="_State")
 
 
@@ -142,7 +114,8 @@ class _State:
     cache: RingCache
 
     @staticmethod
-    def history_sizes(config: MimiConfig) -> list[tuple[int, int]]:
+    def convolutions(config: MimiConfig) -> dict[Path, Convolution]:
+        """Those of the half, in the order of ``histories``."""
         raise NotImplementedError
 
     @classmethod
@@ -162,7 +135,10 @@ class _State:
         check_streamable(config)
         check_sizes(batch_size=batch_size)
         return cls(
-            histories=tuple(jnp.zeros((batch_size, *size), dtype) for size in cls.history_sizes(config)),
+            histories=tuple(
+                jnp.zeros((batch_size, conv.remembered, conv.in_channels), dtype)
+                for conv in remembering(cls.convolutions(config)).values()
+            ),
             cache=RingCache.create(config, batch_size, dtype, steps_per_frame(config)),
         )
 
@@ -178,9 +154,6 @@ class _State:
         """
         return _reset(self, check_rows("rows", rows, self.batch_size))
 
-    def histories_of(self, active: Bool[Array, "batch"]) -> Histories:
-        return Histories(self.histories, self.cache.length > 0, active)
-
 
 @flax.struct.dataclass
 class FlaxMimiEncoderState(_State):
@@ -195,8 +168,8 @@ class FlaxMimiEncoderState(_State):
     cache: RingCache
 
     @staticmethod
-    def history_sizes(config: MimiConfig) -> list[tuple[int, int]]:
-        return encoder_histories(config)
+    def convolutions(config: MimiConfig) -> dict[Path, Convolution]:
+        return encoder_convolutions(config)
 
 
 @flax.struct.dataclass
@@ -208,8 +181,8 @@ class FlaxMimiDecoderState(_State):
     cache: RingCache
 
     @staticmethod
-    def history_sizes(config: MimiConfig) -> list[tuple[int, int]]:
-        return decoder_histories(config)
+    def convolutions(config: MimiConfig) -> dict[Path, Convolution]:
+        return decoder_convolutions(config)
 
 
 @jax.jit

@@ -99,8 +99,9 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         """The embeddings of text: ``model.get_input_embeddings()(input_ids)`` are ``inputs_embeds``."""
         return FlaxMoshiTextEmbeddings(flatten_dict(self.params, sep="/")[self.input_tables[0]], self.dtype)
 
-    def set_input_embeddings(self, value: FlaxMoshiTextEmbeddings | ArrayLike) -> None:
-        """Puts another table in its place, ``(vocab_size + 1, hidden_size)``; ValueError for another shape."""
+    def set_input_embeddings(self, value: Any) -> None:
+        """Puts another table in its place, an array or embeddings ``(vocab_size + 1, hidden_size)``; ValueError for
+        another shape."""
         self._set_table(self.input_tables[0], getattr(value, "weight", value))
 
     def get_output_embeddings(self) -> FlaxMoshiTextHead | None:
@@ -109,7 +110,7 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
             return None
         return FlaxMoshiTextHead(flatten_dict(self.params, sep="/")[self.output_table], self.dtype)
 
-    def set_output_embeddings(self, new_embeddings: FlaxMoshiTextHead | ArrayLike) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Puts another head in its place: one, or its weight as in PyTorch, ``(vocab_size, hidden_size)``.
 
         Raises:

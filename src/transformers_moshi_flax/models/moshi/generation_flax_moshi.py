@@ -331,7 +331,7 @@ def after_padding(
     given = padded(given, max(frames, given.shape[-1]), 0)[..., :frames]
 
     def moved(array: ArrayLike, shift: Int[ArrayLike, "rows"], front: ArrayLike) -> Array:
-        column = xp.arange(array.shape[-1], dtype=np.int32) - shift[:, None]
+        column = xp.arange(array.shape[-1], dtype=np.int32)[None] - shift[:, None]
         behind = xp.take_along_axis(xp.asarray(array), xp.maximum(column, 0)[:, None], axis=-1)
         return on_device(xp.where((column < 0)[:, None], front, behind), array.dtype)
 
@@ -374,13 +374,12 @@ def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> F
 
 
 def encode_audio(
-    decoder: FrameDecoder, params, input_values, samples: Int[Array, ""] | None = None
+    decoder: FrameDecoder, params, input_values, samples: Int[Array, "batch"] | None = None
 ) -> Int[Array, "batch codebooks frames"]:
-    """The codes of a waveform, or of its first ``samples``: what follows makes no difference."""
+    """The codes of waveforms, or of each row's first ``samples``: what follows makes no difference."""
     mask = None
     if samples is not None:
-        inside = jnp.arange(input_values.shape[-1], dtype=jnp.int32) < samples
-        mask = jnp.broadcast_to(inside, (input_values.shape[0], *inside.shape))
+        mask = jnp.arange(input_values.shape[-1], dtype=jnp.int32) < samples[:, None]
     return decoder.module.apply({"params": params}, input_values, mask, method=decoder.module.encode_audio)
 
 

@@ -18,19 +18,21 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import DTypeLike
+from flax.traverse_util import flatten_dict
 from transformers import MoshiConfig
 
+from ...checkpoints.configs import override_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
+from ...checkpoints.fitting import Weights
 from ...checkpoints.formats import open_safetensors
-from ...checkpoints.joined import IDENTITY, REVERSED, SCALE, JoinedRule, read_joined, to_joined_state
-from ...checkpoints.loading import main_dtype, to_device
+from ...checkpoints.keywords import understood
+from ...checkpoints.recognising import no_model
+from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
-from ...modeling_flax_utils import FlaxPreTrainedModel, check_float_dtype
+from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
 from ..mimi.kyutai_flax_mimi import (
+    CODEBOOKS,
     KYUTAI_MIMI,
     attention_rules,
     kyutai_mimi_rules,
@@ -48,7 +50,6 @@ MOSHI_NAME = "model.safetensors"
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
-_QUANTIZED_NAME = "model.q8.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,18 @@ class KyutaiFiles:
 
     Attributes:
         name: as the user gave it.
+        is_on_hub: whether that is an id on the Hub.
         config: content of ``config.json``, that of moshiko if there is none.
+        told: whether there is one.
         mimi_config: configuration of the audio codec.
         moshi_weights, mimi_weights: the weight files.
         tokenizer: the SentencePiece model of the text, None if the checkpoint has none.
     """
 
     name: str
+    is_on_hub: bool
     config: Mapping[str, Any]
+    told: bool
     mimi_config: Mapping[str, Any]
     moshi_weights: Path
     mimi_weights: Path
@@ -87,12 +92,15 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     if source.file is not None:
         raise ValueError(f"{source.name!r} is a file: give its directory, which has the codec and config.json as well")
     config = source.read_json("config.json")
-    if config is None:
-        config = KYUTAI_MOSHI
-    elif _is_of_transformers(config):
+    if config is None and (unseen := source.absence("config.json")):
+        raise CheckpointNotFoundError(unseen)
+    if known := no_model(source, config):
+        raise CheckpointNotFoundError(f"{source.name!r} {known}")
+    if config is not None and _is_of_transformers(config):
         raise ValueError(
             f"{source.name!r} is in the format of transformers, not in Kyutai's: load it with from_pretrained"
         )
+    told, config = config is not None, config or KYUTAI_MOSHI
 
     def find(field: str, default: str) -> Path | None:
         return _find(source, hub, field, config.get(field, default))
@@ -101,10 +109,12 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         path = find(field, default)
         if path is not None:
             return path
+        name = config.get(field, default)
+        if unseen := source.absence(name):
+            raise CheckpointNotFoundError(unseen)
         hint = f"set {field} in config.json to its name" if field in config else "add it"
-        if source.find(_QUANTIZED_NAME):
-            hint = f"{_QUANTIZED_NAME} is quantized, which is not read: get the bfloat16 weights"
-        raise CheckpointNotFoundError(f"{source.name!r} has no {config.get(field, default)!r} ({role}); {hint}")
+        untold = "" if told else ", nor a config.json that names another"
+        raise CheckpointNotFoundError(f"{source.name!r} has no {name!r} ({role}){untold}; {hint}")
 
     mimi_config = KYUTAI_MIMI
     if config.get("mimi_config_name") is not None:
@@ -112,7 +122,9 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         mimi_config = Source.locate(path.parent).read_json(path.name) or {}
     return KyutaiFiles(
         name=source.name,
+        is_on_hub=source.folder is None,
         config=config,
+        told=told,
         mimi_config=mimi_config,
         moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model"),
         mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
@@ -142,7 +154,7 @@ def _find(source: Source, hub: Mapping[str, Any], field: str, filename: Any) -> 
     return source.find(filename)
 
 
-def kyutai_moshi_rules(config: MoshiConfig, interleaved: bool = True) -> tuple[JoinedRule, ...]:
+def kyutai_moshi_rules(config: MoshiConfig, interleaved: bool = True) -> tuple[Rule, ...]:
     """The table of the language model in Kyutai's files.
 
     Args:
@@ -153,24 +165,24 @@ def kyutai_moshi_rules(config: MoshiConfig, interleaved: bool = True) -> tuple[J
     layer, their_layer = r"decoder/model/layers/(\d+)", r"transformer.layers.\1"
     depth, their_depth = r"depth_decoder/layers/(\d+)", r"depformer.layers.\1"
     return (
-        JoinedRule(r"embed_tokens/(\d+)/embedding", r"emb.\1.weight"),
-        JoinedRule(r"decoder/model/embed_tokens/embedding", r"text_emb.weight"),
+        Rule(r"embed_tokens/(\d+)/embedding", r"emb.\1.weight"),
+        Rule(r"decoder/model/embed_tokens/embedding", r"text_emb.weight"),
         *attention_rules(f"{layer}/self_attn", f"{their_layer}.self_attn", config.head_dim if interleaved else None),
-        JoinedRule(f"{layer}/mlp/fc1/kernel", f"{their_layer}.gating.linear_in.weight", REVERSED),
-        JoinedRule(f"{layer}/mlp/fc2/kernel", f"{their_layer}.gating.linear_out.weight", REVERSED),
-        JoinedRule(f"{layer}/input_layernorm/scale", f"{their_layer}.norm1.alpha", SCALE),
-        JoinedRule(f"{layer}/post_attention_layernorm/scale", f"{their_layer}.norm2.alpha", SCALE),
-        JoinedRule(r"decoder/model/norm/scale", r"out_norm.alpha", SCALE),
-        JoinedRule(r"decoder/lm_head/kernel", r"text_linear.weight", REVERSED),
-        JoinedRule(r"depth_decoder/text_embed_tokens/embedding", r"depformer_text_emb.weight"),
-        JoinedRule(r"depth_decoder/embed_tokens/(\d+)/embedding", r"depformer_emb.\1.weight", IDENTITY),
-        JoinedRule(r"depth_decoder/input_projections/(\d+)/kernel", r"depformer_in.\1.weight", REVERSED),
-        JoinedRule(r"depth_decoder/lm_heads/(\d+)/kernel", r"linears.\1.weight", REVERSED),
+        Rule(f"{layer}/mlp/fc1/kernel", f"{their_layer}.gating.linear_in.weight", REVERSED),
+        Rule(f"{layer}/mlp/fc2/kernel", f"{their_layer}.gating.linear_out.weight", REVERSED),
+        Rule(f"{layer}/input_layernorm/scale", f"{their_layer}.norm1.alpha", SCALE),
+        Rule(f"{layer}/post_attention_layernorm/scale", f"{their_layer}.norm2.alpha", SCALE),
+        Rule(r"decoder/model/norm/scale", r"out_norm.alpha", SCALE),
+        Rule(r"decoder/lm_head/kernel", r"text_linear.weight", REVERSED),
+        Rule(r"depth_decoder/text_embed_tokens/embedding", r"depformer_text_emb.weight"),
+        Rule(r"depth_decoder/embed_tokens/(\d+)/embedding", r"depformer_emb.\1.weight", IDENTITY),
+        Rule(r"depth_decoder/input_projections/(\d+)/kernel", r"depformer_in.\1.weight", REVERSED),
+        Rule(r"depth_decoder/lm_heads/(\d+)/kernel", r"linears.\1.weight", REVERSED),
         *attention_rules(f"{depth}/self_attn", f"{their_depth}.self_attn", None, per_codebook=True),
-        JoinedRule(rf"{depth}/mlp/fc1/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_in.weight", REVERSED),
-        JoinedRule(rf"{depth}/mlp/fc2/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_out.weight", REVERSED),
-        JoinedRule(f"{depth}/input_layernorm/scale", f"{their_depth}.norm1.alpha", SCALE),
-        JoinedRule(f"{depth}/post_attention_layernorm/scale", f"{their_depth}.norm2.alpha", SCALE),
+        Rule(rf"{depth}/mlp/fc1/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_in.weight", REVERSED),
+        Rule(rf"{depth}/mlp/fc2/(\d+)/kernel", rf"{their_depth}.gating.\2.linear_out.weight", REVERSED),
+        Rule(f"{depth}/input_layernorm/scale", f"{their_depth}.norm1.alpha", SCALE),
+        Rule(f"{depth}/post_attention_layernorm/scale", f"{their_depth}.norm2.alpha", SCALE),
     )
 
 
@@ -182,38 +194,46 @@ def kyutai_config(files: KyutaiFiles) -> MoshiConfig:
         raise ValueError(f"{files.name!r}: {error}") from error
 
 
-def read_kyutai_params(
-    files: KyutaiFiles,
-    config: MoshiConfig,
-    shapes: Mapping[str, Any],
-    convert: Callable[[np.ndarray], Any] = np.asarray,
-) -> dict[str, Any]:
-    """The parameter tree of a checkpoint, read tensor by tensor.
+def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
+    """The weights of a checkpoint.
 
     Args:
         files: from :func:`find_kyutai_files`.
-        config: from :func:`kyutai_config`.
-        shapes: nested dict whose leaves have a ``shape``: ``params_shape_tree`` of the model.
-        convert: called on every leaf (a cast, a transfer to the device).
+        config: of the model, from :func:`kyutai_config`.
 
     Raises:
-        ValueError: damaged files; tensors that are missing, too many or of another shape, all listed.
+        ValueError: damaged or quantized files.
     """
-
-    def read(path: Path, rules: tuple[JoinedRule, ...], tree: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = open_safetensors(path)
+    opened = [open_safetensors(path) for path in (files.moshi_weights, files.mimi_weights)]
+    for tensors in opened:
         if any(key.endswith("_scb") for key in tensors):
-            raise ValueError(f"{path} holds weights quantized to int8, which are not read: get the bfloat16 weights")
-        wanted = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
-        return unflatten_dict(read_joined(wanted, rules, tensors, str(path), convert), sep="/")
-
+            raise ValueError(
+                f"{tensors.path} holds weights quantized to int8, which are not read: get the bfloat16 weights"
+            )
     interleaved = files.config.get("positional_embedding") != "rope_concat"
-    audio_encoder = read(files.mimi_weights, kyutai_mimi_rules(config.audio_encoder_config), shapes["audio_encoder"])
-    moshi = {part: tree for part, tree in shapes.items() if part != "audio_encoder"}
-    return {
-        **read(files.moshi_weights, kyutai_moshi_rules(config, interleaved), moshi),
-        "audio_encoder": audio_encoder,
-    }
+    tables = (kyutai_moshi_rules(config, interleaved), kyutai_mimi_rules(config.audio_encoder_config))
+
+    def fit(model: FlaxPreTrainedModel, convert: Callable[[str, np.ndarray], Any]) -> tuple[ReadResult, list[str]]:
+        moshi = dict(model.params_shape_tree)
+        mimi = moshi.pop("audio_encoder")
+        whole, surplus = ReadResult({}, [], [], [], []), []
+        for tree, rules, tensors, start in zip((moshi, mimi), tables, opened, ("", "audio_encoder/")):
+            template = flatten_dict(tree, sep="/")
+            found = read_slots(
+                table_slots(template, rules),
+                template,
+                tensors,
+                convert=lambda path, leaf, start=start: convert(start + path, leaf),
+            )
+            whole.params |= {start + path: leaf for path, leaf in found.params.items()}
+            whole.missing += [start + path for path in found.missing]
+            whole.unexpected += found.unexpected
+            whole.mismatched += found.mismatched
+            whole.not_floating += found.not_floating
+            surplus += [key for key in found.unexpected if not re.search(CODEBOOKS, key)]
+        return whole, surplus
+
+    return Weights(files.name, files.is_on_hub, tuple(opened), fit)
 
 
 def write_kyutai(
@@ -300,8 +320,9 @@ def write_kyutai(
         _clear(folder, _named_files(values) | kept)
 
 
-def _write_weights(path: Path, params: Mapping[str, Any], rules: tuple[JoinedRule, ...]) -> str:
-    write_safetensors(path, to_joined_state(params, rules), "pt")
+def _write_weights(path: Path, params: Mapping[str, Any], rules: tuple[Rule, ...]) -> str:
+    tensors = {tensor.key: tensor.build() for tensor in table_tensors(params, rules)}
+    write_safetensors(path, tensors, "pt")
     return path.name
 
 
@@ -342,15 +363,19 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
     def from_kyutai(
         cls,
         name_or_path: str | os.PathLike,
-        dtype: DTypeLike | None = None,
+        dtype: Any = None,
         *,
-        param_dtype: DTypeLike | None = None,
+        param_dtype: Any = None,
         revision: str = "main",
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         _do_init: bool = True,
+        sharding: Any | None = None,
+        verify: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Make a model from a checkpoint in Kyutai's format, such as ``kyutai/moshiko-pytorch-bf16``.
@@ -359,48 +384,54 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
 
         Args:
             name_or_path: a directory or a Hub id.
-            dtype: of the computation and of the stored parameters. None follows the checkpoint: parameters stay as
-                stored, and the dtype that most of them have is that of the computation.
-            param_dtype: of the stored parameters, if it is to differ from ``dtype``.
+            dtype, param_dtype, ignore_mismatched_sizes, output_loading_info, _do_init, sharding, verify: as of
+                :meth:`from_pretrained`.
             revision, token, cache_dir, local_files_only, force_download: of the Hub, as in ``transformers``.
-            _do_init: False returns ``(model, params)``, and the model keeps no parameters.
-            **kwargs: ``seed``, ``input_shape`` and fields of the module.
+            **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change, as
+                of :meth:`from_pretrained`.
 
         Returns:
-            The model; ``(model, params)`` with ``_do_init=False``.
+            As :meth:`from_pretrained`.
 
         Raises:
             CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) a file is missing.
             ValueError: damaged files; arguments that this architecture cannot express, or weights that do not fit,
                 all of them listed; unknown keywords.
         """
-        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if value is not None:
-                check_float_dtype(name, value)
+        given = understood(dtype, param_dtype, token, kwargs)
+        check_dtypes(given.dtype, given.param_dtype)
         files = find_kyutai_files(
             name_or_path,
             revision=revision,
-            token=token,
+            token=given.token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        stored = dtype if param_dtype is None else param_dtype
-        # float32 stands in until the weights are read: the shapes do not depend on it.
-        model = cls(kyutai_config(files), dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **kwargs)
-        source = Source.locate(name_or_path)
-        model.name_or_path, model.hub_id = source.name, source.name if source.folder is None else None
-        model.generation_config = generation_config_from_kyutai(files.config.get("lm_gen_config") or {})
-        shapes = model.params_shape_tree
-        params = read_kyutai_params(files, model.config, shapes, lambda leaf: to_device(leaf, stored))
-        if dtype is None:
-            model.dtype = main_dtype(flatten_dict(params))
-            model._module = model._build_module()
-        if not _do_init:
-            return model, params
-        model._is_initialized = True
-        model.params = params
-        return model
+        config = kyutai_config(files)
+        model_kwargs, config_kwargs = cls._split_kwargs(config, given.rest, "from_kyutai")
+        config = override_config(config, config_kwargs)
+        try:
+            return cls._from_weights(
+                config,
+                kyutai_weights(files, config),
+                dtype=given.dtype,
+                param_dtype=given.param_dtype,
+                generation_config=generation_config_from_kyutai(files.config.get("lm_gen_config") or {}),
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                output_loading_info=output_loading_info,
+                _do_init=_do_init,
+                sharding=sharding,
+                verify=verify,
+                **model_kwargs,
+            )
+        except ValueError as error:
+            if files.told or isinstance(error, OSError):
+                raise
+            raise ValueError(
+                f"{files.name!r} has no config.json, which is needed for all but moshiko and moshika themselves: add "
+                f"that of the model. As moshiko: {error}"
+            ) from error
 
     def save_kyutai(
         self,

@@ -18,7 +18,7 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...former_names import accept_former_names
 from ...generation import FlaxGenerationMixin
-from ...generation.arrays import cut, on_device, padded
+from ...generation.arrays import cut, on_device, on_one_device, padded, turned
 from ...generation.buckets import bucket
 from ...generation.configuration import (
     merge_generation_config,
@@ -36,14 +36,16 @@ from ...input_checks import (
     check_sizes,
     is_traced,
     is_tracing,
-    owned,
     refuse_params,
 )
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
-from ..mimi.modeling_flax_mimi import FlaxMimiModel, encoded_length
-from ..mimi.streaming_flax_mimi import samples_per_frame
+from ..mimi.checkpoint_flax_mimi import CODEBOOKS
+from ..mimi.modeling_flax_mimi import FlaxMimiModel
+from ..mimi.streaming_flax_mimi import is_causal
+from ..mimi.topology import encoded_length, samples_per_frame
+from .calls import in_bucket
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .embeddings_flax_moshi import FlaxMoshiEmbeddingsMixin
@@ -83,7 +85,9 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
+    checkpoint_series = (CODEBOOKS,)
     cache_class = LinearCache
+    rounds_lengths = True
 
     def init_cache(self, batch_size: int, max_length: int) -> LinearCache | StaticCache:
         """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
@@ -129,7 +133,15 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
             )
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         params = self.whole_params(params)
-        return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
+
+        def run(inputs: dict[str, Any]) -> Any:
+            return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
+
+        # operation by operation, every new length would compile programs
+        if self.rounds_lengths and not (train or inputs["cache"] is not None or is_tracing(params, inputs)):
+            if on_one_device(params, inputs):
+                return in_bucket(run, inputs)
+        return run(inputs)
 
 
 def check_cache_kind(cache) -> None:
@@ -191,11 +203,12 @@ def mask_lengths(length: int, cache) -> tuple[int, ...]:
 
 
 def as_int32(ids):
-    return None if ids is None else jnp.asarray(owned(ids)).astype(jnp.int32)
+    """On the device; without a program for every shape, which ``jnp.asarray`` may compile."""
+    return ids if ids is None else ids.astype(jnp.int32) if isinstance(ids, jax.Array) else on_device(ids, np.int32)
 
 
 def as_array(array):
-    return None if array is None else jnp.asarray(owned(array))
+    return array if array is None or isinstance(array, jax.Array) else on_device(array)
 
 
 class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
@@ -352,6 +365,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
     checkpoint_prefixes = ("", "depth_decoder.")
     input_tables = ("text_embed_tokens/embedding",)
     cache_class = StaticCache
+    rounds_lengths = False  # there are as many as codebooks
 
     def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
         batch_size, num_codebooks = input_shape[0], self.config.num_codebooks
@@ -712,7 +726,11 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 )
             for waveform in waveforms:
                 check_mask("audio_encoder_padding_mask", audio_encoder_padding_mask, batch_size, waveform.shape[-1:])
-            audio_encoder_padding_mask = jnp.asarray(audio_encoder_padding_mask).astype(bool)
+            audio_encoder_padding_mask = as_array(audio_encoder_padding_mask).astype(bool)
+        if inputs_embeds is None:
+            given = (attention_mask, length, cache, params, audio_encoder_padding_mask)
+            user_audio_codes = self._codes_of(user_audio_codes, user_input_values, *given)
+            moshi_audio_codes = self._codes_of(moshi_audio_codes, moshi_input_values, *given)
         cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
@@ -721,15 +739,12 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             output_attentions,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
-            user_input_values=as_array(user_input_values),
             user_audio_codes=as_int32(user_audio_codes),
-            moshi_input_values=as_array(moshi_input_values),
             moshi_audio_codes=as_int32(moshi_audio_codes),
             cache=cache,
             inputs_embeds=as_array(inputs_embeds),
             text_labels=as_int32(text_labels),
             audio_labels=as_int32(audio_labels),
-            audio_encoder_padding_mask=audio_encoder_padding_mask,
         )
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
@@ -792,8 +807,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         Returns:
             ``sequences`` have the prompt (after the start frame, if it is concatenated) and the new tokens.
             ``audio_codes`` and ``audio_sequences`` have the prompt's frames and one less than the new tokens; before
-            a row that was padded they have the codes that were given for the padding, and silence. All lengths count
-            the padding.
+            a row that was padded they have the codes that were given for the padding (where waveforms were given, they
+            mean nothing), and silence. All lengths count the padding.
 
         Raises:
             ValueError: unknown or unsupported options (named); streams that are missing, of different length or batch
@@ -828,7 +843,12 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             concat_unconditional_inputs = False
         elif not all(given.values()):
             missing = " and ".join(name for name, there in given.items() if not there)
-            raise ValueError(f"Pass {missing} as well, or no input at all (see `get_unconditional_inputs`).")
+            size = samples_per_frame(config.audio_encoder_config)
+            raise ValueError(
+                f"Pass {missing} as well, or no input at all (see `get_unconditional_inputs`). What is not said is "
+                f"silence: zeros of the shape (batch, {config.audio_encoder_config.audio_channels}, frames * {size}) "
+                "as `_input_values`; for text, the id of padding in every frame. `MoshiProcessor` fills in both."
+            )
 
         self._check_audio("user", user_audio_codes, user_input_values)
         self._check_audio("moshi", moshi_audio_codes, moshi_input_values)
@@ -869,10 +889,13 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             )
 
         params = self.whole_params(params)
+        padding = None
+        if attention_mask is not None and (traced or not np.all(attention_mask)):
+            padding = padding_lengths(attention_mask, prompt_shape[1])
         if user_audio_codes is None:
-            user_audio_codes = self._encode(params, user_input_values)
+            user_audio_codes = self._encode(params, user_input_values, padding)
         if moshi_audio_codes is None:
-            moshi_audio_codes = self._encode(params, moshi_input_values)
+            moshi_audio_codes = self._encode(params, moshi_input_values, padding)
         codec = config.audio_encoder_config
         silence = np.zeros((1, codec.audio_channels, samples_per_frame(codec)), dtype=self.dtype)
         blank_codes = self.compiled(encode_audio, quickly=True)(params, silence)
@@ -921,9 +944,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         starts = xp.repeat(leading_starts(moshi_audio_codes, config.audio_vocab_size), copies)
         codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
         sequences, lengths = state.sequences, state.lengths
-        padding = None
-        if attention_mask is not None and (traced or not np.all(attention_mask)):
-            padding = xp.repeat(xp.asarray(padding_lengths(attention_mask, prompt_shape[1])), copies)
+        if padding is not None:
+            padding = xp.repeat(xp.asarray(padding), copies)
         frames, length_decoded = plan.max_length - 1 - int(concat_unconditional_inputs), codes.shape[-1]
         if not traced:
             frames = int(np.max(np.asarray(audio_lengths) + (0 if padding is None else padding)))
@@ -1027,18 +1049,48 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             **kwargs,
         )
 
-    def _encode(self, params, values):
-        """The codes of a waveform, which is padded to a bucket."""
-        if is_traced(values):
-            return self.compiled(encode_audio)(params, values)
+    def _codes_of(self, codes, values, attention_mask, length: int, cache, params, mask):
+        """The codes of a stream of a call of ``length`` frames, whose padding ``attention_mask`` tells."""
+        if codes is not None or values is None:
+            return codes
+        padding = None
+        if attention_mask is not None:
+            if np.shape(attention_mask)[1] != length:  # of all slots of the cache
+                attention_mask = jax.lax.dynamic_slice_in_dim(as_array(attention_mask), cache.length, length, axis=1)
+            if is_traced(attention_mask) or not np.all(attention_mask):
+                padding = padding_lengths(attention_mask, length)
+        return self._encode(self.whole_params(params), values, padding, mask)
+
+    def _encode(self, params, values, padding=None, mask=None):
+        """The codes of waveforms, each row's as if it were alone; the waveforms are padded to a bucket.
+
+        Args:
+            params: of the whole model.
+            values: ``(batch, channels, samples)``.
+            padding: frames before each row's first one, ``(batch,)``. Codes of padding mean nothing.
+            mask: ``(batch, samples)``, of which False is padding behind a row.
+        """
         codec = self.config.audio_encoder_config
-        samples = np.shape(values)[-1]
+        size, samples = samples_per_frame(codec), np.shape(values)[-1]
         frames = encoded_length(codec, samples)
-        values = padded(values, bucket(frames) * samples_per_frame(codec), 0.0)
         # leaving out what follows takes as long again, and whole frames of a causal codec do not hear it
-        whole = samples % samples_per_frame(codec) == 0 and codec.use_causal_conv
-        codes = self.compiled(encode_audio)(params, values, None if whole else on_device(samples, np.int32))
-        return codes[..., :frames] if is_traced(codes) else np.asarray(codes)[..., :frames]
+        lengths = None
+        if samples % size or not is_causal(codec) or mask is not None:
+            xp = jnp if is_traced(padding, mask) else np
+            column = xp.arange(samples)
+            counts = xp.ones((np.shape(values)[0], samples), bool) if mask is None else xp.asarray(mask)
+            if padding is not None:
+                counts = counts & (column >= xp.asarray(padding)[:, None] * size)
+            lengths = on_device(counts.sum(axis=1, dtype=np.int32))
+        if padding is not None:
+            values = turned(values, padding * size)
+        if not is_traced(values):
+            values = padded(values, bucket(frames) * size, 0.0)
+        elif padding is None and mask is None:
+            lengths = None  # all of it counts, to its end
+        codes = self.compiled(encode_audio)(params, values, lengths)
+        codes = (codes if is_traced(codes) else np.asarray(codes))[..., :frames]
+        return codes if padding is None else turned(codes, -padding)
 
     def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:
         """Checks what is to be said in the new frames."""

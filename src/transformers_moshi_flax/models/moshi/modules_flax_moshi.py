@@ -26,8 +26,9 @@ from ...nn.cache import Cache, LinearCache, NoCache, StaticCache
 from ...nn.initializers import normal
 from ...nn.linear import dense
 from ...nn.norm import RMSNorm
-from ..mimi.modeling_flax_mimi import FlaxMimiModule
-from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState, samples_per_frame
+from ..mimi.modules_flax_mimi import FlaxMimiModule
+from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
+from ..mimi.topology import samples_per_frame
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
     IGNORE_INDEX,
@@ -455,25 +456,18 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
         self,
         input_ids=None,
         attention_mask=None,
-        user_input_values=None,
         user_audio_codes=None,
-        moshi_input_values=None,
         moshi_audio_codes=None,
         cache: LinearCache | None = None,
         inputs_embeds=None,
         text_labels=None,
         audio_labels=None,
-        audio_encoder_padding_mask=None,
         deterministic: bool = True,
         output_attentions: bool = True,
     ) -> FlaxMoshiConditionalGenerationOutputWithPast:
         if self.is_initializing():
             self._reach_all_of_mimi()
         if inputs_embeds is None:
-            if user_audio_codes is None and user_input_values is not None:
-                user_audio_codes = self.encode_audio(user_input_values, audio_encoder_padding_mask)
-            if moshi_audio_codes is None and moshi_input_values is not None:
-                moshi_audio_codes = self.encode_audio(moshi_input_values, audio_encoder_padding_mask)
             inputs_embeds = self.embed(input_ids, user_audio_codes, moshi_audio_codes)
 
         mask = jnp.ones(inputs_embeds.shape[:2], dtype=bool) if attention_mask is None else attention_mask.astype(bool)

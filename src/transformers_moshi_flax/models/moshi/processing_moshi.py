@@ -16,9 +16,13 @@ from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreT
 
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
+from ...checkpoints.keywords import one_token
+from ...checkpoints.recognising import foreign, is_foreign_config
+from ...checkpoints.uploading import Repository, check_upload
 from ...input_checks import check_audio, check_ids
+from ...model_card import check_card_fields
 from ...modeling_flax_outputs import FlaxModelOutput
-from ..mimi.streaming_flax_mimi import samples_per_frame
+from ..mimi.topology import samples_per_frame
 from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
 from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
@@ -26,7 +30,7 @@ Waveform = ArrayLike | Sequence[float]
 Ids = ArrayLike | Sequence[int]
 
 _OPTIONS = ("frame_size", "pad_token_id", "end_of_pad_token_id")
-_HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+_HUB = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
 
 
 class MoshiProcessor(ProcessorMixin):
@@ -94,8 +98,8 @@ class MoshiProcessor(ProcessorMixin):
         streams: audio is followed by silence, ``input_ids`` by padding, and ``text`` stands at the end, one piece a
         frame in the last frames. Rows are then padded to the longest one, with 0 in the attention mask.
 
-        The mask hides padding from the backbone, but Mimi hears the silence on the left of a row: its codes can differ
-        a little from those of the row alone. With ``padding_side="right"``, for teacher forcing, they do not.
+        The mask hides padding from the backbone, and the models encode every row from its own start: a row has the
+        same codes as alone, on whichever side the padding is. Text without audio means that both are silent.
 
         Args:
             text: what Moshi says at the end of the prompt.
@@ -226,17 +230,62 @@ class MoshiProcessor(ProcessorMixin):
         Args:
             save_directory: made if it is not there.
             push_to_hub: also upload the files.
-            **kwargs: for the upload: ``repo_id`` (default: the directory's name), ``commit_message``, ``token``, and
-                what else the Hub's ``create_repo`` takes.
+            **kwargs: for the upload: ``repo_id`` (default: the directory's name), ``commit_message``, ``token``,
+                ``private``, and what else the Hub's ``create_repo`` takes.
 
         Raises:
-            ValueError: there is a file in place of the directory.
+            ValueError: there is a file in place of the directory, or ``private`` and a public repository.
         """
         folder = os.path.abspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"save_directory={folder!r} is a file; give a directory")
+        if push_to_hub:
+            repo_id = kwargs.get("repo_id", os.path.basename(folder))
+            Repository.look_up(repo_id, token=kwargs.get("token"), private=kwargs.get("private"))
         # absolute and a string: upstream splits the repository's name off it
         return super().save_pretrained(folder, push_to_hub, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        tags: Sequence[str] | None = None,
+        use_temp_dir: bool | None = None,
+        use_auth_token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the processor's files, as ``transformers`` does, with a card if there is none.
+
+        Args:
+            repo_id: the repository, made if it is not there.
+            private: True makes a repository that is not there a private one, and refuses one that is public.
+            token, revision: as in ``huggingface_hub``; the branch is made if it is not there.
+            tags: of the card.
+            use_temp_dir, use_auth_token: as of a model's ``push_to_hub``.
+            **kwargs: ``commit_message``, ``commit_description``, ``create_pr``.
+
+        Returns:
+            The ``CommitInfo`` of ``huggingface_hub``.
+
+        Raises:
+            ValueError: ``private`` for a public repository, tags or a branch that the Hub refuses, before anything is
+                made there.
+        """
+        check_upload(private=private, revision=revision, use_temp_dir=use_temp_dir)
+        check_card_fields({} if tags is None else {"tags": tags})
+        token = one_token(token, use_auth_token)
+        Repository.look_up(repo_id, token=token, private=private, revision=revision)
+        return super().push_to_hub(
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            tags=None if tags is None else list(tags),
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> MoshiProcessor:
@@ -253,13 +302,16 @@ class MoshiProcessor(ProcessorMixin):
             ValueError: the tokenizer is not there, an option is bad, or the sampling rate or the frame size of the
                 files is not that of the Mimi in ``config.json`` beside them.
         """
+        name = os.fspath(pretrained_model_name_or_path)
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            if known := _why_none(Source.locate(name, **{key: kwargs[key] for key in _HUB if key in kwargs})):
+                raise CheckpointNotFoundError(f"{name!r} gives no processor: {known}") from error
             if isinstance(error, OSError):
                 raise
             # upstream's message about a missing tokenizer does not tell where it was looked for
-            raise ValueError(f"{os.fspath(pretrained_model_name_or_path)!r} gives no processor: {error}") from error
+            raise ValueError(f"{name!r} gives no processor: {error}") from error
         codec = None
         with contextlib.suppress(ValueError):  # of another model, which the processor did not need
             codec = _codec_beside(pretrained_model_name_or_path, kwargs)
@@ -346,6 +398,17 @@ class MoshiProcessor(ProcessorMixin):
         waveform = np.asarray(waveform, np.float32)
         extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
         return extracted["input_values"][0][0]
+
+
+def _why_none(source: Source) -> str | None:
+    """Why a checkpoint may have no processor, if that is known: what it is, or that the Hub could not be asked."""
+    names = ("processor_config.json", "preprocessor_config.json", "config.json")
+    found = [name for name in names if source.find(name) is not None]
+    if not found and (unseen := source.absence(*names)):
+        return unseen
+    values = source.read_json("config.json")
+    known = foreign(source, values) if values is None or is_foreign_config(values) else None
+    return f"it {known}" if known else None
 
 
 def _codec_beside(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> MimiConfig | None:

@@ -35,13 +35,14 @@ from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
 from ...ops.dispatch import steps_in_several_programs
-from ..mimi.modeling_flax_mimi import HALVES, parts_of, prepared_for_frames
+from ..mimi.modules_flax_mimi import STEP_PARTS, parts_of
+from ..mimi.quantizer_flax_mimi import prepared_for_frames
 from ..mimi.streaming_flax_mimi import (
     FlaxMimiDecoderState,
     FlaxMimiEncoderState,
-    samples_per_frame,
     seanet_histories,
 )
+from ..mimi.topology import samples_per_frame
 from .frame_flax_moshi import frame_step
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
@@ -340,12 +341,12 @@ class FlaxMoshiStream:
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._seanet_histories = seanet_histories(codec)
-        seanet, *others = HALVES["encode_step"]
+        seanet, *others = STEP_PARTS["encode_step"]
         parts = {
             "convolve": codec_part(codec_params, seanet),
             "encode": codec_part(codec_params, *others),
             "column": dialogue,
-            "decode": codec_part(codec_params, *HALVES["decode_step"]),
+            "decode": codec_part(codec_params, *STEP_PARTS["decode_step"]),
         }
         self._convolve = self._program(convolve_frame, parts["convolve"])
         self._encode = self._program(encode_frame, parts["encode"])

@@ -280,8 +280,10 @@ def check_workers(workers: int) -> None:
         )
 
 
-class Loader(Iterator[Batch]):
+class Loader(Iterator[dict[str, np.ndarray]]):
     """Batches one after another, with a position that can be kept and restored; :func:`make_loader` makes one.
+
+    A maker has a ``plan`` with ``batches_per_epoch`` and ``fingerprint``, and is called with the numbers of batches.
 
     The next batch raises what cannot be read as ``ValueError``, and :class:`WorkerError` for the processes.
 
@@ -290,7 +292,7 @@ class Loader(Iterator[Batch]):
         position: how many batches have been handed out.
     """
 
-    def __init__(self, maker: BatchMaker, epochs: int | None, workers: int, prefetch: int):
+    def __init__(self, maker: Any, epochs: int | None, workers: int, prefetch: int):
         self.plan = maker.plan
         self.position = 0
         self._maker, self._workers, self._prefetch = maker, workers, prefetch
@@ -303,7 +305,7 @@ class Loader(Iterator[Batch]):
         """Of the next batch."""
         return self.position // self.plan.batches_per_epoch
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, np.ndarray]:
         if self.position >= self._end:
             self.close()
             raise StopIteration

@@ -34,7 +34,7 @@ from transformers import MoshiConfig, PreTrainedTokenizerBase
 from ...checkpoints.formats import parse_json
 from ...checkpoints.writing import write_text
 from ...models.mimi import FlaxMimiModel
-from ...models.mimi.streaming_flax_mimi import samples_per_frame
+from ...models.mimi.topology import samples_per_frame
 from .alignment import MAIN_SPEAKER, AlignedText, Word, align_words, parse_words
 from .prepared import (
     INDEX,
@@ -114,6 +114,7 @@ def prepare(
     pad_token_id: int = 3,
     end_of_pad_token_id: int = 0,
     main_speaker: str = MAIN_SPEAKER,
+    whitespace_before_word: bool = True,
     batch_size: int = 8,
     workers: int = 4,
     recordings_per_shard: int = 64,
@@ -134,6 +135,8 @@ def prepare(
         tokenizer: of Moshi's text.
         pad_token_id, end_of_pad_token_id: of frames without a new piece, and of the last one before a word.
         main_speaker: the label of Moshi's words.
+        whitespace_before_word: False for languages that are written without spaces, whose words are then encoded
+            without the one that the tokenizer puts before a text.
         batch_size: recordings at once.
         workers: threads that read audio.
         recordings_per_shard: how many are done, or redone, at once.
@@ -156,7 +159,15 @@ def prepare(
             raise ValueError(f"`{name}` is {value}, but must be at least 1")
     listed = read_manifest(manifest)
     settings = _settings(
-        manifest, mimi, config, tokenizer, pad_token_id, end_of_pad_token_id, main_speaker, recordings_per_shard
+        manifest,
+        mimi,
+        config,
+        tokenizer,
+        pad_token_id,
+        end_of_pad_token_id,
+        main_speaker,
+        whitespace_before_word,
+        recordings_per_shard,
     )
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
@@ -180,6 +191,7 @@ def prepare(
             pad_token_id,
             end_of_pad_token_id,
             main_speaker,
+            whitespace_before_word,
         )
         work = [(number, item) for number, shard in open_shards.items() for item in shard.listed]
         with ThreadPoolExecutor(workers) as pool, jax.default_matmul_precision("highest"):
@@ -238,6 +250,7 @@ def _settings(
     pad_token_id: int,
     end_of_pad_token_id: int,
     main_speaker: str,
+    whitespace_before_word: bool,
     recordings_per_shard: int,
 ) -> dict[str, Any]:
     """All that the contents of a dataset depend on."""
@@ -265,6 +278,7 @@ def _settings(
         "pad_token_id": pad_token_id,
         "end_of_pad_token_id": end_of_pad_token_id,
         "main_speaker": main_speaker,
+        "whitespace_before_word": whitespace_before_word,
         "vocab_size": config.vocab_size,
         "audio_vocab_size": config.audio_vocab_size,
         "num_codebooks": config.num_codebooks,
@@ -321,6 +335,10 @@ def _only_one(out: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
+WORD_START = "▁"
+"""How a piece begins that begins a word, in SentencePiece's vocabularies."""
+
+
 @dataclass(frozen=True)
 class _Text:
     """Makes text ids of words."""
@@ -332,16 +350,37 @@ class _Text:
     pad_token_id: int
     end_of_pad_token_id: int
     main_speaker: str
+    whitespace_before_word: bool
+
+    def _encode(self, text: str) -> list[int]:
+        pieces = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.whitespace_before_word or not pieces:
+            return pieces
+        return _without_whitespace(pieces, self.tokenizer)
 
     def align(self, words: Sequence[Word], frames: int) -> AlignedText:
         return align_words(
             words,
             frames,
-            lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+            self._encode,
             frame_rate=self.frame_rate,
             pad_token_id=self.pad_token_id,
             end_of_pad_token_id=self.end_of_pad_token_id,
         )
+
+
+def _without_whitespace(pieces: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The pieces of a word without the space that the first of them begins with."""
+    first, rest = tokenizer.convert_ids_to_tokens(pieces[0]), list(pieces[1:])
+    if not first.startswith(WORD_START):
+        return [pieces[0], *rest]
+    vocabulary = tokenizer.get_vocab()
+    name = first.removeprefix(WORD_START)
+    if not name:
+        return rest
+    # the piece without a space, or else its characters
+    names = next((found for found in ([name], list(name)) if all(piece in vocabulary for piece in found)), [first])
+    return [vocabulary[piece] for piece in names] + rest
 
 
 def read_words(audio: Path) -> tuple[list[Word], Counter[str]]:

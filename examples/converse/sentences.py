@@ -1,0 +1,213 @@
+"""What is talked about: questions and the one right answer to each, some thousands by a small grammar.
+
+Sums and differences to twenty, what comes after a day, a month, a letter or a number, opposites, colours, spelling,
+simple facts, repeating, greetings, and what nobody here knows. A tenth is held out of training, by what is asked and
+not by how it is asked: the sums, the words and the phrasings that are held out never occur in training at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+MONTHS = "january february march april may june july august september october november december".split()
+LETTERS = "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z".split()
+OPPOSITES = (
+    ("hot", "cold"),
+    ("big", "small"),
+    ("long", "short"),
+    ("fast", "slow"),
+    ("old", "young"),
+    ("dark", "light"),
+    ("good", "bad"),
+    ("happy", "sad"),
+    ("left", "right"),
+    ("up", "down"),
+    ("open", "closed"),
+    ("full", "empty"),
+    ("rich", "poor"),
+    ("wet", "dry"),
+)
+COLOURS = (
+    ("the sky", "blue"),
+    ("the grass", "green"),
+    ("the snow", "white"),
+    ("the sun", "yellow"),
+    ("the night", "black"),
+    ("a lemon", "yellow"),
+    ("a tomato", "red"),
+    ("an orange", "orange"),
+    ("a plum", "purple"),
+    ("milk", "white"),
+    ("coal", "black"),
+    ("a frog", "green"),
+    ("a mouse", "grey"),
+    ("chocolate", "brown"),
+)
+WORDS = (
+    "cat dog sun moon fish bird tree house book ship milk bread salt rain snow door hand foot star ring lamp desk "
+    "boat frog duck nest leaf rock sand gold king road bell cake drum farm goat hill kite lion mask pond rose soap"
+).split()
+FACTS = (
+    (("who are you", "what is your name", "what are you called"), "my name is moshi"),
+    (("how old are you", "what is your age"), "i am very young"),
+    (("where do you live", "where are you"), "i live in this computer"),
+    (("what can you do", "how can you help me"), "i can count and spell and talk"),
+    (("are you a person", "are you human"), "no i am a small program"),
+    (("do you sleep", "do you ever rest"), "no i am always awake"),
+    (("what do you like", "what do you enjoy"), "i like to talk with you"),
+    (("how many days are in a week", "how long is a week"), "a week has seven days"),
+    (("how many months are in a year", "how long is a year"), "a year has twelve months"),
+    (("how many legs has a dog", "how many legs does a dog have"), "a dog has four legs"),
+    (("how many legs has a bird", "how many legs does a bird have"), "a bird has two legs"),
+    (("how many legs has a spider", "how many legs does a spider have"), "a spider has eight legs"),
+)
+GREETINGS = (
+    (("hello", "hello moshi", "hi there"), "hello how can i help you"),
+    (("good morning", "good morning moshi"), "good morning to you"),
+    (("good evening", "good evening moshi"), "good evening to you"),
+    (("how are you", "how are you today"), "i am fine thank you"),
+    (("thank you", "thank you moshi", "thanks a lot"), "you are welcome"),
+    (("goodbye", "goodbye moshi", "see you later"), "goodbye for now"),
+)
+UNKNOWN = (
+    "who won the game",
+    "what is the weather like",
+    "where is my key",
+    "what time is it",
+    "who is the president",
+    "how far is the station",
+    "why is the train late",
+    "what did i eat",
+    "when does the shop open",
+    "who wrote this song",
+    "how much does it cost",
+    "where is the hotel",
+    "what should i read",
+    "when is my birthday",
+    "who called me",
+    "how deep is the sea",
+)
+I_DO_NOT_KNOW = "i don't know that"
+AGAIN = ("say that again", "again please", "what did you say")
+STOP = ("stop", "stop please", "be quiet")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer, lower-case words; capitals are letters that are named.
+
+    Attributes:
+        topic: such as ``sum``.
+        held_out: whether it is kept from training.
+    """
+
+    question: str
+    answer: str
+    topic: str
+    held_out: bool
+
+
+def is_held_out(what: str, share: int = 10) -> bool:
+    """Whether something is one of the tenth (or another part) that is held out; the same everywhere and always."""
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:4]) % share == 0
+
+
+def exchanges() -> list[Exchange]:
+    """Everything that can be asked."""
+    found = []
+    for topic, make in TOPICS.items():
+        for question, answer, what in make():
+            found.append(Exchange(question, answer, topic, is_held_out(f"{topic} {what}")))
+    return found
+
+
+def all_words() -> list[str]:
+    """All words of questions and answers, sorted."""
+    texts = [text for each in exchanges() for text in (each.question, each.answer)]
+    return sorted({word for text in (*texts, *AGAIN, *STOP) for word in text.split()})
+
+
+Made = Iterator[tuple[str, str, str]]
+
+
+def _sums() -> Made:
+    asked = {"plus": ("what is {} plus {}", "how much is {} plus {}", "tell me {} plus {}")}
+    asked["minus"] = tuple(phrase.replace("plus", "minus") for phrase in asked["plus"])
+    for a, b in itertools.product(range(21), repeat=2):
+        for sign, result in (("plus", a + b), ("minus", a - b)):
+            if 0 <= result <= 20:
+                first, second = NUMBERS[a], NUMBERS[b]
+                for phrase in asked[sign]:
+                    answer = f"{first} {sign} {second} is {NUMBERS[result]}"
+                    yield phrase.format(first, second), answer, f"{first} {sign} {second}"
+
+
+def _after() -> Made:
+    lists = (("day", DAYS, True), ("month", MONTHS, True), ("letter", LETTERS, False), ("number", NUMBERS, False))
+    phrases = ("what comes after {}", "which {} comes after {}", "which {} follows {}", "what is after {}")
+    for kind, names, again in lists:
+        for place, name in enumerate(names if again else names[:-1]):
+            following = names[(place + 1) % len(names)]
+            for phrase in phrases:
+                question = phrase.format(kind, name) if phrase.count("{}") == 2 else phrase.format(name)
+                yield question, f"after {name} comes {following}", question
+
+
+def _opposites() -> Made:
+    phrases = ("what is the opposite of {}", "tell me the opposite of {}", "what is not {}")
+    for pair in OPPOSITES:
+        for word, other in (pair, pair[::-1]):
+            for phrase in phrases:
+                yield phrase.format(word), f"the opposite of {word} is {other}", phrase.format(word)
+
+
+def _colours() -> Made:
+    for thing, colour in COLOURS:
+        for phrase in ("what colour is {}", "which colour has {}", "tell me the colour of {}"):
+            yield phrase.format(thing), f"{thing} is {colour}", phrase.format(thing)
+
+
+def _spelling() -> Made:
+    for word in WORDS:
+        for phrase in ("spell {}", "how do you spell {}", "please spell the word {}"):
+            yield phrase.format(word), " ".join(word.upper()), word
+
+
+def _echo() -> Made:
+    for first, second in itertools.permutations(WORDS, 2):
+        if is_held_out(f"used {first} {second}", 8):
+            for phrase in ("say {} {}", "repeat {} {}"):
+                yield phrase.format(first, second), f"{first} {second}", f"{first} {second}"
+
+
+def _answers(table: Iterable[tuple[tuple[str, ...], str]]) -> Made:
+    for questions, answer in table:
+        for place, question in enumerate(questions):
+            # the first way to ask is always there to learn from
+            yield question, answer, question if place else "always"
+
+
+def _unknown() -> Made:
+    for question in UNKNOWN:
+        yield question, I_DO_NOT_KNOW, question
+
+
+TOPICS = {
+    "sum": _sums,
+    "after": _after,
+    "opposite": _opposites,
+    "colour": _colours,
+    "spelling": _spelling,
+    "echo": _echo,
+    "fact": lambda: _answers(FACTS),
+    "greeting": lambda: _answers(GREETINGS),
+    "unknown": _unknown,
+}

@@ -1,0 +1,1 @@
+"""Training of Mimi: from recordings to a codec."""

@@ -1,0 +1,52 @@
+"""The folder of a codec's run: as that of a run of Moshi, with a Mimi in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import MimiConfig
+
+from ...checkpoints.companions import copy_companions
+from ...checkpoints.configs import load_config
+from ...checkpoints.files import Source
+from ...checkpoints.replacing import replacing_weights
+from ...checkpoints.writing import write_text
+from ...models.mimi import FlaxMimiModel
+from ..run_folder import RunFolder
+from .configuration import CodecTrainingConfig
+from .step import DISTILLATION
+
+
+class CodecRunFolder(RunFolder):
+    """See :class:`RunFolder`; ``export/`` has a Mimi for ``FlaxMimiModel.from_pretrained``."""
+
+    configuration_class = CodecTrainingConfig
+
+    def keep_model(self, model: FlaxMimiModel, source: Source | None) -> None:
+        """Write down the configuration of the codec, and copy what lies beside its weights."""
+        self.model.mkdir(exist_ok=True)
+        if source is not None:
+            copy_companions(source, self.model)
+        write_text(self.model / "config.json", model.config.to_json_string(use_diff=True))
+
+    def load_config(self) -> MimiConfig:
+        """The configuration of the codec."""
+        return load_config(MimiConfig, Source.locate(self.model))
+
+    def load_model(self, **fields: Any) -> FlaxMimiModel:
+        """The codec of :meth:`keep_model`, without parameters."""
+        return FlaxMimiModel(self.load_config(), _do_init=False, **fields)
+
+    def restore_frozen(self, target: Any = None) -> Any:
+        """As of :class:`RunFolder`; nothing is kept where nothing is frozen."""
+        return super().restore_frozen(target) if self.configuration().model.freeze else {}
+
+    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
+        """As of :class:`RunFolder`; what is trained beside the codec is left out."""
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_companions(Source.locate(self.model), folder)
+        own = {name: part for name, part in params.items() if name != DISTILLATION}
+        with replacing_weights(folder):
+            self.load_model().save_pretrained(folder, params=own, to_pt=to_pt, _replaces_layouts=True)

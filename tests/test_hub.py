@@ -382,7 +382,9 @@ def test_one_who_makes_it_public_meanwhile(hub: Hub, model: FlaxToyWithHead, mon
 def test_words_of_the_commit(hub: Hub, model: FlaxToyWithHead, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     words = {"commit_message": "the third epoch", "commit_description": "on our recordings"}
     model.push_to_hub("tester/toy", token=hub.token, use_temp_dir=True, **words)
-    model.save_pretrained(tmp_path / "toy", push_to_hub=True, use_auth_token=hub.token, revision="dev", **words)
+    # the same files would make no commit
+    other = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    model.save_pretrained(tmp_path / "toy", other, push_to_hub=True, use_auth_token=hub.token, revision="dev", **words)
     headers = [json.loads(header) for header in hub.headers]
     assert [(header["summary"], header["description"]) for header in headers] == [tuple(words.values())] * 2
     assert set(hub.repos["tester/toy"].heads) == {"main", "dev"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -395,15 +393,7 @@ def test_words_of_the_commit(hub: Hub, model: FlaxToyWithHead, tmp_path: Path, c
         model.save_pretrained(tmp_path / "toy", commit_message="x")
 
 
-def in_a_new_process(name: str, **variables: str) -> str:
-    """What loading says there."""
-    code = f"from transformers_moshi_flax import FlaxMimiModel\ntry: FlaxMimiModel.from_pretrained({name!r})\n"
-    code += "except OSError as error: print(error)"
-    environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip()
-
-
-def test_why_a_file_is_not_there(hub: Hub, model: FlaxToyWithHead, tmp_path: Path):
+def test_why_a_file_is_not_there(hub: Hub, model: FlaxToyWithHead, monkeypatch: pytest.MonkeyPatch):
     """Not in the cache, offline, no connection, missing: each is told as what it is."""
     api = HfApi(token=hub.token)
     api.create_repo("tester/empty")
@@ -413,14 +403,22 @@ def test_why_a_file_is_not_there(hub: Hub, model: FlaxToyWithHead, tmp_path: Pat
         OSError, match=r"config\.json of 'tester/toy' is not in the cache, .* \(local_files_only=True\)"
     ):
         FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
-    home = {"HF_HOME": str(tmp_path / "other")}
-    said = in_a_new_process("tester/toy", HF_HUB_OFFLINE="1", **home)
-    assert said.startswith(
-        "config.json of 'tester/toy' is not in the cache, and the Hub is not asked for it, as HF_HUB_O"
-    )
-    said = in_a_new_process("tester/toy", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", **home)
-    assert "is not in the cache, and the Hub cannot be reached at http://127.0.0.1:9 (" in said
-    assert "check the connection" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        message = (
+            r"config\.json of 'tester/toy' is not in the cache, and the Hub is not asked for it, as HF_HUB_OFFLINE"
+        )
+        with pytest.raises(OSError, match=message):
+            FlaxToyWithHead.from_pretrained("tester/toy")
+    nobody = "http://127.0.0.1:9"
+    template = f"{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # which the client does before it asks again
+    with pytest.raises(
+        OSError, match=rf"is not in the cache, and the Hub cannot be reached at {nobody} \(.*: check the"
+    ):
+        FlaxToyWithHead.from_pretrained("tester/toy")
 
 
 def test_weights_that_are_not_in_the_cache(hub: Hub, model: FlaxToyWithHead):

@@ -46,7 +46,8 @@ def _rounded_audio(config: MimiConfig, inputs: Inputs) -> tuple[Inputs, Lengths]
         "padding_mask": np.arange(capacity) < counts[:, None] if masked else None,
     }
     steps = int(frames_out(samples, math.prod(config.upsampling_ratios)))
-    return inputs, {"audio_codes": frames, "latents": frames, "audio_values": samples, "steps": steps}
+    lengths = {"audio_codes": frames, "latents": frames, "audio_values": samples, "steps": steps}
+    return inputs, {**lengths, "decoder_steps": frames * steps_per_frame(config)}
 
 
 def _rounded_codes(config: MimiConfig, name: str, inputs: Inputs) -> tuple[Inputs, Lengths]:
@@ -82,9 +83,11 @@ def shortened(outputs: FlaxModelOutput, lengths: Lengths) -> FlaxModelOutput:
         name: cut(getattr(outputs, name), length) for name, length in lengths.items() if outputs.get(name) is not None
     }
     steps = lengths["steps"]
-    for name, axes in (("hidden_states", (1,)), ("attentions", (2, 3))):
-        layers = outputs.get(name)
-        for axis in axes if layers is not None else ():
-            layers = tuple(cut(layer, steps, axis) for layer in layers)
-        found[name] = layers
+    halves = {"": steps, "encoder_": steps, "decoder_": lengths.get("decoder_steps", steps)}
+    for half, length in halves.items():
+        for name, axes in ((f"{half}hidden_states", (1,)), (f"{half}attentions", (2, 3))):
+            layers = outputs.get(name)
+            for axis in axes if layers is not None else ():
+                layers = tuple(cut(layer, length, axis) for layer in layers)
+            found[name] = layers
     return outputs.replace(**{name: value for name, value in found.items() if value is not None})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
+from transformers.utils import ModelOutput
 
 from transformers_moshi_flax import FlaxPreTrainedModel
 from transformers_moshi_flax.former_names import FORMER_NAMES
@@ -250,6 +252,17 @@ class FlaxModelTesterMixin:
             for weights in with_attentions[name]:
                 np.testing.assert_allclose(np.asarray(weights).sum(-1), 1, rtol=1e-5)
 
+    def test_the_configuration_asks_for_what_is_returned(self, case: Case, loaded: Loaded):
+        states, attentions = case.layers(loaded.model.config), case.heads(loaded.model.config)
+        plain = set(loaded.model(**loaded.inputs))
+        for field, names in (("output_hidden_states", states), ("output_attentions", attentions)):
+            model, params = case.ours.from_pretrained(loaded.directory, _do_init=False, **{field: True})
+            assert set(model(**loaded.inputs, params=params)) == plain | set(names)
+            assert set(model(**loaded.inputs, params=params, **{field: False})) == plain
+        model, params = case.ours.from_pretrained(loaded.directory, _do_init=False, return_dict=False)
+        assert type(model(**loaded.inputs, params=params)) is tuple
+        assert isinstance(model(**loaded.inputs, params=params, return_dict=True), ModelOutput)
+
     def test_gradient_checkpointing(self, case: Case, loaded: Loaded):
         if case.differentiable is None:
             pytest.skip("the output is not differentiable")
@@ -348,6 +361,28 @@ class FlaxModelTesterMixin:
         path = "/".join(missing.split(".")[:-1])
         assert "no weights for" in str(error.value) and path in str(error.value)
         assert f"{mismatched} is" in str(error.value) and surplus in str(error.value)
+
+    def test_mismatched_shapes(self, case: Case, loaded: Loaded, tmp_path: Path):
+        """Left out where that is asked for, and drawn at random."""
+        tensors = load_file(loaded.directory / "model.safetensors")
+        key = max(key for key in tensors if tensors[key].ndim == 2 and tensors[key].shape[0] > 1)
+        tensors[key] = tensors[key][1:].copy()
+        loaded.model.config.save_pretrained(tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=re.escape(key)):
+            case.ours.from_pretrained(tmp_path)
+        model, info = case.ours.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+        assert [found for found, *_ in info["mismatched_keys"]] == [key]
+        assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(jnp.shape, loaded.model.params)
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in loaded.outputs(model).values())
+
+    def test_shards(self, case: Case, loaded: Loaded, tmp_path: Path):
+        for to_pt in (True, False):
+            folder = tmp_path / str(to_pt)
+            loaded.model.save_pretrained(folder, to_pt=to_pt, max_shard_size="10KB")
+            index = next(folder.glob("*.safetensors.index.json"))
+            assert len({*json.loads(index.read_text())["weight_map"].values()}) > 1
+            assert_same_params(case.ours.from_pretrained(folder).params, loaded.model.params)
 
     # Base and head
 

@@ -35,6 +35,9 @@ def _latents(config: Any) -> dict[str, np.ndarray]:
     return {"latents": _normal(BATCH, config.hidden_size, FRAMES)}
 
 
+HALVES = ("encoder", "decoder")
+
+
 def _layers(config: Any) -> dict[str, tuple[int, int]]:
     return {"hidden_states": (config.num_hidden_layers, config.hidden_size)}
 
@@ -62,7 +65,16 @@ DECODER = Case(
     _heads,
     only_ours=("use_cache",),
 )
-CODEC = Case(FlaxMimiModel, modeling_mimi.MimiModel, _config, _audio, "audio_values", not_ours=STREAMING)
+CODEC = Case(
+    FlaxMimiModel,
+    modeling_mimi.MimiModel,
+    _config,
+    _audio,
+    "audio_values",
+    lambda config: {f"{half}_{name}": size for half in HALVES for name, size in _layers(config).items()},
+    lambda config: {f"{half}_{name}": size for half in HALVES for name, size in _heads(config).items()},
+    not_ours=STREAMING,
+)
 
 
 class TestFlaxMimiCommon(FlaxModelTesterMixin):

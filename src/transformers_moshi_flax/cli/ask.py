@@ -48,7 +48,7 @@ def ask(
     check_file("--output", output, AUDIO_OUT, wav, overwrite)
     source = model or str(EMBEDDED_MODEL)
     rate = check_moshi(source)
-    samples = read_audio(wav, rate, "--wav") if question is None else speech(question, rate)
+    samples = speech(question or "", rate) if wav is None else read_audio(wav, rate, "--wav")
     samples = np.pad(samples, (round(BEFORE * rate), 0))
 
     notes = Console(stderr=True, highlight=False)

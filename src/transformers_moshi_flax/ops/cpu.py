@@ -254,7 +254,7 @@ def conv1d(
     return jnp.einsum("btwgi,wigo->btgo", patches, kernel).reshape(batch, frames, out_channels)
 
 
-def outputs_together(shape: tuple[int, int, int], stride: int) -> int:
+def outputs_together(shape: tuple[int, ...], stride: int) -> int:
     """How many neighbouring outputs one row of the product makes.
 
     With few channels the unfolded inputs are several times the inputs, and the product is narrow. Rows that make

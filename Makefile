@@ -16,7 +16,7 @@ FAST := -m "not slow" tests/ops tests/nn tests/checkpoints/test_rules.py tests/c
 # two processes of the test suite share the machine: more threads each only get in each other's way
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices requirements wheel-check clean
+.PHONY: demo test test-fast test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices embedded requirements wheel-check clean
 
 demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
 	@mkdir -p outputs
@@ -68,6 +68,9 @@ assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak
 
 voices:  ## the Debian packages that examples/converse speaks with; needs root
 	apt-get install --yes libflite1 espeak-ng
+
+embedded: $(VENV)/.test  ## train the model that converses, from nothing; hours, goes on where it was interrupted; after `make voices`
+	$(BIN)/python -m examples.converse.embedded
 
 # newer versions come in by `make requirements UPGRADE=--upgrade`; without, only what the ranges no longer allow changes
 requirements: $(VENV)/.quality  ## write the lists of exact versions in requirements/ from the ranges in setup.py

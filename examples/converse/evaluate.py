@@ -177,7 +177,7 @@ def question_figures(
     tokenizer: PreTrainedTokenizerBase,
     number: int,
     held_out_voice: bool,
-    rows: int = 32,
+    rows: int,
 ) -> dict[str, Any]:
     """How many answers are right, how they sound, and when they begin."""
     frame_rate = SAMPLING_RATE / model.config.audio_encoder_config.frame_size
@@ -219,9 +219,10 @@ def speech_figures(
 ) -> dict[str, float]:
     """Word accuracy of a recognizer: of Moshi, of the codec alone, and of the voice that Moshi has learned.
 
-    Moshi's speech is held against the text that it says it speaks.
+    Moshi's speech is held against the text that it says it speaks, where that is an answer of the domain.
     """
-    chosen = [index for index, text in enumerate(said) if text and recognizable(text)]
+    answers = {each.answer for each in exchanges()}
+    chosen = [index for index, text in enumerate(said) if text in answers and recognizable(text)]
     texts = [recognizable(said[index]) for index in chosen]
     originals = [speak(MOSHI_VOICE, said[index]).audio for index in chosen]
     heard = {
@@ -317,13 +318,13 @@ def dialogue_figures(
     }
 
 
-def evaluate(folder: Path, questions: int, dialogues: int, minutes: float) -> dict[str, Any]:
-    """All figures of the model in ``folder``."""
+def evaluate(folder: Path, questions: int, dialogues: int, minutes: float, rows: int = 32) -> dict[str, Any]:
+    """All figures of the model in ``folder``; so many questions are asked at once."""
     model = FlaxMoshiForConditionalGeneration.from_pretrained(folder)
     tokenizer = MoshiProcessor.from_pretrained(folder).tokenizer
     return {
-        "known_voices": question_figures(model, tokenizer, questions, held_out_voice=False),
-        "held_out_voice": question_figures(model, tokenizer, questions, held_out_voice=True),
+        "known_voices": question_figures(model, tokenizer, questions, False, rows),
+        "held_out_voice": question_figures(model, tokenizer, questions, True, rows),
         "dialogues": dialogue_figures(model, tokenizer, dialogues, minutes) if dialogues else None,
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import json
 import sys
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.converse.embedded import Size, make_embedded
 from examples.converse.evaluate import SAMPLING_RATE, Asked, share, turn_counts, utterances
 from examples.converse.moshi import moshi_config, write_tokenizer
 from examples.converse.sentences import Exchange, exchanges
 
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.models.moshi.kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
 SUM = Exchange("what is one plus one", "one plus one is two", "sum", True)
@@ -76,10 +80,46 @@ def test_every_word_is_a_piece(tmp_path: Path) -> None:
 def test_the_model_is_small() -> None:
     from transformers import MimiConfig
 
-    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
-
     codec = MimiConfig.from_pretrained(Path(__file__).resolve().parents[2] / "examples" / "converse" / "codec")
     config = moshi_config(600, codec)
     model = FlaxMoshiForConditionalGeneration(config, _do_init=False)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.params_shape_tree))
     assert 3e6 < count < 6e6  # 12 MB in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ctypes.util.find_library("flite") is None, reason="flite is not installed")
+def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Every stage, with a few steps each; what lacks a stage goes on from there."""
+    codec = ("run.steps=2", "optimizer.warmup_steps=1", "run.samples=1", "run.evaluate_every=2", "data.batch_size=2")
+    codec += ("data.evaluation_crops=2",)
+    size = Size(
+        dialogues=2,
+        utterances=6,
+        held_out=2,
+        questions=1,
+        minutes=0.4,
+        long_dialogues=1,
+        rows=1,
+        settings=(
+            ("codec-autoencoder", codec),
+            ("codec-decoder", (*codec, "quantizer.kmeans_batches=30")),
+            ("moshi", ("run.steps=2", "optimizer.warmup_steps=1", "data.batch_size=2", "run.samples=0")),
+        ),
+    )
+    folder, assets = tmp_path / "made", tmp_path / "assets"
+    make_embedded(folder, assets, size)
+    assert sum(path.stat().st_size for path in assets.iterdir()) < 12_500_000
+    figures = json.loads((assets / "figures.json").read_text())
+    assert figures["known_voices"]["right"]["of"] == 1 and figures["dialogues"]["begins_in_time"]["of"] > 0
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(assets)
+    processor = MoshiProcessor.from_pretrained(assets)
+    assert processor.tokenizer.tokenize("one plus two") == ["▁one", "▁plus", "▁two"]
+    codebooks = model.params["audio_encoder"]["quantizer"]["acoustic_residual_vector_quantizer"]["layers"]
+    assert all(np.asarray(layer["codebook"]["initialized"]).all() for layer in codebooks.values())
+    capfd.readouterr()
+
+    (assets / "figures.json").unlink()
+    make_embedded(folder, assets, size)
+    told = capfd.readouterr().out
+    assert told.count("done") == 8 and told.count("begins") == 1 and "assets: begins" in told

@@ -1,0 +1,168 @@
+"""The whole way to the Moshi that ships with the package: corpus, codec, dialogues, training, evaluation, assets. ::
+
+    python -m examples.converse.embedded
+
+Every stage goes on where it was interrupted, and one that is done is not done again. What each trains, and for how
+long, is in the YAML files beside this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .corpus import make_corpus
+from .evaluate import evaluate
+from .moshi import write_moshi
+
+HERE = Path(__file__).parent
+ASSETS = HERE.parents[1] / "src" / "transformers_moshi_flax" / "assets" / "moshi-converse"
+MOST_BYTES = 12_500_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the way.
+
+    Attributes:
+        name: what is printed.
+        makes: what is there when it is done.
+        run: does it.
+    """
+
+    name: str
+    makes: Path
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        dialogues, utterances, held_out: of the corpus.
+        questions, rows, minutes, long_dialogues: of the evaluation.
+        settings: replaced values of the YAML files, by their names.
+    """
+
+    dialogues: int = 8000
+    utterances: int = 4000
+    held_out: int = 100
+    questions: int = 300
+    rows: int = 32
+    minutes: float = 10.0
+    long_dialogues: int = 8
+    settings: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """The replaced values of ``name``.yaml."""
+        return dict(self.settings).get(name, ())
+
+
+def moshi_flax(*arguments: str | Path) -> None:
+    """Run the command in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it has failed.
+    """
+    code = "from transformers_moshi_flax.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+
+
+def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
+    """All stages, in their order, for a folder of runs and one of what ships."""
+    corpus, moshi = folder / "corpus", folder / "moshi"
+    runs = {name: folder / f"{name}-run" for name in ("autoencoder", "codec", "moshi")}
+    utterances = (
+        f"data.train={corpus}/utterances/train/all.jsonl",
+        f"data.evaluation={corpus}/utterances/held-out/all.jsonl",
+    )
+
+    def train(command: str, file: str, run: str, *settings: str) -> None:
+        settings = (*settings, f"run.output_dir={runs[run]}", *size.of(file))
+        moshi_flax(command, HERE / f"{file}.yaml", *(word for each in settings for word in ("--set", each)))
+
+    def prepare(split: str) -> None:
+        moshi_flax(
+            "prepare", corpus / "dialogues" / split / "all.jsonl", folder / "prepared" / split, "--model", moshi
+        )
+
+    def write_figures() -> None:
+        figures = evaluate(runs["moshi"] / "export", size.questions, size.long_dialogues, size.minutes, size.rows)
+        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    def write_assets() -> None:
+        moshi_flax(
+            "export-checkpoint", runs["moshi"], folder / "assets", "--dtype", "bfloat16", "--to-pt", "--overwrite"
+        )
+        shutil.copyfile(folder / "figures.json", folder / "assets" / "figures.json")
+        written = sum(path.stat().st_size for path in (folder / "assets").iterdir())
+        if written > MOST_BYTES:
+            raise SystemExit(f"the assets have {written:,} bytes, more than {MOST_BYTES:,}")
+        shutil.copytree(folder / "assets", assets, dirs_exist_ok=True)
+
+    return [
+        Stage(
+            "corpus",
+            corpus / "dialogues" / "held-out-voice" / "all.jsonl",
+            lambda: make_corpus(corpus, size.dialogues, size.utterances, size.held_out),
+        ),
+        Stage(
+            "autoencoder",
+            runs["autoencoder"] / "export" / "config.json",
+            lambda: train("train-codec", "codec-autoencoder", "autoencoder", *utterances),
+        ),
+        Stage(
+            "codec",
+            runs["codec"] / "export" / "config.json",
+            lambda: train(
+                "train-codec", "codec-decoder", "codec", *utterances, f"model.path={runs['autoencoder']}/export"
+            ),
+        ),
+        Stage("model", moshi / "processor_config.json", lambda: write_moshi(runs["codec"] / "export", moshi)),
+        *(
+            Stage(f"prepare {split}", folder / "prepared" / split / "report.json", lambda split=split: prepare(split))
+            for split in ("train", "held-out")
+        ),
+        Stage(
+            "moshi",
+            runs["moshi"] / "export" / "config.json",
+            lambda: train(
+                "train",
+                "moshi",
+                "moshi",
+                f"model.path={moshi}",
+                f"data.train={folder}/prepared/train",
+                f"data.evaluation={folder}/prepared/held-out",
+            ),
+        ),
+        Stage("figures", folder / "figures.json", write_figures),
+        Stage("assets", assets / "figures.json", write_assets),
+    ]
+
+
+def make_embedded(folder: Path, assets: Path, size: Size = Size()) -> None:
+    """Do what is not done yet."""
+    for stage in stages(folder, assets, size):
+        is_done = stage.makes.exists()
+        print(f"{stage.name}: {'done' if is_done else 'begins'}", flush=True)
+        if not is_done:
+            stage.run()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/converse"))
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    given = parser.parse_args(arguments)
+    make_embedded(given.folder, given.assets)
+
+
+if __name__ == "__main__":
+    main()

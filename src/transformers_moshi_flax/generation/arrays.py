@@ -20,17 +20,37 @@ def cut(array: jax.Array, length: int, axis: int = -1, start: int = 0) -> jax.Ar
         return array
     kept = [slice(None)] * array.ndim
     kept[axis] = slice(start, start + length)
-    return array[tuple(kept)] if is_traced(array) else on_device(np.asarray(array)[tuple(kept)])
+    return array[tuple(kept)] if is_traced(array) else on_device(on_host(array)[tuple(kept)])
 
 
-def on_device(array: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+def on_device(array: ArrayLike | list[Any], dtype: DTypeLike | None = None) -> jax.Array:
     """As ``jnp.array``, which would compile a program for every shape of a NumPy array.
 
-    (``jnp.asarray`` may go on reading the caller's memory, who may write something else there.)
+    What is there already stays where it is. (``jnp.asarray`` may go on reading the caller's memory, who may write
+    something else there.)
     """
     if is_traced(array):
         return jnp.asarray(array, dtype=dtype)
-    return jax.device_put(np.array(array, dtype=dtype, order="C"))
+    if isinstance(array, jax.Array) and (dtype is None or array.dtype == dtype):
+        return array
+    return jax.device_put(np.array(on_host(array), dtype=dtype, order="C"))
+
+
+def on_host(tree: Any) -> Any:
+    """The same with NumPy's arrays in place of JAX's, all fetched at once; what is traced stays."""
+    leaves, structure = jax.tree.flatten(tree)
+    on_devices = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not is_traced(leaf)}
+    if not on_devices:
+        return tree
+    fetched = jax.device_get(on_devices)
+    return jax.tree.unflatten(structure, [fetched.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def host_copy(array: jax.Array) -> np.ndarray:
+    """A copy on the host of what a program is going to consume: :func:`on_host` would keep a view of its memory, which
+    could then not be used again."""
+    with jax.transfer_guard_device_to_host("allow"):
+        return np.array(array)
 
 
 def on_one_device(*trees: Any) -> bool:
@@ -52,8 +72,10 @@ def turned(array: Shaped[ArrayLike, "rows ..."], shift: Int[ArrayLike, "rows"]) 
 
 def padded(array: ArrayLike, capacity: int, fill: Any, axis: int = -1) -> ArrayLike:
     """``array`` with ``fill`` behind it, up to ``capacity`` along an axis; on the host unless it is traced."""
+    if np.shape(array)[axis] == capacity:
+        return array
     xp = jnp if is_traced(array) else np
-    array = xp.asarray(array)
+    array = xp.asarray(on_host(array))
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, capacity - array.shape[axis])
     return xp.pad(array, widths, constant_values=fill)

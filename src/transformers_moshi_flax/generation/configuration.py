@@ -436,7 +436,7 @@ def active(value: Any, *neutral: Any) -> bool:
 
 
 def scalar(value: Any) -> jax.Array:
-    return jnp.asarray(value).astype(jnp.float32)
+    return on_device(value, np.float32)
 
 
 def resolve_sampling(
@@ -467,7 +467,7 @@ def resolve_sampling(
     return Sampling(
         processors=processors,
         temperature=scalar(temperature),
-        top_k=None if top_k is None else jnp.int32(top_k),
+        top_k=None if top_k is None else on_device(top_k, np.int32),
         **filters,
         do_sample=True,
         top_k_bound=64 if top_k is None else top_k_bound(top_k),

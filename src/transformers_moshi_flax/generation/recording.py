@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from ..input_checks import is_traced
 from ..ops.precision import at_least_float32
+from .arrays import on_host
 
 STEP_NAMES = ("scores", "logits")
 FRAME_NAMES = ("hidden_states", "attentions")
@@ -84,7 +83,7 @@ def unrolled(records: dict[str, jax.Array], prompt_length: int, length: int) -> 
     """
     results: dict[str, tuple] = {}
     for name, values in records.items():
-        values = values if is_traced(values) else np.asarray(values)
+        values = on_host(values)
         if name in STEP_NAMES:
             results[name] = tuple(jax.device_put(values[:, step]) for step in range(length - prompt_length))
             continue

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from .arrays import host_copy
+
 AnyState = TypeVar("AnyState")
 """A state with ``position``, ``finished`` and, where there is a streamer, ``sequences``."""
 
@@ -47,7 +49,7 @@ def run(
     begin = time.monotonic()
     if streamer is not None:
         try:
-            streamer.put(np.array(state.sequences)[:, :prompt_length])
+            streamer.put(host_copy(state.sequences)[:, :prompt_length])
         except StopGeneration:
             max_length = prompt_length
     columns, piece, heard = prompt_length, 1, prompt_length
@@ -55,12 +57,11 @@ def run(
     while columns < max_length:
         before = time.monotonic()
         state = advance(state, min(columns + piece, max_length))
-        reached, done = int(state.position), bool(np.asarray(state.finished).all())
+        reached, done = int(host_copy(state.position)), bool(host_copy(state.finished).all())
         seconds = time.monotonic() - before
         if streamer is not None:
             try:
-                # a copy: a view would keep the program from reusing the buffer
-                for column in np.array(state.sequences)[:, columns:reached].T:
+                for column in host_copy(state.sequences)[:, columns:reached].T:
                     streamer.put(column)
                 # the delayed codebooks of a frame come one column later
                 if takes_audio and reached - 1 > heard:

@@ -32,7 +32,7 @@ from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
 from ...generation.decoding import FREE, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
-from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
+from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
 from ...ops.dispatch import steps_in_several_programs
 from ..mimi.modules_flax_mimi import STEP_PARTS, parts_of
@@ -45,6 +45,7 @@ from ..mimi.streaming_flax_mimi import (
 from ..mimi.topology import samples_per_frame
 from .frame_flax_moshi import frame_step
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
+from .inputs_flax_moshi import require_waveforms, step_inputs
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
 from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
@@ -308,11 +309,8 @@ class FlaxMoshiStream:
     ):
         check_sizes(batch_size=batch_size)
         config, codec = model.config, model.config.audio_encoder_config
-        if return_audio_waveforms and codec.decoder_config is None:
-            raise ValueError(
-                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
-                "`return_audio_waveforms=False`."
-            )
+        if return_audio_waveforms:
+            require_waveforms(config)
         self.batch_size = batch_size
         self.frame_size = samples_per_frame(codec)
         self.sampling_rate = codec.sampling_rate
@@ -326,6 +324,7 @@ class FlaxMoshiStream:
             model.generation_defaults(), generation_config, kwargs, config
         )
         # looked up once: reading a configuration takes longer than all else in `step`
+        self._inputs = step_inputs(config, batch_size)
         self._hears = codec.encoder_config is not None
         self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
         self._dtype = model.dtype
@@ -435,7 +434,7 @@ class FlaxMoshiStream:
             ValueError: as :meth:`step`.
         """
         self._check_state(state)
-        rows = self._checked_rows("rows", rows)
+        rows = self._checked("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
         keys = None if prng_key is None else row_keys(prng_key, self.batch_size)
         state = RESTART(state, rows, *self._starts)
@@ -483,12 +482,14 @@ class FlaxMoshiStream:
         self._check_state(state)
         if (user_audio is None) == (user_audio_codes is None):
             raise ValueError("Pass one of `user_audio` and `user_audio_codes` (silence is zeros of `user_audio`).")
-        active = self._all if active is None else self._checked_rows("active", active)
+        active = self._all if active is None else self._checked("active", active)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, active)
+        if user_audio is not None and not self._hears:
+            raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
         if user_audio is not None:
-            heard = self._checked_audio(user_audio, active)
+            heard = self._checked("user_audio", user_audio, active)
         else:
-            heard = self._checked_codes("user_audio_codes", user_audio_codes, active)
+            heard = self._checked("user_audio_codes", user_audio_codes, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
         if self._whole is not None:
             return self._whole(traced, state, heard, active, *forced)
@@ -525,7 +526,7 @@ class FlaxMoshiStream:
                 stream's bound (a power of two above the one that it was made with, at least 64).
         """
         self._check_state(state)
-        rows = self._all if rows is None else self._checked_rows("rows", rows)
+        rows = self._all if rows is None else self._checked("rows", rows)
         # all of them in any case, so that one program does for whatever is changed
         values = checked_numbers({**self._numbers, **numbers}, self._numbers, self._bounds, self.batch_size)
         changes = {name: (np.full(value.shape, name in numbers), value) for name, value in values.items()}
@@ -679,14 +680,16 @@ class FlaxMoshiStream:
         if isinstance(text_ids, jax.Array) and not is_traced(text_ids) and text_ids.is_deleted():
             raise ValueError(f"`{name}` was consumed by an earlier call: go on with the state that this returned.")
 
-    def _checked_rows(self, name: str, rows: ArrayLike) -> ArrayLike:
-        dtype = rows.dtype if hasattr(rows, "dtype") else np.asarray(rows).dtype
-        if np.shape(rows) != (self.batch_size,) or dtype != np.bool_:
-            raise ValueError(
-                f"`{name}` must be booleans ({self.batch_size},), one for each slot, but has the shape "
-                f"{np.shape(rows)} and the dtype {dtype}."
-            )
-        return self._placed(rows)
+    def _checked(self, name: str, value: ArrayLike, rows: Any = ...) -> ArrayLike:
+        """``value`` as the programs want it; ValueError unless the table of inputs has it so, in the ``rows``."""
+        expected = self._inputs[name]
+        check_input(name, value, expected, rows=... if rows is self._all else rows)
+        dtype = {"ids": np.int32, "audio": self._dtype}.get(expected.kind, np.bool_)
+        value = value if is_traced(value) else np.asarray(value)
+        if value.dtype != dtype:
+            with np.errstate(over="ignore"):  # in slots that do not take part
+                value = value.astype(dtype)
+        return self._placed(value)
 
     def _placed(self, array: ArrayLike) -> ArrayLike:
         """A copy, as the caller may write the next frame over this one before it is heard, where the programs want it:
@@ -703,47 +706,14 @@ class FlaxMoshiStream:
             raise ValueError(f"`slot` is {slot!r}, but {owner} has the slots 0 to {slots - 1}.")
         return slot
 
-    def _of_rows(self, array: ArrayLike, rows: ArrayLike) -> ArrayLike:
-        """What matters of ``array``: the values of slots that take part, as far as they are known."""
-        return array if rows is self._all or is_traced(array, rows) else np.asarray(array)[np.asarray(rows)]
-
-    def _checked_audio(self, audio: ArrayLike, rows: ArrayLike) -> ArrayLike:
-        if not self._hears:
-            raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
-        shape = {"batch": self.batch_size, "channels": self.channels, "samples": self.frame_size}
-        check_audio("user_audio", audio, shape, ... if rows is self._all else rows, "give one frame of every slot")
-        audio = audio if is_traced(audio) else np.asarray(audio)
-        if audio.dtype != self._dtype:
-            with np.errstate(over="ignore"):  # in slots that do not take part
-                audio = audio.astype(self._dtype)
-        return self._placed(audio)
-
-    def _checked_codes(self, name: str, codes: ArrayLike, rows: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
-        shape = (self.batch_size, self.num_codebooks)
-        if np.shape(codes) != shape:
-            raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
-        remedy = "-1 leaves the choice to the model." if allowed else ""
-        check_ids(name, self._of_rows(codes, rows), self._audio_vocab_size, allowed, remedy)
-        return codes.astype(jnp.int32) if is_traced(codes) else self._placed(np.asarray(codes, dtype=np.int32))
-
     def _checked_forced(
         self, text_ids: ArrayLike | None, codes: ArrayLike | None, rows: ArrayLike
     ) -> tuple[ArrayLike, ArrayLike]:
         free_ids, free_codes = self._free
-        if text_ids is not None:
-            if np.shape(text_ids) != (self.batch_size,):
-                raise ValueError(
-                    f"`forced_text_ids` must be one token for each slot, ({self.batch_size},), but has the shape "
-                    f"{np.shape(text_ids)}."
-                )
-            remedy = "-1 leaves the choice to the model."
-            check_ids("forced_text_ids", self._of_rows(text_ids, rows), self._vocab_size, (FREE,), remedy)
-            text_ids = (
-                text_ids.astype(jnp.int32) if is_traced(text_ids) else self._placed(np.asarray(text_ids, np.int32))
-            )
-        if codes is not None:
-            codes = self._checked_codes("forced_audio_codes", codes, rows, (FREE,))
-        return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes
+        return (
+            free_ids if text_ids is None else self._checked("forced_text_ids", text_ids, rows),
+            free_codes if codes is None else self._checked("forced_audio_codes", codes, rows),
+        )
 
 
 # ------------------------------------------------------------------------------------------------- making programs

@@ -14,9 +14,9 @@ from ...input_checks import Input
 from ..mimi.topology import samples_per_frame
 from .layers_flax_moshi import IGNORE_INDEX
 
-BATCH_FRAMES = {"batch": None, "frames": None}
-IGNORED = {"allowed": (IGNORE_INDEX,), "remedy": f"Use {IGNORE_INDEX} for labels to ignore."}
-FORCED = {"allowed": (FREE,), "remedy": f"{FREE} leaves the choice to the model."}
+BATCH_FRAMES: dict[str, None] = {"batch": None, "frames": None}
+IGNORED: dict[str, Any] = {"allowed": (IGNORE_INDEX,), "remedy": f"Use {IGNORE_INDEX} for labels to ignore."}
+FORCED: dict[str, Any] = {"allowed": (FREE,), "remedy": f"{FREE} leaves the choice to the model."}
 
 AUDIO = {"user_audio_codes": "user_input_values", "moshi_audio_codes": "moshi_input_values"}
 """The streams of audio as codes, which have priority, and as waveforms."""
@@ -86,8 +86,8 @@ def depth_inputs(config: MoshiDepthConfig, slots: int | None = None) -> dict[str
 def step_inputs(config: MoshiConfig, batch_size: int) -> dict[str, Input]:
     """Of a step of a dialogue: one frame of every slot."""
     codec = config.audio_encoder_config
-    text = {"axes": {"slots": batch_size}, "kind": "ids", "size": config.vocab_size}
-    codes = {
+    text: dict[str, Any] = {"axes": {"slots": batch_size}, "kind": "ids", "size": config.vocab_size}
+    codes: dict[str, Any] = {
         "axes": {"slots": batch_size, "num_codebooks": config.num_codebooks},
         "kind": "ids",
         "size": config.audio_vocab_size,

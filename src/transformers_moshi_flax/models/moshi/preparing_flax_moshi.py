@@ -230,7 +230,7 @@ def place_prompt(
 ) -> FramePrompt:
     """The streams on the device, with room for ``capacity`` frames, for which programs are compiled."""
     config, codec = model.config, model.config.audio_encoder_config
-    text = streams.get("inputs_embeds", streams.get("input_ids"))
+    text = streams["inputs_embeds" if "inputs_embeds" in streams else "input_ids"]
     batch_size, frames = np.shape(text)[:2]
     if "input_ids" in streams:
         input_ids = streams["input_ids"]

@@ -153,10 +153,7 @@ def prepare(
             ``config``.
         OSError: a place that cannot be read or written.
     """
-    numbers = {"batch_size": batch_size, "workers": workers, "recordings_per_shard": recordings_per_shard}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}, but must be at least 1")
+    _check_numbers(batch_size=batch_size, workers=workers, recordings_per_shard=recordings_per_shard)
     listed = read_manifest(manifest)
     settings = _settings(
         manifest,
@@ -205,6 +202,12 @@ def prepare(
         report = _report(out, len(shards), encoder.frame_rate, main_speaker, resumed, redone)
         write_text(out / REPORT, _as_json(report))
     return report
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}, but must be at least 1")
 
 
 def read_manifest(manifest: Path) -> list[Listed]:

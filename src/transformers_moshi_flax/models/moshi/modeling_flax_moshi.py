@@ -60,7 +60,7 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
-from .preparing_flax_moshi import encode, finish, padding_before, prepare
+from .preparing_flax_moshi import encode, finish, padding_before, prepare, start_of
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
@@ -537,13 +537,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             ValueError: if ``num_samples`` is below 1.
         """
         check_sizes(num_samples=num_samples)
-        codes = jnp.full((num_samples, self.config.num_codebooks, 1), self.config.audio_vocab_size, dtype=jnp.int32)
-        return FlaxMoshiUnconditionalInput(
-            input_ids=jnp.full((num_samples, 1), self.config.vocab_size, dtype=jnp.int32),
-            user_audio_codes=codes,
-            moshi_audio_codes=codes,
-            attention_mask=jnp.ones((num_samples, 1), dtype=jnp.int32),
-        )
+        frame = {name: on_device(array) for name, array in start_of(self.config, num_samples).items()}
+        mask = on_device(np.ones((num_samples, 1), dtype=np.int32))
+        return FlaxMoshiUnconditionalInput(**frame, attention_mask=mask)
 
     @staticmethod
     def build_delay_pattern_mask(

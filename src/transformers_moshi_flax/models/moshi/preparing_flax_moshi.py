@@ -91,7 +91,7 @@ def prepare(
     config = model.config
     options, depth_sampling, call = resolve_options(model, generation_config, kwargs)
     given = on_host({**streams, **forced, **call})
-    streams, start_frame = complete_prompt(model, {name: given[name] for name in streams}, start_frame)
+    streams, start_frame = complete_prompt(config, {name: given[name] for name in streams}, start_frame)
     mask = given.get("attention_mask")
     batch_size, frames = check_prompt(config, streams, mask)
     length = frames + start_frame
@@ -158,7 +158,14 @@ def resolve_options(
     return options, sampling, call
 
 
-def complete_prompt(model: Any, streams: dict[str, Any], start_frame: bool) -> tuple[dict[str, Any], bool]:
+def start_of(config: MoshiConfig, rows: int) -> dict[str, np.ndarray]:
+    """The start frame."""
+    codes = np.full((rows, config.num_codebooks, 1), config.audio_vocab_size, dtype=np.int32)
+    ids = np.full((rows, 1), config.vocab_size, dtype=np.int32)
+    return {"input_ids": ids, "user_audio_codes": codes, "moshi_audio_codes": codes}
+
+
+def complete_prompt(config: MoshiConfig, streams: dict[str, Any], start_frame: bool) -> tuple[dict[str, Any], bool]:
     """The streams that count, those of the start frame if there are none, and whether it is to be put before them."""
     alternatives = (
         ("input_ids", "inputs_embeds"),
@@ -168,11 +175,10 @@ def complete_prompt(model: Any, streams: dict[str, Any], start_frame: bool) -> t
     given = streams_that_count(streams)
     missing = [names for names in alternatives if not any(name in given for name in names)]
     if len(missing) == len(alternatives):
-        start = model.get_unconditional_inputs()
-        return on_host({name: start[name] for name in ("input_ids", "user_audio_codes", "moshi_audio_codes")}), False
+        return start_of(config, 1), False
     if missing:
         names = " and ".join(" or ".join(f"`{name}`" for name in names) for names in missing)
-        codec = model.config.audio_encoder_config
+        codec = config.audio_encoder_config
         raise ValueError(
             f"Pass {names} as well, or no input at all (see `get_unconditional_inputs`). What is not said is silence: "
             f"zeros of the shape (batch, {codec.audio_channels}, frames * {samples_per_frame(codec)}) as "

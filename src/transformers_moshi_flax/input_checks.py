@@ -41,7 +41,7 @@ def is_tracing(*trees) -> bool:
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
 
 
-def owned(array: Any) -> Any:
+def private_copy(array: Any) -> Any:
     """A copy of what is the caller's, who may write something else there while JAX still reads it in place."""
     return array if isinstance(array, jax.Array) else np.array(array)
 

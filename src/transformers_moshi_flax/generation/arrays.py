@@ -66,8 +66,8 @@ def turned(array: Shaped[ArrayLike, "rows ..."], shift: Int[ArrayLike, "rows"]) 
     """
     xp = jnp if is_traced(array, shift) else np
     array, shift = xp.asarray(array), xp.asarray(shift)
-    columns = (xp.arange(array.shape[-1], dtype=np.int32) + shift[:, None]) % array.shape[-1]
-    return xp.take_along_axis(array, columns.reshape(-1, *[1] * (array.ndim - 2), array.shape[-1]), axis=-1)
+    indices = (xp.arange(array.shape[-1], dtype=np.int32) + shift[:, None]) % array.shape[-1]
+    return xp.take_along_axis(array, indices.reshape(-1, *[1] * (array.ndim - 2), array.shape[-1]), axis=-1)
 
 
 def padded(array: ArrayLike, capacity: int, fill: Any, axis: int = -1) -> ArrayLike:

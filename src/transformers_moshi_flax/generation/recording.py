@@ -1,6 +1,6 @@
 """What ``generate`` can return beside the tokens: scores, logits, hidden states and attentions of every step.
 
-Inside the program they are arrays over all columns; :func:`unrolled` makes the nested tuples of ``transformers`` of
+Inside the program they are arrays over all steps; :func:`unrolled` makes the nested tuples of ``transformers`` of
 them.
 """
 
@@ -33,7 +33,7 @@ class Recording(NamedTuple):
 
 
 def empty_records(recording: Recording, outputs: Mapping[str, Any], capacity: int) -> dict[str, Array]:
-    """Zeros to be filled in, shaped after the (abstract) outputs of one column.
+    """Zeros to be filled in, shaped after the (abstract) outputs of one step.
 
     Steps are ``(batch, steps, vocab)``; hidden states ``(batch, layers + 1, capacity, hidden)``; attentions
     ``(batch, layers, heads, capacity, capacity)``.
@@ -65,7 +65,7 @@ def record_step(
 def record_frames(
     recording: Recording, records: dict[str, Array], outputs: Any, start: Int[Array, ""]
 ) -> dict[str, Array]:
-    """Writes hidden states and attentions of the columns from ``start`` on, if they are to be recorded."""
+    """Writes hidden states and attentions of the steps from ``start`` on, if they are to be recorded."""
     for name in FRAME_NAMES:
         if name in recording.names:
             values = jnp.stack(outputs[name], axis=1)
@@ -79,7 +79,7 @@ def unrolled(records: dict[str, jax.Array], prompt_length: int, length: int) -> 
 
     Scores and logits are ``(batch, vocab)``. Hidden states and attentions are tuples over the layers; the first step's
     are those of the whole prompt, ``(batch, prompt, hidden)`` and ``(batch, heads, prompt, prompt)``, later ones of
-    one column, ``(batch, 1, hidden)`` and ``(batch, heads, 1, columns so far)``.
+    one step, ``(batch, 1, hidden)`` and ``(batch, heads, 1, steps so far)``.
     """
     results: dict[str, tuple] = {}
     for name, values in records.items():

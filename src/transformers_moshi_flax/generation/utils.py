@@ -28,7 +28,7 @@ from .arrays import cut, on_device, on_host, padded
 from .beam_search import advance_beams, finish_beams, start_beams
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
-from .decoding import FREE, Decoder, Request, State, advance, repeat, start
+from .decoding import UNFORCED, Decoder, Request, State, advance, repeat, start
 from .programs import Program
 from .recording import FRAME_NAMES, STEP_NAMES, Recording, unrolled
 from .running import run
@@ -101,15 +101,15 @@ class FlaxGenerationMixin:
         raise NotImplementedError(f"{type(self).__name__} must define make_decoder")
 
     def compiled(
-        self, function: Callable, donated: tuple[int, ...] = (), /, *, quickly: bool = False, **static: Any
+        self, function: Callable, donated: tuple[int, ...] = (), /, *, unoptimized: bool = False, **static: Any
     ) -> Program:
         """The program of ``function(decoder, ..., **static)``, made once per model and static options.
 
-        ``donated`` are positions among the arguments after the decoder; for ``quickly`` see :class:`Program`.
+        ``donated`` are positions among the arguments after the decoder; for ``unoptimized`` see :class:`Program`.
         """
         if getattr(self, "_programs_of", None) is not self.module:
             self._programs_of, self._programs, self._decoder = self.module, {}, self.make_decoder()
-        key = (function, quickly, *sorted(static.items()))
+        key = (function, unoptimized, *sorted(static.items()))
         if key not in self._programs:
             decoder = self._decoder
 
@@ -117,7 +117,7 @@ class FlaxGenerationMixin:
                 return function(decoder, *args, **static)
 
             program.__name__ = function.__name__
-            self._programs[key] = Program(program, donated, quickly)
+            self._programs[key] = Program(program, donated, unoptimized)
         return self._programs[key]
 
     def generate(
@@ -136,7 +136,7 @@ class FlaxGenerationMixin:
 
         Prompt and loop are two XLA programs, compiled once per batch size, capacity (prompt and new tokens, rounded
         up) and kind of options; numbers among the options compile nothing. Inside ``jax.jit`` the sequences have
-        ``max_length`` columns; called eagerly they are cut after the longest row.
+        ``max_length`` tokens; called eagerly they are cut after the longest row.
 
         Args:
             input_ids: the prompt, ``(batch, length)``, left-padded if rows differ.
@@ -146,9 +146,9 @@ class FlaxGenerationMixin:
             trace: False runs without compilation, for debugging.
             params: the parameters (default: the model's own).
             logits_processor: ``processor(sequences, scores, length) -> scores`` or a list of such, applied to the
-                scores of each step before sampling; ``sequences`` has ``length`` columns in use.
+                scores of each step before sampling; ``sequences`` has ``length`` tokens in use.
             streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the ids of the
-                prompt and then of every new column ``(batch,)`` while generation goes on. Not under ``jax.jit``.
+                prompt and then of every new step ``(batch,)`` while generation goes on. Not under ``jax.jit``.
             forced_text_ids: the new tokens from the first on, ``(batch, tokens)``, at most all of them; -1 where the
                 model chooses.
             **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
@@ -156,7 +156,7 @@ class FlaxGenerationMixin:
                 in the prompt is masked unless it is also an end or the start token. ``inputs_embeds``
                 ``(batch, length, hidden_size)`` are the prompt's embeddings, in the place of those of the ids:
                 sequences then begin with ``input_ids`` if they are given, and with the new tokens otherwise.
-                ``logits_to_keep`` is taken as upstream does: logits of the last column are all that is ever needed.
+                ``logits_to_keep`` is taken as upstream does: logits of the last token are all that is ever needed.
 
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
@@ -306,9 +306,9 @@ class FlaxGenerationMixin:
         forced_ids = None
         if forced_text_ids is not None:
             xp = jnp if is_traced(forced_text_ids) else np
-            prompt = np.full((batch_size, length), FREE, dtype=np.int32)
+            prompt = np.full((batch_size, length), UNFORCED, dtype=np.int32)
             forced_ids = xp.concatenate([prompt, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
-            forced_ids = on_device(padded(forced_ids, capacity, FREE), np.int32)
+            forced_ids = on_device(padded(forced_ids, capacity, UNFORCED), np.int32)
         limits = np.full((batch_size,), plan.max_length) if plan.stop_lengths is None else plan.stop_lengths
         return Request(
             input_ids=on_device(padded(input_ids, capacity, plan.pad_token_id), np.int32),
@@ -501,15 +501,15 @@ def forced_input(vocab_size: int, axes: dict[str, int], new_tokens: int) -> Inpu
         {"batch": None, **axes, "new tokens": range(1, new_tokens + 1)},
         "ids",
         vocab_size,
-        allowed=(FREE,),
+        allowed=(UNFORCED,),
         hint="pass fewer or raise `max_new_tokens`",
-        remedy=f"{FREE} leaves the choice to the model.",
+        remedy=f"{UNFORCED} leaves the choice to the model.",
     )
 
 
 def end_tokens(ids: tuple[int, ...]) -> np.ndarray:
-    """``ids`` with what is no token behind them, so that requests of few or no ends share programs."""
-    return np.array([*ids, *[FREE] * (-len(ids) % 4 if ids else 4)])
+    """``ids`` with -1, which is no token, behind them, so that requests of few or no ends share programs."""
+    return np.array([*ids, *[-1] * (-len(ids) % 4 if ids else 4)])
 
 
 def one_token(options: dict[str, Any], batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def make_train_step(
         if accumulation_steps == 1:
             gradients, loss, sums = gradients_of(batch, 0)
         else:
-            parts = jax.tree.map(lambda array: dealt(array, accumulation_steps), batch)
+            parts = jax.tree.map(lambda array: in_micro_batches(array, accumulation_steps), batch)
             first = jax.tree.map(lambda array: array[0], parts)
             zeros = jax.tree.map(
                 lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradients_of, first, 0)
@@ -161,7 +161,7 @@ def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
     return batch
 
 
-def dealt(array: Array, parts: int) -> Array:
+def in_micro_batches(array: Array, parts: int) -> Array:
     """Rows dealt like cards, ``(parts, rows / parts, ...)``: each device keeps its own."""
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 

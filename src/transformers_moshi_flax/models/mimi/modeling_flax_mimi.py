@@ -23,7 +23,7 @@ from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiE
 from ...former_names import accept_former_names
 from ...generation.arrays import on_one_device
 from ...generation.programs import Program
-from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, owned
+from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
@@ -80,7 +80,7 @@ MASK = Input({"batch": None, "samples": None}, "mask")
 def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
     """``rows``: those whose values count."""
     check_input("input_values", input_values, audio_input(config), rows=rows)
-    audio = owned(input_values)
+    audio = private_copy(input_values)
     with np.errstate(over="ignore"):  # in rows that do not count
         return audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
 
@@ -88,7 +88,7 @@ def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...)
 def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) -> jax.Array:
     """``rows``: those whose values count."""
     check_input("audio_codes", audio_codes, codes_input(config), rows=rows)
-    return jnp.asarray(owned(audio_codes), jnp.int32)
+    return jnp.asarray(private_copy(audio_codes), jnp.int32)
 
 
 def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from ...generation.arrays import host_copy
 from ...generation.buckets import SMALLEST
 from ...generation.configuration import resolve_nested_sampling, warn_without_effect
-from ...generation.decoding import FREE, Request, State, columns, take_rows, write_column
+from ...generation.decoding import UNFORCED, Request, State, take_rows, take_steps, write_step
 from ...generation.sampling import Sampling
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...nn.cache import LinearCache
@@ -66,7 +66,7 @@ class FrameInputs:
 
     Attributes:
         user_codes: what is heard, delayed, ``(batch, codebooks, capacity)``.
-        fixed_codes: Moshi's codes that are not chosen (prompt, start, forced ones), delayed, ``FREE`` elsewhere,
+        fixed_codes: Moshi's codes that are not chosen (prompt, start, forced ones), delayed, ``UNFORCED`` elsewhere,
             ``(batch, codebooks, capacity)``.
         inputs_embeds: instead of the embeddings of the prompt, ``(batch, capacity, hidden_size)``, or None.
     """
@@ -84,7 +84,7 @@ class FramePrompt:
         input_ids: ``(batch, capacity)`` int32.
         attention_mask: 0 for the padding before a row, 1 behind the prompt, ``(batch, capacity)``.
         user_codes, moshi_codes: ``(batch, codebooks, any length)`` int32; what is behind their frames means nothing.
-        forced_codes: Moshi's codes behind the prompt as far as they are not to be chosen, else ``FREE``, ``(batch,
+        forced_codes: Moshi's codes behind the prompt as far as they are not to be chosen, else ``UNFORCED``, ``(batch,
             codebooks, capacity)``.
         blank_codes: of a frame of silence, ``(1, codebooks, 1)``.
         frames: of the prompt, a scalar.
@@ -176,7 +176,7 @@ def with_length(codes: Int[Array, "batch codebooks any"], length: int) -> Int[Ar
 def prompt_embeds(
     given: Float[Array, "batch capacity hidden"], request: Request, start: Int[Array, ""], length: int
 ) -> tuple[Float[Array, "batch length hidden"], Bool[Array, "1 length 1"]]:
-    """The given embeddings of the columns from ``start`` on, and which of these are in the prompt."""
+    """The given embeddings of the steps from ``start`` on, and which of these are in the prompt."""
     in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
     return lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
 
@@ -200,7 +200,7 @@ class TextDecoder:
         return None
 
     def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
-        input_ids, inputs = columns(state.sequences, start, length), {}
+        input_ids, inputs = take_steps(state.sequences, start, length), {}
         if request.streams is None:
             inputs["input_ids"] = input_ids
         else:
@@ -210,7 +210,7 @@ class TextDecoder:
         return self.module.apply(
             {"params": params},
             **inputs,
-            attention_mask=columns(request.attention_mask, start, length),
+            attention_mask=take_steps(request.attention_mask, start, length),
             cache=state.cache,
             logits_to_keep=1,
             output_attentions=output_attentions,
@@ -240,7 +240,7 @@ class FrameDecoder:
 
     def init_streams(self, request: Request) -> Int[Array, "batch codebooks capacity"]:
         fixed = request.streams.fixed_codes
-        return jnp.where(fixed == FREE, self.module.config.audio_vocab_size, fixed)
+        return jnp.where(fixed == UNFORCED, self.module.config.audio_vocab_size, fixed)
 
     def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
         inputs = self._inputs(request, state, start, length)
@@ -255,21 +255,21 @@ class FrameDecoder:
             **self._inputs(request, state, state.position - 1, 1),
             choose=choose,
             depth_sampling=request.depth_sampling,
-            fixed_codes=columns(request.streams.fixed_codes, state.position, 1)[..., 0],
+            fixed_codes=take_steps(request.streams.fixed_codes, state.position, 1)[..., 0],
             output_attentions=output_attentions,
         )
         streams = state.streams if chosen.parents is None else take_rows(state.streams, chosen.parents)
-        return outputs, chosen, write_column(streams, codes, state.position)
+        return outputs, chosen, write_step(streams, codes, state.position)
 
     def _inputs(self, request: Request, state: State, start: Int[Array, ""], length: int) -> dict[str, Any]:
-        """What the module's ``listen`` needs to run these columns."""
+        """What the module's ``listen`` needs to run these steps."""
         given = request.streams.inputs_embeds
         return {
-            "text_ids": columns(state.sequences, start, length),
-            "user_codes": columns(request.streams.user_codes, start, length),
-            "moshi_codes": columns(state.streams, start, length),
+            "text_ids": take_steps(state.sequences, start, length),
+            "user_codes": take_steps(request.streams.user_codes, start, length),
+            "moshi_codes": take_steps(state.streams, start, length),
             "cache": state.cache,
-            "attention_mask": columns(request.attention_mask, start, length),
+            "attention_mask": take_steps(request.attention_mask, start, length),
             "inputs_embeds": None if given is None else prompt_embeds(given, request, start, length),
         }
 
@@ -345,11 +345,11 @@ def finish_frames(
 
 
 def new_audio_codes(state: State, begin: int, end: int, filler: int) -> np.ndarray:
-    """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of columns, copied to the host.
+    """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of steps, copied to the host.
 
-    ``filler`` stands after a row's end; the column ``end`` must be there, as it has the delayed ones.
+    ``filler`` stands after a row's end; the step ``end`` must be there, as it has the delayed ones.
     """
-    # all columns: XLA would compile a program for every range
+    # all steps: XLA would compile a program for every range
     codes, lengths = host_copy(state.streams), host_copy(state.lengths)
     audio = np.concatenate([codes[:, :1, begin:end], codes[:, 1:, begin + 1 : end + 1]], axis=1)
     inside = np.arange(begin, end)[None] < lengths[:, None] - 1

@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
-from ...generation.decoding import FREE
+from ...generation.decoding import UNFORCED
 from ...input_checks import Input
 from ..mimi.topology import samples_per_frame
 from .layers_flax_moshi import IGNORE_INDEX
 
 BATCH_FRAMES: dict[str, None] = {"batch": None, "frames": None}
 IGNORED: dict[str, Any] = {"allowed": (IGNORE_INDEX,), "remedy": f"Use {IGNORE_INDEX} for labels to ignore."}
-FORCED: dict[str, Any] = {"allowed": (FREE,), "remedy": f"{FREE} leaves the choice to the model."}
+FORCED: dict[str, Any] = {"allowed": (UNFORCED,), "remedy": f"{UNFORCED} leaves the choice to the model."}
 
 AUDIO = {"user_audio_codes": "user_input_values", "moshi_audio_codes": "moshi_input_values"}
 """The streams of audio as codes, which have priority, and as waveforms."""

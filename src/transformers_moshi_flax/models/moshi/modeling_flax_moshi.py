@@ -398,7 +398,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
 
         Args:
             input_ids: the text token of the frame, then the codes of its codebooks 0, 1, …; ``(batch, codebooks)``
-                with at most ``num_codebooks`` columns. -100 gives a zero embedding.
+                for at most ``num_codebooks`` codebooks. -100 gives a zero embedding.
             last_hidden_state: the backbone's hidden state of the frame before, ``(batch, 1, input_size)``, or one per
                 position.
             attention_mask: 1 for positions to attend; always causal, with or without it.

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, MoshiConfig
 from ...generation.arrays import cut, on_device, on_host, padded, turned
 from ...generation.buckets import bucket
 from ...generation.configuration import Plan, merge_generation_config, resolve_plan
-from ...generation.decoding import FREE, State
+from ...generation.decoding import UNFORCED, State
 from ...generation.sampling import Sampling
 from ...generation.utils import Prepared, capacity_of, check_watching, fetch, forced_input, further_outputs
 from ...input_checks import check_inputs, check_left_padding, is_traced, is_tracing
@@ -257,7 +257,7 @@ def place_prompt(
     user_codes, user_frames = codes_of("user")
     moshi_codes, _ = codes_of("moshi")
     xp = jnp if is_traced(forced_codes) else np
-    forced = np.full((batch_size, config.num_codebooks, frames), FREE, dtype=np.int32)
+    forced = np.full((batch_size, config.num_codebooks, frames), UNFORCED, dtype=np.int32)
     if forced_codes is not None:
         forced = xp.concatenate([forced, xp.asarray(forced_codes).astype(np.int32)], axis=-1)
     silence = np.zeros((1, codec.audio_channels, samples_per_frame(codec)), dtype=model.dtype)
@@ -266,8 +266,8 @@ def place_prompt(
         attention_mask=on_device(padded(mask, capacity, 1), np.int32),
         user_codes=user_codes,
         moshi_codes=moshi_codes,
-        forced_codes=on_device(padded(forced, capacity, FREE)),
-        blank_codes=model.compiled(encode_audio, quickly=True)(params, on_device(silence)),
+        forced_codes=on_device(padded(forced, capacity, UNFORCED)),
+        blank_codes=model.compiled(encode_audio, unoptimized=True)(params, on_device(silence)),
         frames=on_device(frames, np.int32),
         user_frames=on_device(user_frames, np.int32),
     )

@@ -25,7 +25,7 @@ from ...models.mimi.modules_flax_mimi import FlaxMimiDecoderModule, FlaxMimiEnco
 from ...models.mimi.topology import samples_per_frame
 from ...ops.precision import at_least_float32
 from ..train_state import TrainState, merge_params, split_paths
-from ..train_step import compiler_options, counted, dealt, on_mesh
+from ..train_step import compiler_options, counted, in_micro_batches, on_mesh
 from .configuration import CodecTrainingConfig
 from .discriminator import (
     MultiScaleSTFTDiscriminator,
@@ -323,7 +323,7 @@ def _added(
     gradients_of: Callable[[Mapping[str, Any], Any], Gradients], batch: Mapping[str, Array], parts: int
 ) -> Gradients:
     """The sums over the micro-batches of a batch."""
-    micro_batches = jax.tree.map(lambda array: dealt(array, parts), batch)
+    micro_batches = jax.tree.map(lambda array: in_micro_batches(array, parts), batch)
     first = jax.tree.map(lambda array: array[0], micro_batches)
     shapes = jax.eval_shape(gradients_of, first, 0)
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)

@@ -170,7 +170,7 @@ def prepare(
     with _only_one(out):
         _check_main_speaker(out, listed, main_speaker)
         _check_settings(out, settings)
-        shards = _deal(listed, recordings_per_shard)
+        shards = _in_shards(listed, recordings_per_shard)
         reasons = {number: _why_open(out, number, shard) for number, shard in enumerate(shards)}
         open_shards = {number: shard for number, shard in enumerate(shards) if reasons[number] is not None}
         redone = {SHARDS.format(number): reason for number, reason in reasons.items() if reason}
@@ -504,7 +504,7 @@ class _Shard:
         return done, skipped
 
 
-def _deal(listed: list[Listed], size: int) -> list[_Shard]:
+def _in_shards(listed: list[Listed], size: int) -> list[_Shard]:
     return [_Shard(listed[start : start + size]) for start in range(0, len(listed), size)]
 
 

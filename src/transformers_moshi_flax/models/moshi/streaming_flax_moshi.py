@@ -89,7 +89,7 @@ def next_frame(
 ) -> tuple[DialogueState, FlaxMoshiFrame]:
     """Runs one step: hears the user's frame, chooses the next text token and codes.
 
-    Step 0 of a dialogue is the start frame, in which nothing is heard or said. Step ``k + 1`` has frame ``k``'s
+    Position 0 of a dialogue is the start frame, in which nothing is heard or said. Position ``k + 1`` has frame ``k``'s
     text token and semantic codes and, delayed, the other codes of frame ``k - 1``; so what is chosen in it completes
     frame ``k``, which is returned.
 

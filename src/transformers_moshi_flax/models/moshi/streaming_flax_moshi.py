@@ -89,9 +89,9 @@ def next_frame(
 ) -> tuple[DialogueState, FlaxMoshiFrame]:
     """Runs one step: hears the user's frame, chooses the next text token and codes.
 
-    Position 0 of a dialogue is the start frame, in which nothing is heard or said. Position ``k + 1`` has frame ``k``'s
-    text token and semantic codes and, delayed, the other codes of frame ``k - 1``; so what is chosen in it completes
-    frame ``k``, which is returned.
+    Position 0 of a dialogue is the start frame, in which nothing is heard or said. Position ``k + 1`` has the text
+    token and semantic codes of frame ``k`` and, delayed, the other codes of frame ``k - 1``; so what is chosen there
+    completes frame ``k``, which is returned.
 
     Args:
         decoder: the model.

@@ -13,6 +13,9 @@ from jaxtyping import Int, Shaped
 
 from ..input_checks import is_traced
 
+AnyArray = jax.Array | np.ndarray
+"""On the device or on the host."""
+
 
 def cut(array: jax.Array, length: int, axis: int = -1, start: int = 0) -> jax.Array:
     """``length`` entries of an axis, cut on the host: XLA would compile a program for each length."""
@@ -59,7 +62,7 @@ def on_one_device(*trees: Any) -> bool:
     return all(leaf.sharding.num_devices == 1 for leaf in leaves if isinstance(leaf, jax.Array))
 
 
-def turned(array: Shaped[ArrayLike, "rows ..."], shift: Int[ArrayLike, "rows"]) -> ArrayLike:
+def turned(array: Shaped[AnyArray, "rows ..."], shift: Int[AnyArray, "rows"]) -> AnyArray:
     """Every row's last axis moved to the left by its ``shift``, what falls out there coming back at the end.
 
     On the host unless something is traced.
@@ -70,7 +73,7 @@ def turned(array: Shaped[ArrayLike, "rows ..."], shift: Int[ArrayLike, "rows"]) 
     return xp.take_along_axis(array, indices.reshape(-1, *[1] * (array.ndim - 2), array.shape[-1]), axis=-1)
 
 
-def padded(array: ArrayLike, capacity: int, fill: Any, axis: int = -1) -> ArrayLike:
+def padded(array: AnyArray, capacity: int, fill: Any, axis: int = -1) -> AnyArray:
     """``array`` with ``fill`` behind it, up to ``capacity`` along an axis; on the host unless it is traced."""
     if np.shape(array)[axis] == capacity:
         return array

@@ -47,8 +47,7 @@ NO_SCORE = -1e9
 """The score of what is no hypothesis (yet): below all real ones, and still finite, so that sums stay ordered."""
 
 
-@flax.struct.dataclass
-class Hypotheses:
+class Hypotheses(flax.struct.PyTreeNode):
     """Ended hypotheses, best first; all arrays are ``(batch, num_beams, ...)``.
 
     Attributes:
@@ -68,8 +67,7 @@ class Hypotheses:
     exist: Any
 
 
-@flax.struct.dataclass
-class BeamState:
+class BeamState(flax.struct.PyTreeNode):
     """Where beam search is. "Beams" are rows ``row * num_beams + beam``.
 
     Attributes:
@@ -92,8 +90,7 @@ class BeamState:
         return self.running.position
 
 
-@flax.struct.dataclass
-class Continuations:
+class Continuations(flax.struct.PyTreeNode):
     """What a step chose; all arrays but the last are ``(batch, num_beams)``.
 
     Attributes:

@@ -26,8 +26,7 @@ UNFORCED = -1
 """Marks the places of forced tokens that the model is to choose, as upstream's delay pattern mask does."""
 
 
-@flax.struct.dataclass
-class Request:
+class Request(flax.struct.PyTreeNode):
     """What is to be generated; nothing in it is static.
 
     Attributes:
@@ -56,11 +55,10 @@ class Request:
     pad_token_id: Any
     forced_ids: Any = None
     streams: Any = None
-    depth_sampling: Sampling | None = None
+    depth_sampling: Any = None
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """Where generation is. ``lengths`` and ``finished`` are those of the rows, ``position`` the steps in use.
 
     Attributes:
@@ -82,8 +80,7 @@ class State:
     records: dict[str, Any]
 
 
-@flax.struct.dataclass
-class Chosen:
+class Chosen(flax.struct.PyTreeNode):
     """The tokens of the next step.
 
     Attributes:

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.struct
 import jax
@@ -171,7 +171,7 @@ def operands(cls: type[T]) -> type[T]:
     placeholders, which a constructor that checks its arguments would refuse.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cast(Any, cls))
     leaves = [field.name for field in fields if field.metadata.get("pytree_node", True)]
     statics = [field.name for field in fields if field.name not in leaves]
 

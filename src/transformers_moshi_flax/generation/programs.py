@@ -31,7 +31,7 @@ class Program:
         self._unoptimized = unoptimized
 
     @functools.cached_property
-    def _whole(self) -> Callable[..., Any]:
+    def _whole(self) -> Any:
         options = compiler_options()
         if self._unoptimized:
             options = options | cpu_options("xla_backend_optimization_level", "0")

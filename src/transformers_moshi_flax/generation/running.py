@@ -11,7 +11,7 @@ import numpy as np
 
 from .arrays import host_copy
 
-AnyState = TypeVar("AnyState")
+AnyState = TypeVar("AnyState", bound=Any)
 """A state with ``position``, ``finished`` and, where there is a streamer, ``sequences``."""
 
 PIECE_SECONDS = 0.04
@@ -53,7 +53,8 @@ def run(
         except StopGeneration:
             max_length = prompt_length
     steps, piece, heard = prompt_length, 1, prompt_length
-    takes_audio = audio_codes is not None and hasattr(streamer, "put_audio_codes")
+    if not hasattr(streamer, "put_audio_codes"):
+        audio_codes = None
     while steps < max_length:
         before = time.monotonic()
         state = advance(state, min(steps + piece, max_length))
@@ -64,7 +65,7 @@ def run(
                 for tokens in host_copy(state.sequences)[:, steps:reached].T:
                     streamer.put(tokens)
                 # the delayed codebooks of a frame come one step later
-                if takes_audio and reached - 1 > heard:
+                if audio_codes is not None and reached - 1 > heard:
                     streamer.put_audio_codes(audio_codes(state, heard, reached - 1))
                     heard = reached - 1
             except StopGeneration:

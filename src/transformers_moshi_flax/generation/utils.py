@@ -24,7 +24,7 @@ from ..input_checks import (
     is_whole,
 )
 from ..modeling_flax_outputs import FlaxModelOutput
-from .arrays import cut, on_device, on_host, padded
+from .arrays import AnyArray, cut, on_device, on_host, padded
 from .beam_search import advance_beams, finish_beams, start_beams
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
@@ -94,7 +94,14 @@ class FlaxGenerationMixin:
     there.
     """
 
+    # of the model
+    config: Any
+    module: Any
+    generation_defaults: Callable[..., GenerationConfig | None]
+    whole_params: Callable[[Any], Any]
+
     _generates = True
+    _programs: dict[Any, Program]
 
     def make_decoder(self) -> Decoder:
         """The decoder of the model's present module."""
@@ -247,25 +254,25 @@ class FlaxGenerationMixin:
             raise ValueError("`scores` must be a tuple with an array for each new token: generate with output_scores")
         check_input("sequences", sequences, Input({"batch": None, "length": None}, "ids"))
         xp = jnp if is_traced(sequences, beam_indices, *scores) else np
-        stacked = xp.stack([xp.asarray(each) for each in scores], axis=1)  # [rows, steps, vocab]
-        sequences = xp.asarray(sequences)
-        if beam_indices is None:
-            beam_indices = xp.broadcast_to(xp.arange(len(stacked))[:, None], stacked.shape[:2])
-        beam_indices = xp.asarray(beam_indices)
-        ended = beam_indices < 0
-        steps = beam_indices.shape[1] if xp is jnp else int((~ended).sum(axis=-1).max())
-        beam_indices, ended = beam_indices[:, :steps], ended[:, :steps]
-        if beam_indices.shape[0] != len(sequences) or steps > min(stacked.shape[1], sequences.shape[1]):
+        stacked: Any = xp.stack([xp.asarray(each) for each in scores], axis=1)  # [rows, steps, vocab]
+        ids: Any = xp.asarray(sequences)
+        beams: Any = xp.broadcast_to(xp.arange(len(stacked))[:, None], stacked.shape[:2])
+        if beam_indices is not None:
+            beams = xp.asarray(beam_indices)
+        ended = beams < 0
+        steps = beams.shape[1] if xp is jnp else int((~ended).sum(axis=-1).max())
+        beams, ended = beams[:, :steps], ended[:, :steps]
+        if beams.shape[0] != len(ids) or steps > min(stacked.shape[1], ids.shape[1]):
             raise ValueError(
-                f"`sequences` of the shape {sequences.shape}, {stacked.shape[1]} `scores` and `beam_indices` for "
-                f"{beam_indices.shape[0]} rows do not belong together: pass those of one call of `generate`"
+                f"`sequences` of the shape {ids.shape}, {stacked.shape[1]} `scores` and `beam_indices` for "
+                f"{beams.shape[0]} rows do not belong together: pass those of one call of `generate`"
             )
-        tokens = sequences[:, sequences.shape[1] - steps :]
+        tokens = ids[:, ids.shape[1] - steps :]
         if xp is np:
             check_ids("sequences", np.where(ended, 0, tokens), stacked.shape[-1])
         if normalize_logits:
             stacked = jax.nn.log_softmax(jnp.asarray(stacked), axis=-1)
-        rows = xp.where(ended, 0, beam_indices)
+        rows = xp.where(ended, 0, beams)
         chosen = stacked[rows, xp.arange(steps)[None], xp.where(ended, 0, tokens)]
         return jnp.where(ended, jnp.zeros((), chosen.dtype), chosen)
 
@@ -291,8 +298,8 @@ class FlaxGenerationMixin:
     def make_request(
         self,
         plan: Plan,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike,
+        input_ids: AnyArray,
+        attention_mask: AnyArray,
         prng_key: jax.Array | None,
         capacity: int,
         forced_text_ids: ArrayLike | None = None,
@@ -447,7 +454,7 @@ def check_prompt(config: Any, given: dict[str, Any]) -> tuple[int, int]:
     return sizes["batch"], sizes["tokens"]
 
 
-def text_mask(config: GenerationConfig, given: dict[str, Any], batch_size: int, length: int, start: int) -> ArrayLike:
+def text_mask(config: GenerationConfig, given: dict[str, Any], batch_size: int, length: int, start: int) -> AnyArray:
     """The mask of a prompt of text that was given, or that of its ids of padding.
 
     Args:

@@ -106,7 +106,7 @@ def make_train_step(
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
-    outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    outputs: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 

@@ -250,7 +250,7 @@ class FlaxMimiLayers(nn.Module):
                 block = FlaxMimiResnetBlock(self.config, layer, self.dtype, name=name)
                 x, after[name] = block(x, lengths, before)
                 continue
-            conv_class = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
+            conv_class: Any = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
             conv = conv_class(self.config, *layer, self.dtype, name=name)
             x, after[name] = conv(x, lengths, before)
             lengths = None if lengths is None else layer.length_out(lengths)

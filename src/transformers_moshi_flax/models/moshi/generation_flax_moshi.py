@@ -156,8 +156,8 @@ def lay_out(
 
     given = with_length(prompt.moshi_codes, capacity)
     heard = with_length(prompt.user_codes, capacity)
-    user = jnp.where(frame < prompt.user_frames, heard, prompt.blank_codes)
-    moshi = laid_out(jnp.where(frame < prompt.frames, given, prompt.forced_codes))
+    user = jnp.where((frame < prompt.user_frames)[None, None], heard, prompt.blank_codes)
+    moshi = laid_out(jnp.where((frame < prompt.frames)[None, None], given, prompt.forced_codes))
     leading = jnp.cumprod((moshi[:, 0] == start_code) & (frame < prompt.frames + more)[None], axis=-1, dtype=jnp.int32)
     return (
         with_start(prompt.input_ids, config.vocab_size),

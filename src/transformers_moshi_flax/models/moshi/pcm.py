@@ -314,10 +314,10 @@ def _checked_active(active: Any, batch_size: int) -> Bool[np.ndarray, "batch"]:
 
 def _samples(pcm: ArrayLike) -> Float[np.ndarray, "samples"]:
     """Checked, as float32."""
-    pcm = np.asarray(pcm)
-    if pcm.ndim == 2 and pcm.shape[0] == 1:
-        pcm = pcm[0]
-    if np.issubdtype(pcm.dtype, np.int16):  # in either byte order
-        pcm = pcm.astype(np.float32) / INT16_SCALE
-    check_input("pcm", pcm, PCM)
-    return pcm.astype(np.float32)
+    samples = np.asarray(pcm)
+    if samples.ndim == 2 and samples.shape[0] == 1:
+        samples = samples[0]
+    if np.issubdtype(samples.dtype, np.int16):  # in either byte order
+        samples = samples.astype(np.float32) / INT16_SCALE
+    check_input("pcm", samples, PCM)
+    return samples.astype(np.float32)

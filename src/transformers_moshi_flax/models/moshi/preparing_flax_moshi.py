@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 from transformers import GenerationConfig, MoshiConfig
 
-from ...generation.arrays import cut, on_device, on_host, padded, turned
+from ...generation.arrays import AnyArray, cut, on_device, on_host, padded, turned
 from ...generation.buckets import bucket
 from ...generation.configuration import Plan, merge_generation_config, resolve_plan
 from ...generation.decoding import UNFORCED, State
@@ -273,7 +273,7 @@ def place_prompt(
     )
 
 
-def padding_before(mask: ArrayLike) -> Int[ArrayLike, "batch"] | None:
+def padding_before(mask: ArrayLike) -> Int[AnyArray, "batch"] | None:
     """Frames of padding before each row, or None if it is known that there are none."""
     if not is_traced(mask) and np.all(mask):
         return None
@@ -284,8 +284,8 @@ def padding_before(mask: ArrayLike) -> Int[ArrayLike, "batch"] | None:
 def encode(
     model: Any,
     params: Any,
-    values: ArrayLike,
-    padding: Int[ArrayLike, "batch"] | None = None,
+    values: AnyArray,
+    padding: Int[AnyArray, "batch"] | None = None,
     mask: ArrayLike | None = None,
 ) -> tuple[Int[Array, "batch codebooks any"], int]:
     """The codes of waveforms, each row's as if it were alone, and how many frames of them count.

@@ -17,8 +17,7 @@ from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderStat
 from .generation_flax_moshi import FrameDecoder
 
 
-@flax.struct.dataclass
-class DialogueState:
+class DialogueState(flax.struct.PyTreeNode):
     """Where Moshi is in each dialogue; all leaves have the slots as their first axis.
 
     Attributes:
@@ -44,8 +43,7 @@ class DialogueState:
     numbers: dict[str, Any]
 
 
-@flax.struct.dataclass
-class StreamState:
+class StreamState(flax.struct.PyTreeNode):
     """Everything that a stream knows, a pytree; all leaves have the slots as their first axis.
 
     Attributes:

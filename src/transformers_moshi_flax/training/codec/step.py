@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,7 +51,6 @@ DISTILLATION = "distillation"
 """Name of the layer from codebook 0 to a teacher's features, which is trained but no part of the codec."""
 
 
-@flax.struct.dataclass
 class CodecTrainState(TrainState):
     """As :class:`TrainState`, whose ``params`` have the codebooks as well, and whose ``opt_state`` has not.
 
@@ -224,7 +222,7 @@ def make_codec_train_step(
             metrics["perplexity"] = jnp.mean(_perplexity(found.statistics.counts))
         return state, {**metrics, "learning_rate": learning_rate, **counts}
 
-    outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    outputs: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 

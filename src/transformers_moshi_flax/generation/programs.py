@@ -53,6 +53,6 @@ def compiler_options() -> dict[str, str]:
     """Options for the programs of generation on the default platform.
 
     On CPUs the library YNNPACK is left out: its reductions cost 25 µs each however small they are (two for every
-    attention), and its products of a few rows are slower than Eigen's; see ``docs/benchmarks.md``.
+    attention), and its products of a few rows are slower than Eigen's; see ``docs/notes/performance.md``.
     """
     return cpu_options("xla_cpu_experimental_ynn_fusion_type", "")

@@ -1,6 +1,6 @@
 """What XLA's CPU backend wants instead of the plain definitions; each function says why.
 
-The figures behind these choices are in ``docs/benchmarks.md``.
+The figures behind these choices are in ``docs/notes/performance.md``.
 """
 
 from __future__ import annotations

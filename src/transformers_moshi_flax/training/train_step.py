@@ -114,7 +114,7 @@ def compiler_options() -> dict[str, str]:
     """Options for the step on the default platform.
 
     On CPUs operations are to be ordered by the memory that they need; the default, which lets as many as possible run
-    side by side, keeps a fifth more and is no faster (``docs/benchmarks.md``).
+    side by side, keeps a fifth more and is no faster (``docs/notes/performance.md``).
     """
     return cpu_options("xla_cpu_enable_concurrency_optimized_scheduler", "false")
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from ...generation.decoding import FREE, Chosen
+from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, select_token
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ...nn.cache import Cache, StaticCache
@@ -48,7 +48,7 @@ def frame_step(
         cache: of the backbone.
         choose: from the backbone's outputs to the text token of the next frame.
         depth_sampling: how its codes are chosen.
-        fixed_codes: its codes as far as they are not to be chosen, else ``FREE``.
+        fixed_codes: its codes as far as they are not to be chosen, else ``UNFORCED``.
 
     Returns:
         The backbone's outputs with the updated cache, what was chosen, and the codes, one set for each set of tokens.
@@ -89,7 +89,7 @@ def speak(
     sampling: Sampling,
     fixed_codes: Int[Array, "batch codebooks"],
 ) -> Int[Array, "batch codebooks"]:
-    """Chooses the codes of a frame, one codebook after another, as far as they are not fixed but ``FREE``.
+    """Chooses the codes of a frame, one codebook after another, as far as they are not fixed but ``UNFORCED``.
 
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
@@ -102,6 +102,6 @@ def speak(
         )
         cache = outputs.cache
         code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
-        code = jnp.where(fixed_codes[:, codebook] == FREE, code, fixed_codes[:, codebook])
+        code = jnp.where(fixed_codes[:, codebook] == UNFORCED, code, fixed_codes[:, codebook])
         history = jnp.concatenate([history, code[:, None]], axis=1)
     return history[:, 1:]

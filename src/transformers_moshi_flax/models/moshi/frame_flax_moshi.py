@@ -67,20 +67,22 @@ def frame_step(
     chosen = choose(outputs)
     hidden_state = outputs.last_hidden_state[:, -1]
     if chosen.parents is None:
-        codes = speak(module, params, hidden_state, chosen.tokens, chosen.keys, depth_sampling, fixed_codes)
+        codes = choose_codes(module, params, hidden_state, chosen.tokens, chosen.keys, depth_sampling, fixed_codes)
         return outputs, chosen, codes
 
-    def speak_set(number: Int[Array, ""], codes: Array) -> Array:
+    def codes_of_set(number: Int[Array, ""], codes: Array) -> Array:
         states = hidden_state[chosen.parents[number]]
-        spoken = speak(module, params, states, chosen.tokens[number], chosen.keys[number], depth_sampling, fixed_codes)
-        return lax.dynamic_update_index_in_dim(codes, spoken, number, axis=0)
+        chosen_codes = choose_codes(
+            module, params, states, chosen.tokens[number], chosen.keys[number], depth_sampling, fixed_codes
+        )
+        return lax.dynamic_update_index_in_dim(codes, chosen_codes, number, axis=0)
 
     # a loop, so that the depth decoder is compiled once and not run for sets that are not needed
     codes = jnp.zeros((*chosen.tokens.shape, fixed_codes.shape[-1]), dtype=jnp.int32)
-    return outputs, chosen, lax.fori_loop(0, chosen.sets, speak_set, codes)
+    return outputs, chosen, lax.fori_loop(0, chosen.sets, codes_of_set, codes)
 
 
-def speak(
+def choose_codes(
     module: Any,
     params: Any,
     hidden_state: Float[Array, "batch hidden"],

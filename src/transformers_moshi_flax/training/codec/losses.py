@@ -21,10 +21,11 @@ from transformers.audio_utils import mel_filter_bank
 from ...ops.precision import at_least_float32
 
 FLOOR = 1e-3
-"""Of a mel band (white noise of a deviation of 1 has 1): what is below is silence, of which the logarithm would count
-for more than speech."""
+"""Added to a mel band (white noise of a deviation of 1 has 1): far below it is silence, of which the logarithm would
+count for more than speech. A limit instead would leave silent bands without a gradient, and a codec begins silent."""
 
-_LEAST_POWER = 1e-10
+_LEAST_POWER = 1e-20
+"""Keeps the gradient of a root finite at 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def spectrogram(audio: Float[Array, "*shape samples"], window: int) -> Float[Arr
         window: samples of a Hann window; a frame begins every ``window / 4``.
     """
     spectrum = stft(audio, window)
-    return jnp.sqrt(jnp.maximum(jnp.square(spectrum.real) + jnp.square(spectrum.imag), _LEAST_POWER))
+    return jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + _LEAST_POWER)
 
 
 def stft(audio: Float[Array, "*shape samples"], window: int, reflects: bool = True) -> Array:
@@ -128,9 +129,10 @@ def mel_filters(window: int, bins: int, sampling_rate: int) -> Float[np.ndarray,
 def log_mel(
     magnitudes: Float[Array, "*shape frames bins"], window: int, bins: int, sampling_rate: int
 ) -> Float[Array, "*shape frames mels"]:
-    """Natural logarithms of mel bands, from :func:`spectrogram`."""
+    """Natural logarithms of mel bands, from :func:`spectrogram`; :data:`FLOOR` is added, so that silence has one, and a
+    gradient."""
     filters = jnp.asarray(mel_filters(window, bins, sampling_rate), magnitudes.dtype)
-    return jnp.log(jnp.maximum(magnitudes @ filters, FLOOR))
+    return jnp.log(magnitudes @ filters + FLOOR)
 
 
 def spectral_distances(

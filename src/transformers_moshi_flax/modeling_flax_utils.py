@@ -41,7 +41,7 @@ from .checkpoints.configs import (
     override_config,
     refuse_to_replace_kyutais,
 )
-from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
+from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import Weights
 from .checkpoints.formats import parse_json
 from .checkpoints.keywords import one_name, one_token, understood
@@ -534,7 +534,6 @@ class FlaxPreTrainedModel:
         revision: str | None = None,
         create_pr: bool = False,
         use_auth_token: str | bool | None = None,
-        _replaces_layouts: bool = False,
         **card: Any,
     ) -> None:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
@@ -589,7 +588,7 @@ class FlaxPreTrainedModel:
         replaced = known_values(lambda: Source.locate(folder).read_json("config.json")) if folder.is_dir() else {}
         refuse_to_replace_kyutais(f"save_directory={str(folder)!r}", replaced)
         layout, other_layout = ("pt", "flax") if to_pt else ("flax", "pt")
-        beside = None if _replaces_layouts else entry_of(folder, other_layout)
+        beside = entry_of(folder, other_layout)
         if beside is not None and not describes(replaced, self.config):
             raise ValueError(
                 f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
@@ -607,7 +606,7 @@ class FlaxPreTrainedModel:
             tensors=tensors,
             max_shard_bytes=max_shard_bytes,
             companions=companions,
-            replaces=ENTRIES if _replaces_layouts else LAYOUTS[layout],
+            replaces=LAYOUTS[layout],
         )
         if to_pt and beside is not None:
             logger.warning(

@@ -166,7 +166,7 @@ def test_killed_while_filling(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED_WHILE_FILLING, ":".join(map(str, folders)), *NEW], check=True)
     for folder in folders:
         there = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
-        (staged,) = folder.glob(".replacement-*")
+        (staged,) = folder.glob(".replacement-*/new")
         if folder.name == "0":
             assert there == dict.fromkeys(OLD, "old")
         else:

@@ -43,9 +43,10 @@ def whole_checkpoint(folder: Path) -> Iterator[Path]:
             yield fresh
         return
     leftovers = list(folder.glob(f"{_STAGED}*"))
-    staged = folder / f"{_STAGED}{uuid.uuid4().hex}"
-    staged.mkdir()
-    with lock_folder(staged):
+    scratch = folder / f"{_STAGED}{uuid.uuid4().hex}"
+    staged = scratch / "new"
+    staged.mkdir(parents=True)
+    with lock_folder(scratch):  # not that of the checkpoint itself, which a save locks
         try:
             yield staged
             sync_all(staged)
@@ -59,7 +60,7 @@ def whole_checkpoint(folder: Path) -> Iterator[Path]:
                     sync_all(folder, deep=False)
                 os.replace(path, folder / path.name)
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     for path in leftovers:
         _remove_unless_locked(path)
     sync_all(folder, deep=False)

@@ -22,8 +22,9 @@ demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (rando
 	@mkdir -p outputs
 	$(BIN)/moshi-flax generate --output outputs/demo.wav --max-new-frames 50
 
+# a file's tests stay in one process, where they share what they compile
 test: $(VENV)/.test  ## every test, the equivalence with PyTorch included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.test  ## a part of every room, for the inner loop
 	$(BIN)/python -m pytest -n 2 $(FAST)

@@ -29,11 +29,22 @@ TORCH = ["torch>=2.6,<2.14"]
 TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensorboardX>=2.6.2"]
 # intelligibility of speech, and a recognizer of words
 SPEECH = ["pocketsphinx>=5.1", "pystoi>=0.4"]
+# pictures of dialogues
+PICTURE = ["matplotlib>=3.9"]
 QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 # torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
 # Makefile adds without its pins; protobuf is what transformers reads Kyutai's tokenizers with.
-TEST = ["torch>=2.13,<2.14", *TRAIN, *SPEECH, "beartype>=0.19", "einops>=0.8", "hypothesis>=6.100", "pytest>=8.0"]
+TEST = [
+    "torch>=2.13,<2.14",
+    *TRAIN,
+    *SPEECH,
+    *PICTURE,
+    "beartype>=0.19",
+    "einops>=0.8",
+    "hypothesis>=6.100",
+    "pytest>=8.0",
+]
 TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=4.21.1", "sentencepiece>=0.2", "wandb>=0.20"]
 
 setup(
@@ -53,6 +64,7 @@ setup(
         "torch": TORCH,
         "train": TRAIN,
         "speech": SPEECH,
+        "picture": PICTURE,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,

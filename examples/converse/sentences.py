@@ -178,7 +178,7 @@ def _colours() -> Made:
 def _spelling() -> Made:
     for word in WORDS:
         for phrase in ("spell {}", "how do you spell {}", "please spell the word {}"):
-            yield phrase.format(word), " ".join(word.upper()), word
+            yield phrase.format(word), " ".join(word.upper()), phrase.format(word)
 
 
 def _echo() -> Made:

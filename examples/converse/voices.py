@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class _Espeak:
         if self._rate <= 0:
             raise RuntimeError("espeak-ng does not start: install it again")
         self._chunks: list[np.ndarray] = []
-        self._starts: list[float] = []
+        self._starts: list[tuple[int, float]] = []
         listener = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(self._Event))
         self._listener = listener(self._hear)  # kept, as the library calls it later
         self._library.espeak_SetSynthCallback(self._listener)
@@ -196,7 +197,7 @@ class _Espeak:
         place = 0
         while events[place].type:
             if events[place].type == self._WORD:
-                self._starts.append(events[place].audio_position / 1000)
+                self._starts.append((events[place].text_position - 1, events[place].audio_position / 1000))
             place += 1
         return 0
 
@@ -208,14 +209,30 @@ class _Espeak:
         failed = self._library.espeak_SetVoiceByName(name.encode())
         self._library.espeak_SetParameter(self._RATE, round(165 * rate), 0)
         self._library.espeak_SetParameter(self._PITCH, min(99, round(50 * pitch)), 0)
-        buffer = ctypes.create_string_buffer(pronounced(text).encode())
+        read = pronounced(text)
+        buffer = ctypes.create_string_buffer(read.encode())
         size = ctypes.c_size_t(len(buffer))
         failed = failed or self._library.espeak_Synth(buffer, size, 0, 1, 0, self._UTF8, None, None)
         if failed or not self._chunks:
             raise RuntimeError(f"espeak-ng does not speak {text!r} with the voice {name!r}")
         samples = np.concatenate(self._chunks).astype(np.float32) / 32768
-        ends = [*self._starts[1:], len(samples) / self._rate]
-        return _trimmed(samples, self._rate, _named(text, list(zip(self._starts, ends))))
+        times = shared_times(read, [*self._starts, (len(read), len(samples) / self._rate)])
+        return _trimmed(samples, self._rate, _named(text, times))
+
+
+def shared_times(text: str, starts: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Begin and end of every word, where some are spoken as one ("of a"): these share its time by their letters.
+
+    Args:
+        text: what is spoken.
+        starts: the place in the text and the time at which each spoken word begins, and of the end.
+    """
+    times = []
+    for (place, begin), (next_place, end) in itertools.pairwise(starts):
+        letters = [len(word) for word in split_words(text[place:next_place])]
+        steps = np.cumsum([0, *letters]) / max(sum(letters), 1) * (end - begin) + begin
+        times += [(float(first), float(last)) for first, last in itertools.pairwise(steps)]
+    return times
 
 
 def _named(text: str, times: list[tuple[float, float]]) -> list[tuple[str, float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.colors
+import matplotlib.image
 import numpy as np
 import pytest
 import soundfile
@@ -137,19 +140,43 @@ def test_silence_after_the_recording(moshi_flax, speech: Path, tmp_path: Path, e
 
 def test_silence_takes_no_memory_ahead(moshi_flax, speech: Path, tmp_path: Path, one_model, monkeypatch):
     """A day of it would be 8 GB."""
-    dialogue, given = converse._dialogue, []
+    hold, given = converse.hold, []
 
-    def watched(stream, samples, length, *args):
+    def watched(partner, samples, length, *args):
         given.extend([len(samples), length])
-        return dialogue(stream, samples, 2 * FRAME, *args)
+        return hold(partner, samples, 2 * FRAME, *args)
 
-    monkeypatch.setattr(converse, "_dialogue", watched)
+    monkeypatch.setattr(converse, "hold", watched)
     output = tmp_path / "reply.wav"
     args = ("converse", "--user-audio", speech, "--output", output, "--stereo", "--extra-seconds", 86_400, *GREEDY)
     assert moshi_flax(*args).code == 0
     user = read_audio(speech, 24_000)
     assert given == [len(user), len(user) + 86_400 * 24_000]
     assert close(soundfile.read(output, dtype="float32")[0][:, 1], user[: 2 * FRAME])
+
+
+def test_a_picture_of_both_sides(moshi_flax, speech: Path, tmp_path: Path):
+    picture = tmp_path / "made" / "dialogue.png"
+    args = ("converse", "--user-audio", speech, "--output", tmp_path / "reply.wav", "--picture", picture, *GREEDY)
+    result = moshi_flax(*args)
+    assert result.code == 0 and str(picture) in result.err
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.ndim == 3 and pixels.shape[1] > 2 * pixels.shape[0]
+    # both waveforms are there, each in its colour
+    for colour in ("#2a78c2", "#d9722e"):
+        near = np.abs(pixels[..., :3] - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02
+        assert near.sum() > 500
+    assert "--overwrite" in moshi_flax(*args).err
+    assert moshi_flax(*args, "--overwrite").code == 0
+
+
+def test_a_picture_needs_matplotlib(moshi_flax, speech: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    output, picture = tmp_path / "reply.wav", tmp_path / "dialogue.png"
+    result = moshi_flax("converse", "--user-audio", speech, "--output", output, "--picture", picture)
+    assert result.code == 2 and "transformers-moshi-flax[picture]" in result.err
+    assert not output.exists()
 
 
 def test_seed_decides(moshi_flax, speech: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from transformers_moshi_flax.cli.transcript import (
     END_OF_PAD,
     LINE_LENGTH,
     PAD,
+    LiveWords,
     Timed,
     joined,
     subtitles,
@@ -47,6 +48,27 @@ def test_words_have_the_times_of_their_pieces(tokenizer):
 def test_what_is_no_piece_is_no_word(tokenizer):
     ids = [PAD, END_OF_PAD, *tokenizer.all_special_ids, len(tokenizer), -1]
     assert timed_words(np.array(ids, np.int32), tokenizer, RATE) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_words_as_they_come_are_those_of_the_whole(tokenizer, seed: int):
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, len(tokenizer), 200, np.int32)
+    ids[draw.random(200) < 0.6] = PAD
+    live = LiveWords(tokenizer, RATE)
+    given = [(frame, word) for frame, token in enumerate(ids.tolist()) for word in live.put(token)]
+    assert [word for _, word in given] + live.end() == timed_words(ids, tokenizer, RATE)
+    # none is told before its last piece
+    assert all(word.end <= (frame + 1) / RATE + 1e-6 for frame, word in given)
+    assert live.end() == []
+
+
+def test_a_word_is_told_when_the_next_one_begins_or_after_a_pause(tokenizer):
+    hello, i = frames_of(tokenizer, "Hello,"), frames_of(tokenizer, "I")
+    live = LiveWords(tokenizer, RATE)
+    told = [live.put(token) for token in [PAD, *hello, PAD, *i, *[PAD] * 20]]
+    frames = [frame for frame, words in enumerate(told) if words]
+    assert frames == [1 + len(hello) + 1, 1 + len(hello) + 1 + len(i) - 1 + 10]
 
 
 @pytest.mark.parametrize("seed", range(5))

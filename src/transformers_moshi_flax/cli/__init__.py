@@ -15,6 +15,7 @@ from transformers_moshi_flax.cli.errors import UserMistake, one_line
 SUBCOMMANDS = {
     "generate": "Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text.",
     "converse": "Talk with a recording: Moshi hears it from its first frame on, and its reply has the same timeline.",
+    "ask": "Ask Moshi a question aloud: words are printed as they come, and both sides are written as a stereo file.",
     "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai.",
     "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
     "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",

@@ -118,6 +118,44 @@ def seconds(frame: int, frame_rate: float) -> float:
     return round(frame / frame_rate, 6)
 
 
+class LiveWords:
+    """The words of a dialogue as they are said: each is given once, when it is certain to be whole.
+
+    Args:
+        tokenizer: of the text.
+        frame_rate: frames a second.
+    """
+
+    def __init__(self, tokenizer: Any, frame_rate: float):
+        self._tokenizer, self._frame_rate = tokenizer, frame_rate
+        self._begin = 0
+        self._ids: list[int] = []
+
+    def put(self, text_id: int) -> list[Timed]:
+        """The words that the id of the next frame ends: the one before a word that begins, or before a pause."""
+        self._ids.append(text_id)
+        words = self._words()
+        now = seconds(self._begin + len(self._ids), self._frame_rate)
+        whole = [word for word, after in zip(words, [*words[1:], None]) if after or round(now - word.end, 6) >= PAUSE]
+        if whole:
+            # words begin with frames of their own
+            used = round(whole[-1].end * self._frame_rate) - self._begin
+            self._begin, self._ids = self._begin + used, self._ids[used:]
+        elif not words:
+            self._begin, self._ids = self._begin + len(self._ids), []
+        return whole
+
+    def end(self) -> list[Timed]:
+        """The words that are left when the dialogue ends."""
+        words, self._ids = self._words(), []
+        return words
+
+    def _words(self) -> list[Timed]:
+        found = timed_words(np.array(self._ids, np.int32), self._tokenizer, self._frame_rate)
+        offset = seconds(self._begin, self._frame_rate)
+        return [replace(word, start=round(word.start + offset, 6), end=round(word.end + offset, 6)) for word in found]
+
+
 def subtitles(words: Sequence[Timed], duration: float) -> list[Timed]:
     """Words gathered to short lines, which end with a sentence, before a pause, or when they are full.
 

@@ -14,14 +14,14 @@ CORE = [
     "flax>=0.12.7,<0.13",
     "huggingface_hub>=1.31,<3",
     "jax>=0.10,<0.12",
-    "jaxtyping>=0.3",
+    "jaxtyping>=0.3.3",
     "numpy>=2.0",
     "optax>=0.2.4",
     "rich>=13.8",
     "safetensors>=0.8",
     "soundfile>=0.12",
     "soxr>=0.5",
-    "transformers>=5.21,<6",
+    "transformers>=5.23,<6",
     "typer>=0.26",
 ]
 # The upper bound keeps an installed CPU wheel in place; an open one downloads the newest CUDA build.

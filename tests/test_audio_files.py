@@ -34,6 +34,13 @@ def read(path: Path) -> tuple[np.ndarray, list[str]]:
         samples = np.concatenate(list(AudioFile(path).blocks()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        file = AudioFile(path)
+        assert file.count() == len(samples)
+        for start, stop in ((0, 7), (len(samples) // 3, len(samples) // 3 + 5000), (len(samples) - 50, SAMPLES**2)):
+            found = file.read(start, stop)
+            assert found.shape == samples[start:stop].shape
+            if b"vorbis" not in path.read_bytes()[:100] or start == 0:
+                np.testing.assert_allclose(found, samples[start:stop], atol=1e-6)
         assert len(read_audio(path, RATE)) == len(samples)
         assert sum(block.shape[1] for block, _ in read_blocks(path, RATE, 48_000)) == len(samples)
     return samples, [str(warning.message) for warning in told]
@@ -66,6 +73,26 @@ def test_flac_that_does_not_know_its_length(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         read(tmp_path / "open.flac")[0], soundfile.read(tmp_path / "made", dtype="float32")[0]
     )
+
+
+def test_lengths_that_are_proved_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last frame of a FLAC; other files than these are read to their end first."""
+    for name, data in {
+        "a.flac": encoded(tmp_path, "FLAC"),
+        "b.flac": encoded(tmp_path, "FLAC", NOISE[: 3 * 4096]) + b"TAG".ljust(128),
+        "c.flac": encoded(tmp_path, "FLAC") + encoded(tmp_path, "FLAC", NOISE[:300]),
+        "d.wav": encoded(tmp_path, "WAV"),
+        "e.ogg": encoded(tmp_path, "OGG"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "open.flac").write_bytes(with_length(encoded(tmp_path, "FLAC"), 0))
+    (tmp_path / "short.flac").write_bytes(with_length(encoded(tmp_path, "FLAC"), 4096))
+    read_to_the_end = []
+    blocks = AudioFile.blocks
+    monkeypatch.setattr(AudioFile, "blocks", lambda self: (read_to_the_end.append(self.path.name), *blocks(self)))
+    counts = [AudioFile(path).count() for path in sorted(tmp_path.glob("*.*"))]
+    assert counts == [SAMPLES, 3 * 4096, SAMPLES + 300, SAMPLES, SAMPLES, SAMPLES, SAMPLES]
+    assert read_to_the_end == ["open.flac", "short.flac"]
 
 
 def test_joined_flacs_and_one_cut_off(tmp_path: Path) -> None:

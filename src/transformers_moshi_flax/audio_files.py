@@ -35,6 +35,9 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 _UNKNOWN = 0x7FFF0000
 """From here on, the length of a chunk is what programs write that do not know it."""
 
+_UNKNOWN_SAMPLES = 2**40
+"""From here on, the number of samples is what libsndfile says that does not know it."""
+
 
 @dataclass
 class Part:
@@ -43,10 +46,19 @@ class Part:
     Attributes:
         pieces: ``(start, end)`` in the file, or bytes.
         declared: how many samples the file says that it has, if it says so.
+        counted: the same, if its last frame says so too.
     """
 
     pieces: list[tuple[int, int] | bytes]
     declared: int | None = None
+    counted: int | None = None
+
+    def of_length(self, samples: int | None) -> list[tuple[int, int] | bytes]:
+        """The pieces, with a header that says how many samples there are, where the kind wants that for seeking."""
+        header = self.pieces[0]
+        if samples is None or not isinstance(header, bytes) or not header.startswith(b"fLaC"):
+            return self.pieces
+        return [_flac_header(header, samples), *self.pieces[1:]]
 
 
 @dataclass
@@ -72,6 +84,7 @@ class AudioFile:
     Attributes:
         sampling_rate: in hertz.
         channels: how many.
+        problems: what cannot be had of it, as far as :meth:`blocks` has come.
 
     Raises:
         ValueError: no file, no audio, a rate that is none. Messages begin with the name.
@@ -81,6 +94,8 @@ class AudioFile:
         import soundfile
 
         self.path, self._longest = path, longest
+        self.problems: list[str] = []
+        self._counts: list[int] | None = None
         if path.suffix.lower() == ".raw":
             raise ValueError(f"{self._name} does not say its rate and channels; give it as .wav or .flac")
         try:
@@ -119,6 +134,7 @@ class AudioFile:
         return ValueError(f"{self._name} cannot be read as audio ({_reason(error)}); give a WAV or FLAC file")
 
     def _warn(self, problem: str) -> None:
+        self.problems.append(problem)
         warnings.warn(f"{self._name} {problem}", stacklevel=4)
 
     def blocks(self, told: bool = True) -> Iterator[Block]:
@@ -137,7 +153,9 @@ class AudioFile:
         for problem in self._layout.problems:
             warn(problem)
         length = 0
+        counts: list[int] = []
         for part in self._parts:
+            begin = length
             try:
                 with self._opened(part) as sound:
                     found = (sound.samplerate, sound.channels)
@@ -148,7 +166,6 @@ class AudioFile:
                             "parts as files of their own"
                         )
                     declared = _promised(sound) if part.declared is None else part.declared
-                    begin = length
                     for block in self._read(sound):
                         check_samples(self._name, block)
                         length += len(block)
@@ -159,12 +176,79 @@ class AudioFile:
                 if not length:
                     raise self._unreadable(error) from error
                 warn(f"cannot be read beyond {length / self.sampling_rate:.2f} s ({_reason(error)})")
+                counts.append(length - begin)
                 continue
+            counts.append(length - begin)
             if declared is not None and declared > length - begin:
                 warn(
                     f"ends after {length / self.sampling_rate:.2f} s, but its header promises "
                     f"{declared / self.sampling_rate:.2f} s: it was cut off, or the header is wrong"
                 )
+        self._counts = counts
+
+    def count(self) -> int:
+        """How many samples :meth:`blocks` gives. All of the file is read only where its own count is not proved.
+
+        Raises:
+            ValueError: as :meth:`blocks`.
+        """
+        if self._counts is None:
+            counts = [self._known_count(part) for part in self._parts]
+            if any(count is None for count in counts):
+                for _ in self.blocks():
+                    pass
+            else:
+                for problem in self._layout.problems:
+                    self._warn(problem)
+                self._counts = [count for count in counts if count is not None]
+        return sum(self._counts or ())
+
+    def _known_count(self, part: Part) -> int | None:
+        """What libsndfile says, if it finds the last of these samples, and none behind it."""
+        import soundfile
+
+        try:
+            with self._seekable(part, part.counted) as sound:
+                if (sound.samplerate, sound.channels) != (self.sampling_rate, self.channels):
+                    return None
+                if not (sound.seekable() and 0 < sound.frames < _UNKNOWN_SAMPLES):
+                    return None
+                sound.seek(sound.frames - 1)
+                return sound.frames if len(sound.read(2)) == 1 else None
+        except (soundfile.SoundFileError, OSError):
+            return None
+
+    @contextmanager
+    def _seekable(self, part: Part, samples: int | None) -> Iterator[Any]:
+        import soundfile
+
+        with _View(self.path, part.of_length(samples)) as view, soundfile.SoundFile(view) as sound:
+            yield sound
+
+    def read(self, start: int, stop: int) -> Block:
+        """Samples from ``start`` to before ``stop``, float32, as many as there are, without decoding all before.
+
+        In Ogg Vorbis, libsndfile finds a place no nearer than some hundreds of samples.
+
+        Raises:
+            ValueError: they cannot be read; as :meth:`count`.
+        """
+        import soundfile
+
+        self.count()
+        found, begin = [np.zeros((0, self.channels), np.float32)], 0
+        for part, count in zip(self._parts, self._counts or ()):
+            first, last = max(start - begin, 0), min(stop - begin, count)
+            begin += count
+            if first >= last:
+                continue
+            try:
+                with self._seekable(part, count) as sound:
+                    sound.seek(first)
+                    found.append(sound.read(last - first, dtype="float32", always_2d=True))
+            except (soundfile.SoundFileError, OSError) as error:
+                raise self._unreadable(error) from error
+        return np.concatenate(found)
 
     def _read(self, sound: Any) -> Iterator[Block]:
         """What can be read before an error too; libsndfile's does not say how much it was."""
@@ -294,14 +378,57 @@ def _flac(file: BinaryIO, start: int, size: int) -> Layout:
         return Layout()
     parts = []
     for begin, end in zip(starts, [*starts[1:], size]):
-        info = bytearray(_read_at(file, begin, 42))
+        info = _read_at(file, begin, 42)
         if len(info) < 42:
             continue
         declared = (info[21] & 0x0F) << 32 | int.from_bytes(info[22:26], "big")
-        info[21] &= 0xF0
-        info[22:26] = bytes(4)
-        parts.append(Part([bytes(info), (begin + 42, end)], declared or None))
+        tail = _read_at(file, max(begin + 42, end - _FLAC_TAIL), min(_FLAC_TAIL, end - begin - 42))
+        ends = _flac_ends(tail, int.from_bytes(info[8:10], "big"))
+        counted = declared if declared and declared == max(ends, default=0) else None
+        parts.append(Part([_flac_header(info, 0), (begin + 42, end)], declared or None, counted))
     return Layout(parts or None)
+
+
+def _flac_header(info: bytes, samples: int) -> bytes:
+    """The block that comes first, with another number of samples; 0 is for unknown."""
+    return info[:21] + bytes([info[21] & 0xF0 | samples >> 32]) + (samples & 0xFFFFFFFF).to_bytes(4, "big") + info[26:]
+
+
+_FLAC_TAIL = 2**18
+"""Bytes, of more than a frame as a rule."""
+
+
+def _flac_ends(tail: bytes, block_size: int) -> list[int]:
+    """At which samples the frames end whose headers are in ``tail``: two bytes, checked by a CRC-8, look like one."""
+    ends = []
+    for match in re.finditer(rb"\xff[\xf8\xf9]", tail):
+        header = tail[match.start() : match.start() + 16].ljust(16, b"\0")
+        size, rate = header[2] >> 4, header[2] & 15
+        ones = 8 - (header[4] ^ 0xFF).bit_length()  # of a number as in UTF-8, in 1 to 7 bytes
+        if size == 0 or rate == 15 or header[3] >> 4 > 10 or header[3] & 1 or ones in (1, 8):
+            continue
+        place = 4 + max(ones, 1)
+        number = header[4] & (0x7F >> ones)
+        for byte in header[5:place]:
+            number = number << 6 | byte & 0x3F
+        if size in (6, 7):
+            samples = int.from_bytes(header[place : place + size - 5], "big") + 1
+            place += size - 5
+        else:
+            samples = 192 if size == 1 else 576 << size - 2 if size < 6 else 256 << size - 8
+        place += {12: 1, 13: 2, 14: 2}.get(rate, 0)
+        if place < 16 and _crc8(header[:place]) == header[place]:
+            ends.append((number if header[1] & 1 else number * block_size) + samples)
+    return ends
+
+
+def _crc8(data: bytes) -> int:
+    remainder = 0
+    for byte in data:
+        remainder ^= byte
+        for _ in range(8):
+            remainder = (remainder << 1 ^ (0x07 if remainder & 0x80 else 0)) & 0xFF
+    return remainder
 
 
 def _find(file: BinaryIO, pattern: re.Pattern[bytes], length: int, start: int) -> Iterator[int]:

@@ -41,7 +41,7 @@ from .checkpoints.configs import (
     override_config,
     refuse_to_replace_kyutais,
 )
-from .checkpoints.files import ENTRIES, FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
+from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, Source, entry_of, is_weights
 from .checkpoints.fitting import Weights
 from .checkpoints.formats import parse_json
 from .checkpoints.keywords import one_name, one_token, understood
@@ -362,6 +362,7 @@ class FlaxPreTrainedModel:
         force_download: bool = False,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
+        generation_config: GenerationConfig | None = None,
         _do_init: bool = True,
         sharding: Any | None = None,
         verify: bool = False,
@@ -385,6 +386,7 @@ class FlaxPreTrainedModel:
                 configuration has no place for are left out.
             output_loading_info: also return what :class:`dict` of ``missing_keys``, ``unexpected_keys``,
                 ``mismatched_keys`` and ``error_msgs`` was found.
+            generation_config: instead of the checkpoint's; of classes that generate.
             _do_init: False returns ``(model, params)``, and the model keeps no parameters. A missing head is then
                 missing from ``params``: ``model.init_weights(rng, params=params)`` completes it.
             sharding: where the parameters go: a ``Mesh`` (with the axes of ``partitioning.PARTITION_RULES``), one
@@ -420,6 +422,13 @@ class FlaxPreTrainedModel:
                 f"config must be a configuration or where to load one, but is {config!r}; single fields are keyword "
                 "arguments of their own"
             )
+        if generation_config is not None and not (
+            cls.can_generate() and isinstance(generation_config, GenerationConfig)
+        ):
+            raise ValueError(
+                f"generation_config={generation_config!r:.80} cannot be that of a {cls.__name__}: give a "
+                "transformers.GenerationConfig to a class that generates"
+            )
         source = Source.locate(name_or_path, subfolder or "", use_safetensors=use_safetensors, **hub)
         if config is None:
             config = load_config(cls.config_class, source, from_pt)
@@ -428,8 +437,8 @@ class FlaxPreTrainedModel:
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
         config = override_config(config, config_kwargs)
 
-        generation_config = None
-        if cls.can_generate() and (values := source.read_json("generation_config.json", from_pt)) is not None:
+        asked = generation_config is None and cls.can_generate()
+        if asked and (values := source.read_json("generation_config.json", from_pt)) is not None:
             generation_config = load_generation_config(values)
         return cls._from_weights(
             config,
@@ -534,7 +543,6 @@ class FlaxPreTrainedModel:
         revision: str | None = None,
         create_pr: bool = False,
         use_auth_token: str | bool | None = None,
-        _replaces_layouts: bool = False,
         **card: Any,
     ) -> None:
         """Write weights and configurations to a directory as one commit: a crash leaves the old checkpoint or this.
@@ -589,7 +597,7 @@ class FlaxPreTrainedModel:
         replaced = known_values(lambda: Source.locate(folder).read_json("config.json")) if folder.is_dir() else {}
         refuse_to_replace_kyutais(f"save_directory={str(folder)!r}", replaced)
         layout, other_layout = ("pt", "flax") if to_pt else ("flax", "pt")
-        beside = None if _replaces_layouts else entry_of(folder, other_layout)
+        beside = entry_of(folder, other_layout)
         if beside is not None and not describes(replaced, self.config):
             raise ValueError(
                 f"save_directory={str(folder)!r} holds {beside.name}, weights of another configuration, which would "
@@ -607,7 +615,7 @@ class FlaxPreTrainedModel:
             tensors=tensors,
             max_shard_bytes=max_shard_bytes,
             companions=companions,
-            replaces=ENTRIES if _replaces_layouts else LAYOUTS[layout],
+            replaces=LAYOUTS[layout],
         )
         if to_pt and beside is not None:
             logger.warning(

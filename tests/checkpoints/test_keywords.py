@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from tests.configs import tiny_mimi_config
-from transformers_moshi_flax import FlaxMimiModel
+from tests.configs import tiny_mimi_config, tiny_moshi_config
+from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForCausalLM
 
 IDLE = {
     "trust_remote_code": (None, False),
@@ -24,12 +25,22 @@ IDLE = {
     "variant": (None,),
     "state_dict": (None,),
     "load_in_8bit": (False,),
+    "generation_config": (None,),
+    "key_mapping": (None,),
+    "use_kernels": (None, False),
+    "experts_implementation": (None,),
+    "tp_size": (None, 1),
+    "device_mesh": (None,),
+    "adapter_name": ("default",),
+    "disable_mmap": (None, False),
 }
 TOLD = {
     "trust_remote_code": (True, "code of a repository is never run"),
     "resume_download": (False, "goes on always"),
     "mirror": ("tuna", "HF_ENDPOINT"),
     "weights_only": (False, "weights_only=True always"),
+    "use_kernels": (True, "XLA makes the kernels"),
+    "disable_mmap": (True, "mapped from their files"),
 }
 REFUSED = {
     "proxies": ({"https": "http://proxy:3128"}, "HTTPS_PROXY"),
@@ -40,6 +51,9 @@ REFUSED = {
     "variant": ("fp16", "rename it"),
     "torch_dtype": ("int8", "dtype must be a floating dtype"),
     "use_safetensors": ("yes", "True, False or None"),
+    "key_mapping": ({"a": "b"}, "names of the model"),
+    "tp_size": (2, "sharding="),
+    "generation_config": (GenerationConfig(), "to a class that generates"),
 }
 
 
@@ -96,7 +110,6 @@ def test_two_names_of_one_thing(folder):
 
 
 def test_a_part_of_the_configuration_is_changed_field_by_field(tmp_path):
-    from tests.configs import tiny_moshi_config
     from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
     model = FlaxMoshiForConditionalGeneration(tiny_moshi_config())
@@ -105,3 +118,10 @@ def test_a_part_of_the_configuration_is_changed_field_by_field(tmp_path):
     assert again.config.audio_encoder_config.sliding_window == 3
     expected = {**model.config.audio_encoder_config.to_dict(), "sliding_window": 3}
     assert again.config.audio_encoder_config.to_dict() == expected
+
+
+def test_a_generation_config_instead_of_the_checkpoints(tmp_path):
+    FlaxMoshiForCausalLM(tiny_moshi_config()).save_pretrained(tmp_path)
+    given = GenerationConfig(max_length=7)
+    model, _ = FlaxMoshiForCausalLM.from_pretrained(tmp_path, generation_config=given, _do_init=False)
+    assert model.generation_config.max_length == 7

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tests.hub_server import UPLOAD_WARNING, hub_server
-from transformers_moshi_flax.checkpoints.files import Source
+from transformers_moshi_flax.cli import main
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 
@@ -207,35 +207,45 @@ def test_overwrite_leaves_no_weights_of_the_other_layout(moshi_flax, mimi: Path,
 
 KILLED = """
 import os, signal, sys
+from transformers_moshi_flax.checkpoints import replacing
 from transformers_moshi_flax.cli import main
 
-unlink = os.unlink
+def dying(*paths):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-def dying(path, **options):
-    if str(path).endswith("flax_model.safetensors"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    unlink(path, **options)
-
-os.unlink = dying
+replacing.os.rename = dying
 main(sys.argv[1:])
 """
 
 
-def test_killed_before_the_other_layout_is_gone(mimi: Path, layouts: dict, tmp_path: Path):
-    """The old configuration with the old weights, as those of the other layout are what is found."""
-    destination = tmp_path / "model"
+def test_killed_before_all_is_written(mimi: Path, layouts: dict, tmp_path: Path):
+    """What was there is there, tokenizer and all; the next time, nothing is left of either."""
+    destination = tmp_path / "target" / "model"
     shutil.copytree(layouts["flax"], destination)
-    before = (destination / "config.json").read_bytes()
-    config = json.loads((mimi / "config.json").read_text())
-    (mimi / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
-    command = [sys.executable, "-c", KILLED, "convert", mimi, destination, "--to", "pt", "--overwrite"]
-    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
-    assert (destination / "model.safetensors").exists(), "else nothing was tested"
-    assert (destination / "flax_model.safetensors").read_bytes() == layouts["file"].read_bytes()
-    assert (destination / "config.json").read_bytes() == before
-    source = Source.locate(destination)
-    assert source.read_json("config.json") == json.loads(before)
-    assert source.read_json("config.json", from_pt=True)["sliding_window"] == 7
+    (destination / "preprocessor_config.json").write_text("another one")
+    (destination / "vocab.json").write_text("of another one")
+    (destination / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in destination.iterdir()}
+    options = ["convert", str(mimi), str(destination), "--to", "pt", "--overwrite"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *options], timeout=300).returncode == -signal.SIGKILL
+    assert {path: path.read_bytes() for path in destination.iterdir()} == before
+    (left,) = [path for path in destination.parent.iterdir() if path != destination]
+    assert {"model.safetensors", "preprocessor_config.json"} < {path.name for path in (left / "new").iterdir()}
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(options)
+    assert list(destination.parent.iterdir()) == [destination]
+    names = {"config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"}
+    assert {path.name for path in destination.iterdir()} == names
+    assert (destination / "preprocessor_config.json").read_text() == "{}"
+
+
+def test_into_the_current_directory(moshi_flax, mimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    destination = tmp_path / "here"
+    shutil.copytree(mimi, destination)
+    monkeypatch.chdir(destination)
+    assert moshi_flax("convert", mimi, ".", "--overwrite").code == 0
+    names = {"config.json", "flax_model.safetensors", "preprocessor_config.json", "training.log"}
+    assert {path.name for path in Path.cwd().iterdir()} == names
 
 
 def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):

@@ -153,6 +153,18 @@ def test_interactive(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pyte
     assert "missing.wav" in result.err
 
 
+def test_interactive_hears_silence_until_there_is_audio(
+    moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lines, heard = iter(["Hello", str(speech), "Hello", "quit"]), []
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    monkeypatch.setattr(generate, "_turn", lambda speaker, samples, prompt, *rest: heard.append((prompt, samples)))
+    result = moshi_flax("generate", "--output", tmp_path / "reply.wav", "--interactive")
+    assert result.code == 0 and "the user is silent while Moshi says the text prompt" in result.err
+    assert [prompt for prompt, _ in heard] == ["Hello", None, "Hello"]
+    assert not heard[0][1].any() and heard[1][1].any() and heard[2][1] is heard[1][1]
+
+
 def test_end_of_input_ends_interactive(moshi_flax, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     result = moshi_flax("generate", "--output", tmp_path / "reply.wav", "--interactive")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from rich.console import Console
 
 from transformers_moshi_flax.cli import prepare
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.training.data.loading import make_loader
 from transformers_moshi_flax.training.data.prepared import open_dataset
+from transformers_moshi_flax.training.data.preparing import Report
 
 FRAME, RATE = 1920, 16_000
 
@@ -113,3 +116,10 @@ def test_nothing_usable(moshi_flax, tmp_path: Path):
     result = moshi_flax("prepare", tmp_path / "all.jsonl", tmp_path / "out", "--model", EMBEDDED_MODEL)
     assert result.code == 2 and "none of its recordings can be used" in result.err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["conversations"] == 0
+
+
+def test_table_tells_missing_audio():
+    console = Console(width=200, file=StringIO())
+    prepare._show(Report(conversations=3, incomplete={"one.wav": ["ends after 1 s", "has more"]}), "x", console)
+    told = console.file.getvalue()
+    assert "recordings of which audio is missing: 1" in told and "audio is missing: ends after 1 s; has more" in told

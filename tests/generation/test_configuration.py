@@ -473,6 +473,35 @@ class TestFieldsInTheModelsConfiguration:
         loaded = model_of({"max_length": 9}, max_length=8)
         assert loaded.generation_defaults().max_length == 9
 
+    def test_of_the_parts(self) -> None:
+        """The depth decoder's count as its options of `generate`; the audio encoder has none."""
+        config = tiny_moshi_config(num_hidden_layers=1)
+        model = FlaxMoshiForConditionalGeneration(config, _do_init=False)
+        model.generation_config.depth_decoder_config = {"do_sample": True, "top_k": 9}
+        model.config.depth_decoder_config.temperature = 0.5
+        model.config.depth_decoder_config.top_k = 3
+        model.config.audio_encoder_config.top_k = 4
+        with pytest.warns(UserWarning) as told:
+            found = model.generation_defaults()
+        assert found.depth_decoder_config == {"do_sample": True, "top_k": 9, "temperature": 0.5}
+        assert model.generation_config.depth_decoder_config == {"do_sample": True, "top_k": 9}
+        place = "`model.generation_config.depth_decoder_config"
+        assert [str(warning.message) for warning in told] == [
+            "`model.config.audio_encoder_config.top_k = 4` has no effect, as the audio encoder does not generate: "
+            "take it back.",
+            f"`model.config.depth_decoder_config.temperature = 0.5` counts for `generate`, which is deprecated: set "
+            f"{place}['temperature']`.",
+            f"`model.config.depth_decoder_config.top_k = 3` has no effect on `generate`, as {place}['top_k']` is 9: "
+            "set that.",
+        ]
+        model.config.audio_encoder_config.top_k = model.config.depth_decoder_config.temperature = None
+        model.generation_config.depth_decoder_config = GenerationConfig(do_sample=True)
+        with pytest.warns(UserWarning, match=r"depth_decoder_config\.top_k = 3` counts"):
+            assert model.generation_defaults().depth_decoder_config["top_k"] == 3
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="`depth_decoder_top_k`"):
+            model.config.depth_decoder_config.top_k = -1
+            model.generate(np.ones((1, 2), np.int32))
+
     def test_arguments_of_the_call_come_first(self) -> None:
         ids, models = np.ones((1, 2), np.int32), []
         for model_class in (FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration):

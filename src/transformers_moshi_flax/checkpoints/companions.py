@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .files import Source
@@ -35,19 +31,6 @@ def copy_companions(source: Source, folder: Path) -> None:
         found = source.find(name)
         if found is not None:
             shutil.copyfile(found, folder / name)
-
-
-@contextmanager
-def companions_afterwards(source: Source, folder: Path) -> Iterator[None]:
-    """Put those files of a checkpoint into ``folder`` when the block has written the weights there.
-
-    They are copied first, so that no more than renaming is left to do by then.
-    """
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        copy_companions(source, Path(scratch))
-        yield
-        for path in Path(scratch).iterdir():
-            os.replace(path, folder / path.name)
 
 
 def sentencepiece_model(source: Source) -> Path | None:

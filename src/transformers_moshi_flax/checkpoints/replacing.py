@@ -7,56 +7,92 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .writing import lock_folder, sync_all
+from .companions import COMPANIONS, SENTENCEPIECE
+from .files import MARKERS
+from .writing import TEMPORARY, lock_folder, sync_all
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
+CONFIG = "config.json"
+"""Without it, no layout's files are a checkpoint."""
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
+_CHECKPOINT = (CONFIG, "mimi_config*.json", MARKERS, TEMPORARY, *COMPANIONS, *SENTENCEPIECE, *_WEIGHTS)
+"""Files of a checkpoint of any layout."""
+
+_STAGED = ".replacement-"
 
 
 @contextmanager
-def replacing_weights(folder: Path) -> Iterator[list[str]]:
-    """Remove the weights that are in ``folder`` when the block has saved others without an error.
+def whole_checkpoint(folder: Path) -> Iterator[Path]:
+    """A new directory to write a checkpoint in, which replaces that in ``folder`` when the block ends without error.
 
-    A save of ours replaces what we would load. This is for the rest, such as files that Kyutai's format names.
+    Of the old checkpoint nothing is left, whatever its layout; files that are part of none stay. Whoever looks at
+    ``folder`` finds the old checkpoint until the new one is on the disk, and then takes over all at once, as with
+    :func:`whole_folder`. A directory that cannot be renamed (a mounted disk, the current directory, one in a
+    directory that is not ours to write) or has others in it is filled instead; it has no ``config.json`` meanwhile.
 
     Args:
-        folder: where to; it need not be there yet.
-
-    Yields:
-        A list, which has the names of the files that the block has written once it has ended.
+        folder: where to; it need not be there yet. A link is followed.
     """
-    before = _identities(folder)
-    written: list[str] = []
-    yield written
-    after = _identities(folder)
-    written += [name for name, identity in after.items() if before.get(name) != identity]
-    for name in after.keys() - set(written):
-        if any(Path(name).match(pattern) for pattern in WEIGHTS):
-            (folder / name).unlink()
+    folder = folder.resolve()
+    if _can_be_renamed(folder):
+        with whole_folder(folder, keeps=lambda path: not _is_of_checkpoint(path)) as fresh:
+            yield fresh
+        return
+    leftovers = list(folder.glob(f"{_STAGED}*"))
+    scratch = folder / f"{_STAGED}{uuid.uuid4().hex}"
+    staged = scratch / "new"
+    staged.mkdir(parents=True)
+    with lock_folder(scratch):  # not that of the checkpoint itself, which a save locks
+        try:
+            yield staged
+            sync_all(staged)
+            (folder / CONFIG).unlink(missing_ok=True)
+            sync_all(folder, deep=False)
+            for path in folder.iterdir():
+                if path.is_file() and _is_of_checkpoint(path):
+                    path.unlink()
+            for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG):
+                if path.name == CONFIG:  # the commit
+                    sync_all(folder, deep=False)
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    for path in leftovers:
+        _remove_unless_locked(path)
+    sync_all(folder, deep=False)
 
 
-def _identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file of ``folder`` is replaced, by name."""
-    files = folder.glob("*") if folder.is_dir() else ()
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.is_file()}
+def _can_be_renamed(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    within = folder == Path.cwd() or folder in Path.cwd().parents
+    others = any(path.is_dir() and not path.is_symlink() for path in folder.iterdir())
+    return not (within or others or os.path.ismount(folder)) and os.access(folder.parent, os.W_OK)
+
+
+def _is_of_checkpoint(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in _CHECKPOINT)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, keeps: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """A new directory to write in, which takes the place of ``folder`` when the block ends without an error.
 
     Whoever looks at ``folder`` finds what was there before, for two system calls nothing, and then all that was
-    written, whenever the process is killed. What one that was killed has left beside it is removed.
+    written, whenever the process is killed. What one that was killed has left beside it is removed, or comes to its
+    place where it was complete.
 
     Args:
         folder: if it is there, it is removed with all that is in it. A link is followed, also to another disk.
+        keeps: which files of it are in the new one too, unless the block has written such.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    _clear_leftovers(folder)
     scratch = _beside(folder)
     staged = scratch / "new"
     staged.mkdir(parents=True)
@@ -65,9 +101,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             yield staged
             sync_all(staged)
             if folder.exists():
+                for path in folder.iterdir():
+                    if not (staged / path.name).exists() and keeps(path):
+                        _link(path, staged / path.name)
+                shutil.copymode(folder, staged)
+                sync_all(staged, deep=False)
                 os.rename(folder, scratch / "replaced")
             os.rename(staged, folder)
         finally:
+            if not folder.exists() and (scratch / "replaced").exists():
+                os.rename(scratch / "replaced", folder)
             shutil.rmtree(scratch, ignore_errors=True)
     sync_all(folder.parent, deep=False)
 
@@ -81,19 +124,34 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(leaving)
 
 
+def _link(path: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk has no such thing."""
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, target, follow_symlinks=False)
+
+
 def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _clear_leftovers(folder: Path) -> None:
     """What processes that were killed have left beside a directory; those that are at work hold a lock."""
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}.tmp"):
         if path.is_dir():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(descriptor)
+            _remove_unless_locked(path, folder)
+
+
+def _remove_unless_locked(path: Path, folder: Path | None = None) -> None:
+    """Remove what is left of a replacement; of one whose last step was missing, do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder is not None and not folder.exists() and (path / "replaced").exists() and (path / "new").exists():
+            os.rename(path / "new", folder)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -27,10 +27,16 @@ def report_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
+class _Bar(Progress):
+    def stop(self) -> None:
+        if not self.disable:  # it would print an empty line before version 14.3 of rich
+            super().stop()
+
+
 def progress_bar(notes: Console) -> Progress:
     """A bar that leaves nothing behind; on a stream that is no terminal it prints nothing."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+    return _Bar(*columns, console=notes, transient=True, disable=not notes.is_terminal)
 
 
 @contextmanager

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import enum
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,49 +162,23 @@ def _write(
     tokenizer: Path | None,
     from_kyutai: bool,
 ) -> list[str]:
-    """Write weights, configurations and what lies beside them; returns the names of all files of the checkpoint.
-
-    A failure leaves ``destination`` as it was: the library commits the weights as one, and the companions, which lie
-    on the same disk by then, are moved afterwards.
-    """
+    """Write weights, configurations and what lies beside them, as one; returns the names of the files."""
     from transformers_moshi_flax.checkpoints.companions import copy_companions
     from transformers_moshi_flax.checkpoints.files import Source
-    from transformers_moshi_flax.checkpoints.replacing import replacing_weights
+    from transformers_moshi_flax.checkpoints.replacing import whole_checkpoint
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _nothing_new(destination),
-        tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch,
-    ):
-        fresh = Path(scratch)
-        if to is not Layout.kyutai:
+    with whole_checkpoint(destination) as fresh:
+        if to is Layout.kyutai:
+            model.save_kyutai(fresh, tokenizer=tokenizer)
+        else:
             copy_companions(Source.locate(source), fresh)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, fresh / "tokenizer.model")
             if from_kyutai:
                 _save_processor(source, fresh)
-        with replacing_weights(destination) as written:
-            if to is Layout.kyutai:
-                model.save_kyutai(destination, tokenizer=tokenizer)
-            else:
-                size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-                model.save_pretrained(destination, to_pt=to is Layout.pt, _replaces_layouts=True, **size)
-        companions = [path for path in fresh.iterdir() if path.name not in written]
-        for path in companions:
-            os.replace(path, destination / path.name)
-    return sorted([*written, *(path.name for path in companions)])
-
-
-@contextmanager
-def _nothing_new(folder: Path) -> Iterator[None]:
-    """Remove the directory that a save made before it failed."""
-    existed = folder.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+            size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            model.save_pretrained(fresh, to_pt=to is Layout.pt, **size)
+        return sorted(path.name for path in fresh.iterdir())
 
 
 def _upload(model: Any, folder: Path, files: list[str], repo_id: str, private: bool) -> None:

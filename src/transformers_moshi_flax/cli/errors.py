@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserMistake(Exception):
+class UserMistake(ValueError):
     """Shown as one line without a traceback; names the option, what was found and what to do.
 
     Attributes:
@@ -41,6 +41,8 @@ def as_mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of ``kinds`` raised inside into a :class:`UserMistake` that starts with ``what``."""
     try:
         yield
+    except UserMistake:
+        raise
     except kinds as error:
         raise UserMistake(f"{what}: {error}") from error
 

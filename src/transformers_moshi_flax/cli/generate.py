@@ -45,7 +45,7 @@ def generate(
     user_audio: Annotated[
         Path | None,
         typer.Option(
-            help="What the user says: WAV or FLAC, any rate. Default: the embedded clip; with --text-prompt, silence."
+            help="What the user says: WAV or FLAC, any rate. Default: the embedded clip; with a text prompt, silence."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
@@ -69,7 +69,7 @@ def generate(
     """Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text."""
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
     check_output(output)
-    silent = user_audio is None and text_prompt is not None
+    silent = user_audio is None and (text_prompt is not None or interactive)
     user_audio = user_audio or EMBEDDED_CLIP
     if user_audio.resolve() == output.resolve():
         raise UserMistake(f"--output: {str(output)!r} is the file of --user-audio; give another name")
@@ -84,21 +84,24 @@ def generate(
         speaker = Speaker.load(source, dtype)
         bar.remove_task(stage)
     if samples is None:
-        samples = speaker.silence(text_prompt or "")
         notes.print("without --user-audio the user is silent while Moshi says the text prompt", soft_wrap=True)
     if not interactive:
-        _turn(speaker, samples, text_prompt, max_new_frames, sampling, seed, output, notes)
+        heard = speaker.silence(text_prompt or "") if samples is None else samples
+        _turn(speaker, heard, text_prompt, max_new_frames, sampling, seed, output, notes)
         return
 
-    notes.print("Type words for Moshi to begin with, or the path of an audio file; quit ends.")
+    notes.print(
+        "Type words for Moshi to begin with, or the path of an audio file, which is heard from then on; quit ends."
+    )
     for turn, line in enumerate(_lines(notes), start=1):
         try:
             if Path(line).suffix.lower() in AUDIO_SUFFIXES:
                 samples, prompt = read_audio(Path(line), rate), text_prompt
             else:
                 prompt = line
+            heard = speaker.silence(prompt or "") if samples is None else samples
             numbered = output.with_stem(f"{output.stem}-{turn}")
-            _turn(speaker, samples, prompt, max_new_frames, sampling, seed + turn - 1, numbered, notes)
+            _turn(speaker, heard, prompt, max_new_frames, sampling, seed + turn - 1, numbered, notes)
         except UserMistake as mistake:
             notes.print(f"[red]{mistake}[/red]")
 

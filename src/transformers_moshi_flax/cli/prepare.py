@@ -109,10 +109,13 @@ def _show(report: Report, main_speaker: str, console: Console) -> None:
     console.print(f"{report.conversations} conversations, {hours:.2f} hours, {report.frames} frames{resumed}")
     labels = ", ".join(f"{label}: {count}" for label, count in sorted(report.speakers.items()))
     console.print(f"words by speaker: {labels or 'none'}", markup=False)
+    if report.incomplete:
+        console.print(f"recordings of which audio is missing: {len(report.incomplete)}")
     if report.late_pieces:
         console.print(_lag(report.pieces, report.late_pieces, report.largest_lag))
     rows = [(entry["path"], f"skipped: {entry['reason']}") for entry in report.skipped]
     rows += [(shard, f"made again: {reason}") for shard, reason in report.redone.items()]
+    rows += [(path, f"audio is missing: {'; '.join(problems)}") for path, problems in report.incomplete.items()]
     for path, others in report.without_moshi.items():
         there = f"; there are {', '.join(others)} (--main-speaker)" if others else ", nor of anybody"
         rows.append((path, f"no word of Moshi's ({main_speaker}){there}"))

@@ -137,6 +137,7 @@ MODEL_CONFIG_FIELDS = (
     *SAMPLING_FIELDS, *PROCESSOR_FIELDS, *LENGTH_FIELDS, *BEAM_FIELDS, "output_scores", "output_logits",
     *TOKEN_FIELDS, *UNSUPPORTED_FIELDS,
 )  # fmt: skip
+MODEL_CONFIG_PARTS = ("depth_decoder_config", "audio_encoder_config")
 # numbers that programs take as arguments, so that they may be traced; everything else decides what a program is
 OPERANDS = (
     "temperature",
@@ -301,8 +302,15 @@ def merge_generation_config(
 
 
 def fields_of_model_config(config: Any) -> dict[str, Any]:
-    """The fields of generation that a model's configuration has, where scripts for older ``transformers`` set them."""
+    """The fields of generation that a model's configuration has, where scripts for older ``transformers`` set them.
+
+    Returns:
+        By their place, such as ``"top_k"`` and ``"depth_decoder_config.top_k"``.
+    """
     found = {name: getattr(config, name, None) for name in MODEL_CONFIG_FIELDS}
+    for part in MODEL_CONFIG_PARTS:
+        part_config = getattr(config, part, None)
+        found |= {f"{part}.{name}": getattr(part_config, name, None) for name in MODEL_CONFIG_FIELDS}
     return {name: copy.deepcopy(value) for name, value in found.items() if value is not None}
 
 
@@ -312,7 +320,7 @@ def with_model_config(
     """The model's generation configuration, with what has been set in the model's configuration since.
 
     Setting it there is deprecated, and warns. It counts unless the generation configuration says something else than
-    the model's configuration did, which also warns.
+    the model's configuration did, or it is of the audio encoder, which does not generate; that also warns.
 
     Args:
         default: the generation configuration, if there is one; it is not changed.
@@ -321,19 +329,36 @@ def with_model_config(
     """
     now = fields_of_model_config(config)
     merged = default
-    for name in sorted(now.keys() | before.keys()):
-        value, old, given = now.get(name), before.get(name), getattr(default, name, None)
+    for place in sorted(now.keys() | before.keys()):
+        part, name = place.rpartition(".")[::2]
+        value, old, given = now.get(place), before.get(place), _generation_field(default, part, name)
         if _equal(value, old) or _equal(value, given):
             continue
-        if _equal(given, old):
+        there = f"{part}[{name!r}]" if part else name
+        if part == "audio_encoder_config":
+            told = "has no effect, as the audio encoder does not generate: take it back"
+        elif _equal(given, old):
             if merged is default:
                 merged = GenerationConfig() if default is None else copy.deepcopy(default)
-            setattr(merged, name, value)
-            told = f"counts for `generate`, which is deprecated: set `model.generation_config.{name}`"
+            if part:
+                setattr(merged, part, {**_nested(merged, part), name: value})
+            else:
+                setattr(merged, name, value)
+            told = f"counts for `generate`, which is deprecated: set `model.generation_config.{there}`"
         else:
-            told = f"has no effect on `generate`, as `model.generation_config.{name}` is {given!r}: set that"
-        warnings.warn(f"`model.config.{name} = {value!r}` {told}.", stacklevel=callers_level())
+            told = f"has no effect on `generate`, as `model.generation_config.{there}` is {given!r}: set that"
+        warnings.warn(f"`model.config.{place} = {value!r}` {told}.", stacklevel=callers_level())
     return merged
+
+
+def _generation_field(config: GenerationConfig | None, part: str, name: str) -> Any:
+    return _nested(config, part).get(name) if part else getattr(config, name, None)
+
+
+def _nested(config: GenerationConfig | None, part: str) -> dict[str, Any]:
+    """The configuration of a part in a generation configuration."""
+    nested = getattr(config, part, None)
+    return nested.to_dict() if isinstance(nested, GenerationConfig) else nested or {}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .. import __version__
-from ..checkpoints.companions import companions_afterwards, copy_companions, sentencepiece_model
+from ..checkpoints.companions import copy_companions, sentencepiece_model
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
-from ..checkpoints.replacing import remove_folder, replacing_weights, whole_folder
+from ..checkpoints.replacing import remove_folder, whole_checkpoint
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
@@ -210,21 +210,12 @@ class RunFolder:
 
         Args:
             params: of the whole model, layers unstacked.
-            folder: where to. In one that is there, weights of any layout are removed once the new ones are written,
-                and other files stay.
+            folder: where to. A checkpoint that is there is replaced, of whatever layout; other files stay.
             to_pt: for the PyTorch classes of ``transformers``.
         """
-
-        def save(target: Path) -> None:
-            self.load_model().save_pretrained(target, params=params, to_pt=to_pt, _replaces_layouts=True)
-
-        if not folder.exists() or folder == self.export:
-            with whole_folder(folder) as fresh:
-                copy_companions(Source.locate(self.model), fresh)
-                save(fresh)
-            return
-        with companions_afterwards(Source.locate(self.model), folder), replacing_weights(folder):
-            save(folder)
+        with whole_checkpoint(folder) as fresh:
+            copy_companions(Source.locate(self.model), fresh)
+            self.load_model().save_pretrained(fresh, params=params, to_pt=to_pt)
 
 
 def export_checkpoint(

@@ -13,7 +13,7 @@ import torch
 from flax.traverse_util import flatten_dict
 from transformers.models.moshi.modeling_moshi import MoshiForCausalLM
 
-from tests.configs import tiny_moshi_config
+from tests.configs import tiny_mimi_config, tiny_moshi_config
 from tests.torch_oracle import assert_close, randomize, save_upstream
 from transformers_moshi_flax import (
     FlaxMimiModel,
@@ -237,6 +237,10 @@ def test_parameters_in_anothers_place(text: FlaxMoshiForCausalLM, unchecked_type
             call()
     with pytest.raises(ValueError, match="init_cache"):
         text(IDS, cache=5)
+    mimi = FlaxMimiModel(tiny_mimi_config(), _do_init=False)
+    for call in (mimi.encode, mimi):
+        with pytest.raises(ValueError, match=r"`padding_mask` is a dictionary.*`params=...`"):
+            call(np.zeros((1, 1, 1920), np.float32), params)
 
 
 def test_padding_on_the_right_inside_of_jit(text: FlaxMoshiForCausalLM) -> None:

@@ -232,6 +232,20 @@ def test_late_text_is_counted(run: Callable[..., Report], tmp_path: Path) -> Non
         assert (told["lags"], told["late_pieces"], told["largest_lag"]) == (report.lags, 16, 15 / rate)
 
 
+@pytest.mark.filterwarnings("ignore:.*was cut off")
+def test_missing_audio_is_counted(run: Callable[..., Report], tmp_path: Path) -> None:
+    """Also where a recording was prepared before."""
+    record(tmp_path, {"a.wav": 40 * FRAME, "b.wav": 40 * FRAME})
+    content = (tmp_path / "b.wav").read_bytes()
+    (tmp_path / "b.wav").write_bytes(content[: len(content) // 2])
+    for _ in range(2):
+        report = run()
+        assert report.conversations == 2 and list(report.incomplete) == ["b.wav"]
+        (problem,) = report.incomplete["b.wav"]
+        assert problem.startswith("ends after ") and "it was cut off" in problem
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["incomplete"] == report.incomplete
+
+
 @pytest.mark.parametrize("word", ["you", "to", "Hello,", "xyz"])
 def test_words_without_a_space_before_them(tokenizer: PreTrainedTokenizerBase, word: str) -> None:
     fields = (tokenizer, 12.5, 270, 2048, PAD, 0, "SPEAKER_MAIN")

@@ -23,7 +23,7 @@ from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiE
 from ...former_names import accept_former_names
 from ...generation.arrays import on_one_device
 from ...generation.programs import Program
-from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy
+from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy, refuse_params
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
@@ -124,6 +124,7 @@ def _check_batch(name: str, array: ArrayLike, state: FlaxMimiEncoderState | Flax
 
 def _checked_mask(padding_mask: ArrayLike | None, batch: int, samples: int | None = None) -> jax.Array | None:
     """The mask as booleans; ``samples`` is None where its length need not be that of anything else."""
+    refuse_params(padding_mask=padding_mask)
     if padding_mask is None:
         return None
     mask = padding_mask if is_traced(padding_mask) else np.asarray(padding_mask)

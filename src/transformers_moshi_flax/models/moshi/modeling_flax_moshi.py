@@ -123,9 +123,8 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
             return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
 
         # operation by operation, every new length would compile programs
-        if self.rounds_lengths and not (train or inputs["cache"] is not None or is_tracing(params, inputs)):
-            if on_one_device(params, inputs):
-                return in_bucket(run, inputs)
+        if self.rounds_lengths and not train and not is_tracing(params, inputs) and on_one_device(params, inputs):
+            return in_bucket(run, inputs)
         return run(inputs)
 
 
@@ -832,7 +831,10 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         padding = None
         if attention_mask is not None:
             if np.shape(attention_mask)[1] != length:  # of all slots of the cache
-                attention_mask = jax.lax.dynamic_slice_in_dim(as_array(attention_mask), cache.length, length, axis=1)
+                if is_traced(attention_mask, cache.length):
+                    attention_mask = jax.lax.dynamic_slice_in_dim(attention_mask, cache.length, length, axis=1)
+                else:
+                    attention_mask = cut(as_array(attention_mask), length, 1, int(cache.length))
             padding = padding_before(attention_mask)
         codes, frames = encode(self, self.whole_params(params), on_host(values), padding, mask)
         return cut(codes, frames)

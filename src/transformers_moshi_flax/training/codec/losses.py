@@ -129,8 +129,7 @@ def mel_filters(window: int, bins: int, sampling_rate: int) -> Float[np.ndarray,
 def log_mel(
     magnitudes: Float[Array, "*shape frames bins"], window: int, bins: int, sampling_rate: int
 ) -> Float[Array, "*shape frames mels"]:
-    """Natural logarithms of mel bands, from :func:`spectrogram`; :data:`FLOOR` is added, so that silence has one, and a
-    gradient."""
+    """Natural logarithms of mel bands and :data:`FLOOR`, so that silence has one; from :func:`spectrogram`."""
     filters = jnp.asarray(mel_filters(window, bins, sampling_rate), magnitudes.dtype)
     return jnp.log(magnitudes @ filters + FLOOR)
 

@@ -1,5 +1,7 @@
 """Audio of any rate and format that libsndfile reads, as crops for the training of a codec.
 
+What a file holds is what :mod:`~transformers_moshi_flax.audio_files` finds, whatever its header says.
+
 What a batch holds depends on the seed and its number alone, so that a run goes on where it was left, and several
 processes can make their own rows of it.
 """
@@ -10,7 +12,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,8 @@ import numpy as np
 import soundfile
 import soxr
 from jaxtyping import Float, Float32
+
+from ...audio_files import AudioFile
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ class Recording:
         channel: which one; None for all.
         rate: of the file, in hertz.
         samples: of the file.
+        file: reads it.
         text: what is said, if it is known.
     """
 
@@ -52,6 +58,7 @@ class Recording:
     channel: int | None
     rate: int
     samples: int
+    file: AudioFile
     text: str | None = None
 
     @property
@@ -73,12 +80,8 @@ class Recording:
         first = max(start - margin, 0)
         ratio = self.rate / sampling_rate
         begin, end = math.floor(first * ratio), math.ceil((start + size + margin) * ratio)
-        try:
-            with soundfile.SoundFile(self.path) as file:
-                file.seek(min(begin, file.frames))
-                found = file.read(end - begin, dtype="float32", always_2d=True)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise ValueError(f"it cannot be read ({error})") from error
+        with _reason_alone(self.path):
+            found = self.file.read(begin, end)
         if not np.isfinite(found).all():
             raise ValueError("it has samples that are NaN or infinite")
         if np.abs(found).max(initial=0) > _LOUDEST:
@@ -184,18 +187,25 @@ def _manifest(path: Path) -> list[tuple[str, Path, str | None]]:
 
 
 def _channels(name: str, path: Path, text: str | None, audio_channels: int, least_seconds: float) -> list[Recording]:
-    try:
-        info = soundfile.info(path)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"it cannot be read as audio ({error})") from error
-    if info.frames < least_seconds * info.samplerate:
-        raise ValueError(f"it has {info.frames / info.samplerate:.2f} s, fewer than data.least_seconds")
+    with _reason_alone(path):
+        file = AudioFile(path)
+        rate, channels, samples = file.sampling_rate, file.channels, file.count()
+    if samples < least_seconds * rate:
+        raise ValueError(f"it has {samples / rate:.2f} s, fewer than data.least_seconds")
     if audio_channels == 1:
-        numbers = range(info.channels)
-        return [Recording(name, path, number, info.samplerate, info.frames, text) for number in numbers]
-    if info.channels != audio_channels:
-        raise ValueError(f"it has {info.channels} channels, but the codec has {audio_channels}")
-    return [Recording(name, path, None, info.samplerate, info.frames, text)]
+        return [Recording(name, path, number, rate, samples, file, text) for number in range(channels)]
+    if channels != audio_channels:
+        raise ValueError(f"it has {channels} channels, but the codec has {audio_channels}")
+    return [Recording(name, path, None, rate, samples, file, text)]
+
+
+@contextmanager
+def _reason_alone(path: Path) -> Iterator[None]:
+    """Messages that name the file speak of "it", as they are told beside its id."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(repr(str(path)), "it", 1)) from error
 
 
 class CropPlan:
@@ -327,7 +337,7 @@ def evaluation_crops(
     batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
 
     def make(batch: list[tuple[Recording, int]]) -> dict[str, Any]:
-        channels = 1 if batch[0][0].channel is not None else soundfile.info(batch[0][0].path).channels
+        channels = 1 if batch[0][0].channel is not None else batch[0][0].file.channels
         audio = np.zeros((rows[1] - rows[0], channels, samples), np.float32)
         weights = np.zeros(rows[1] - rows[0], np.float32)
         for row, (recording, start) in enumerate(batch[rows[0] : rows[1]]):

@@ -11,7 +11,6 @@ from transformers import MimiConfig
 from ...checkpoints.companions import copy_companions
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import Source
-from ...checkpoints.replacing import replacing_weights
 from ...checkpoints.writing import write_text
 from ...models.mimi import FlaxMimiModel
 from ..run_folder import RunFolder
@@ -45,8 +44,5 @@ class CodecRunFolder(RunFolder):
 
     def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
         """As of :class:`RunFolder`; what is trained beside the codec is left out."""
-        folder.mkdir(parents=True, exist_ok=True)
-        copy_companions(Source.locate(self.model), folder)
         own = {name: part for name, part in params.items() if name != DISTILLATION}
-        with replacing_weights(folder):
-            self.load_model().save_pretrained(folder, params=own, to_pt=to_pt, _replaces_layouts=True)
+        super().write_export(own, folder, to_pt)

@@ -70,6 +70,8 @@ class Report:
             pieces than frames.
         largest_lag: the most seconds that a piece is behind its turn.
         skipped: recordings that are not in it: ``path`` and ``reason``.
+        incomplete: by path, recordings of which not all audio could be had, and why: they were cut off, are damaged
+            in places, or have parts that cannot be read.
         remarks: for recordings that are in it, by path, how many words or pieces of them are not, and why.
         without_moshi: by path, recordings in which Moshi has no word, and how many words each other label has there.
         lags: by path, recordings with late pieces: ``pieces``, ``late_pieces`` and ``largest_lag``, as above.
@@ -85,6 +87,7 @@ class Report:
     late_pieces: int = 0
     largest_lag: float = 0.0
     skipped: list[dict[str, str]] = field(default_factory=list)
+    incomplete: dict[str, list[str]] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=dict)
     without_moshi: dict[str, dict[str, int]] = field(default_factory=dict)
     lags: dict[str, dict[str, int | float]] = field(default_factory=dict)
@@ -437,10 +440,11 @@ def _counted(speakers: Mapping[str, int], most: int = 8) -> str:
 
 @dataclass(frozen=True)
 class Heard:
-    """The words of a recording, entries that are left out, and the codes of Moshi and the user."""
+    """The words of a recording, entries that are left out, what of the audio is missing, and both sides' codes."""
 
     words: list[Word]
     left_out: Counter[str]
+    problems: list[str]
     codes: Int[np.ndarray, "2 codebooks frames"]
 
 
@@ -490,6 +494,7 @@ class _Shard:
                 "pieces": sum(side.pieces for side in sides),
                 "late_pieces": sum(side.late for side in sides),
                 "largest_lag": max(side.largest_lag for side in sides) / text.frame_rate,
+                "incomplete": heard.problems,
             },
         )
 
@@ -546,6 +551,7 @@ def _report(
         skipped=[
             {key: entry[key] for key in ("path", "reason")} for content in contents for entry in content["skipped"]
         ],
+        incomplete={entry["id"]: entry["incomplete"] for entry in entries if entry.get("incomplete")},
         remarks={entry["id"]: entry["remarks"] for entry in entries if entry["remarks"]},
         without_moshi={entry["id"]: entry["speakers"] for entry in entries if main_speaker not in entry["speakers"]},
         lags={path: lag for path, lag in lags.items() if lag["late_pieces"]},
@@ -560,13 +566,15 @@ def _report(
 class _Listener:
     """A recording on its way: its blocks, each read before it is asked for, and its codes so far."""
 
-    def __init__(self, number: int, item: Listed, blocks: Iterator[tuple[Block, bool]], pool: ThreadPoolExecutor):
+    def __init__(self, number: int, item: Listed, rate: int, size: int, pool: ThreadPoolExecutor):
         self.number, self.item = number, item
         self.files = item.files()
         self.words: list[Word] = []
         self.left_out: Counter[str] = Counter()
         self.codes: list[Int[np.ndarray, "2 codebooks frames"]] = []
-        self._blocks, self._pool = blocks, pool
+        self.problems: list[str] = []
+        self._blocks = read_blocks(item.path, rate, size, self.problems)
+        self._pool = pool
         self._upcoming = pool.submit(self._begin)
 
     def _begin(self) -> tuple[Block, bool]:
@@ -606,7 +614,7 @@ class _Encoder:
             The number, the recording, its files as they were when it was opened, and what became of it.
         """
         size = _BLOCK_FRAMES * self._frame
-        todo = ((number, item, read_blocks(item.path, self._rate, size)) for number, item in work)
+        todo = iter(work)
         waiting: deque[_Listener] = deque()
         slots: list[_Listener | None] = [None] * self._slots
         state = self._mimi.init_encoder_state(2 * self._slots)
@@ -616,7 +624,8 @@ class _Encoder:
             heard: dict[int, tuple[int, bool]] = {}
             for place in range(self._slots):
                 while place not in heard:
-                    waiting.extend(_Listener(*next_, pool) for next_ in islice(todo, standby + 1 - len(waiting)))
+                    upcoming = islice(todo, standby + 1 - len(waiting))
+                    waiting.extend(_Listener(*entry, self._rate, size, pool) for entry in upcoming)
                     if slots[place] is None:
                         if not waiting:
                             break
@@ -645,4 +654,9 @@ class _Encoder:
                 if last:
                     slots[place] = None
                     codes_of_all = np.concatenate(slot.codes, axis=-1)
-                    yield slot.number, slot.item, slot.files, Heard(slot.words, slot.left_out, codes_of_all)
+                    yield (
+                        slot.number,
+                        slot.item,
+                        slot.files,
+                        Heard(slot.words, slot.left_out, slot.problems, codes_of_all),
+                    )

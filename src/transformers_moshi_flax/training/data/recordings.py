@@ -49,11 +49,13 @@ def _status(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Block, bool]]:
+def read_blocks(
+    path: Path, sampling_rate: int, size: int, problems: list[str] | None = None
+) -> Iterator[tuple[Block, bool]]:
     """Blocks of ``size`` samples of both channels, and whether it is the last one, which may be shorter.
 
     Another rate is resampled by soxr (high quality); memory does not grow with the length. What cannot be read of a
-    file is told in a warning; see :class:`AudioFile`.
+    file is told in a warning, and in ``problems`` by the last block; see :class:`AudioFile`.
 
     Raises:
         BadRecording: no such file, no audio, not stereo, empty, samples that are not finite or far beyond [-1, 1].
@@ -84,4 +86,6 @@ def read_blocks(path: Path, sampling_rate: int, size: int) -> Iterator[tuple[Blo
         raise BadRecording(str(error).replace(name, "it", 1)) from error
     if empty:
         raise BadRecording("it holds no samples")
+    if problems is not None:
+        problems += file.problems
     yield np.ascontiguousarray(waiting.T), True

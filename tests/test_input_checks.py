@@ -14,7 +14,7 @@ import pytest
 from tests.configs import tiny_mimi_config, tiny_moshi_config
 from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForConditionalGeneration, MoshiProcessor, PcmDialogue
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
-from transformers_moshi_flax.input_checks import LOUDEST, check_audio, check_samples, is_tracing
+from transformers_moshi_flax.input_checks import LOUDEST, Input, check_input, check_inputs, check_samples, is_tracing
 from transformers_moshi_flax.models.mimi import FlaxMimiEncoderModel
 from transformers_moshi_flax.models.moshi.pcm import PcmBuffer
 
@@ -128,19 +128,23 @@ def test_floats_may_go_beyond_full_scale(dtype: Any):
         check_samples("it", np.array([0, -1.01 * LOUDEST], dtype))
 
 
+def audio_input(**axes: Any) -> Input:
+    return Input({**axes, "samples": None}, "audio")
+
+
 def test_audio_of_rows_that_do_not_count():
     rows = np.array([False, True])
     audio = np.array([[np.nan, 1e30], [0.5, 0.5]])
-    check_audio("x", audio, {"batch": 2, "samples": None}, rows)
+    check_input("x", audio, audio_input(batch=2), rows=rows)
     with pytest.raises(ValueError, match="`x` has samples"):
-        check_audio("x", audio, {"batch": 2, "samples": None}, ~rows)
+        check_input("x", audio, audio_input(batch=2), rows=~rows)
 
 
 def test_traced_audio_is_checked_as_far_as_it_is_known():
     def refused(message: str, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(
-                lambda x: check_audio("x", x, {"batch": None, "channels": 1, "samples": None}),
+                lambda x: check_input("x", x, audio_input(batch=None, channels=1)),
                 jax.ShapeDtypeStruct(shape, dtype),
             )
 
@@ -148,3 +152,63 @@ def test_traced_audio_is_checked_as_far_as_it_is_known():
     refused(r"`x` must have the shape \(batch, 1, samples\), but has the shape \(2, 2, 3\)", (2, 2, 3))
     refused("`x` is empty", (2, 1, 0))
     refused("`x` must be floats.*int16", (2, 1, 3), np.int16)
+
+
+# --------------------------------------------------------------------------------------------------- tables of inputs
+
+TABLE = {
+    "ids": Input({"batch": None, "frames": None}, "ids", 5, allowed=(-1,), remedy="-1 is free."),
+    "codes": Input({"batch": None, "books": 2, "frames": None}, "ids", 5, may_go_on=True, hint="pad it"),
+    "sound": Input({"batch": None, "samples": None}, "audio", frame_size=4),
+    "mask": Input({"batch": None, "frames": (None, 8)}, "mask"),
+    "forced": Input({"batch": None, "new": range(1, 4)}, "ids"),
+    "rows": Input({"batch": None}, "bools", called="booleans, one a row"),
+    "which": Input({"batch": (None, 1)}, "ids", at_trace_time="selects weights"),
+}
+GOOD = {
+    "ids": np.array([[0, 4, -1]] * 2),
+    "codes": np.ones((2, 2, 5), int),
+    "sound": np.zeros((2, 9)),
+    "mask": np.ones((2, 8)),
+    "forced": np.ones((2, 3), int),
+    "rows": np.ones(2, bool),
+    "which": np.zeros(1, int),
+}
+
+
+def test_a_call_that_is_as_described():
+    assert check_inputs(TABLE, GOOD) == {"batch": 2, "frames": 3, "new": 3}
+    assert check_inputs(TABLE, {"sound": GOOD["sound"], "ids": None}) == {"batch": 2, "frames": 3}
+
+
+WRONG = {
+    "rank": ({"ids": np.ones(3, int)}, r"`ids` must have the shape \(batch, frames\), but has the shape \(3,\)\."),
+    "id": ({"ids": GOOD["ids"] + 1}, r"`ids` has the id 5, .*\[0, 5\) \(or one of \(-1,\)\)\. -1 is free\."),
+    "fewer": ({"codes": np.ones((2, 2, 2), int)}, r"`codes` must have the shape \(2, 2, at least 3\), .*: pad it\."),
+    "fixed": (
+        {"codes": np.ones((2, 3, 3), int)},
+        r"`codes` must .* \(2, 2, at least 3\), but has the shape \(2, 3, 3\)",
+    ),
+    "samples": (
+        {"sound": np.zeros((2, 13))},
+        r"`sound` must have the shape \(2, 3 \* 4\), but has the shape \(2, 13\)",
+    ),
+    "batch": ({"mask": np.ones((3, 3))}, r"`mask` must have the shape \(2, 3 or 8\), but has the shape \(3, 3\)"),
+    "mask": ({"mask": np.full((2, 3), 2)}, "`mask` must hold only 0"),
+    "range": ({"forced": np.ones((2, 4), int)}, r"`forced` must have the shape \(2, 1 to 3 new\)"),
+    "called": ({"rows": np.ones(3, bool)}, r"`rows` must be booleans, one a row, of the shape \(2,\), but .* \(3,\)"),
+    "dtype": ({"rows": np.ones(2, int)}, "`rows` must be booleans, one a row, but has the dtype int64"),
+    "parameters": ({"ids": {"kernel": 1}}, "`ids` is a dictionary, as parameters are"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_call_that_is_not(name: str):
+    changes, message = WRONG[name]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_inputs(TABLE, {**GOOD, **changes})
+
+
+def test_what_may_not_be_traced():
+    with pytest.raises(ValueError, match="`which` selects weights: it must be known at trace time"):
+        jax.eval_shape(lambda which: check_inputs(TABLE, {"which": which}), GOOD["which"])

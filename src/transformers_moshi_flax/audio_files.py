@@ -279,9 +279,7 @@ _PROMISE = r"^ *(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (
 
 def _promised(sound: Any) -> int | None:
     """Samples that a header promised and libsndfile found not to be there, in its words ``data : 9 (should be 5)``."""
-    found = re.search(
-        r"^ *(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE
-    )
+    found = re.search(_PROMISE, sound.extra_info, re.MULTILINE)
     if found is None or int(found[1]) >= _UNKNOWN:
         return None
     return sound.frames * int(found[1]) // max(int(found[2]), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 FORMER_NAMES = {
     "past_key_values": "cache",
@@ -36,4 +36,4 @@ def accept_former_names(function: Function) -> Function:
             kwargs[name] = value
         return function(*args, **kwargs)
 
-    return call
+    return cast(Function, call)

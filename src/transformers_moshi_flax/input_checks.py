@@ -1,10 +1,14 @@
 """Checks of what users pass: eager values raise ``ValueError``; traced ones are covered by ``checkify``.
 
+Each model has a table of its inputs: :class:`Input` says what one is, and :func:`check_inputs` compares all of a call
+with their table, whatever the entry.
+
 Inside ``jax.jit`` values are not known. There :func:`check_ids` adds ``checkify.debug_check``, which costs nothing
 until the caller asks for it: ``checkify.checkify(jax.jit(model.__call__))(...)`` then reports ids out of range. What
 is known inside of ``jax.jit``, as arrays that a function closes over are, is checked there as elsewhere.
 """
 
+import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +41,7 @@ def is_tracing(*trees) -> bool:
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
 
 
-def owned(array: Any) -> Any:
+def private_copy(array: Any) -> Any:
     """A copy of what is the caller's, who may write something else there while JAX still reads it in place."""
     return array if isinstance(array, jax.Array) else np.array(array)
 
@@ -73,38 +77,140 @@ def refuse_params(**arguments: Any) -> None:
             )
 
 
-def check_rank(name: str, array, axes: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` unless ``array`` has one dimension per name in ``axes``."""
-    refuse_params(**{name: array})
-    if np.ndim(array) != len(axes):
-        raise ValueError(f"`{name}` must have the shape ({', '.join(axes)}), but has the shape {np.shape(array)}.")
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What an argument must be. Tables of these are what :func:`check_inputs` compares calls with.
+
+    Attributes:
+        axes: the axes of its shape by name, and their sizes. None is any, but the same wherever the name stands in a
+            call; several are alternatives, and a range is those in it.
+        kind: ``"ids"`` (integers in ``[0, size)``, or among ``allowed``; of any value where ``size`` is None),
+            ``"audio"`` (floats on the scale of [-1, 1]), ``"floats"``, ``"mask"`` (0 and 1) or ``"bools"``.
+        size: of the vocabulary.
+        allowed: further ids.
+        frame_size: samples a frame, where the last axis has samples: their frames are then counted, the last one
+            padded, as those of the other arguments.
+        may_go_on: whether there may be more frames than in the other arguments.
+        may_be_empty: whether an axis of any size may be of none.
+        at_trace_time: for what the values must be known, if they may not be traced.
+        called: what it is, in the message about another shape.
+        hint: what to do about another shape.
+        remedy: what to do about other values.
+    """
+
+    axes: Mapping[str, int | range | tuple[int | None, ...] | None]
+    kind: str
+    size: int | None = None
+    allowed: tuple[int, ...] = ()
+    frame_size: int = 0
+    may_go_on: bool = False
+    may_be_empty: bool = False
+    at_trace_time: str = ""
+    called: str = ""
+    hint: str = ""
+    remedy: str = ""
 
 
-def check_audio(
-    name: str, audio: Any, shape: Mapping[str, int | None], rows: Any = ..., hint: str = "", may_be_empty: bool = False
-) -> None:
-    """Raises ``ValueError`` unless ``audio`` is of this shape and :func:`check_samples` takes it.
+Sizes = dict[str, int]
+"""Of axes, by their names."""
+
+
+def check_inputs(table: Mapping[str, Input], given: Mapping[str, Any], sizes: Sizes | None = None) -> Sizes:
+    """Raises ``ValueError`` for the first of the arguments that is not as the table describes it.
+
+    Args:
+        table: the inputs by name. The first one that is given sets the sizes of the axes for those behind it.
+        given: the arguments; None is one that is not given.
+        sizes: that are known before.
+
+    Returns:
+        The sizes of the axes.
+    """
+    sizes = dict(sizes or {})
+    refuse_params(**{name: given.get(name) for name in table})
+    for name, expected in table.items():
+        if given.get(name) is not None:
+            check_input(name, given[name], expected, sizes)
+    return sizes
+
+
+def check_input(name: str, value: Any, expected: Input, sizes: Sizes | None = None, rows: Any = ...) -> None:
+    """Raises ``ValueError`` unless an argument is as described.
 
     Args:
         name: of the argument.
-        audio: what was passed.
-        shape: the axes and their sizes, None for any.
+        value: what was passed. Traced values are checked as far as they are known.
+        expected: what it must be.
+        sizes: of the axes of the call; those that are new are added.
         rows: those of the first axis whose values count.
-        hint: what to do about another shape.
-        may_be_empty: whether an axis of any size may be of none.
     """
-    found = np.shape(audio)
-    sizes = tuple(shape.values())
-    if len(found) != len(sizes) or any(size not in (None, length) for size, length in zip(sizes, found)):
-        axes = ", ".join(axis if size is None else str(size) for axis, size in shape.items())
-        axes += "," * (len(sizes) == 1)
-        raise ValueError(f"`{name}` must have the shape ({axes}), but has the shape {found}{hint and ': ' + hint}.")
-    if 0 in found and not may_be_empty:
-        raise ValueError(f"`{name}` is empty, its shape is {found}: give at least one sample.")
-    check_samples(f"`{name}`", audio, rows)
+    refuse_params(**{name: value})
+    check_shape(name, np.shape(value), expected, {} if sizes is None else sizes)
+    if expected.at_trace_time and is_traced(value):
+        raise ValueError(f"`{name}` {expected.at_trace_time}: it must be known at trace time.")
+    if rows is not ... and not is_traced(value, rows):
+        value = np.asarray(value)[np.asarray(rows)]
+    check_values(name, value, expected)
 
 
-def check_samples(subject: str, samples: Any, rows: Any = ...) -> None:
+def check_shape(name: str, found: tuple[int, ...], expected: Input, sizes: Sizes) -> None:
+    """Raises ``ValueError`` unless the shape is as described; adds to ``sizes``."""
+    fits = len(found) == len(expected.axes)
+    counts, shown = {}, []
+    for number, (axis, size) in enumerate(expected.axes.items()):
+        count = found[number] if fits else 0
+        counted = "frames" if expected.frame_size and axis == "samples" else axis
+        if counted != axis:
+            count = -(-count // expected.frame_size)
+        known = sizes.get(counted)
+        allowed = [known if one is None else one for one in (size if isinstance(size, tuple) else (size,))]
+        goes_on = expected.may_go_on and counted == "frames" and known is not None
+        fits = fits and any(
+            one is None or (count in one if isinstance(one, range) else count == one or (goes_on and count > one))
+            for one in allowed
+        )
+        shown.append("at least " * goes_on + " or ".join({shown_size(axis, one): None for one in allowed}))
+        if counted != axis and known is not None:
+            shown[-1] += f" * {expected.frame_size}"
+        if not expected.may_go_on:
+            counts[counted] = count
+    if not fits:
+        shape = ", ".join(shown) + "," * (len(shown) == 1)
+        rule = f"be {expected.called}, of the shape" if expected.called else "have the shape"
+        hint = expected.hint and f": {expected.hint}"
+        raise ValueError(f"`{name}` must {rule} ({shape}), but has the shape {found}{hint}.")
+    if 0 in found and not expected.may_be_empty:
+        axis = [*expected.axes][found.index(0)]
+        one = {"batch": "row"}.get(axis, axis.removesuffix("s"))
+        raise ValueError(f"`{name}` is empty, its shape is {found}: give at least one {one}.")
+    sizes.update({axis: count for axis, count in counts.items() if axis not in sizes})
+
+
+def shown_size(axis: str, size: int | range | None) -> str:
+    """As messages have it."""
+    if isinstance(size, range):
+        return f"{size.start} to {size.stop - 1} {axis}"
+    return axis if size is None else str(size)
+
+
+def check_values(name: str, value: Any, expected: Input) -> None:
+    """Raises ``ValueError`` unless dtype and values are as described."""
+    if expected.kind == "ids":
+        check_ids(name, value, expected.size, expected.allowed, expected.remedy)
+    elif expected.kind == "audio":
+        check_samples(f"`{name}`", value)
+    elif expected.kind == "mask":
+        if not is_traced(value) and not np.isin(np.asarray(value), (0, 1)).all():
+            raise ValueError(f"`{name}` must hold only 0 (ignored) and 1 (attended).")
+    else:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+        wanted = {"bools": np.bool_, "floats": np.floating}[expected.kind]
+        if not jnp.issubdtype(dtype, wanted):
+            rule = f"be {expected.called}" if expected.called else f"hold {expected.kind}"
+            raise ValueError(f"`{name}` must {rule}, but has the dtype {dtype}.")
+
+
+def check_samples(subject: str, samples: Any) -> None:
     """Raises ``ValueError`` unless ``samples`` are finite floats on the scale of [-1, 1].
 
     They may go beyond it as far as :data:`LOUDEST`. Of traced ones, only the dtype is known.
@@ -112,7 +218,6 @@ def check_samples(subject: str, samples: Any, rows: Any = ...) -> None:
     Args:
         subject: what messages begin with.
         samples: of any shape.
-        rows: those whose values count.
     """
     samples = samples if is_traced(samples) else np.asarray(samples)
     if not jnp.issubdtype(samples.dtype, jnp.floating):
@@ -120,9 +225,9 @@ def check_samples(subject: str, samples: Any, rows: Any = ...) -> None:
             f"{subject} must be floats in [-1, 1], but has the dtype {samples.dtype}: scale the samples (those of "
             "int16 by 1 / 32768)."
         )
-    if is_traced(samples, rows):
+    if is_traced(samples):
         return
-    loudest = np.abs(samples[rows]).max(initial=0)
+    loudest = np.abs(samples).max(initial=0)
     if not np.isfinite(loudest):
         raise ValueError(f"{subject} has samples that are NaN or infinite: repair the audio.")
     if loudest > LOUDEST:
@@ -132,7 +237,7 @@ def check_samples(subject: str, samples: Any, rows: Any = ...) -> None:
         )
 
 
-def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: str = "") -> None:
+def check_ids(name: str, ids: Any, size: int | None, allowed: tuple[int, ...] = (), remedy: str = "") -> None:
     """Raises ``ValueError`` for ids outside ``[0, size)`` that are not among ``allowed``.
 
     JAX would clamp them silently. Traced ids are checked under ``checkify`` only.
@@ -140,6 +245,8 @@ def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: 
     ids = ids if is_traced(ids) else np.asarray(ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"`{name}` must hold integer ids, but has the dtype {ids.dtype}. {remedy}".rstrip())
+    if size is None:
+        return
     if is_traced(ids):
         good = (ids >= 0) & (ids < size)
         for value in allowed:
@@ -153,16 +260,6 @@ def check_ids(name: str, ids, size: int, allowed: tuple[int, ...] = (), remedy: 
             f"`{name}` has the id {wrong.flat[0]}, outside the vocabulary: ids must be in [0, {size}){extra}. "
             f"{remedy}".rstrip()
         )
-
-
-def check_mask(name: str, mask, batch_size: int, lengths: tuple[int, ...]) -> None:
-    """Raises ``ValueError`` unless ``mask`` is ``(batch_size, one of lengths)`` of zeros and ones."""
-    check_rank(name, mask, ("batch", "frames"))
-    if np.shape(mask)[0] != batch_size or np.shape(mask)[1] not in lengths:
-        expected = " or ".join(f"({batch_size}, {length})" for length in lengths)
-        raise ValueError(f"`{name}` must have the shape {expected}, but has the shape {np.shape(mask)}.")
-    if not is_traced(mask) and not np.isin(np.asarray(mask), (0, 1)).all():
-        raise ValueError(f"`{name}` must hold only 0 (ignored) and 1 (attended).")
 
 
 def check_left_padding(name: str, mask, padding: str = "0", otherwise: str = "") -> None:

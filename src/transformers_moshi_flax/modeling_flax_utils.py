@@ -257,7 +257,7 @@ class FlaxPreTrainedModel:
             raise ValueError(f"params lack {names}; give all of required_params, such as model.params{wrapped}")
         return params
 
-    def _savable_params(self, params: Params | None) -> dict[str, Any]:
+    def _savable_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""
         params = unfreeze(self.params if params is None else params)
         refuse_unsavable(params, self.params_shape_tree)

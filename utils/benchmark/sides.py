@@ -22,13 +22,14 @@ from transformers.generation import StoppingCriteriaList
 
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation import decoding
+from transformers_moshi_flax.generation.arrays import on_device
 from transformers_moshi_flax.generation.buckets import bucket, prefill_chunk
 from transformers_moshi_flax.generation.configuration import resolve_plan
 from transformers_moshi_flax.generation.recording import Recording
-from transformers_moshi_flax.models.moshi.generation_flax_moshi import frame_inputs
+from transformers_moshi_flax.models.moshi.generation_flax_moshi import lay_out, resolve_depth_sampling
 from transformers_moshi_flax.models.moshi.kyutai_config_flax_moshi import FILE_FIELDS
 from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
-from transformers_moshi_flax.models.moshi.modeling_flax_moshi import resolve_depth_sampling
+from transformers_moshi_flax.models.moshi.preparing_flax_moshi import place_prompt
 
 from .checkpoints import Checkpoint, Prompt
 from .compilation import ProgramCost, compile_program
@@ -80,21 +81,22 @@ class Ours:
         options = GenerationConfig(max_length=context + frames, do_sample=setting.sampled)
         plan = resolve_plan(options, context, config.vocab_size, setting.batch)
         capacity = bucket(max(context + frames, setting.capacity or 0))
+        streams = {
+            "input_ids": prompt.text,
+            "user_audio_codes": prompt.user,
+            "moshi_audio_codes": prompt.moshi,
+        }
+        placed = place_prompt(model, params, streams, None, None, plan, capacity)
+        placed = placed.replace(blank_codes=on_device(prompt.silence[None, :, None], np.int32))
+        input_ids, attention_mask, inputs, _ = model.compiled(lay_out, start_frame=False)(placed)
         request = model.make_request(
             plan,
-            prompt.text,
-            np.ones_like(prompt.text),
+            input_ids,
+            attention_mask,
             None,
             capacity,
-            streams=frame_inputs(
-                prompt.user,
-                prompt.moshi,
-                prompt.silence[None, :, None],
-                None,
-                None,
-                capacity=capacity,
-                start_code=prompt.start_code,
-            ),
+            prompt_length=context,
+            streams=inputs,
             depth_sampling=resolve_depth_sampling(
                 {"do_sample": setting.sampled}, {}, config.num_codebooks, config.audio_vocab_size
             ),

@@ -92,7 +92,7 @@ class Stream:
         # the same programs, each timed until its results are there
         parts: dict[str, float] = {}
         split = copy.copy(stream)
-        for part, program in {ENCODE: "_hear", MOSHI: "_column", DECODE: "_decode"}.items():
+        for part, program in {ENCODE: "_hear", MOSHI: "_frame", DECODE: "_decode"}.items():
             setattr(split, program, timed(getattr(stream, program), part, parts))
 
         def whole() -> Runner:

@@ -134,7 +134,11 @@ def _bad_sizes(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0
+    return _is_number(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 _SIZES = dict.fromkeys(

@@ -222,7 +222,7 @@ def parse_json(content: bytes | str) -> dict[str, Any]:
 def checksum(tensor: np.ndarray) -> str:
     """The CRC-32 of the bytes as they lie in a file (C order), 8 hexadecimal digits."""
     flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    return f"{zlib.crc32(flat):08x}"
+    return f"{zlib.crc32(flat.data):08x}"
 
 
 def _refuse_pointer(path: Path) -> None:

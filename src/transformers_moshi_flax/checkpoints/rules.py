@@ -10,6 +10,7 @@ or joined, never cast, so both directions are exact to the bit.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -197,7 +198,7 @@ def choose_renaming(
     """
     keys = set(keys)
     wanted = dict.fromkeys(slot.key for slot in slots)
-    ways = [(prefix, lambda key, prefix=prefix: prefix + key) for prefix in prefixes]
+    ways: list[tuple[str, Callable[[str], str]]] = [(prefix, partial(operator.add, prefix)) for prefix in prefixes]
     if base_model_prefix:
         # A key outside the base model, such as the head's, has no place in a base-model file.
         start = f"{base_model_prefix}."

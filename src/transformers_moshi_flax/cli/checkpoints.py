@@ -126,7 +126,7 @@ class Checkpoint:
         """Whether it is in Kyutai's own layout of Moshi, which no model class reads as it is."""
         return any(name.startswith(KYUTAI_TENSORS) for name in self.tensors)
 
-    def empty_model(self, option: str, model_class: type) -> Any:
+    def empty_model(self, option: str, model_class: type[Any]) -> Any:
         """A model of the class without parameters, by the checkpoint's configuration.
 
         Raises:

@@ -75,7 +75,7 @@ def convert(
         _upload(model, destination, written, push_to_hub, private)
 
 
-def _class_to_load(source: str, layout: SourceLayout) -> type:
+def _class_to_load(source: str, layout: SourceLayout) -> type[Any]:
     if layout is SourceLayout.kyutai:
         check_source("SRC", source)
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration

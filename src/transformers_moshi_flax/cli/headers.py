@@ -33,9 +33,10 @@ def open_checkpoint(option: str, name: str, headers_only: bool = False) -> Check
     opening = headers_on_hub if headers_only and source.folder is None else Source.weights
     if _is_of_kyutai(source, config):
         opening = _weights_of_kyutai
+    errors: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     try:
         layout, tensors = opening(source)
-    except (*hub_errors(), ValueError) as error:
+    except errors as error:
         missing = isinstance(error, hub_errors()) and not _has_weights(source)
         kind = UserMistake if missing else BadCheckpoint
         raise kind(f"{option}: cannot open {name!r}: {error}") from error

@@ -95,7 +95,7 @@ def _depth_inputs(config: Any) -> dict[str, np.ndarray]:
     return {"input_ids": np.concatenate([text, codes], axis=1), "last_hidden_state": state}
 
 
-def _run_flax(checkpoint: Checkpoint, model_class: type) -> dict[str, np.ndarray]:
+def _run_flax(checkpoint: Checkpoint, model_class: type[Any]) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 COMPILATION = "/jax/core/compile/"
 
@@ -24,10 +23,10 @@ def compilation_time() -> Iterator[CompilationTime]:
 
     spans: list[tuple[float, float]] = []
 
-    def listen(event: str, duration: float, **kwargs: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(COMPILATION):
             end = time.perf_counter()
-            spans.append((end - duration, end))
+            spans.append((end - duration_secs, end))
 
     measured = CompilationTime()
     jax.monitoring.register_event_duration_secs_listener(listen)

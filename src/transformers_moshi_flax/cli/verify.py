@@ -93,7 +93,8 @@ def _compare(a: Checkpoint, b: Checkpoint, with_outputs: bool, report: dict[str,
     if not a.config and not a.is_kyutai:
         raise UserMistake(f"A: {a.name!r} has no config.json, so its tensors mean nothing; add it to compare with B")
     kyutai_class = "MoshiForConditionalGeneration"
-    model_class = flax_class("A", a.name, {"architectures": [kyutai_class]} if a.is_kyutai else a.config)
+    of_kyutai = a.is_kyutai or not a.config
+    model_class = flax_class("A", a.name, {"architectures": [kyutai_class]} if of_kyutai else a.config or {})
     results = []
     for option, checkpoint in (("A", a), ("B", b)):
         if checkpoint.is_kyutai:

@@ -28,17 +28,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ..ops.precision import at_least_float32
 from .decoding import (
-    FREE,
+    UNFORCED,
     Chosen,
     Decoder,
     Request,
     State,
-    columns,
     fold_step,
     is_in,
     repeat_rows,
     take_rows,
-    write_column,
+    take_steps,
+    write_step,
 )
 from .recording import Recording, record_frames, record_step
 from .sampling import process_logits
@@ -47,8 +47,7 @@ NO_SCORE = -1e9
 """The score of what is no hypothesis (yet): below all real ones, and still finite, so that sums stay ordered."""
 
 
-@flax.struct.dataclass
-class Hypotheses:
+class Hypotheses(flax.struct.PyTreeNode):
     """Ended hypotheses, best first; all arrays are ``(batch, num_beams, ...)``.
 
     Attributes:
@@ -68,14 +67,13 @@ class Hypotheses:
     exist: Any
 
 
-@flax.struct.dataclass
-class BeamState:
+class BeamState(flax.struct.PyTreeNode):
     """Where beam search is. "Beams" are rows ``row * num_beams + beam``.
 
     Attributes:
         running: the hypotheses that go on, one a beam.
         scores: their sums of log-probabilities, ``(batch, num_beams)``, falling.
-        beam_indices: for each generated token the beam that it continued, at the token's column; -1 elsewhere,
+        beam_indices: for each generated token the beam that it continued, at the token's step; -1 elsewhere,
             ``(beams, capacity)`` int32.
         ended: the best hypotheses that have ended.
         finished: rows whose ended hypotheses are final, ``(batch,)``.
@@ -92,8 +90,7 @@ class BeamState:
         return self.running.position
 
 
-@flax.struct.dataclass
-class Continuations:
+class Continuations(flax.struct.PyTreeNode):
     """What a step chose; all arrays but the last are ``(batch, num_beams)``.
 
     Attributes:
@@ -155,7 +152,7 @@ def advance_beams(
     early_stopping: bool | str,
     recording: Recording,
 ) -> BeamState:
-    """The program of the loop: searches until ``until`` columns are in use or all rows are finished.
+    """The program of the loop: searches until ``until`` steps are in use or all rows are finished.
 
     Args:
         decoder, params, recording: as of :func:`~.decoding.advance`.
@@ -302,9 +299,9 @@ def beam_scores(
     processed = process_logits(log_probs, state.running.sequences, state.position, request.sampling)
     scores, log_probs = (by_beam(array, state.scores.shape[1]) for array in (processed, log_probs))
     if request.forced_ids is not None:
-        forced = columns(request.forced_ids, state.position, 1)[..., None]
+        forced = take_steps(request.forced_ids, state.position, 1)[..., None]
         only = jnp.where(jnp.arange(scores.shape[-1], dtype=jnp.int32) == forced, log_probs, -jnp.inf)
-        scores = jnp.where(forced == FREE, scores, only)
+        scores = jnp.where(forced == UNFORCED, scores, only)
     return processed, scores
 
 
@@ -386,7 +383,7 @@ def continued(
     """Sequences and beam indices of the parents, with the tokens."""
     rows = flat_parents(parents)
     sequences, beam_indices = take_rows((state.running.sequences, state.beam_indices), rows)
-    return write_column(sequences, flat(tokens), state.position), write_column(beam_indices, rows, state.position)
+    return write_step(sequences, flat(tokens), state.position), write_step(beam_indices, rows, state.position)
 
 
 def flat_parents(parents: Int[Array, "batch beams"]) -> Int[Array, "rows"]:

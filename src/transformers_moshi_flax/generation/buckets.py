@@ -21,8 +21,8 @@ def small_bucket(length: int) -> int:
     return bucket(length) if length > SMALLEST else 2 ** math.ceil(math.log2(length))
 
 
-def prefill_chunk(columns: int) -> int:
-    """How many columns of a prompt are run at once, if ``columns`` of them are to be run in all."""
-    if columns == 0:
+def prefill_chunk(steps: int) -> int:
+    """How many steps of a prompt are run at once, if ``steps`` of them are to be run in all."""
+    if steps == 0:
         return 0
-    return next((chunk for chunk in CHUNKS if columns <= chunk), CHUNKS[-1])
+    return next((chunk for chunk in CHUNKS if steps <= chunk), CHUNKS[-1])

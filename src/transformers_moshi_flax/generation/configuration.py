@@ -461,7 +461,7 @@ def active(value: Any, *neutral: Any) -> bool:
 
 
 def scalar(value: Any) -> jax.Array:
-    return jnp.asarray(value).astype(jnp.float32)
+    return on_device(value, np.float32)
 
 
 def resolve_sampling(
@@ -492,7 +492,7 @@ def resolve_sampling(
     return Sampling(
         processors=processors,
         temperature=scalar(temperature),
-        top_k=None if top_k is None else jnp.int32(top_k),
+        top_k=None if top_k is None else on_device(top_k, np.int32),
         **filters,
         do_sample=True,
         top_k_bound=64 if top_k is None else top_k_bound(top_k),
@@ -518,7 +518,7 @@ def resolve_processors(
         max_length: of the sequences, prompt included.
         vocab_size: number of scores.
         eos_token_ids: what ends a row.
-        padding_lengths: leading columns of each row that the repetition penalty leaves out, ``(batch,)``, or None.
+        padding_lengths: leading tokens of each row that the repetition penalty leaves out, ``(batch,)``, or None.
         prefix: of the names in errors.
 
     Raises:
@@ -619,7 +619,7 @@ def resolve_plan(
         prompt_length: tokens of the prompt.
         vocab_size: for the check of the token ids.
         batch_size: rows of the prompt.
-        attention_mask: of the prompt, or of its last columns, ``(batch, frames)``; the repetition penalty leaves out
+        attention_mask: of the prompt, or of its last tokens, ``(batch, frames)``; the repetition penalty leaves out
             the padding before the first token. None if there is no padding.
         stop_lengths: new tokens after which each row ends at the latest, ``(batch,)``, or None.
         logits_processor: of the call, one or a list; after those of ``config``, in the place of one of the same class.

@@ -1,7 +1,7 @@
 """The loop of generation for any decoder: prefill in chunks, then one token after another until every row has ended.
 
 Two programs share the work: :func:`start` runs the prompt and returns a :class:`State`, :func:`advance` takes it on up
-to a column. All lengths, limits and token ids are operands, so requests of one capacity share both programs, and the
+to a step. All lengths, limits and token ids are operands, so requests of one capacity share both programs, and the
 caller may come back between calls of :func:`advance` (a streamer, a time limit). What the models differ in is a
 :class:`Decoder`.
 """
@@ -22,25 +22,24 @@ from ..nn.cache import LinearCache
 from .recording import Recording, empty_records, record_frames, record_step
 from .sampling import Sampling, process_logits, select_token
 
-FREE = -1
-"""Marks the places of forced tokens that are free, as upstream's delay pattern mask does."""
+UNFORCED = -1
+"""Marks the places of forced tokens that the model is to choose, as upstream's delay pattern mask does."""
 
 
-@flax.struct.dataclass
-class Request:
+class Request(flax.struct.PyTreeNode):
     """What is to be generated; nothing in it is static.
 
     Attributes:
         input_ids: the prompt and room behind it, ``(batch, capacity)`` int32; what stands in the room is returned in
-            columns that no row reaches.
+            steps that no row reaches.
         attention_mask: ``(batch, capacity)`` bool, true behind the prompt.
-        prompt_length: columns of the prompt, a scalar.
-        limits: columns at which each row ends at the latest, ``(batch,)``.
+        prompt_length: steps of the prompt, a scalar.
+        limits: steps at which each row ends at the latest, ``(batch,)``.
         keys: a key per row.
         sampling: how tokens are chosen.
         eos_token_ids: the tokens that end a row, ``(any number,)``.
         pad_token_id: what follows the end of a row, a scalar.
-        forced_ids: tokens that are not chosen, ``(batch, capacity)``, ``FREE`` where they are; or None.
+        forced_ids: tokens that are not chosen, ``(batch, capacity)``, ``UNFORCED`` where they are; or None.
         streams: further inputs of the decoder, a pytree of arrays ``(batch, ...)``.
         depth_sampling: how the codes of a frame are chosen, for decoders that have any.
     """
@@ -56,16 +55,15 @@ class Request:
     pad_token_id: Any
     forced_ids: Any = None
     streams: Any = None
-    depth_sampling: Sampling | None = None
+    depth_sampling: Any = None
 
 
-@flax.struct.dataclass
-class State:
-    """Where generation is. ``lengths`` and ``finished`` are those of the rows, ``position`` the columns in use.
+class State(flax.struct.PyTreeNode):
+    """Where generation is. ``lengths`` and ``finished`` are those of the rows, ``position`` the steps in use.
 
     Attributes:
         position: scalar int32.
-        cache: keys and values of the columns before the last.
+        cache: keys and values of the steps before the last.
         sequences: ``(batch, capacity)`` int32.
         lengths: ``(batch,)`` int32, up to and with the end.
         finished: ``(batch,)`` bool.
@@ -82,9 +80,8 @@ class State:
     records: dict[str, Any]
 
 
-@flax.struct.dataclass
-class Chosen:
-    """The tokens of the next column.
+class Chosen(flax.struct.PyTreeNode):
+    """The tokens of the next step.
 
     Attributes:
         tokens: one for each row, ``(batch,)``; or several sets of them, ``(sets, batch)``, which continue ``parents``.
@@ -120,7 +117,7 @@ class Decoder(Protocol):
         length: int,
         output_attentions: bool = False,
     ) -> FlaxCausalLMOutputWithPast:
-        """Runs ``length`` columns from ``start`` on with ``state.cache``; logits of the last one only."""
+        """Runs ``length`` steps from ``start`` on with ``state.cache``; logits of the last one only."""
 
     def step(
         self,
@@ -130,21 +127,21 @@ class Decoder(Protocol):
         choose: Callable[[FlaxCausalLMOutputWithPast], Chosen],
         output_attentions: bool = False,
     ) -> tuple[FlaxCausalLMOutputWithPast, Chosen, Any]:
-        """Runs the last column in use and makes the column ``state.position``.
+        """Runs the last step in use and makes the step ``state.position``.
 
         Returns:
-            The outputs, what ``choose`` made of them, and ``State.streams`` with that column, one for each set.
+            The outputs, what ``choose`` made of them, and ``State.streams`` with that step, one for each set.
         """
 
 
-def columns(array: Array, start: Int[Array, ""], length: int) -> Array:
+def take_steps(array: Array, start: Int[Array, ""], length: int) -> Array:
     """``length`` entries of the last axis."""
     return lax.dynamic_slice_in_dim(array, start, length, axis=-1)
 
 
-def write_column(array: Array, column: Array, position: Int[Array, ""]) -> Array:
-    """Puts ``column``, which lacks the last axis, at ``position`` of it."""
-    return lax.dynamic_update_slice_in_dim(array, column[..., None], position, axis=array.ndim - 1)
+def write_step(array: Array, values: Array, position: Int[Array, ""]) -> Array:
+    """Puts ``values``, which lacks the last axis, at ``position`` of it."""
+    return lax.dynamic_update_slice_in_dim(array, values[..., None], position, axis=array.ndim - 1)
 
 
 def take_rows(tree: Any, rows: Int[Array, "*taken"]) -> Any:
@@ -163,13 +160,13 @@ def fold_step(keys: jax.Array, step: Any) -> jax.Array:
 
 
 def start(decoder: Decoder, params: Any, request: Request, *, chunk: int, recording: Recording) -> State:
-    """The program of the prompt: fills the cache with all its columns but the last, which begins the loop.
+    """The program of the prompt: fills the cache with all its steps but the last, which begins the loop.
 
     Args:
         decoder: the model.
         params: its parameters.
         request: what is to be generated.
-        chunk: columns that are run at once; 0 if the prompt is a single column. The last chunk is moved to the left
+        chunk: steps that are run at once; 0 if the prompt is a single step. The last chunk is moved to the left
             if it would not fit: what was there is written again, and what lies behind the prompt is overwritten
             before anything can attend to it.
         recording: what to record.
@@ -216,7 +213,7 @@ def advance(
     *,
     recording: Recording,
 ) -> State:
-    """The program of the loop: generates until ``until`` columns are in use or all rows have ended.
+    """The program of the loop: generates until ``until`` steps are in use or all rows have ended.
 
     Args:
         decoder, params, request, recording: as of :func:`start`.
@@ -235,8 +232,8 @@ def advance(
         def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
             tokens = select_token(outputs.logits[:, -1], state.sequences, position, keys, 0, request.sampling)
             if request.forced_ids is not None:
-                forced = columns(request.forced_ids, position, 1)[:, 0]
-                tokens = jnp.where(forced == FREE, tokens, forced)
+                forced = take_steps(request.forced_ids, position, 1)[:, 0]
+                tokens = jnp.where(forced == UNFORCED, tokens, forced)
             return Chosen(jnp.where(state.finished, request.pad_token_id, tokens), keys)
 
         outputs, chosen, streams = decoder.step(params, request, state, choose, recording.has_attentions)
@@ -250,7 +247,7 @@ def advance(
         return State(
             position=length,
             cache=outputs.cache,
-            sequences=write_column(state.sequences, chosen.tokens, position),
+            sequences=write_step(state.sequences, chosen.tokens, position),
             lengths=jnp.where(state.finished, state.lengths, length),
             finished=state.finished | is_in(chosen.tokens, request.eos_token_ids) | (length >= request.limits),
             streams=streams,

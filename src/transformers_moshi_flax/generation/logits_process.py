@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ from jax.tree_util import GetAttrKey, SequenceKey
 
 from ..input_checks import is_traced, is_whole
 from . import logits
+from .arrays import on_device
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def real(name: str, value: Any, good: Callable[[Any], bool], rule: str) -> jax.A
         ValueError: if it is no number, or its value is known and not ``good``.
     """
     check(name, value, is_real(value) and (is_traced(value) or bool(good(value))), rule)
-    return jnp.asarray(value).astype(jnp.float32)
+    return on_device(value, np.float32)
 
 
 def check_whole(name: str, value: Any, minimum: int) -> None:
@@ -84,7 +85,7 @@ def whole(name: str, value: Any, minimum: int) -> jax.Array:
     if is_traced(value):
         return value.astype(jnp.int32)
     check_whole(name, value, minimum)
-    return jnp.asarray(int(value), dtype=jnp.int32)
+    return on_device(int(value), np.int32)
 
 
 def token_list(name: str, value: Any, vocab_size: int | None = None) -> list[int]:
@@ -113,7 +114,7 @@ def token_ids(name: str, value: Any) -> jax.Array:
     if is_traced(value):
         return jnp.atleast_1d(value).astype(jnp.int32)
     ids = token_list(name, value)
-    return jnp.asarray([*ids, *[WHOLE_LIMIT - 1] * (-len(ids) % 4)], dtype=jnp.int32)
+    return on_device([*ids, *[WHOLE_LIMIT - 1] * (-len(ids) % 4)], np.int32)
 
 
 def biased_sequences(name: str, value: Any, vocab_size: int | None = None) -> dict[tuple[int, ...], float]:
@@ -170,7 +171,7 @@ def operands(cls: type[T]) -> type[T]:
     placeholders, which a constructor that checks its arguments would refuse.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cast(Any, cls))
     leaves = [field.name for field in fields if field.metadata.get("pytree_node", True)]
     statics = [field.name for field in fields if field.name not in leaves]
 
@@ -305,7 +306,7 @@ class FlaxTopKLogitsWarper(FlaxLogitsWarper):
         check_whole("top_k", self.top_k, 1)
         check_kept(self.min_tokens_to_keep)
         top_k = max(int(self.top_k), self.min_tokens_to_keep)
-        set_fields(self, top_k=jnp.int32(top_k), bound=max(self.bound, top_k_bound(top_k)))
+        set_fields(self, top_k=on_device(top_k, np.int32), bound=max(self.bound, top_k_bound(top_k)))
 
     def __call__(self, input_ids: History, scores: Scores, cur_len: Length) -> Scores:
         return logits.filter_top_k(scores, self.top_k, self.bound, self.filter_value)
@@ -603,7 +604,7 @@ class FlaxForceTokensLogitsProcessor(FlaxLogitsProcessor):
         tokens = np.full(max(position for position, _ in pairs) + 1, -1, dtype=np.int32)
         for position, token in pairs:
             tokens[position] = -1 if token is None else token
-        set_fields(self, force_token_map=jnp.asarray(tokens))
+        set_fields(self, force_token_map=on_device(tokens))
 
     def __call__(self, input_ids: History, scores: Scores, cur_len: Length) -> Scores:
         positions = self.force_token_map.shape[0]
@@ -659,7 +660,7 @@ class FlaxRepetitionPenaltyLogitsProcessor(FlaxLogitsProcessor):
             good = isinstance(ignored, np.ndarray | jax.Array) and ignored.ndim <= 1
             good = good and jnp.issubdtype(ignored.dtype, jnp.integer)
             check(name, ignored, good, "a whole number of at least 0, or an array of one per row")
-            set_fields(self, prompt_ignore_length=jnp.asarray(ignored).astype(jnp.int32))
+            set_fields(self, prompt_ignore_length=on_device(ignored, np.int32))
         else:
             set_fields(self, prompt_ignore_length=whole(name, ignored, 0))
 
@@ -698,8 +699,8 @@ def by_length(biases: dict[tuple[int, ...], float]) -> tuple[tuple[jax.Array, ja
     groups = [[(s, bias) for s, bias in biases.items() if len(s) == length] for length in lengths]
     return tuple(
         (
-            jnp.asarray([sequence for sequence, _ in group], dtype=jnp.int32),
-            jnp.asarray([bias for _, bias in group], dtype=jnp.float32),
+            on_device([sequence for sequence, _ in group], np.int32),
+            on_device([bias for _, bias in group], np.float32),
         )
         for group in groups
     )
@@ -784,7 +785,7 @@ def decay(name: str, value: Any) -> tuple[jax.Array, jax.Array]:
     check(name, value, isinstance(value, list | tuple) and len(value) == 2, rule)
     start, factor = value
     check(name, value, is_whole(start) and 0 <= start < WHOLE_LIMIT and is_real(factor) and bool(factor > 0), rule)
-    return jnp.int32(start), jnp.float32(factor)
+    return on_device(start, np.int32), on_device(factor, np.float32)
 
 
 @operands

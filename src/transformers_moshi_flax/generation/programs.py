@@ -21,19 +21,19 @@ class Program:
     Args:
         function: of arrays.
         donated: positions of arguments whose memory the results may take; they are gone after the call.
-        quickly: to be compiled in less time on CPUs, for what takes longer to compile than to run.
+        unoptimized: to be compiled in less time on CPUs, for what takes longer to compile than to run.
     """
 
-    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...] = (), quickly: bool = False):
+    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...] = (), unoptimized: bool = False):
         self._inlined = jax.jit(function)
         self._function = function
         self._donated = donated
-        self._quickly = quickly
+        self._unoptimized = unoptimized
 
     @functools.cached_property
-    def _whole(self) -> Callable[..., Any]:
+    def _whole(self) -> Any:
         options = compiler_options()
-        if self._quickly:
+        if self._unoptimized:
             options = options | cpu_options("xla_backend_optimization_level", "0")
         return jax.jit(self._function, compiler_options=options, donate_argnums=self._donated)
 
@@ -53,6 +53,6 @@ def compiler_options() -> dict[str, str]:
     """Options for the programs of generation on the default platform.
 
     On CPUs the library YNNPACK is left out: its reductions cost 25 µs each however small they are (two for every
-    attention), and its products of a few rows are slower than Eigen's; see ``docs/benchmarks.md``.
+    attention), and its products of a few rows are slower than Eigen's; see ``docs/notes/performance.md``.
     """
     return cpu_options("xla_cpu_experimental_ynn_fusion_type", "")

@@ -1,6 +1,6 @@
 """What ``generate`` can return beside the tokens: scores, logits, hidden states and attentions of every step.
 
-Inside the program they are arrays over all columns; :func:`unrolled` makes the nested tuples of ``transformers`` of
+Inside the program they are arrays over all steps; :func:`unrolled` makes the nested tuples of ``transformers`` of
 them.
 """
 
@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from ..input_checks import is_traced
 from ..ops.precision import at_least_float32
+from .arrays import on_host
 
 STEP_NAMES = ("scores", "logits")
 FRAME_NAMES = ("hidden_states", "attentions")
@@ -34,7 +33,7 @@ class Recording(NamedTuple):
 
 
 def empty_records(recording: Recording, outputs: Mapping[str, Any], capacity: int) -> dict[str, Array]:
-    """Zeros to be filled in, shaped after the (abstract) outputs of one column.
+    """Zeros to be filled in, shaped after the (abstract) outputs of one step.
 
     Steps are ``(batch, steps, vocab)``; hidden states ``(batch, layers + 1, capacity, hidden)``; attentions
     ``(batch, layers, heads, capacity, capacity)``.
@@ -66,7 +65,7 @@ def record_step(
 def record_frames(
     recording: Recording, records: dict[str, Array], outputs: Any, start: Int[Array, ""]
 ) -> dict[str, Array]:
-    """Writes hidden states and attentions of the columns from ``start`` on, if they are to be recorded."""
+    """Writes hidden states and attentions of the steps from ``start`` on, if they are to be recorded."""
     for name in FRAME_NAMES:
         if name in recording.names:
             values = jnp.stack(outputs[name], axis=1)
@@ -80,11 +79,11 @@ def unrolled(records: dict[str, jax.Array], prompt_length: int, length: int) -> 
 
     Scores and logits are ``(batch, vocab)``. Hidden states and attentions are tuples over the layers; the first step's
     are those of the whole prompt, ``(batch, prompt, hidden)`` and ``(batch, heads, prompt, prompt)``, later ones of
-    one column, ``(batch, 1, hidden)`` and ``(batch, heads, 1, columns so far)``.
+    one step, ``(batch, 1, hidden)`` and ``(batch, heads, 1, steps so far)``.
     """
     results: dict[str, tuple] = {}
     for name, values in records.items():
-        values = values if is_traced(values) else np.asarray(values)
+        values = on_host(values)
         if name in STEP_NAMES:
             results[name] = tuple(jax.device_put(values[:, step]) for step in range(length - prompt_length))
             continue

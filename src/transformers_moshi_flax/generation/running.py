@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-AnyState = TypeVar("AnyState")
+from .arrays import host_copy
+
+AnyState = TypeVar("AnyState", bound=Any)
 """A state with ``position``, ``finished`` and, where there is a streamer, ``sequences``."""
 
 PIECE_SECONDS = 0.04
@@ -29,46 +31,46 @@ def run(
     max_time: float | None = None,
     audio_codes: Callable[[AnyState, int, int], np.ndarray] | None = None,
 ) -> AnyState:
-    """Generates up to ``max_length`` columns.
+    """Generates up to ``max_length`` steps.
 
     Args:
-        advance: takes a state on until so many columns are in use; the state given to it is gone afterwards.
+        advance: takes a state on until so many steps are in use; the state given to it is gone afterwards.
         state: as the prompt left it.
-        prompt_length: columns of the prompt.
-        max_length: columns in all.
+        prompt_length: steps of the prompt.
+        max_length: steps in all.
         streamer: with ``put(tokens)`` for the ``(batch, prompt)`` ids of the prompt and then the ``(batch,)`` ids of
-            every new column in turn, ``end()``, and, if it takes audio, ``put_audio_codes(codes)`` for the
-            ``(batch, codebooks, frames)`` undelayed codes of new columns.
+            every new step in turn, ``end()``, and, if it takes audio, ``put_audio_codes(codes)`` for the
+            ``(batch, codebooks, frames)`` undelayed codes of new steps.
         max_time: seconds after which no further piece is begun.
-        audio_codes: the undelayed codes of a range of columns of a state.
+        audio_codes: the undelayed codes of a range of steps of a state.
     """
     if streamer is None and max_time is None:
         return advance(state, max_length)
     begin = time.monotonic()
     if streamer is not None:
         try:
-            streamer.put(np.array(state.sequences)[:, :prompt_length])
+            streamer.put(host_copy(state.sequences)[:, :prompt_length])
         except StopGeneration:
             max_length = prompt_length
-    columns, piece, heard = prompt_length, 1, prompt_length
-    takes_audio = audio_codes is not None and hasattr(streamer, "put_audio_codes")
-    while columns < max_length:
+    steps, piece, heard = prompt_length, 1, prompt_length
+    if not hasattr(streamer, "put_audio_codes"):
+        audio_codes = None
+    while steps < max_length:
         before = time.monotonic()
-        state = advance(state, min(columns + piece, max_length))
-        reached, done = int(state.position), bool(np.asarray(state.finished).all())
+        state = advance(state, min(steps + piece, max_length))
+        reached, done = int(host_copy(state.position)), bool(host_copy(state.finished).all())
         seconds = time.monotonic() - before
         if streamer is not None:
             try:
-                # a copy: a view would keep the program from reusing the buffer
-                for column in np.array(state.sequences)[:, columns:reached].T:
-                    streamer.put(column)
-                # the delayed codebooks of a frame come one column later
-                if takes_audio and reached - 1 > heard:
+                for tokens in host_copy(state.sequences)[:, steps:reached].T:
+                    streamer.put(tokens)
+                # the delayed codebooks of a frame come one step later
+                if audio_codes is not None and reached - 1 > heard:
                     streamer.put_audio_codes(audio_codes(state, heard, reached - 1))
                     heard = reached - 1
             except StopGeneration:
                 break
-        columns = reached
+        steps = reached
         if done or (max_time is not None and time.monotonic() - begin >= max_time):
             break
         # the first piece may have compiled the program and says nothing then; growing slowly gets there all the same

@@ -20,12 +20,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.precision import at_least_float32
 from ..ops.selection import argmax, top_k
 from . import logits as filters
+from .arrays import on_device
 from .logits import NEGATIVE_INFINITY, History, Length, Scores
 from .logits_process import FlaxLogitsProcessorList
 
@@ -73,6 +75,11 @@ class Sampling:
     top_k_bound: int = flax.struct.field(pytree_node=False, default=64)
     min_tokens_to_keep: int = flax.struct.field(pytree_node=False, default=1)
     renormalize: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def default_key() -> Key[Array, ""]:
+    """``jax.random.key(0)``."""
+    return jax.random.key(on_device(0, np.int32))
 
 
 def row_keys(prng_key: jax.Array, batch_size: int) -> Key[Array, "batch"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,26 @@ from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
 from ..input_checks import (
+    Input,
     check_ids,
+    check_input,
+    check_inputs,
     check_left_padding,
-    check_mask,
-    check_rank,
     check_sizes,
     is_traced,
     is_tracing,
     is_whole,
 )
 from ..modeling_flax_outputs import FlaxModelOutput
-from .arrays import cut, on_device, padded
+from .arrays import AnyArray, cut, on_device, on_host, padded
 from .beam_search import advance_beams, finish_beams, start_beams
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
-from .decoding import FREE, Decoder, Request, State, advance, repeat, start
+from .decoding import UNFORCED, Decoder, Request, State, advance, repeat, start
 from .programs import Program
 from .recording import FRAME_NAMES, STEP_NAMES, Recording, unrolled
 from .running import run
-from .sampling import row_keys
+from .sampling import default_key, row_keys
 
 
 @dataclasses.dataclass
@@ -93,22 +94,29 @@ class FlaxGenerationMixin:
     there.
     """
 
+    # of the model
+    config: Any
+    module: Any
+    generation_defaults: Callable[..., GenerationConfig | None]
+    whole_params: Callable[[Any], Any]
+
     _generates = True
+    _programs: dict[Any, Program]
 
     def make_decoder(self) -> Decoder:
         """The decoder of the model's present module."""
         raise NotImplementedError(f"{type(self).__name__} must define make_decoder")
 
     def compiled(
-        self, function: Callable, donated: tuple[int, ...] = (), /, *, quickly: bool = False, **static: Any
+        self, function: Callable, donated: tuple[int, ...] = (), /, *, unoptimized: bool = False, **static: Any
     ) -> Program:
         """The program of ``function(decoder, ..., **static)``, made once per model and static options.
 
-        ``donated`` are positions among the arguments after the decoder; for ``quickly`` see :class:`Program`.
+        ``donated`` are positions among the arguments after the decoder; for ``unoptimized`` see :class:`Program`.
         """
         if getattr(self, "_programs_of", None) is not self.module:
             self._programs_of, self._programs, self._decoder = self.module, {}, self.make_decoder()
-        key = (function, quickly, *sorted(static.items()))
+        key = (function, unoptimized, *sorted(static.items()))
         if key not in self._programs:
             decoder = self._decoder
 
@@ -116,7 +124,7 @@ class FlaxGenerationMixin:
                 return function(decoder, *args, **static)
 
             program.__name__ = function.__name__
-            self._programs[key] = Program(program, donated, quickly)
+            self._programs[key] = Program(program, donated, unoptimized)
         return self._programs[key]
 
     def generate(
@@ -135,7 +143,7 @@ class FlaxGenerationMixin:
 
         Prompt and loop are two XLA programs, compiled once per batch size, capacity (prompt and new tokens, rounded
         up) and kind of options; numbers among the options compile nothing. Inside ``jax.jit`` the sequences have
-        ``max_length`` columns; called eagerly they are cut after the longest row.
+        ``max_length`` tokens; called eagerly they are cut after the longest row.
 
         Args:
             input_ids: the prompt, ``(batch, length)``, left-padded if rows differ.
@@ -145,9 +153,9 @@ class FlaxGenerationMixin:
             trace: False runs without compilation, for debugging.
             params: the parameters (default: the model's own).
             logits_processor: ``processor(sequences, scores, length) -> scores`` or a list of such, applied to the
-                scores of each step before sampling; ``sequences`` has ``length`` columns in use.
+                scores of each step before sampling; ``sequences`` has ``length`` tokens in use.
             streamer: an object with ``put`` and ``end``, as ``transformers.TextStreamer``, that gets the ids of the
-                prompt and then of every new column ``(batch,)`` while generation goes on. Not under ``jax.jit``.
+                prompt and then of every new step ``(batch,)`` while generation goes on. Not under ``jax.jit``.
             forced_text_ids: the new tokens from the first on, ``(batch, tokens)``, at most all of them; -1 where the
                 model chooses.
             **kwargs: fields of ``GenerationConfig``, ``attention_mask`` ``(batch, length)``, and ``stop_lengths``
@@ -155,55 +163,70 @@ class FlaxGenerationMixin:
                 in the prompt is masked unless it is also an end or the start token. ``inputs_embeds``
                 ``(batch, length, hidden_size)`` are the prompt's embeddings, in the place of those of the ids:
                 sequences then begin with ``input_ids`` if they are given, and with the new tokens otherwise.
-                ``logits_to_keep`` is taken as upstream does: logits of the last column are all that is ever needed.
+                ``logits_to_keep`` is taken as upstream does: logits of the last token are all that is ever needed.
 
         Raises:
             ValueError: for unknown or unsupported options (named), a wrong shape, ids outside the vocabulary.
         """
-        config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
-        attention_mask, inputs_embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
-        vocab_size = self.config.vocab_size
-        batch_size, length = check_prompt(self.config, input_ids, inputs_embeds, inputs.get("logits_to_keep"))
-        text_prompt = input_ids is not None
-        if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, (length,))
-            check_left_padding("attention_mask", attention_mask)
-        else:
-            pad, eos = config.pad_token_id, config.eos_token_id
-            unmasked = pad is None or pad == vocab_size or pad in (eos if isinstance(eos, list | tuple) else [eos])
-            if unmasked or not text_prompt:
-                attention_mask = np.ones((batch_size, length), dtype=bool)
-            else:
-                # on the host where the values are known, inside of jax.jit too
-                attention_mask = (input_ids if is_traced(input_ids) else np.asarray(input_ids)) != pad
-            otherwise = ", or pass an `attention_mask` if it is part of the text"
-            check_left_padding("input_ids", attention_mask, f"`pad_token_id` = {pad}", otherwise)
-        if not text_prompt:
-            # no id of the vocabulary, so that no processor of logits takes it for a part of the history
-            input_ids = np.full((batch_size, length), vocab_size)
-        plan = resolve_plan(
-            config, length, vocab_size, batch_size, attention_mask, inputs.get("stop_lengths"), logits_processor
-        )
-        if forced_text_ids is not None:
-            axes = {"batch": batch_size}
-            check_forced("forced_text_ids", forced_text_ids, axes, plan.max_length - length, vocab_size)
-        operands = (prng_key, plan.sampling, forced_text_ids)
-        traced = is_tracing(input_ids, inputs_embeds, attention_mask, params, operands)
-        check_watching(plan, streamer, traced)
-        params = self.whole_params(params)
-        capacity = capacity_of(plan, traced)
-        streams = None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1))
-        request = self.make_request(
-            plan, input_ids, attention_mask, prng_key, capacity, forced_text_ids, streams=streams
-        )
+        given = {"input_ids": input_ids, "forced_text_ids": forced_text_ids}
+        prepared = self._prepare(given, generation_config, prng_key, params, logits_processor, streamer, kwargs)
         with jax.disable_jit(not trace):
-            state, more = self.decode(plan, request, length, params, streamer)
-        sequences = state.sequences
-        if not is_traced(sequences):
-            sequences = cut(sequences, int(state.lengths.max()))
-        if not text_prompt:
-            sequences = sequences[:, length:] if traced else on_device(np.asarray(sequences)[:, length:])
-        return OUTPUTS[plan.num_beams > 1, plan.sampling.do_sample](sequences=sequences, **more)
+            state, found = self.decode(prepared)
+        return self._finish_text(prepared, state, found)
+
+    def _prepare(
+        self,
+        given: dict[str, Any],
+        generation_config: GenerationConfig | None,
+        prng_key: jax.Array | None,
+        params: Any | None,
+        logits_processor: Callable | list[Callable] | None,
+        streamer: Any | None,
+        kwargs: dict[str, Any],
+    ) -> Prepared:
+        """What :meth:`generate` is called with, checked and on the device."""
+        config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
+        given = on_host({**given, **inputs})
+        batch_size, length = check_prompt(self.config, given)
+        input_ids, inputs_embeds = given["input_ids"], given.get("inputs_embeds")
+        attention_mask = text_mask(config, given, batch_size, length, self.config.vocab_size)
+        if input_ids is None:
+            # no id of the vocabulary, so that no processor of logits takes it for a part of the history
+            input_ids = np.full((batch_size, length), self.config.vocab_size)
+        plan = resolve_plan(
+            config,
+            length,
+            self.config.vocab_size,
+            batch_size,
+            attention_mask,
+            given.get("stop_lengths"),
+            logits_processor,
+        )
+        forced = {"forced_text_ids": forced_input(self.config.vocab_size, {}, plan.max_length - length)}
+        check_inputs(forced, given, {"batch": batch_size})
+        traced = is_tracing(input_ids, inputs_embeds, attention_mask, params, prng_key, plan.sampling, given)
+        check_watching(plan, streamer, traced)
+        capacity = capacity_of(plan, traced)
+        request = self.make_request(
+            plan,
+            input_ids,
+            attention_mask,
+            prng_key,
+            capacity,
+            given["forced_text_ids"],
+            streams=None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1)),
+        )
+        has_text = given["input_ids"] is not None
+        return Prepared(plan, request, length, self.whole_params(params), has_text=has_text, streamer=streamer)
+
+    def _finish_text(self, prepared: Prepared, state: State, found: dict[str, Any]) -> Any:
+        """The outputs of :meth:`generate`, cut after the longest row."""
+        plan, begin = prepared.plan, 0 if prepared.has_text else prepared.prompt_length
+        reached = fetch(prepared, state)
+        return OUTPUTS[plan.num_beams > 1, plan.sampling.do_sample](
+            sequences=cut(state.sequences, reached.length - begin, start=begin),
+            **further_outputs(prepared, state, found, reached),
+        )
 
     def compute_transition_scores(
         self,
@@ -229,27 +252,27 @@ class FlaxGenerationMixin:
         """
         if not isinstance(scores, list | tuple) or not scores:
             raise ValueError("`scores` must be a tuple with an array for each new token: generate with output_scores")
-        check_rank("sequences", sequences, ("batch", "length"))
+        check_input("sequences", sequences, Input({"batch": None, "length": None}, "ids"))
         xp = jnp if is_traced(sequences, beam_indices, *scores) else np
-        stacked = xp.stack([xp.asarray(each) for each in scores], axis=1)  # [rows, steps, vocab]
-        sequences = xp.asarray(sequences)
-        if beam_indices is None:
-            beam_indices = xp.broadcast_to(xp.arange(len(stacked))[:, None], stacked.shape[:2])
-        beam_indices = xp.asarray(beam_indices)
-        ended = beam_indices < 0
-        steps = beam_indices.shape[1] if xp is jnp else int((~ended).sum(axis=-1).max())
-        beam_indices, ended = beam_indices[:, :steps], ended[:, :steps]
-        if beam_indices.shape[0] != len(sequences) or steps > min(stacked.shape[1], sequences.shape[1]):
+        stacked: Any = xp.stack([xp.asarray(each) for each in scores], axis=1)  # [rows, steps, vocab]
+        ids: Any = xp.asarray(sequences)
+        beams: Any = xp.broadcast_to(xp.arange(len(stacked))[:, None], stacked.shape[:2])
+        if beam_indices is not None:
+            beams = xp.asarray(beam_indices)
+        ended = beams < 0
+        steps = beams.shape[1] if xp is jnp else int((~ended).sum(axis=-1).max())
+        beams, ended = beams[:, :steps], ended[:, :steps]
+        if beams.shape[0] != len(ids) or steps > min(stacked.shape[1], ids.shape[1]):
             raise ValueError(
-                f"`sequences` of the shape {sequences.shape}, {stacked.shape[1]} `scores` and `beam_indices` for "
-                f"{beam_indices.shape[0]} rows do not belong together: pass those of one call of `generate`"
+                f"`sequences` of the shape {ids.shape}, {stacked.shape[1]} `scores` and `beam_indices` for "
+                f"{beams.shape[0]} rows do not belong together: pass those of one call of `generate`"
             )
-        tokens = sequences[:, sequences.shape[1] - steps :]
+        tokens = ids[:, ids.shape[1] - steps :]
         if xp is np:
             check_ids("sequences", np.where(ended, 0, tokens), stacked.shape[-1])
         if normalize_logits:
             stacked = jax.nn.log_softmax(jnp.asarray(stacked), axis=-1)
-        rows = xp.where(ended, 0, beam_indices)
+        rows = xp.where(ended, 0, beams)
         chosen = stacked[rows, xp.arange(steps)[None], xp.where(ended, 0, tokens)]
         return jnp.where(ended, jnp.zeros((), chosen.dtype), chosen)
 
@@ -275,28 +298,31 @@ class FlaxGenerationMixin:
     def make_request(
         self,
         plan: Plan,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike,
+        input_ids: AnyArray,
+        attention_mask: AnyArray,
         prng_key: jax.Array | None,
         capacity: int,
         forced_text_ids: ArrayLike | None = None,
+        prompt_length: int | None = None,
         **extra: Any,
     ) -> Request:
-        """The operands of the programs; ids and mask are padded to ``capacity`` columns."""
+        """The operands of the programs; ids and mask are padded to ``capacity``, or have room for so much already and
+        are a prompt of ``prompt_length``."""
         batch_size, length = np.shape(input_ids)
+        length = length if prompt_length is None else prompt_length
         forced_ids = None
         if forced_text_ids is not None:
             xp = jnp if is_traced(forced_text_ids) else np
-            prompt = np.full((batch_size, length), FREE, dtype=np.int32)
+            prompt = np.full((batch_size, length), UNFORCED, dtype=np.int32)
             forced_ids = xp.concatenate([prompt, xp.asarray(forced_text_ids).astype(np.int32)], axis=1)
-            forced_ids = on_device(padded(forced_ids, capacity, FREE), np.int32)
+            forced_ids = on_device(padded(forced_ids, capacity, UNFORCED), np.int32)
         limits = np.full((batch_size,), plan.max_length) if plan.stop_lengths is None else plan.stop_lengths
         return Request(
             input_ids=on_device(padded(input_ids, capacity, plan.pad_token_id), np.int32),
             attention_mask=on_device(padded(attention_mask, capacity, True), bool),
             prompt_length=on_device(length, np.int32),
             limits=on_device(limits, np.int32),
-            keys=row_keys(jax.random.key(0) if prng_key is None else prng_key, batch_size),
+            keys=row_keys(default_key() if prng_key is None else prng_key, batch_size),
             sampling=plan.sampling,
             eos_token_ids=on_device(end_tokens(plan.eos_token_ids), np.int32),
             pad_token_id=on_device(plan.pad_token_id, np.int32),
@@ -304,25 +330,18 @@ class FlaxGenerationMixin:
             **extra,
         )
 
-    def decode(
-        self,
-        plan: Plan,
-        request: Request,
-        prompt_length: int,
-        params: Any,
-        streamer: Any | None = None,
-        audio_codes: Callable | None = None,
-    ) -> tuple[State, dict[str, Any]]:
-        """Runs the programs of a request; returns the last state and the fields of outputs beside the tokens."""
+    def decode(self, prepared: Prepared) -> tuple[State, dict[str, jax.Array]]:
+        """Runs the programs of a request; returns the last state and what a search found beside it."""
+        plan, request, params = prepared.plan, prepared.request, prepared.params
+        prompt_length = prepared.prompt_length
         traced = is_tracing(request, params)
-        new_tokens = plan.max_length - prompt_length
         names = tuple(name for name in (*STEP_NAMES, *FRAME_NAMES) if getattr(plan, f"output_{name}"))
-        recording = Recording(names, bucket(new_tokens) if names else 0)
+        recording = Recording(names, bucket(plan.max_length - prompt_length) if names else 0)
         chunk = prompt_length - 1 if traced else prefill_chunk(prompt_length - 1)
         chunk = min(chunk, request.input_ids.shape[1])
         state = self.compiled(start, chunk=chunk, recording=recording)(params, request)
         if plan.num_beams > 1:
-            return self.decode_beams(plan, request, state, prompt_length, params, recording)
+            return self._decode_beams(prepared, state, recording)
         if plan.num_return_sequences > 1:
             request, state = self.compiled(repeat, copies=plan.num_return_sequences)(request, state)
         program = self.compiled(advance, (2,), recording=recording)
@@ -331,67 +350,130 @@ class FlaxGenerationMixin:
             state,
             prompt_length,
             plan.max_length,
-            streamer,
+            prepared.streamer,
             plan.max_time,
-            audio_codes,
+            prepared.audio_codes,
         )
-        reached = plan.max_length if is_traced(state.lengths) else int(state.lengths.max())
-        return state, dict(unrolled(state.records, prompt_length, reached))
+        return state, {}
 
-    def decode_beams(
-        self, plan: Plan, request: Request, state: State, prompt_length: int, params: Any, recording: Recording
-    ) -> tuple[State, dict[str, Any]]:
+    def _decode_beams(
+        self, prepared: Prepared, state: State, recording: Recording
+    ) -> tuple[State, dict[str, jax.Array]]:
         """Beam search from the state after the prompt on; returns as :meth:`decode` does."""
+        plan, params = prepared.plan, prepared.params
         length_penalty = on_device(plan.length_penalty, np.float32)
-        request, state = start_beams(request, state, num_beams=plan.num_beams)
+        request, state = start_beams(prepared.request, state, num_beams=plan.num_beams)
         program = self.compiled(advance_beams, (3,), early_stopping=plan.early_stopping, recording=recording)
         state = run(
             lambda state, until: program(params, request, length_penalty, state, on_device(until, np.int32)),
             state,
-            prompt_length,
+            prepared.prompt_length,
             plan.max_length,
             max_time=plan.max_time,
         )
         state, scores, beam_indices = finish_beams(
             request, length_penalty, state, num_return_sequences=plan.num_return_sequences
         )
-        searched = reached = plan.max_length
-        if not is_traced(scores):
-            searched, reached = int(state.position), int(state.lengths.max())
-        beam_indices = cut(beam_indices, reached - prompt_length)
-        more = unrolled(state.records, prompt_length, searched)
-        return state, {"sequences_scores": scores, "beam_indices": beam_indices, **more}
+        return state, {"sequences_scores": scores, "beam_indices": beam_indices}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A call of ``generate`` that has been checked: what the programs need, all of it on the device.
+
+    Attributes:
+        plan: its options.
+        request: the operands of the programs.
+        prompt_length: steps of the prompt.
+        params: the parameters.
+        has_text: whether the ids of the prompt were given, and are to be returned.
+        streamer: who gets the tokens meanwhile, or None.
+        audio_codes: for a streamer that takes them, the codes of a range of steps of a state.
+    """
+
+    plan: Plan
+    request: Request
+    prompt_length: int
+    params: Any
+    _: dataclasses.KW_ONLY
+    has_text: bool
+    streamer: Any = None
+    audio_codes: Callable | None = None
+
+
+class Reached(NamedTuple):
+    """How far generation came.
+
+    Attributes:
+        length: of the longest sequence.
+        steps: at which the search ended, those of the prompt included.
+        frames: of audio in the longest row.
+    """
+
+    length: int
+    steps: int
+    frames: int = 0
+
+
+def fetch(prepared: Prepared, state: State, audio_lengths: jax.Array | None = None) -> Reached:
+    """How far generation came: all that the host has to know of it, in one transfer. Under ``jax.jit``, the most."""
+    if is_traced(state.lengths):
+        return Reached(prepared.plan.max_length, prepared.plan.max_length)
+    lengths, position, frames = jax.device_get((state.lengths, state.position, audio_lengths))
+    return Reached(int(lengths.max()), int(position), 0 if frames is None else int(frames.max()))
+
+
+def further_outputs(prepared: Prepared, state: State, found: dict[str, jax.Array], reached: Reached) -> dict[str, Any]:
+    """The fields of outputs beside tokens and audio."""
+    begin = prepared.prompt_length
+    if "beam_indices" in found:
+        found = {**found, "beam_indices": cut(found["beam_indices"], reached.length - begin)}
+    # of beams, those of every step that was made; a hypothesis may have ended before
+    end = reached.steps if prepared.plan.num_beams > 1 else reached.length
+    return {**found, **unrolled(state.records, begin, end)}
 
 
 TEXT_INPUTS = ("attention_mask", "stop_lengths", "inputs_embeds", "logits_to_keep")
 """Arguments of a prompt of text that are no fields of a generation configuration."""
 
 
-def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, logits_to_keep: Any) -> tuple[int, int]:
+def check_prompt(config: Any, given: dict[str, Any]) -> tuple[int, int]:
     """Batch size and length of a prompt of text; ValueError if it has a wrong shape, is empty or has unknown ids."""
-    if input_ids is None and inputs_embeds is None:
+    if given["input_ids"] is None and given.get("inputs_embeds") is None:
         raise ValueError("`input_ids` is missing: pass the prompt's ids, (batch, length), or `inputs_embeds`.")
-    if logits_to_keep is not None and (not is_whole(logits_to_keep) or logits_to_keep < 0):
-        raise ValueError(f"`logits_to_keep` must be a whole number of at least 0, but is {logits_to_keep!r}.")
-    shapes = {}
-    if input_ids is not None:
-        check_rank("input_ids", input_ids, ("batch", "length"))
-        check_ids("input_ids", input_ids, config.vocab_size + 1)
-        shapes["input_ids"] = np.shape(input_ids)
-    if inputs_embeds is not None:
-        check_rank("inputs_embeds", inputs_embeds, ("batch", "length", "hidden_size"))
-        if np.shape(inputs_embeds)[2] != config.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` must have {config.hidden_size} features (`hidden_size`), but has "
-                f"{np.shape(inputs_embeds)[2]}."
-            )
-        shapes["inputs_embeds"] = np.shape(inputs_embeds)[:2]
-    name, (batch_size, length) = next(iter(shapes.items()))
-    if length == 0:
-        raise ValueError(f"`{name}` is empty: pass at least one token, such as the start token `vocab_size`.")
-    if len({*shapes.values()}) > 1:
-        raise ValueError(f"`input_ids` must have one id for each of `inputs_embeds`, but their shapes are {shapes}.")
-    return batch_size, length
+    keep = given.get("logits_to_keep")
+    if keep is not None and (not is_whole(keep) or keep < 0):
+        raise ValueError(f"`logits_to_keep` must be a whole number of at least 0, but is {keep!r}.")
+    axes = {"batch": None, "tokens": None}
+    table = {
+        "input_ids": Input(axes, "ids", config.vocab_size + 1),
+        "inputs_embeds": Input({**axes, "hidden_size": config.hidden_size}, "floats"),
+        "attention_mask": Input(axes, "mask"),
+    }
+    sizes = check_inputs(table, given)
+    return sizes["batch"], sizes["tokens"]
+
+
+def text_mask(config: GenerationConfig, given: dict[str, Any], batch_size: int, length: int, start: int) -> AnyArray:
+    """The mask of a prompt of text that was given, or that of its ids of padding.
+
+    Args:
+        config: has the padding, and the ends and the ``start`` token, which are none.
+        given: the prompt.
+    """
+    input_ids, mask = given["input_ids"], given.get("attention_mask")
+    if mask is not None:
+        check_left_padding("attention_mask", mask)
+        return mask
+    pad, eos = config.pad_token_id, config.eos_token_id
+    unmasked = pad is None or pad == start or pad in (eos if isinstance(eos, list | tuple) else [eos])
+    if unmasked or input_ids is None:
+        return np.ones((batch_size, length), dtype=bool)
+    # on the host where the values are known, inside of jax.jit too
+    mask = (input_ids if is_traced(input_ids) else np.asarray(input_ids)) != pad
+    otherwise = ", or pass an `attention_mask` if it is part of the text"
+    check_left_padding("input_ids", mask, f"`pad_token_id` = {pad}", otherwise)
+    return mask
 
 
 def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:
@@ -414,21 +496,27 @@ def check_watching(plan: Plan, streamer: Any, traced: bool) -> None:
         )
 
 
-def check_forced(name: str, ids: ArrayLike, axes: dict[str, int], new_tokens: int, vocab_size: int) -> None:
-    """Raises ``ValueError`` unless ``ids`` are of ``axes`` (name -> size) and at most all new tokens, -1 or known."""
-    check_rank(name, ids, (*axes, "new tokens"))
-    check_ids(name, ids, vocab_size, allowed=(FREE,), remedy="-1 leaves the choice to the model.")
-    *leading, length = np.shape(ids)
-    if leading != [*axes.values()] or not 0 < length <= new_tokens:
-        raise ValueError(
-            f"`{name}` must have the shape ({', '.join(map(str, axes.values()))}, 1 to {new_tokens} new tokens), but "
-            f"has the shape {np.shape(ids)}: pass fewer or raise `max_new_tokens`."
-        )
+def forced_input(vocab_size: int, axes: dict[str, int], new_tokens: int) -> Input:
+    """Tokens that are not to be chosen: for some of the new ones, from the first on.
+
+    Args:
+        vocab_size: of their ids.
+        axes: between that of the rows and that of the new tokens.
+        new_tokens: how many there will be.
+    """
+    return Input(
+        {"batch": None, **axes, "new tokens": range(1, new_tokens + 1)},
+        "ids",
+        vocab_size,
+        allowed=(UNFORCED,),
+        hint="pass fewer or raise `max_new_tokens`",
+        remedy=f"{UNFORCED} leaves the choice to the model.",
+    )
 
 
 def end_tokens(ids: tuple[int, ...]) -> np.ndarray:
-    """``ids`` with what is no token behind them, so that requests of few or no ends share programs."""
-    return np.array([*ids, *[FREE] * (-len(ids) % 4 if ids else 4)])
+    """``ids`` with -1, which is no token, behind them, so that requests of few or no ends share programs."""
+    return np.array([*ids, *[-1] * (-len(ids) % 4 if ids else 4)])
 
 
 def one_token(options: dict[str, Any], batch_size: int, max_new_tokens: int | None) -> dict[str, Any]:

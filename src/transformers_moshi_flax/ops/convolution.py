@@ -1,6 +1,6 @@
 """One-dimensional convolutions, channels last.
 
-``lengths`` says how many frames of each row count, the others are padding on the right.
+``lengths`` says how many steps of time of each row count, the others are padding on the right.
 """
 
 from __future__ import annotations
@@ -17,52 +17,53 @@ from .dispatch import for_cpu
 PAD_MODES = ("constant", "replicate", "reflect")
 
 
-def frames_out(length, stride: int):
-    """Output frames of a padded convolution for ``length`` input frames (int or integer array): rounded up."""
+def output_length(length, stride: int):
+    """Output length of a padded convolution of an input of ``length`` (int or integer array): rounded up."""
     return -(-length // stride)
 
 
-def pad_frames(
-    x: Float[Array, "batch frames channels"],
+def pad_time(
+    x: Float[Array, "batch length channels"],
     left: int,
     right: int,
     stride: int,
     mode: str,
     lengths: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch padded channels"]:
-    """Pad so that a convolution of that stride covers the last frame; upstream ``MimiConv1d._pad1d``.
+    """Pad so that a convolution of that stride covers the last step; upstream ``MimiConv1d._pad1d``.
 
     Args:
-        x: the frames.
+        x: the input.
         left, right: padding on either side; on the right, what rounds up to a multiple of ``stride`` comes on top.
         stride: of the convolution.
         mode: ``constant`` (zeros), ``replicate`` or ``reflect``. Reflection of a row that is too short for it first
             appends zeros, as upstream does.
-        lengths: frames that count in each row, all if None. A row is padded from its own end on, as if it were alone.
+        lengths: steps that count in each row, all if None. A row is padded from its own end on, as if it were alone.
 
     Returns:
-        ``left + frames + right`` frames and those that round up; what lies beyond a row's own padding is arbitrary.
+        ``left + length + right`` steps of time and those that round up; what lies beyond a row's own padding is
+        arbitrary.
     """
-    batch, frames, _ = x.shape
-    right_of_all = right + frames_out(frames, stride) * stride - frames
+    batch, length, _ = x.shape
+    right_of_all = right + output_length(length, stride) * stride - length
     if lengths is None and mode != "reflect":
         width = ((0, 0), (left, right_of_all), (0, 0))
         return jnp.pad(x, width, mode="edge" if mode == "replicate" else "constant")
 
-    lengths = jnp.full((batch,), frames) if lengths is None else lengths
+    lengths = jnp.full((batch,), length) if lengths is None else lengths
     lengths = lengths[:, None]
-    # source[b, p]: the frame of row b that position p shows
-    source = jnp.broadcast_to(jnp.arange(-left, frames + right_of_all), (batch, left + frames + right_of_all))
+    # source[b, p]: the step of row b that position p shows
+    source = jnp.broadcast_to(jnp.arange(-left, length + right_of_all), (batch, left + length + right_of_all))
     if mode == "replicate":
         source = jnp.clip(source, 0, jnp.maximum(lengths - 1, 0))
         return jnp.take_along_axis(x, source[..., None], axis=1)
     if mode == "reflect":
-        right_of_row = right + frames_out(lengths, stride) * stride - lengths
+        right_of_row = right + output_length(lengths, stride) * stride - lengths
         last = jnp.maximum(lengths - 1, jnp.maximum(left, right_of_row))
         source = jnp.abs(source)
         source = jnp.where(source > last, 2 * last - source, source)
     shown = (source >= 0) & (source < lengths)
-    x = jnp.take_along_axis(x, jnp.clip(source, 0, frames - 1)[..., None], axis=1)
+    x = jnp.take_along_axis(x, jnp.clip(source, 0, length - 1)[..., None], axis=1)
     return jnp.where(shown[..., None], x, 0)
 
 
@@ -72,7 +73,7 @@ def conv1d(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
-) -> Float[Array, "batch frames out_channels"]:
+) -> Float[Array, "batch length out_channels"]:
     """Convolution without padding (``torch.nn.functional.conv1d``, channels last)."""
     definition = partial(
         lax.conv_general_dilated,
@@ -86,33 +87,33 @@ def conv1d(
 
 
 def conv_transpose1d(
-    x: Float[Array, "batch frames in_channels"],
+    x: Float[Array, "batch length in_channels"],
     kernel: Float[Array, "width out_per_group in_channels"],
     stride: int = 1,
     groups: int = 1,
 ) -> Float[Array, "batch samples out_channels"]:
     """Transposed convolution without trimming (``torch.nn.functional.conv_transpose1d``, channels last).
 
-    Every frame writes ``width`` samples, ``stride`` after those of the frame before; what overlaps is added.
+    Every step writes ``width`` samples, ``stride`` after those of the step before; what overlaps is added.
     """
-    frames, width = x.shape[1], kernel.shape[0]
-    reach = frames_out(width, stride) - 1
+    length, width = x.shape[1], kernel.shape[0]
+    reach = output_length(width, stride) - 1
     x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
-    return conv_transpose1d_inside(x, kernel, stride, groups)[:, : (frames - 1) * stride + width]
+    return conv_transpose1d_inside(x, kernel, stride, groups)[:, : (length - 1) * stride + width]
 
 
 def conv_transpose1d_inside(
-    x: Float[Array, "batch frames in_channels"],
+    x: Float[Array, "batch length in_channels"],
     kernel: Float[Array, "width out_per_group in_channels"],
     stride: int = 1,
     groups: int = 1,
 ) -> Float[Array, "batch samples out_channels"]:
-    """The samples of a transposed convolution that every frame which could write to them is there for."""
-    shifts = frames_out(kernel.shape[0], stride)
+    """The samples of a transposed convolution that every step which could write to them is there for."""
+    shifts = output_length(kernel.shape[0], stride)
     kernel = jnp.pad(kernel, ((0, shifts * stride - kernel.shape[0]), (0, 0), (0, 0)))
 
     def definition(x: Array, kernel: Array) -> Array:
-        # a convolution of the frames, with zeros between them, with the kernel turned around
+        # a convolution of the input, with zeros between them, with the kernel turned around
         width, out_per_group, _ = kernel.shape
         kernel = kernel[::-1].reshape(width, out_per_group, groups, -1).transpose(0, 3, 2, 1)
         return lax.conv_general_dilated(

@@ -1,6 +1,6 @@
 """What XLA's CPU backend wants instead of the plain definitions; each function says why.
 
-The figures behind these choices are in ``docs/benchmarks.md``.
+The figures behind these choices are in ``docs/notes/performance.md``.
 """
 
 from __future__ import annotations
@@ -217,16 +217,16 @@ def write_rows(
 
 def unfold(
     x: Float[Array, "batch padded channels"], width: int, stride: int, dilation: int
-) -> Float[Array, "batch frames width channels"]:
+) -> Float[Array, "batch length width channels"]:
     """The inputs under the kernel at each of its positions."""
     batch, padded, channels = x.shape
-    frames = (padded - (width - 1) * dilation - 1) // stride + 1
+    length = (padded - (width - 1) * dilation - 1) // stride + 1
     if dilation == 1 and width % stride == 0:
-        # blocks of `stride` frames are contiguous: no strided reads
+        # blocks of `stride` steps are contiguous: no strided reads
         shifts = width // stride
-        blocks = x[:, : (frames + shifts - 1) * stride].reshape(batch, frames + shifts - 1, stride, channels)
-        return jnp.concatenate([blocks[:, shift : shift + frames] for shift in range(shifts)], axis=2)
-    span = (frames - 1) * stride + 1
+        blocks = x[:, : (length + shifts - 1) * stride].reshape(batch, length + shifts - 1, stride, channels)
+        return jnp.concatenate([blocks[:, shift : shift + length] for shift in range(shifts)], axis=2)
+    span = (length - 1) * stride + 1
     return jnp.stack([x[:, tap * dilation : tap * dilation + span : stride] for tap in range(width)], axis=2)
 
 
@@ -237,21 +237,21 @@ def conv1d(
     stride: int,
     dilation: int,
     groups: int,
-) -> Float[Array, "batch frames out_channels"]:
+) -> Float[Array, "batch length out_channels"]:
     """An unfold and one product: ``lax.conv`` is several times slower."""
     width, in_per_group, out_channels = kernel.shape
     together = outputs_together(kernel.shape, stride) if groups == dilation == 1 else 1
     if together > 1 and x.shape[1] >= width + (together - 1) * stride:
         return _conv1d_of_several(x, kernel, stride, together)
     patches = unfold(x, width, stride, dilation)
-    batch, frames = patches.shape[:2]
+    batch, length = patches.shape[:2]
     if groups == 1:
-        patches, kernel = patches.reshape(batch, frames, -1), kernel.reshape(-1, out_channels)
+        patches, kernel = patches.reshape(batch, length, -1), kernel.reshape(-1, out_channels)
         product = few_rows_dot(patches, kernel, lax.dot_general, None)
         return patches @ kernel if product is None else product(patches, kernel)
-    patches = patches.reshape(batch, frames, width, groups, in_per_group)
+    patches = patches.reshape(batch, length, width, groups, in_per_group)
     kernel = kernel.reshape(width, in_per_group, groups, out_channels // groups)
-    return jnp.einsum("btwgi,wigo->btgo", patches, kernel).reshape(batch, frames, out_channels)
+    return jnp.einsum("btwgi,wigo->btgo", patches, kernel).reshape(batch, length, out_channels)
 
 
 def outputs_together(shape: tuple[int, ...], stride: int) -> int:
@@ -272,12 +272,12 @@ def _conv1d_of_several(
     kernel: Float[Array, "width in_channels out_channels"],
     stride: int,
     together: int,
-) -> Float[Array, "batch frames out_channels"]:
+) -> Float[Array, "batch length out_channels"]:
     """A convolution as a product with the kernel at ``together`` places beside each other."""
     batch, padded, in_channels = x.shape
     width, _, out_channels = kernel.shape
-    frames = (padded - width) // stride + 1
-    rows = -(-frames // together)
+    length = (padded - width) // stride + 1
+    rows = -(-length // together)
     hop, span = together * stride, (together - 1) * stride + width
     shifts = -(-span // hop)
     x = x[:, : (rows + shifts - 1) * hop]
@@ -288,65 +288,65 @@ def _conv1d_of_several(
         jnp.pad(kernel, ((place * stride, span - width - place * stride), (0, 0), (0, 0))) for place in range(together)
     ]
     band = jnp.stack(places, axis=2).reshape(span * in_channels, together * out_channels)
-    return (jnp.concatenate(parts, axis=2) @ band).reshape(batch, rows * together, out_channels)[:, :frames]
+    return (jnp.concatenate(parts, axis=2) @ band).reshape(batch, rows * together, out_channels)[:, :length]
 
 
 def conv_transpose1d(
-    x: Float[Array, "batch frames in_channels"],
+    x: Float[Array, "batch length in_channels"],
     kernel: Float[Array, "width out_per_group in_channels"],
     *,
     stride: int,
     groups: int,
 ) -> Float[Array, "batch samples out_channels"]:
     """Products and an addition of what overlaps; ``width`` is a multiple of ``stride``."""
-    batch, frames, in_channels = x.shape
+    batch, length, in_channels = x.shape
     width, out_per_group, _ = kernel.shape
     shifts = width // stride
-    frames -= shifts - 1
+    length -= shifts - 1
     kernel = kernel.reshape(shifts, stride, out_per_group, in_channels)
-    if groups == 1 and in_channels <= 64 and batch * frames >= in_channels:
+    if groups == 1 and in_channels <= 64 and batch * length >= in_channels:
         # the overlap is summed in the product
-        inputs = jnp.concatenate([x[:, shifts - 1 - shift :][:, :frames] for shift in range(shifts)], axis=2)
+        inputs = jnp.concatenate([x[:, shifts - 1 - shift :][:, :length] for shift in range(shifts)], axis=2)
         kernel = kernel.transpose(0, 3, 1, 2).reshape(shifts * in_channels, stride * out_per_group)
-        return (inputs @ kernel).reshape(batch, frames * stride, out_per_group)
-    if groups == 1 and batch * frames >= in_channels:
+        return (inputs @ kernel).reshape(batch, length * stride, out_per_group)
+    if groups == 1 and batch * length >= in_channels:
         written = jnp.einsum("bti,swoi->btswo", x, kernel)
-        overlapping = [written[:, shifts - 1 - shift :][:, :frames, shift] for shift in range(shifts)]
+        overlapping = [written[:, shifts - 1 - shift :][:, :length, shift] for shift in range(shifts)]
         written = functools.reduce(jnp.add, overlapping)
-        return written.reshape(batch, frames * stride, out_per_group)
+        return written.reshape(batch, length * stride, out_per_group)
 
-    # inputs[s] is `s` frames behind the samples, to which it writes the s-th `stride` rows of the kernel
-    inputs = jnp.stack([x[:, shifts - 1 - shift :][:, :frames] for shift in range(shifts)])
+    # inputs[s] is `s` steps behind the samples, to which it writes the s-th `stride` rows of the kernel
+    inputs = jnp.stack([x[:, shifts - 1 - shift :][:, :length] for shift in range(shifts)])
     if groups == in_channels and out_per_group == 1:
         written = jnp.sum(inputs[:, :, :, None] * kernel[:, None, None, :, 0], axis=0)
     elif groups > 1:
-        inputs = inputs.reshape(shifts, batch, frames, groups, -1)
+        inputs = inputs.reshape(shifts, batch, length, groups, -1)
         kernel = kernel.reshape(shifts, stride, out_per_group, groups, -1)
         written = jnp.sum(jnp.einsum("sbtgi,swogi->sbtwgo", inputs, kernel), axis=0)
     else:
         # few rows: with the kernel on the left, it is read as it lies; transposed before the sum, the product would be
         # turned around again, and the whole kernel with it
-        inputs = inputs.reshape(shifts, batch * frames, in_channels).transpose(0, 2, 1)
+        inputs = inputs.reshape(shifts, batch * length, in_channels).transpose(0, 2, 1)
         kernel = kernel.reshape(shifts, stride * out_per_group, in_channels)
         written = jnp.sum(jnp.einsum("skc,sci->ski", kernel, inputs), axis=0).T
-    return written.reshape(batch, frames * stride, groups * out_per_group)
+    return written.reshape(batch, length * stride, groups * out_per_group)
 
 
 # --------------------------------------------------------------------------------------------------------- codebooks
 
 
 def nearest_entries(
-    total: Float[Array, "entries dim"],
+    embed_sum: Float[Array, "entries dim"],
     usage: Float[Array, "entries"],
     squares: Float[Array, "entries"],
     x: Float[Array, "rows dim"],
 ) -> Int[Array, "rows"]:
     """On the left of the product, the table is not transposed; for one row it is cut into chunks, as in
     :func:`few_rows_dot`."""
-    entries, dim = total.shape
-    chunks = chunk_count(entries, total.size * total.dtype.itemsize) if len(x) == 1 else 1
+    entries, dim = embed_sum.shape
+    chunks = chunk_count(entries, embed_sum.size * embed_sum.dtype.itemsize) if len(x) == 1 else 1
     products = lax.dot_general(
-        total.reshape(chunks, -1, dim),
+        embed_sum.reshape(chunks, -1, dim),
         jnp.broadcast_to(x, (chunks, *x.shape)),
         (((2,), (2,)), ((0,), (0,))),
         precision=lax.Precision.HIGHEST,
@@ -355,7 +355,7 @@ def nearest_entries(
     return argmax(-distances, axis=0)
 
 
-def squared_norms(total: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
+def squared_norms(embed_sum: Float[Array, "entries dim"]) -> Float[Array, "entries"]:
     """As a product, which sums faster than a reduction."""
-    ones = jnp.ones((total.shape[-1], 1), total.dtype)
-    return jnp.matmul(jnp.square(total), ones, precision=lax.Precision.HIGHEST)[:, 0]
+    ones = jnp.ones((embed_sum.shape[-1], 1), embed_sum.dtype)
+    return jnp.matmul(jnp.square(embed_sum), ones, precision=lax.Precision.HIGHEST)[:, 0]

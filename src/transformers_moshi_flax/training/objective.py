@@ -121,13 +121,15 @@ def objective_loss(
     """
     batch = batch_arrays(batch)
     totals = weight_totals(module, batch, objective) if totals is None else totals
-    text_logits, audio_logits = module.apply(
+    arguments: dict[str, Any] = dict(batch)
+    logits: Any = module.apply(
         {"params": params},
-        **batch,
+        **arguments,
         deterministic=not train,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         method="next_frame_logits",
     )
+    text_logits, audio_logits = logits
     text, audio = batch_labels(module, batch)
     text_losses, text_correct = token_losses(text_logits, text)
     audio_losses, audio_correct = token_losses(audio_logits, audio)

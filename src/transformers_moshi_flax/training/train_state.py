@@ -20,8 +20,7 @@ NEVER_TRAINED = "audio_encoder/"
 """Mimi has no part in the objective, so that weight decay would be all that it learned."""
 
 
-@flax.struct.dataclass
-class LossScale:
+class LossScale(flax.struct.PyTreeNode):
     """Dynamic loss scaling, with which the gradients of float16 neither vanish nor overflow.
 
     Attributes:
@@ -48,8 +47,7 @@ class LossScale:
         return LossScale(scale=jnp.maximum(self.scale * factor, self.LEAST), good_steps=good_steps)
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Arrays alone, so that it can be saved, sharded and donated as it is.
 
     Attributes:

@@ -72,7 +72,7 @@ def make_train_step(
         if accumulation_steps == 1:
             gradients, loss, sums = gradients_of(batch, 0)
         else:
-            parts = jax.tree.map(lambda array: dealt(array, accumulation_steps), batch)
+            parts = jax.tree.map(lambda array: in_micro_batches(array, accumulation_steps), batch)
             first = jax.tree.map(lambda array: array[0], parts)
             zeros = jax.tree.map(
                 lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradients_of, first, 0)
@@ -106,7 +106,7 @@ def make_train_step(
         metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
-    outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    outputs: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
 
 
@@ -114,7 +114,7 @@ def compiler_options() -> dict[str, str]:
     """Options for the step on the default platform.
 
     On CPUs operations are to be ordered by the memory that they need; the default, which lets as many as possible run
-    side by side, keeps a fifth more and is no faster (``docs/benchmarks.md``).
+    side by side, keeps a fifth more and is no faster (``docs/notes/performance.md``).
     """
     return cpu_options("xla_cpu_enable_concurrency_optimized_scheduler", "false")
 
@@ -161,7 +161,7 @@ def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
     return batch
 
 
-def dealt(array: Array, parts: int) -> Array:
+def in_micro_batches(array: Array, parts: int) -> Array:
     """Rows dealt like cards, ``(parts, rows / parts, ...)``: each device keeps its own."""
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 

@@ -354,7 +354,7 @@ CODES = np.zeros((1, 6, 3), np.int32)
         (lambda m: m.decode(CODES + 32), r"`audio_codes` has the id 32.*\[0, 32\)"),
         (lambda m: m.decode(CODES - 1), "`audio_codes` has the id -1"),
         (lambda m: m.decode(CODES.astype(np.float32)), "`audio_codes` must hold integer ids"),
-        (lambda m: m.decode(CODES.repeat(2, 1)), "`audio_codes` has 12 codebooks"),
+        (lambda m: m.decode(CODES.repeat(2, 1)), r"`audio_codes` must have the shape .*1 to 6 codebooks.*12"),
         (lambda m: m.decode(CODES[..., :0]), "`audio_codes` is empty"),
         (lambda m: m(), "give one of them"),
         (lambda m: m(SOUND, num_quantizers=2, audio_codes=CODES), "leave one out"),
@@ -369,9 +369,10 @@ def test_bad_input(pair: Pair, call: Any, match: str):
 
 def test_bad_latents(pair: Pair):
     model = FlaxMimiDecoderModel.from_pretrained(pair.directory)
-    for shape in ((1, 31, 4), (1, 32, 0)):
-        with pytest.raises(ValueError, match=r"`latents` must have the shape \(batch, 32, frames\)"):
-            model(np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match=r"`latents` must have the shape \(batch, 32, frames\)"):
+        model(np.zeros((1, 31, 4), np.float32))
+    with pytest.raises(ValueError, match=r"`latents` is empty, .*: give at least one frame"):
+        model(np.zeros((1, 32, 0), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -483,7 +483,7 @@ def other_window(model: FlaxMimiModel) -> FlaxMimiEncoderState:
     "method, inputs, kwargs, match",
     [
         ("encode", SOUND[..., :15], {}, "`input_values` has 15 samples.*whole frames of 16"),
-        ("encode", SOUND[0], {}, r"`input_values` must have the shape \(batch, channels, samples\)"),
+        ("encode", SOUND[0], {}, r"`input_values` must have the shape \(batch, 1, samples\)"),
         ("encode", SOUND[..., :0], {}, "`input_values` is empty"),
         ("encode", SOUND[:1], {}, "`input_values` has 1 rows, but the state has 2"),
         (
@@ -507,7 +507,7 @@ def other_window(model: FlaxMimiModel) -> FlaxMimiEncoderState:
         ("decode", CODES + 32, {}, "`audio_codes` has the id 32"),
         ("decode", CODES - 1, {"active": np.array([False, True])}, "`audio_codes` has the id -1"),
         ("decode", CODES.astype(np.float32), {}, "`audio_codes` must hold integer ids"),
-        ("decode", CODES.repeat(2, 1), {}, "`audio_codes` has 12 codebooks"),
+        ("decode", CODES.repeat(2, 1), {}, r"`audio_codes` must have the shape .*1 to 6 codebooks.*12"),
         ("decode", CODES[..., :0], {}, "`audio_codes` is empty"),
         ("decode", CODES.repeat(2, 0), {}, "`audio_codes` has 4 rows"),
     ],

@@ -33,7 +33,7 @@ from transformers_moshi_flax.models.moshi.stream_state import StreamState
 from transformers_moshi_flax.models.moshi.streaming_flax_moshi import (
     FlaxMoshiFrame,
     FlaxMoshiStream,
-    next_column,
+    next_frame,
     on_mesh,
 )
 from transformers_moshi_flax.ops import cpu
@@ -774,7 +774,7 @@ class TestPrograms:
         state = stream.init()
         shared = ({name: part for name, part in model.params.items() if name != "audio_encoder"}, stream._samplings)
         leaves, structure = jax.tree.flatten((shared[0], tuple(shared[1])))
-        program = model.compiled(on_mesh, (1,), function=next_column, structure=structure, mesh=None)
+        program = model.compiled(on_mesh, (1,), function=next_frame, structure=structure, mesh=None)
         program = program.lower(tuple(leaves), state.dialogue, stream._blank, stream._all, *stream._free).compile()
         cache = state.dialogue.cache
         sizes = large_weights(shared[0]) | {cache.keys[0].size}

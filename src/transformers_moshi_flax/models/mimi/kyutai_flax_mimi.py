@@ -191,7 +191,7 @@ def ill_typed(
     problems = []
     for fields, types, expected in ((integers, (int,), "integer"), (numbers, (int, float), "number")):
         for field in fields:
-            value = values.get(field)
+            value: Any = values.get(field)
             if type(value) not in types or not value > 0:
                 problems.append(f"{prefix}{field}={value!r} (expected a positive {expected})")
     return problems
@@ -219,7 +219,8 @@ def mimi_config_from_kyutai(values: Mapping[str, Any]) -> MimiConfig:
     ):
         wrong_types.append(f"seanet.ratios={seanet['ratios']!r} (expected a list of positive integers)")
     problems += wrong_types
-    dimension, heads = seanet["dimension"], transformer.get("num_heads")
+    dimension: Any = seanet["dimension"]
+    heads: Any = transformer.get("num_heads")
     if not wrong_types:
         agreed = {
             "channels": (whole["channels"], seanet["channels"]),

@@ -23,7 +23,7 @@ from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, NoCache, RingCache, Steps
 from ...nn.initializers import kaiming_normal, normal, uniform
 from ...nn.linear import dense
-from ...ops.convolution import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, pad_frames
+from ...ops.convolution import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, pad_time
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
 from .topology import (
     ELU,
@@ -139,7 +139,7 @@ class FlaxMimiConv1d(nn.Module):
             x, history = history.followed_by(x, mode)
         elif self.kernel_size > 1:
             right = 0 if self.config.use_causal_conv else total // 2
-            x = pad_frames(x, total - right, right, self.stride, mode, lengths)
+            x = pad_time(x, total - right, right, self.stride, mode, lengths)
         x = conv1d(x, kernel, self.stride, self.dilation, self.groups)
         return (x if bias is None else x + bias[None, None]), history
 
@@ -250,7 +250,7 @@ class FlaxMimiLayers(nn.Module):
                 block = FlaxMimiResnetBlock(self.config, layer, self.dtype, name=name)
                 x, after[name] = block(x, lengths, before)
                 continue
-            conv_class = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
+            conv_class: Any = FlaxMimiConvTranspose1d if isinstance(layer, ConvTranspose) else FlaxMimiConv1d
             conv = conv_class(self.config, *layer, self.dtype, name=name)
             x, after[name] = conv(x, lengths, before)
             lengths = None if lengths is None else layer.length_out(lengths)

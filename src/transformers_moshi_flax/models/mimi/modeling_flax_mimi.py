@@ -23,7 +23,7 @@ from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiE
 from ...former_names import accept_former_names
 from ...generation.arrays import on_one_device
 from ...generation.programs import Program
-from ...input_checks import check_audio, check_ids, check_rank, is_traced, is_tracing, owned, refuse_params
+from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy, refuse_params
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
@@ -57,30 +57,38 @@ Params = Any
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
+def audio_input(config: MimiConfig) -> Input:
+    """What is encoded."""
+    return Input({"batch": None, "channels": config.audio_channels, "samples": None}, "audio")
+
+
+def codes_input(config: MimiConfig) -> Input:
+    """What is decoded."""
+    number = range(config.num_semantic_quantizers, config.num_quantizers + 1)
+    return Input({"batch": None, "codebooks": number, "frames": None}, "ids", config.codebook_size)
+
+
+def latents_input(config: MimiConfig) -> Input:
+    """What the decoder's half is called with."""
+    return Input({"batch": None, "hidden_size": config.hidden_size, "frames": None}, "floats")
+
+
+MASK = Input({"batch": None, "samples": None}, "mask")
+"""Of samples that count."""
+
+
 def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
     """``rows``: those whose values count."""
-    shape = {"batch": None, "channels": config.audio_channels, "samples": None}
-    check_audio("input_values", input_values, shape, rows)
-    audio = owned(input_values)
+    check_input("input_values", input_values, audio_input(config), rows=rows)
+    audio = private_copy(input_values)
     with np.errstate(over="ignore"):  # in rows that do not count
         return audio.astype(jax.dtypes.canonicalize_dtype(audio.dtype), copy=False)
 
 
 def _checked_codes(config: MimiConfig, audio_codes: ArrayLike, rows: Any = ...) -> jax.Array:
     """``rows``: those whose values count."""
-    check_rank("audio_codes", audio_codes, ("batch", "num_quantizers", "frames"))
-    batch, number, frames = np.shape(audio_codes)
-    least, most = config.num_semantic_quantizers, config.num_quantizers
-    if not least <= number <= most:
-        raise ValueError(
-            f"`audio_codes` has {number} codebooks, but this Mimi decodes {least} to {most}: its shape must be "
-            f"(batch, num_quantizers, frames), and is {(batch, number, frames)}."
-        )
-    if not batch or not frames:
-        raise ValueError(f"`audio_codes` is empty, its shape is {(batch, number, frames)}: give at least one frame.")
-    looked_at = audio_codes if is_traced(audio_codes, rows) else np.asarray(audio_codes)[rows]
-    check_ids("audio_codes", looked_at, config.codebook_size)
-    return jnp.asarray(owned(audio_codes), jnp.int32)
+    check_input("audio_codes", audio_codes, codes_input(config), rows=rows)
+    return jnp.asarray(private_copy(audio_codes), jnp.int32)
 
 
 def _streams(name: str, asked: bool | None, default: bool, *states: Any) -> bool:
@@ -260,7 +268,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
 
     def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> ArrayLike:
         """Audio for a step from ``state``: whole frames, as many rows."""
-        check_rank("input_values", audio, ("batch", "channels", "samples"))
+        check_shape("input_values", np.shape(audio), audio_input(self.config), {})
         _check_batch("input_values", audio, state)
         audio = _checked_audio(self.config, audio, rows)
         kept = self._compiled()
@@ -286,7 +294,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     ) -> tuple[FlaxMimiEncoderState, jax.Array]:
         """A step with upstream's arguments; ``past`` is the name of the one for the transformer, and its value."""
         name, cache = past
-        check_rank("input_values", input_values, ("batch", "channels", "samples"))
+        check_shape("input_values", np.shape(input_values), audio_input(self.config), {})
         batch, _, samples = np.shape(input_values)
         _refuse_in_stream(refused, padding_mask, batch, samples)
         if (cache is None) != (padding_cache is None):
@@ -358,7 +366,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         Raises:
             ValueError: another rank or side.
         """
-        check_rank("padding_mask", padding_mask, ("batch", "samples"))
+        check_input("padding_mask", padding_mask, MASK)
         if padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is {padding_side!r}, but must be 'left' or 'right'.")
         lengths = encoded_length(self.config, np.asarray(padding_mask).astype(np.int64).sum(axis=-1))
@@ -460,13 +468,8 @@ class FlaxMimiDecoderModel(FlaxMimiPreTrainedModel):
             ValueError: wrong rank or size; no frames; a mask of another batch size or with padding on the left; in a
                 stream, as for :meth:`FlaxMimiModel.decode`.
         """
-        check_rank("latents", latents, ("batch", "hidden_size", "frames"))
+        check_input("latents", latents, latents_input(self.config))
         latents = jnp.asarray(latents)
-        if latents.shape[1] != self.config.hidden_size or 0 in latents.shape:
-            raise ValueError(
-                f"`latents` must have the shape (batch, {self.config.hidden_size}, frames) with at least one frame, "
-                f"but has the shape {latents.shape}."
-            )
         flags = self._flags(output_attentions, output_hidden_states)
         refused = {"train": train, **flags}
         default = self.config.use_cache and padding_mask is None and not any(refused.values())
@@ -651,7 +654,7 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
         """
         state = self._checked_state("state", state, FlaxMimiDecoderState)
         active = None if active is None else check_rows("active", active, state.batch_size)
-        check_rank("audio_codes", codes, ("batch", "num_quantizers", "frames"))
+        check_shape("audio_codes", np.shape(codes), codes_input(self.config), {})
         _check_batch("audio_codes", codes, state)
         codes = _checked_codes(self.config, codes, ... if active is None else active)
         return self._step("decode_step", state, codes, active, params)

@@ -20,7 +20,7 @@ from transformers import MimiConfig
 
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...nn.cache import RingCache
-from ...ops.convolution import frames_out
+from ...ops.convolution import output_length
 from .layers_flax_mimi import (
     FlaxMimiConv1d,
     FlaxMimiConvTranspose1d,
@@ -165,7 +165,7 @@ class _EncoderHalf:
         x = outputs.last_hidden_state
         if resamples(self.config):
             if lengths is not None:
-                lengths = frames_out(lengths, math.prod(self.config.upsampling_ratios))
+                lengths = output_length(lengths, math.prod(self.config.upsampling_ratios))
             x, _ = self.downsample(x, lengths)
         return x, outputs
 
@@ -180,7 +180,7 @@ class _EncoderHalf:
     def convolve_step(
         self,
         histories: tuple[Array, ...],
-        filled: Int[Array, "batch"],
+        cache_length: Int[Array, "batch"],
         input_values: Float[Array, "batch channels samples"],
         active: Bool[Array, "batch"],
     ) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
@@ -188,12 +188,12 @@ class _EncoderHalf:
 
         Args:
             histories: what they remember so far, the first ones of :class:`FlaxMimiEncoderState`.
-            filled: of the state's cache; zero where a stream begins.
+            cache_length: of the state's cache; zero where a stream begins.
             input_values: whole frames of audio.
             active: rows that go on.
         """
         seanet = convolutions(seanet_encoder(self.config))
-        before = histories_by_name(seanet, histories, filled > 0, active)
+        before = histories_by_name(seanet, histories, cache_length > 0, active)
         # what is not finite would stay in the ring, and no weight is small enough for it
         input_values = jnp.where(active[:, None, None], input_values, 0)
         features, after = self.encoder(input_values.swapaxes(1, 2), None, before)

@@ -25,22 +25,22 @@ Params = Any
 
 
 class Codebook(NamedTuple):
-    """A table of entries as the files keep it: entry i is ``total[i] / usage[i]``.
+    """A table of entries as the files keep it: entry i is ``embed_sum[i] / usage[i]``.
 
     What is computed from it divides afterwards: the whole table is larger than anything that a frame needs.
     """
 
-    total: Float[Array, "entries dim"]
+    embed_sum: Float[Array, "entries dim"]
     usage: Float[Array, "entries"]
-    squares: Float[Array, "entries"] | None = None  # :func:`squared_norms` of ``total``, if they are known
+    squares: Float[Array, "entries"] | None = None  # :func:`squared_norms` of ``embed_sum``, if they are known
 
     def nearest(self, x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
         """Index of the nearest entry (Euclidean), the first of equally near ones; int32."""
-        squares = squared_norms(self.total) if self.squares is None else self.squares
-        return nearest_entries(self.total, self.usage, squares, x)
+        squares = squared_norms(self.embed_sum) if self.squares is None else self.squares
+        return nearest_entries(self.embed_sum, self.usage, squares, x)
 
     def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
-        return self.total[codes] / self.usage[codes][..., None]
+        return self.embed_sum[codes] / self.usage[codes][..., None]
 
 
 class FlaxMimiEuclideanCodebook(nn.Module):
@@ -60,9 +60,11 @@ class FlaxMimiEuclideanCodebook(nn.Module):
         size, dim = self.config.codebook_size, self.config.codebook_dim
         self.param("initialized", nn.initializers.ones, (1,), jnp.float32)
         usage = self.param("cluster_usage", nn.initializers.ones, (size,), jnp.float32)
-        total = self.param("embed_sum", nn.initializers.zeros, (size, dim), jnp.float32)
-        usage, total = (lax.stop_gradient(leaf.astype(at_least_float32(self.dtype))) for leaf in (usage, total))
-        return Codebook(total, jnp.maximum(usage, self.epsilon), self.get_variable("params", "squares"))
+        embed_sum = self.param("embed_sum", nn.initializers.zeros, (size, dim), jnp.float32)
+        usage, embed_sum = (
+            lax.stop_gradient(leaf.astype(at_least_float32(self.dtype))) for leaf in (usage, embed_sum)
+        )
+        return Codebook(embed_sum, jnp.maximum(usage, self.epsilon), self.get_variable("params", "squares"))
 
 
 class FlaxMimiVectorQuantization(nn.Module):

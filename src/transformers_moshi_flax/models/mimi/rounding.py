@@ -14,7 +14,7 @@ from transformers import MimiConfig
 from ...generation.arrays import cut, padded
 from ...generation.buckets import small_bucket
 from ...modeling_flax_outputs import FlaxModelOutput
-from ...ops.convolution import frames_out
+from ...ops.convolution import output_length
 from .streaming_flax_mimi import is_causal
 from .topology import samples_per_frame, steps_per_frame
 
@@ -35,7 +35,7 @@ def rounded(config: MimiConfig, inputs: Inputs) -> tuple[Inputs, Lengths]:
 def _rounded_audio(config: MimiConfig, inputs: Inputs) -> tuple[Inputs, Lengths]:
     audio, size = inputs["input_values"], samples_per_frame(config)
     rows, _, samples = audio.shape
-    frames = int(frames_out(samples, size))
+    frames = int(output_length(samples, size))
     mask = _mask_of(inputs)
     counts = np.full(rows, samples) if mask is None else mask.sum(axis=-1)
     capacity = small_bucket(frames) * size
@@ -45,7 +45,7 @@ def _rounded_audio(config: MimiConfig, inputs: Inputs) -> tuple[Inputs, Lengths]
         "input_values": padded(audio, capacity, 0),
         "padding_mask": np.arange(capacity) < counts[:, None] if masked else None,
     }
-    steps = int(frames_out(samples, math.prod(config.upsampling_ratios)))
+    steps = int(output_length(samples, math.prod(config.upsampling_ratios)))
     lengths = {"audio_codes": frames, "latents": frames, "audio_values": samples, "steps": steps}
     return inputs, {**lengths, "decoder_steps": frames * steps_per_frame(config)}
 
@@ -58,7 +58,7 @@ def _rounded_codes(config: MimiConfig, name: str, inputs: Inputs) -> tuple[Input
     if mask is not None:
         samples, lengths = min(samples, mask.shape[-1]), mask.sum(axis=-1)
         # a row without padding has all frames: the mask says where to cut, not how many there are
-        counts = np.where(lengths < mask.shape[-1], np.minimum(frames_out(lengths, size), frames), frames)
+        counts = np.where(lengths < mask.shape[-1], np.minimum(output_length(lengths, size), frames), frames)
     elif "input_values" in inputs:
         samples = min(samples, inputs["input_values"].shape[-1])
     capacity = small_bucket(frames)

@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from transformers import MimiConfig
 
-from ...ops.convolution import frames_out
+from ...ops.convolution import output_length
 
 # ------------------------------------------------------------------------------------------------------------ layers
 
@@ -43,7 +43,7 @@ class Conv(NamedTuple):
 
     def length_out(self, length):
         """How many outputs ``length`` inputs have (int or integer array)."""
-        return length if self.stride == 1 else frames_out(length, self.stride)
+        return length if self.stride == 1 else output_length(length, self.stride)
 
 
 class ConvTranspose(NamedTuple):
@@ -59,7 +59,7 @@ class ConvTranspose(NamedTuple):
     @property
     def remembered(self) -> int:
         """As of :class:`Conv`: those that still write to the chunk's outputs."""
-        return frames_out(padding_total(self.kernel_size, self.stride), self.stride)
+        return output_length(padding_total(self.kernel_size, self.stride), self.stride)
 
     def length_out(self, length):
         return length * self.stride
@@ -140,7 +140,7 @@ def samples_per_frame(config: MimiConfig) -> int:
 
 def encoded_length(config: MimiConfig, samples):
     """Frames that ``samples`` samples become (int or integer array): every layer rounds up."""
-    return frames_out(samples, samples_per_frame(config))
+    return output_length(samples, samples_per_frame(config))
 
 
 # ------------------------------------------------------------------------------------------------------------ stream

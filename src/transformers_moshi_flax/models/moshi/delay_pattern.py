@@ -6,7 +6,6 @@ Pure functions over codes ``(batch, codebooks, frames)``; Moshi (Défossez et al
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 
@@ -50,8 +49,8 @@ def apply_delay_pattern_mask(
 
 
 def delay(
-    codes: Int[ArrayLike, "batch codebooks length"], start_code: int
-) -> Int[ArrayLike, "batch codebooks length"]:
+    codes: Int[Array | np.ndarray, "batch codebooks length"], start_code: int
+) -> Int[Array | np.ndarray, "batch codebooks length"]:
     """Moves all codebooks but the first one frame to the right, ``start_code`` before them; NumPy stays NumPy."""
     xp = np if isinstance(codes, np.ndarray) else jnp
     first = xp.full((codes.shape[0], codes.shape[1] - 1, 1), start_code, dtype=codes.dtype)

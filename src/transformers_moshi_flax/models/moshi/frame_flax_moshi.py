@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from ...generation.decoding import FREE, Chosen
+from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, select_token
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ...nn.cache import Cache, StaticCache
@@ -48,7 +48,7 @@ def frame_step(
         cache: of the backbone.
         choose: from the backbone's outputs to the text token of the next frame.
         depth_sampling: how its codes are chosen.
-        fixed_codes: its codes as far as they are not to be chosen, else ``FREE``.
+        fixed_codes: its codes as far as they are not to be chosen, else ``UNFORCED``.
 
     Returns:
         The backbone's outputs with the updated cache, what was chosen, and the codes, one set for each set of tokens.
@@ -67,20 +67,22 @@ def frame_step(
     chosen = choose(outputs)
     hidden_state = outputs.last_hidden_state[:, -1]
     if chosen.parents is None:
-        codes = speak(module, params, hidden_state, chosen.tokens, chosen.keys, depth_sampling, fixed_codes)
+        codes = choose_codes(module, params, hidden_state, chosen.tokens, chosen.keys, depth_sampling, fixed_codes)
         return outputs, chosen, codes
 
-    def speak_set(number: Int[Array, ""], codes: Array) -> Array:
+    def codes_of_set(number: Int[Array, ""], codes: Array) -> Array:
         states = hidden_state[chosen.parents[number]]
-        spoken = speak(module, params, states, chosen.tokens[number], chosen.keys[number], depth_sampling, fixed_codes)
-        return lax.dynamic_update_index_in_dim(codes, spoken, number, axis=0)
+        chosen_codes = choose_codes(
+            module, params, states, chosen.tokens[number], chosen.keys[number], depth_sampling, fixed_codes
+        )
+        return lax.dynamic_update_index_in_dim(codes, chosen_codes, number, axis=0)
 
     # a loop, so that the depth decoder is compiled once and not run for sets that are not needed
     codes = jnp.zeros((*chosen.tokens.shape, fixed_codes.shape[-1]), dtype=jnp.int32)
-    return outputs, chosen, lax.fori_loop(0, chosen.sets, speak_set, codes)
+    return outputs, chosen, lax.fori_loop(0, chosen.sets, codes_of_set, codes)
 
 
-def speak(
+def choose_codes(
     module: Any,
     params: Any,
     hidden_state: Float[Array, "batch hidden"],
@@ -89,7 +91,7 @@ def speak(
     sampling: Sampling,
     fixed_codes: Int[Array, "batch codebooks"],
 ) -> Int[Array, "batch codebooks"]:
-    """Chooses the codes of a frame, one codebook after another, as far as they are not fixed but ``FREE``.
+    """Chooses the codes of a frame, one codebook after another, as far as they are not fixed but ``UNFORCED``.
 
     The loop is unrolled: each codebook has its own weights, and reading them by a loop index would copy them.
     """
@@ -102,6 +104,6 @@ def speak(
         )
         cache = outputs.cache
         code = select_token(outputs.logits[:, -1], history, 1 + codebook, keys, 1 + codebook, sampling)
-        code = jnp.where(fixed_codes[:, codebook] == FREE, code, fixed_codes[:, codebook])
+        code = jnp.where(fixed_codes[:, codebook] == UNFORCED, code, fixed_codes[:, codebook])
         history = jnp.concatenate([history, code[:, None]], axis=1)
     return history[:, 1:]

@@ -1,7 +1,7 @@
 """Moshi's decoders for the loop of generation: text alone, and text and audio frame by frame.
 
-``generation/decoding.py`` has the loop, ``frame_flax_moshi.py`` what one frame does; here is how prompts are laid out
-for them and audio is taken out.
+``generation/decoding.py`` has the loop, ``frame_flax_moshi.py`` what one frame does; here are the programs around
+them: prompts are laid out, and audio is taken out. ``preparing_flax_moshi.py`` calls them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 from transformers import GenerationConfig
 
-from ...generation.arrays import on_device, padded
+from ...generation.arrays import host_copy
 from ...generation.buckets import SMALLEST
 from ...generation.configuration import resolve_nested_sampling, warn_without_effect
-from ...generation.decoding import FREE, Request, State, columns, take_rows, write_column
+from ...generation.decoding import UNFORCED, Request, State, take_rows, take_steps, write_step
 from ...generation.sampling import Sampling
-from ...input_checks import is_traced, is_tracing
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...nn.cache import LinearCache
 from .delay_pattern import delay, undelay
@@ -68,7 +66,7 @@ class FrameInputs:
 
     Attributes:
         user_codes: what is heard, delayed, ``(batch, codebooks, capacity)``.
-        fixed_codes: Moshi's codes that are not chosen (prompt, start, forced ones), delayed, ``FREE`` elsewhere,
+        fixed_codes: Moshi's codes that are not chosen (prompt, start, forced ones), delayed, ``UNFORCED`` elsewhere,
             ``(batch, codebooks, capacity)``.
         inputs_embeds: instead of the embeddings of the prompt, ``(batch, capacity, hidden_size)``, or None.
     """
@@ -78,114 +76,107 @@ class FrameInputs:
     inputs_embeds: Any = None
 
 
-def lay_out_prompt(
-    input_ids: Int[ArrayLike, "batch frames"],
-    user_codes: Int[ArrayLike, "batch codebooks heard"],
-    moshi_codes: Int[ArrayLike, "batch codebooks frames"],
-    attention_mask: Shaped[ArrayLike, "batch frames"],
-    *,
-    start_token: int | None,
-    start_code: int,
-) -> tuple[
-    Int[ArrayLike, "batch laid_out"],
-    Int[ArrayLike, "batch codebooks laid_out_heard"],
-    Int[ArrayLike, "batch codebooks laid_out"],
-    Int[ArrayLike, "batch laid_out"],
-]:
-    """The streams of a prompt so that the padding before a row makes no difference to it.
+@flax.struct.dataclass
+class FramePrompt:
+    """The streams of a prompt, undelayed, each row behind its padding, with room behind them.
+
+    Attributes:
+        input_ids: ``(batch, capacity)`` int32.
+        attention_mask: 0 for the padding before a row, 1 behind the prompt, ``(batch, capacity)``.
+        user_codes, moshi_codes: ``(batch, codebooks, any length)`` int32; what is behind their frames means nothing.
+        forced_codes: Moshi's codes behind the prompt as far as they are not to be chosen, else ``UNFORCED``, ``(batch,
+            codebooks, capacity)``.
+        blank_codes: of a frame of silence, ``(1, codebooks, 1)``.
+        frames: of the prompt, a scalar.
+        user_frames: of the user's stream, which may go on after the prompt, a scalar.
+    """
+
+    input_ids: Any
+    attention_mask: Any
+    user_codes: Any
+    moshi_codes: Any
+    forced_codes: Any
+    blank_codes: Any
+    frames: Any
+    user_frames: Any
+
+
+@flax.struct.dataclass
+class PromptLayout:
+    """Where the rows of a prompt begin, as :func:`finish_frames` needs it.
+
+    Attributes:
+        padding: frames before each row, ``(batch,)`` int32.
+        starts: frames that each row begins with that have the start code, those of its padding included, ``(batch,)``.
+        given_codes: Moshi's codes that were given, ``(batch, codebooks, capacity)``.
+    """
+
+    padding: Any
+    starts: Any
+    given_codes: Any
+
+
+def lay_out(
+    decoder: FrameDecoder, prompt: FramePrompt, *, start_frame: bool
+) -> tuple[Int[Array, "batch capacity"], Bool[Array, "batch capacity"], FrameInputs, PromptLayout]:
+    """The streams of a prompt so that the padding before a row makes no difference to it; codes are delayed.
 
     Every row begins with its start frame, directly before the first frame that counts. Before that stands the start
-    code, since the delay takes codes of the last frame of the padding into the first one that counts. On the host
-    unless something is traced.
+    code, since the delay takes codes of the last frame of the padding into the first one that counts. Behind what is
+    passed for the user there is silence.
 
     Args:
-        input_ids, moshi_codes: the prompt's, codes undelayed.
-        user_codes: the user's, which may go on after the prompt.
-        attention_mask: 0 for the padding.
-        start_token: the text id of the start frame, or None without one.
-        start_code: its codes.
+        decoder: the model.
+        prompt: its streams.
+        start_frame: whether to put the start frame before them. Then they have one frame more.
 
     Returns:
-        The four streams, with one frame more if there is a start frame.
+        Ids, mask, the streams, and where the rows begin.
     """
-    xp = jnp if is_tracing(input_ids, user_codes, moshi_codes, attention_mask) else np
-    input_ids, user_codes, moshi_codes, attention_mask = (
-        xp.asarray(stream).astype(np.int32) for stream in (input_ids, user_codes, moshi_codes, attention_mask)
+    config = decoder.module.config
+    start_code, more = config.audio_vocab_size, int(start_frame)
+    capacity = prompt.input_ids.shape[1]
+    frame = jnp.arange(capacity, dtype=jnp.int32)
+    padding = jnp.argmax(prompt.attention_mask != 0, axis=1).astype(jnp.int32)
+    begin = padding[:, None]
+    before = (frame[None] < begin + more)[:, None]
+
+    def later(stream: Array) -> Array:
+        """``stream`` behind the start frame, in which its own first frame stands for now."""
+        return jnp.concatenate([stream[..., :more], stream[..., : capacity - more]], axis=-1)
+
+    def with_start(stream: Int[Array, "batch capacity"], start: int) -> Int[Array, "batch capacity"]:
+        if not start_frame:
+            return stream
+        behind = jnp.where(frame[None] < begin, stream, later(stream))
+        return jnp.where(frame[None] == begin, start, behind).astype(stream.dtype)
+
+    def laid_out(codes: Int[Array, "batch codebooks capacity"]) -> Int[Array, "batch codebooks capacity"]:
+        return jnp.where(before, start_code, later(codes))
+
+    given = with_length(prompt.moshi_codes, capacity)
+    heard = with_length(prompt.user_codes, capacity)
+    user = jnp.where((frame < prompt.user_frames)[None, None], heard, prompt.blank_codes)
+    moshi = laid_out(jnp.where((frame < prompt.frames)[None, None], given, prompt.forced_codes))
+    leading = jnp.cumprod((moshi[:, 0] == start_code) & (frame < prompt.frames + more)[None], axis=-1, dtype=jnp.int32)
+    return (
+        with_start(prompt.input_ids, config.vocab_size),
+        with_start(prompt.attention_mask.astype(jnp.int32), 1).astype(bool),
+        FrameInputs(user_codes=delay(laid_out(user), start_code), fixed_codes=delay(moshi, start_code)),
+        PromptLayout(padding=padding, starts=jnp.sum(leading, axis=-1, dtype=jnp.int32), given_codes=given),
     )
-    padding = xp.argmax(attention_mask, axis=1)[:, None]
-    more = int(start_token is not None)
-
-    def columns_of(stream: ArrayLike) -> ArrayLike:
-        return xp.arange(stream.shape[-1] + more, dtype=np.int32)[None]
-
-    def codes(stream: ArrayLike) -> ArrayLike:
-        widths = ((0, 0), (0, 0), (more, 0))
-        before = columns_of(stream) < padding + more
-        return xp.where(before[:, None], start_code, xp.pad(stream, widths)).astype(np.int32)
-
-    if start_token is not None:
-        column = columns_of(input_ids)
-        moved = xp.where(column < padding, xp.pad(input_ids, ((0, 0), (0, 1))), xp.pad(input_ids, ((0, 0), (1, 0))))
-        input_ids = xp.where(column == padding, start_token, moved).astype(np.int32)
-        attention_mask = xp.where(column == padding, 1, xp.pad(attention_mask, ((0, 0), (1, 0)))).astype(np.int32)
-    return input_ids, codes(user_codes), codes(moshi_codes), attention_mask
 
 
-def with_start_first(sequences: Int[ArrayLike, "rows length"], attention_mask, start_token: int) -> ArrayLike:
-    """Sequences that :func:`lay_out_prompt` laid out as upstream returns them: start frame, prompt, new tokens.
-
-    Args:
-        sequences: with the start frame of each row behind its padding.
-        attention_mask: of the prompt without the start frame, ``(batch, frames)``; ``rows`` are a multiple of it.
-        start_token: the text id of the start frame.
-    """
-    xp = jnp if is_tracing(sequences, attention_mask) else np
-    sequences = xp.asarray(sequences)
-    padding = xp.argmax(xp.asarray(attention_mask) != 0, axis=1)
-    padding = xp.repeat(padding, sequences.shape[0] // padding.shape[0])[:, None]
-    column = xp.arange(sequences.shape[1], dtype=np.int32)[None]
-    prompt = xp.where(column <= padding, xp.roll(sequences, 1, axis=1), sequences)
-    return on_device(xp.where(column == 0, start_token, prompt), np.int32)
-
-
-def frame_inputs(
-    user_codes: Int[ArrayLike, "batch codebooks heard"],
-    moshi_codes: Int[ArrayLike, "batch codebooks prompt"],
-    blank_codes: Int[ArrayLike, "1 codebooks 1"],
-    inputs_embeds: Float[ArrayLike, "batch prompt hidden"] | None,
-    forced_codes: Int[ArrayLike, "batch codebooks forced"] | None,
-    *,
-    capacity: int,
-    start_code: int,
-) -> FrameInputs:
-    """Lays out the streams over ``capacity`` columns, on the host unless they are traced.
-
-    Args:
-        user_codes: the user's undelayed codes; after them there is silence.
-        moshi_codes: Moshi's undelayed codes of the prompt.
-        blank_codes: the codes of one frame of silence.
-        inputs_embeds: instead of the embeddings of the prompt.
-        forced_codes: Moshi's undelayed codes after the prompt as far as they are not to be chosen, else ``FREE``.
-        capacity: columns.
-        start_code: stands where the delay leaves nothing.
-    """
-    xp = jnp if is_traced(user_codes, moshi_codes, blank_codes, forced_codes) else np
-    heard = xp.asarray(user_codes)[:, :, :capacity]
-    silent = (*heard.shape[:2], capacity - heard.shape[2])
-    user = xp.concatenate([heard, xp.broadcast_to(xp.asarray(blank_codes), silent)], axis=2)
-    fixed = [xp.asarray(codes) for codes in (moshi_codes, forced_codes) if codes is not None]
-    fixed = padded(xp.concatenate(fixed, axis=2)[:, :, :capacity], capacity, FREE)
-    return FrameInputs(
-        user_codes=on_device(delay(user, start_code), np.int32),
-        fixed_codes=on_device(delay(fixed, start_code), np.int32),
-        inputs_embeds=None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1)),
-    )
+def with_length(codes: Int[Array, "batch codebooks any"], length: int) -> Int[Array, "batch codebooks {length}"]:
+    """Cut, or with zeros behind it."""
+    codes = codes[..., :length]
+    return jnp.pad(codes, ((0, 0), (0, 0), (0, length - codes.shape[-1])))
 
 
 def prompt_embeds(
     given: Float[Array, "batch capacity hidden"], request: Request, start: Int[Array, ""], length: int
 ) -> tuple[Float[Array, "batch length hidden"], Bool[Array, "1 length 1"]]:
-    """The given embeddings of the columns from ``start`` on, and which of these are in the prompt."""
+    """The given embeddings of the steps from ``start`` on, and which of these are in the prompt."""
     in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
     return lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
 
@@ -209,7 +200,7 @@ class TextDecoder:
         return None
 
     def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
-        input_ids, inputs = columns(state.sequences, start, length), {}
+        input_ids, inputs = take_steps(state.sequences, start, length), {}
         if request.streams is None:
             inputs["input_ids"] = input_ids
         else:
@@ -219,7 +210,7 @@ class TextDecoder:
         return self.module.apply(
             {"params": params},
             **inputs,
-            attention_mask=columns(request.attention_mask, start, length),
+            attention_mask=take_steps(request.attention_mask, start, length),
             cache=state.cache,
             logits_to_keep=1,
             output_attentions=output_attentions,
@@ -249,7 +240,7 @@ class FrameDecoder:
 
     def init_streams(self, request: Request) -> Int[Array, "batch codebooks capacity"]:
         fixed = request.streams.fixed_codes
-        return jnp.where(fixed == FREE, self.module.config.audio_vocab_size, fixed)
+        return jnp.where(fixed == UNFORCED, self.module.config.audio_vocab_size, fixed)
 
     def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
         inputs = self._inputs(request, state, start, length)
@@ -264,89 +255,102 @@ class FrameDecoder:
             **self._inputs(request, state, state.position - 1, 1),
             choose=choose,
             depth_sampling=request.depth_sampling,
-            fixed_codes=columns(request.streams.fixed_codes, state.position, 1)[..., 0],
+            fixed_codes=take_steps(request.streams.fixed_codes, state.position, 1)[..., 0],
             output_attentions=output_attentions,
         )
         streams = state.streams if chosen.parents is None else take_rows(state.streams, chosen.parents)
-        return outputs, chosen, write_column(streams, codes, state.position)
+        return outputs, chosen, write_step(streams, codes, state.position)
 
     def _inputs(self, request: Request, state: State, start: Int[Array, ""], length: int) -> dict[str, Any]:
-        """What the module's ``listen`` needs to run these columns."""
+        """What the module's ``listen`` needs to run these steps."""
         given = request.streams.inputs_embeds
         return {
-            "text_ids": columns(state.sequences, start, length),
-            "user_codes": columns(request.streams.user_codes, start, length),
-            "moshi_codes": columns(state.streams, start, length),
+            "text_ids": take_steps(state.sequences, start, length),
+            "user_codes": take_steps(request.streams.user_codes, start, length),
+            "moshi_codes": take_steps(state.streams, start, length),
             "cache": state.cache,
-            "attention_mask": columns(request.attention_mask, start, length),
+            "attention_mask": take_steps(request.attention_mask, start, length),
             "inputs_embeds": None if given is None else prompt_embeds(given, request, start, length),
         }
 
 
-def leading_starts(moshi_codes: Int[ArrayLike, "batch codebooks frames"], start_code: int) -> Int[ArrayLike, "batch"]:
-    """How many frames each row begins with that have the start code, those of its padding included."""
-    xp = jnp if is_traced(moshi_codes) else np
-    leading = xp.cumprod(moshi_codes[:, 0] == start_code, axis=-1, dtype=np.int32)
-    return xp.sum(leading, axis=-1, dtype=np.int32)
+@flax.struct.dataclass
+class FinishedFrames:
+    """What the loop made, as it is returned but for its length.
+
+    Attributes:
+        sequences: start frame, prompt and new tokens, ``(rows, capacity)``, as upstream has them.
+        sequence_lengths: of each row.
+        codes: undelayed, of each row from its first frame on, ``(rows, codebooks, frames)``.
+        audio_lengths: frames of each row.
+        padding: frames before each row.
+        padded_codes, padded_lengths: the same behind the padding, in which the codes stand that were given for it.
+    """
+
+    sequences: Any
+    sequence_lengths: Any
+    codes: Any
+    audio_lengths: Any
+    padding: Any
+    padded_codes: Any
+    padded_lengths: Any
 
 
-def finish_audio(
+def finish_frames(
     decoder: FrameDecoder,
-    codes: Int[Array, "batch codebooks capacity"],
-    lengths: Int[Array, "batch"],
-    starts: Int[Array, "batch"],
-) -> tuple[Int[Array, "batch codebooks frames"], Int[Array, "batch"]]:
-    """Undelayed codes from the first frame that is no start frame on, and how many frames each row has.
+    sequences: Int[Array, "rows capacity"],
+    lengths: Int[Array, "rows"],
+    delayed_codes: Int[Array, "rows codebooks capacity"],
+    layout: PromptLayout,
+    skipped: Int[Array, ""],
+    *,
+    start_frame: bool,
+) -> FinishedFrames:
+    """The program after the loop.
 
     Args:
         decoder: the model.
-        codes: delayed.
-        lengths: text ids of each row.
-        starts: :func:`leading_starts`. The audio of a row ends one frame before its text.
+        sequences, lengths, delayed_codes: of the last state. Its rows are those of the prompt, or several neighbours
+            for each.
+        layout: of the prompt.
+        skipped: steps that the lengths of the sequences are not to count.
+        start_frame: as of :func:`lay_out`. Start frames have no audio.
     """
-    lengths = jnp.maximum(lengths - 1 - starts, 0)
-    frames = jnp.arange(codes.shape[-1] - 1, dtype=jnp.int32)
-    indices = jnp.minimum(frames[None] + starts[:, None], codes.shape[-1] - 2)
-    audio = jnp.take_along_axis(undelay(codes), indices[:, None], axis=-1)
-    inside = (frames[None] < lengths[:, None])[:, None]
-    return jnp.where(inside, audio, decoder.module.config.audio_vocab_size), lengths
+    config = decoder.module.config
+    copies = lengths.shape[0] // layout.padding.shape[0]
+    layout = jax.tree.map(lambda array: jnp.repeat(array, copies, axis=0), layout)
+    padding = layout.padding[:, None]
+    if start_frame:
+        step = jnp.arange(sequences.shape[1], dtype=jnp.int32)[None]
+        sequences = jnp.where(step <= padding, jnp.roll(sequences, 1, axis=1), sequences)
+        sequences = sequences.at[:, 0].set(config.vocab_size)
 
-
-def after_padding(
-    codes: Int[ArrayLike, "rows codebooks frames"],
-    audio: Float[ArrayLike, "rows channels samples"] | None,
-    padding: Int[ArrayLike, "rows"],
-    given_codes: Int[ArrayLike, "batch codebooks prompt"],
-) -> tuple[Int[Array, "rows codebooks frames"], Float[Array, "rows channels samples"] | None]:
-    """What :func:`finish_audio` and :func:`decode_audio` made, with the padding of each row in front of it again.
-
-    Args:
-        codes, audio: with as many frames behind each row as it has padding, at least.
-        padding: frames.
-        given_codes: of the prompt; they stand in the padding, and silence in that of the audio.
-    """
-    xp = jnp if is_traced(codes, padding, given_codes) else np
-    frames = codes.shape[-1]
-    given = xp.repeat(xp.asarray(given_codes), codes.shape[0] // np.shape(given_codes)[0], axis=0)
-    given = padded(given, max(frames, given.shape[-1]), 0)[..., :frames]
-
-    def moved(array: ArrayLike, shift: Int[ArrayLike, "rows"], front: ArrayLike) -> Array:
-        column = xp.arange(array.shape[-1], dtype=np.int32)[None] - shift[:, None]
-        behind = xp.take_along_axis(xp.asarray(array), xp.maximum(column, 0)[:, None], axis=-1)
-        return on_device(xp.where((column < 0)[:, None], front, behind), array.dtype)
-
-    if audio is not None:
-        audio = moved(audio, padding * np.int32(audio.shape[-1] // frames), np.zeros((), audio.dtype))
-    return moved(codes, padding, given), audio
+    # the audio of a row ends one frame before its text
+    audio_lengths = jnp.maximum(lengths - 1 - layout.starts, 0)
+    frame = jnp.arange(delayed_codes.shape[-1] - 1, dtype=jnp.int32)[None]
+    indices = jnp.minimum(frame + layout.starts[:, None], frame.shape[-1] - 1)
+    codes = jnp.take_along_axis(undelay(delayed_codes), indices[:, None], axis=-1)
+    codes = jnp.where((frame < audio_lengths[:, None])[:, None], codes, config.audio_vocab_size)
+    index = frame - padding
+    behind = jnp.take_along_axis(codes, jnp.maximum(index, 0)[:, None], axis=-1)
+    return FinishedFrames(
+        sequences=sequences,
+        sequence_lengths=lengths - skipped,
+        codes=codes,
+        audio_lengths=audio_lengths,
+        padding=layout.padding,
+        padded_codes=jnp.where((index < 0)[:, None], layout.given_codes[..., : frame.shape[-1]], behind),
+        padded_lengths=audio_lengths + layout.padding,
+    )
 
 
 def new_audio_codes(state: State, begin: int, end: int, filler: int) -> np.ndarray:
-    """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of columns, copied to the host.
+    """The undelayed codes ``(batch, codebooks, end - begin)`` of a range of steps, copied to the host.
 
-    ``filler`` stands after a row's end; the column ``end`` must be there, as it has the delayed ones.
+    ``filler`` stands after a row's end; the step ``end`` must be there, as it has the delayed ones.
     """
-    # all columns: XLA would compile a program for every range
-    codes, lengths = np.array(state.streams), np.array(state.lengths)
+    # all steps: XLA would compile a program for every range
+    codes, lengths = host_copy(state.streams), host_copy(state.lengths)
     audio = np.concatenate([codes[:, :1, begin:end], codes[:, 1:, begin + 1 : end + 1]], axis=1)
     inside = np.arange(begin, end)[None] < lengths[:, None] - 1
     return np.where(inside[:, None], audio, filler)
@@ -361,26 +365,67 @@ def decoded_frames(capacity: int) -> list[int]:
     return lengths
 
 
-def decode_audio(decoder: FrameDecoder, params, audio_codes, audio_lengths) -> Float[Array, "batch 1 samples"]:
-    """The waveform of undelayed codes, silent after each row's end (Mimi is causal: what follows changes nothing)."""
-    frames = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)
-    inside = frames[None] < audio_lengths[:, None]
+def decode_audio(
+    decoder: FrameDecoder,
+    params: Any,
+    audio_codes: Int[Array, "batch codebooks capacity"],
+    audio_lengths: Int[Array, "batch"],
+    padding: Int[Array, "batch"] | None = None,
+    *,
+    frames: int | None = None,
+) -> Float[Array, "batch channels samples"]:
+    """The waveform of undelayed codes, silent after each row's end (Mimi is causal: what follows changes nothing).
+
+    Args:
+        decoder: the model.
+        params: its parameters.
+        audio_codes: the codes.
+        audio_lengths: frames of each row.
+        padding: frames of silence before each row, for which there is room behind it.
+        frames: only so many of the codes, from the first on.
+    """
+    audio_codes = audio_codes[..., :frames]
+    inside = jnp.arange(audio_codes.shape[-1], dtype=jnp.int32)[None] < audio_lengths[:, None]
     audio_codes = jnp.where(inside[:, None], audio_codes, 0)
     module = decoder.module
     audio = module.apply({"params": params}, audio_codes, method=module.decode_audio)
     samples_per_frame = audio.shape[-1] // audio_codes.shape[-1]
     inside = jnp.repeat(inside, samples_per_frame, axis=-1)[:, None]
-    return jnp.where(inside, audio, jnp.zeros((), audio.dtype)).astype(jnp.float32)
+    audio = jnp.where(inside, audio, jnp.zeros((), audio.dtype)).astype(jnp.float32)
+    if padding is None:
+        return audio
+    # the silence behind a row comes in at its front
+    return jax.vmap(lambda row, shift: jnp.roll(row, shift, axis=-1))(audio, padding * samples_per_frame)
 
 
 def encode_audio(
-    decoder: FrameDecoder, params, input_values, samples: Int[Array, "batch"] | None = None
+    decoder: FrameDecoder, params: Any, input_values: Any, samples: Int[Array, "batch"] | None = None
 ) -> Int[Array, "batch codebooks frames"]:
     """The codes of waveforms, or of each row's first ``samples``: what follows makes no difference."""
     mask = None
     if samples is not None:
         mask = jnp.arange(input_values.shape[-1], dtype=jnp.int32) < samples[:, None]
     return decoder.module.apply({"params": params}, input_values, mask, method=decoder.module.encode_audio)
+
+
+def encode_prompt(
+    decoder: FrameDecoder,
+    params: Any,
+    input_values: Any,
+    samples: Int[Array, "batch"] | None,
+    padding: Int[Array, "batch"],
+    frames: Int[Array, ""],
+) -> Int[Array, "batch codebooks any"]:
+    """As :func:`encode_audio`, with the codes of each row behind its padding.
+
+    Args:
+        decoder, params, input_values, samples: as there; the padding of the waveforms stands behind each row.
+        padding: frames.
+        frames: of the waveforms, with those of the padding. Codes of padding and behind all frames mean nothing.
+    """
+    codes = encode_audio(decoder, params, input_values, samples)
+    index = (jnp.arange(codes.shape[-1], dtype=jnp.int32)[None] - padding[:, None]) % frames
+    return jnp.take_along_axis(codes, index[:, None], axis=-1, mode="clip")
 
 
 DEPTH_PREFIX = "depth_decoder_"

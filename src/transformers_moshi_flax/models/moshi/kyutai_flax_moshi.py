@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Set
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -223,7 +224,7 @@ def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
                 table_slots(template, rules),
                 template,
                 tensors,
-                convert=lambda path, leaf, start=start: convert(start + path, leaf),
+                convert=partial(lambda start, path, leaf: convert(start + path, leaf), start),
             )
             whole.params |= {start + path: leaf for path, leaf in found.params.items()}
             whole.missing += [start + path for path in found.missing]

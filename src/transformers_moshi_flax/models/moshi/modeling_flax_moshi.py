@@ -6,7 +6,6 @@ step of ``generate``, ``streaming_flax_moshi.py`` the endless dialogue.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,21 +17,15 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...former_names import accept_former_names
 from ...generation import FlaxGenerationMixin
-from ...generation.arrays import cut, on_device, on_one_device, padded, turned
+from ...generation.arrays import cut, on_device, on_host, on_one_device
 from ...generation.buckets import bucket
-from ...generation.configuration import (
-    merge_generation_config,
-    padding_lengths,
-    resolve_max_length,
-    resolve_plan,
-)
-from ...generation.utils import capacity_of, check_forced, check_watching, one_token
+from ...generation.configuration import merge_generation_config, resolve_max_length
+from ...generation.utils import one_token
 from ...input_checks import (
-    check_audio,
+    Input,
     check_ids,
-    check_left_padding,
-    check_mask,
-    check_rank,
+    check_input,
+    check_inputs,
     check_sizes,
     is_traced,
     is_tracing,
@@ -43,8 +36,7 @@ from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
 from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import FlaxMimiModel
-from ..mimi.streaming_flax_mimi import is_causal
-from ..mimi.topology import encoded_length, samples_per_frame
+from ..mimi.topology import samples_per_frame
 from .calls import in_bucket
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
@@ -53,18 +45,10 @@ from .generation_flax_moshi import (
     FlaxMoshiGenerateOutput,
     FrameDecoder,
     TextDecoder,
-    after_padding,
     decode_audio,
     decoded_frames,
-    encode_audio,
-    finish_audio,
-    frame_inputs,
-    lay_out_prompt,
-    leading_starts,
-    new_audio_codes,
-    resolve_depth_sampling,
-    with_start_first,
 )
+from .inputs_flax_moshi import conversation_inputs, depth_inputs, streams_that_count, text_inputs
 from .kyutai_flax_moshi import KyutaiCheckpointMixin
 from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
@@ -76,6 +60,7 @@ from .modules_flax_moshi import (
     FlaxMoshiModule,
     FlaxMoshiUnconditionalInput,
 )
+from .preparing_flax_moshi import encode, finish, padding_before, prepare, start_of
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
@@ -145,6 +130,7 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
 
 def check_cache_kind(cache) -> None:
     """Raises ``ValueError`` for what is no cache at all."""
+    refuse_params(cache=cache)
     if not isinstance(cache, LinearCache | StaticCache | None):
         raise ValueError(f"`cache` must be a cache of `init_cache`, but is a {type(cache).__name__}.")
 
@@ -166,39 +152,24 @@ def check_cache(cache, config, batch_size: int, length: int) -> None:
         )
 
 
-def check_decoder_inputs(config, cache, input_ids, inputs_embeds, attention_mask, position_ids) -> tuple[int, int]:
+def check_decoder_inputs(config: MoshiConfig, cache: Any, given: dict[str, Any]) -> tuple[int, int]:
     """Checks what the backbone is called with; returns batch size and frames."""
-    refuse_params(attention_mask=attention_mask, position_ids=position_ids, cache=cache)
-    if (input_ids is None) == (inputs_embeds is None):
+    check_cache_kind(cache)
+    if (given["input_ids"] is None) == (given["inputs_embeds"] is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-    if input_ids is not None:
-        check_rank("input_ids", input_ids, ("batch", "frames"))
-        check_ids("input_ids", input_ids, config.vocab_size + 1)
-        batch_size, length = np.shape(input_ids)
-    else:
-        batch_size, length = check_embeds(inputs_embeds, config)
-    check_cache(cache, config, batch_size, length)
-    if attention_mask is not None:
-        check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, cache))
-    if position_ids is not None and np.shape(position_ids) not in ((batch_size, length), (1, length)):
-        raise ValueError(
-            f"`position_ids` must have the shape ({batch_size}, {length}), but has the shape {np.shape(position_ids)}."
-        )
-    return batch_size, length
+    sizes = check_inputs(text_inputs(config, None if cache is None else cache.max_length), given)
+    check_cache(cache, config, sizes["batch"], sizes["frames"])
+    return sizes["batch"], sizes["frames"]
 
 
-def check_embeds(inputs_embeds, config) -> tuple[int, int]:
-    check_rank("inputs_embeds", inputs_embeds, ("batch", "frames", "hidden_size"))
-    if inputs_embeds.shape[-1] != config.hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must have {config.hidden_size} features (`hidden_size`), but has "
-            f"{inputs_embeds.shape[-1]}."
-        )
-    return inputs_embeds.shape[:2]
-
-
-def mask_lengths(length: int, cache) -> tuple[int, ...]:
-    return (length,) if cache is None else (length, cache.max_length)
+def check_padding_of(waveforms: dict[str, Any], mask: Any) -> None:
+    """Raises ``ValueError`` unless ``audio_encoder_padding_mask`` fits the waveforms that are to be encoded."""
+    given = [waveform for waveform in waveforms.values() if waveform is not None]
+    if not given:
+        raise ValueError("`audio_encoder_padding_mask` has no effect without waveforms to encode: leave it out.")
+    for waveform in given:
+        batch_size, _, samples = np.shape(waveform)
+        check_input("audio_encoder_padding_mask", mask, Input({"batch": batch_size, "samples": samples}, "mask"))
 
 
 def as_int32(ids):
@@ -258,9 +229,13 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
                 ``checkify``, otherwise JAX clamps them) and more frames than the cache has room for.
         """
         config = self.config
-        batch_size, length = check_decoder_inputs(
-            config, cache, input_ids, inputs_embeds, attention_mask, position_ids
-        )
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        batch_size, length = check_decoder_inputs(config, cache, given)
         cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
         outputs = self._apply(
             params,
@@ -323,13 +298,16 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             logits_to_keep: logits and ``last_hidden_state`` of the last frames only, 0 for all. Not with ``labels``.
         """
         config = self.config
-        batch_size, length = check_decoder_inputs(
-            config, cache, input_ids, inputs_embeds, attention_mask, position_ids
-        )
-        if labels is not None:
-            check_labels("labels", labels, (batch_size, length), config.vocab_size)
-            if logits_to_keep:
-                raise ValueError("`logits_to_keep` cannot be used with `labels`, which need all logits.")
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
+        batch_size, length = check_decoder_inputs(config, cache, given)
+        if labels is not None and logits_to_keep:
+            raise ValueError("`logits_to_keep` cannot be used with `labels`, which need all logits.")
         if logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must not be negative, but is {logits_to_keep}.")
         cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
@@ -349,10 +327,34 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
-def check_labels(name: str, labels, shape: tuple[int, ...], size: int) -> None:
-    if np.shape(labels) != shape:
-        raise ValueError(f"`{name}` must have the shape {shape}, but has the shape {np.shape(labels)}.")
-    check_ids(name, labels, size, allowed=(IGNORE_INDEX,), remedy=f"Use {IGNORE_INDEX} for labels to ignore.")
+def check_depth_inputs(config: MoshiDepthConfig, cache: Any, given: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+    """Checks what the depth decoder is called with; returns batch size and which codebooks its positions are."""
+    name = "input_ids" if given["inputs_embeds"] is None else "inputs_embeds"
+    if np.ndim(given["position_ids"]) == 1:
+        given = {**given, "position_ids": given["position_ids"][None]}
+    sizes = check_inputs(depth_inputs(config, None if cache is None else cache.max_length), given)
+    batch_size, length = sizes["batch"], sizes["codebooks"]
+    past = (NoCache() if cache is None else cache).length
+    if past + length > config.num_codebooks:
+        raise ValueError(
+            f"`{name}` has {length} positions after {past} cached ones, but a frame has only {config.num_codebooks} "
+            "(`num_codebooks`)."
+        )
+    check_cache(cache, config, batch_size, length)
+    codebooks = tuple(range(past, past + length))
+    if given["position_ids"] is not None:
+        rows = np.asarray(given["position_ids"])
+        codebooks = tuple(int(index) for index in rows[0])
+        if (rows != rows[0]).any() or min(codebooks) < 0 or max(codebooks) >= config.num_codebooks:
+            raise ValueError(
+                f"`position_ids` must be the same codebooks in [0, {config.num_codebooks}) for every row, but is "
+                f"{rows.tolist()}."
+            )
+    if given["input_ids"] is not None:
+        for position, codebook in enumerate(codebooks):
+            size = config.audio_vocab_size + 1 if codebook else config.vocab_size + 1
+            check_ids("input_ids", given["input_ids"][:, position], size, allowed=(IGNORE_INDEX,))
+    return batch_size, codebooks
 
 
 class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
@@ -395,7 +397,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
 
         Args:
             input_ids: the text token of the frame, then the codes of its codebooks 0, 1, …; ``(batch, codebooks)``
-                with at most ``num_codebooks`` columns. -100 gives a zero embedding.
+                for at most ``num_codebooks`` codebooks. -100 gives a zero embedding.
             last_hidden_state: the backbone's hidden state of the frame before, ``(batch, 1, input_size)``, or one per
                 position.
             attention_mask: 1 for positions to attend; always causal, with or without it.
@@ -412,48 +414,20 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             ValueError: for wrong shapes, ids outside the vocabularies, more positions than codebooks.
         """
         config = self.config
-        refuse_params(attention_mask=attention_mask, cache=cache, position_ids=position_ids, labels=labels)
+        check_cache_kind(cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if last_hidden_state is None:
             raise ValueError("`last_hidden_state` is missing: pass the backbone's hidden state of the frame before.")
-        check_rank("last_hidden_state", last_hidden_state, ("batch", "1 or codebooks", "input_size"))
-        if last_hidden_state.shape[-1] != config.input_size:
-            raise ValueError(
-                f"`last_hidden_state` must have {config.input_size} features (`input_size`), but has "
-                f"{last_hidden_state.shape[-1]}."
-            )
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        axes = ("batch", "codebooks") if inputs_embeds is None else ("batch", "codebooks", "hidden_size")
-        check_rank("input_ids" if inputs_embeds is None else "inputs_embeds", given, axes)
-        batch_size, length = np.shape(given)[:2]
-        check_cache_kind(cache)
-        past = (NoCache() if cache is None else cache).length
-        if past + length > config.num_codebooks:
-            raise ValueError(
-                f"`{'input_ids' if inputs_embeds is None else 'inputs_embeds'}` has {length} positions after {past} "
-                f"cached ones, but a frame has only {config.num_codebooks} (`num_codebooks`)."
-            )
-        check_cache(cache, config, batch_size, length)
-        codebooks = tuple(range(past, past + length))
-        if position_ids is not None:
-            if is_traced(position_ids):
-                raise ValueError("`position_ids` selects the codebooks' weights: it must be known at trace time.")
-            rows = np.asarray(position_ids).reshape(-1, length)
-            codebooks = tuple(int(index) for index in rows[0])
-            if (rows != rows[0]).any() or min(codebooks) < 0 or max(codebooks) >= config.num_codebooks:
-                raise ValueError(
-                    f"`position_ids` must be the same codebooks in [0, {config.num_codebooks}) for every row, but is "
-                    f"{np.asarray(position_ids).tolist()}."
-                )
-        if input_ids is not None:
-            for column, codebook in enumerate(codebooks):
-                size = config.audio_vocab_size + 1 if codebook else config.vocab_size + 1
-                check_ids("input_ids", input_ids[:, column], size, allowed=(IGNORE_INDEX,))
-        if labels is not None:
-            check_labels("labels", labels, (batch_size, length), config.audio_vocab_size + 1)
-        if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, cache))
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "last_hidden_state": last_hidden_state,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
+        batch_size, codebooks = check_depth_inputs(config, cache, given)
         outputs = self._apply(
             params,
             dropout_rng,
@@ -562,13 +536,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             ValueError: if ``num_samples`` is below 1.
         """
         check_sizes(num_samples=num_samples)
-        codes = jnp.full((num_samples, self.config.num_codebooks, 1), self.config.audio_vocab_size, dtype=jnp.int32)
-        return FlaxMoshiUnconditionalInput(
-            input_ids=jnp.full((num_samples, 1), self.config.vocab_size, dtype=jnp.int32),
-            user_audio_codes=codes,
-            moshi_audio_codes=codes,
-            attention_mask=jnp.ones((num_samples, 1), dtype=jnp.int32),
-        )
+        frame = {name: on_device(array) for name, array in start_of(self.config, num_samples).items()}
+        mask = on_device(np.ones((num_samples, 1), dtype=np.int32))
+        return FlaxMoshiUnconditionalInput(**frame, attention_mask=mask)
 
     @staticmethod
     def build_delay_pattern_mask(
@@ -581,55 +551,6 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
     def apply_delay_pattern_mask(input_ids: ArrayLike, decoder_pad_token_mask: ArrayLike) -> jax.Array:
         """See :func:`~transformers_moshi_flax.models.moshi.delay_pattern.apply_delay_pattern_mask`."""
         return apply_delay_pattern_mask(jnp.asarray(input_ids), jnp.asarray(decoder_pad_token_mask))
-
-    # ------------------------------------------------------------------------------------------------ inputs
-
-    def _check_audio(self, name: str, codes, input_values) -> None:
-        """Checks one audio stream, as codes ``{name}_audio_codes`` or as waveform ``{name}_input_values``."""
-        config = self.config
-        if codes is not None:
-            check_rank(f"{name}_audio_codes", codes, ("batch", "num_codebooks", "frames"))
-            if np.shape(codes)[1] != config.num_codebooks or np.shape(codes)[2] == 0:
-                raise ValueError(
-                    f"`{name}_audio_codes` must have {config.num_codebooks} codebooks (`num_codebooks`) and at least "
-                    f"one frame, but has the shape {np.shape(codes)}."
-                )
-            check_ids(f"{name}_audio_codes", codes, config.audio_vocab_size + 1)
-        elif input_values is not None:
-            shape = {"batch": None, "channels": config.audio_encoder_config.audio_channels, "samples": None}
-            check_audio(f"{name}_input_values", input_values, shape)
-
-    def _audio_streams(self, **streams: Any) -> dict[str, Any]:
-        """The streams that count, by argument: codes have priority over waveforms."""
-        given = {name: stream for name, stream in streams.items() if stream is not None}
-        return {
-            name: stream
-            for name, stream in given.items()
-            if name.endswith("codes") or name.replace("input_values", "audio_codes") not in given
-        }
-
-    def _frames(self, name: str, stream) -> int:
-        """Frames of one audio stream, the last one padded."""
-        size = samples_per_frame(self.config.audio_encoder_config) if name.endswith("values") else 1
-        return -(-np.shape(stream)[-1] // size)
-
-    def _check_streams(
-        self, streams: dict[str, Any], reference: str, batch_size: int, length: int, user_may_go_on: bool = False
-    ) -> None:
-        """Raises ``ValueError`` for the first stream that does not fit ``reference``, naming it."""
-        for name, stream in streams.items():
-            if np.shape(stream)[0] != batch_size:
-                raise ValueError(
-                    f"`{name}` has a batch of {np.shape(stream)[0]}, but `{reference}` has {batch_size}: make them "
-                    "equal."
-                )
-            frames = self._frames(name, stream)
-            goes_on = user_may_go_on and name.startswith("user")
-            if frames < length or (frames > length and not goes_on):
-                raise ValueError(
-                    f"`{name}` has {frames} frames, but `{reference}` has {length}: pad the shorter one (a frame is "
-                    f"{samples_per_frame(self.config.audio_encoder_config)} samples)."
-                )
 
     @accept_former_names
     def __call__(
@@ -679,52 +600,18 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 finite or of the wrong rank, more frames than the cache has room for.
         """
         config = self.config
-        refuse_params(attention_mask=attention_mask, cache=cache, text_labels=text_labels, audio_labels=audio_labels)
-        streams = (input_ids, user_input_values, user_audio_codes, moshi_input_values, moshi_audio_codes)
-        if inputs_embeds is None and all(stream is None for stream in streams):
-            raise ValueError(
-                "Pass at least one of `input_ids`, `user_input_values`, `user_audio_codes`, `moshi_input_values`, "
-                "`moshi_audio_codes` and `inputs_embeds`."
-            )
-        if inputs_embeds is None:
-            self._check_audio("user", user_audio_codes, user_input_values)
-            self._check_audio("moshi", moshi_audio_codes, moshi_input_values)
-            audio = self._audio_streams(
-                user_input_values=user_input_values,
-                user_audio_codes=user_audio_codes,
-                moshi_input_values=moshi_input_values,
-                moshi_audio_codes=moshi_audio_codes,
-            )
-            if input_ids is not None:
-                check_rank("input_ids", input_ids, ("batch", "frames"))
-                check_ids("input_ids", input_ids, config.vocab_size + 1)
-                reference, (batch_size, length) = "input_ids", np.shape(input_ids)
-            else:
-                reference, stream = next(iter(audio.items()))
-                batch_size, length = np.shape(stream)[0], self._frames(reference, stream)
-            self._check_streams(audio, reference, batch_size, length)
-        else:
-            batch_size, length = check_embeds(inputs_embeds, config)
-        check_cache(cache, config, batch_size, length)
-        if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, mask_lengths(length, cache))
-        if text_labels is not None:
-            check_labels("text_labels", text_labels, (batch_size, length), config.vocab_size)
-        if audio_labels is not None:
-            if text_labels is None:
-                raise ValueError("`audio_labels` need `text_labels`: the text token starts each frame's codes.")
-            shape = (batch_size, config.num_codebooks, length)
-            check_labels("audio_labels", audio_labels, shape, config.audio_vocab_size + 1)
-        if text_labels is not None and length < 2:
-            raise ValueError("`text_labels` need at least 2 frames: each frame predicts the next.")
+        streams = {
+            "input_ids": input_ids,
+            "user_input_values": user_input_values,
+            "user_audio_codes": user_audio_codes,
+            "moshi_input_values": moshi_input_values,
+            "moshi_audio_codes": moshi_audio_codes,
+        }
+        labels = {"text_labels": text_labels, "audio_labels": audio_labels}
+        batch_size, length = self._check_call(streams, inputs_embeds, attention_mask, labels, cache)
         if audio_encoder_padding_mask is not None:
-            waveforms = [x for x in (user_input_values, moshi_input_values) if x is not None]
-            if inputs_embeds is not None or not waveforms:
-                raise ValueError(
-                    "`audio_encoder_padding_mask` has no effect without waveforms to encode: leave it out."
-                )
-            for waveform in waveforms:
-                check_mask("audio_encoder_padding_mask", audio_encoder_padding_mask, batch_size, waveform.shape[-1:])
+            waveforms = {} if inputs_embeds is not None else {"user": user_input_values, "moshi": moshi_input_values}
+            check_padding_of(waveforms, audio_encoder_padding_mask)
             audio_encoder_padding_mask = as_array(audio_encoder_padding_mask).astype(bool)
         if inputs_embeds is None:
             given = (attention_mask, length, cache, params, audio_encoder_padding_mask)
@@ -746,6 +633,28 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             audio_labels=as_int32(audio_labels),
         )
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
+
+    def _check_call(
+        self, streams: dict[str, Any], inputs_embeds: Any, attention_mask: Any, labels: dict[str, Any], cache: Any
+    ) -> tuple[int, int]:
+        """Rows and frames of a call; ValueError if something is wrong with it."""
+        config = self.config
+        check_cache_kind(cache)
+        if inputs_embeds is not None:
+            given = {"inputs_embeds": inputs_embeds}
+        elif any(stream is not None for stream in streams.values()):
+            given = streams_that_count(streams)
+        else:
+            raise ValueError(f"Pass at least one of {', '.join(f'`{name}`' for name in streams)} and `inputs_embeds`.")
+        table = conversation_inputs(config, None if cache is None else cache.max_length)
+        sizes = check_inputs(table, {**given, "attention_mask": attention_mask, **labels})
+        batch_size, length = sizes["batch"], sizes["frames"]
+        check_cache(cache, config, batch_size, length)
+        if labels["text_labels"] is None and labels["audio_labels"] is not None:
+            raise ValueError("`audio_labels` need `text_labels`: the text token starts each frame's codes.")
+        if labels["text_labels"] is not None and length < 2:
+            raise ValueError("`text_labels` need at least 2 frames: each frame predicts the next.")
+        return batch_size, length
 
     # -------------------------------------------------------------------------------------------- generation
 
@@ -814,162 +723,28 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                 size; ids outside a vocabulary; start codes behind other ones in Moshi's prompt; audio that is empty or
                 not finite.
         """
-        config = self.config
-        depth_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("depth_decoder_")}
-        # `depth_decoder_config` is a field of the generation configuration, not an option of the depth decoder
-        if "depth_decoder_config" in depth_kwargs:
-            kwargs["depth_decoder_config"] = depth_kwargs.pop("depth_decoder_config")
-        extra = ("attention_mask", "stop_lengths", "logits_processor")
-        options, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, extra)
-        depth_sampling = resolve_depth_sampling(
-            getattr(options, "depth_decoder_config", None), depth_kwargs, config.num_codebooks, config.audio_vocab_size
-        )
-        attention_mask = inputs.get("attention_mask")
-
-        given = {
-            "`input_ids` or `inputs_embeds`": input_ids is not None or inputs_embeds is not None,
-            "`user_input_values` or `user_audio_codes`": user_input_values is not None or user_audio_codes is not None,
-            "`moshi_input_values` or `moshi_audio_codes`": moshi_input_values is not None
-            or moshi_audio_codes is not None,
-        }
-        if not any(given.values()):
-            start = self.get_unconditional_inputs()
-            input_ids, user_audio_codes, moshi_audio_codes = (
-                start.input_ids,
-                start.user_audio_codes,
-                start.moshi_audio_codes,
-            )
-            concat_unconditional_inputs = False
-        elif not all(given.values()):
-            missing = " and ".join(name for name, there in given.items() if not there)
-            size = samples_per_frame(config.audio_encoder_config)
-            raise ValueError(
-                f"Pass {missing} as well, or no input at all (see `get_unconditional_inputs`). What is not said is "
-                f"silence: zeros of the shape (batch, {config.audio_encoder_config.audio_channels}, frames * {size}) "
-                "as `_input_values`; for text, the id of padding in every frame. `MoshiProcessor` fills in both."
-            )
-
-        self._check_audio("user", user_audio_codes, user_input_values)
-        self._check_audio("moshi", moshi_audio_codes, moshi_input_values)
-        batch_size, length = self._check_prompt(input_ids, inputs_embeds)
-        text_name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-        audio = self._audio_streams(
-            user_input_values=user_input_values,
-            user_audio_codes=user_audio_codes,
-            moshi_input_values=moshi_input_values,
-            moshi_audio_codes=moshi_audio_codes,
-        )
-        self._check_streams(audio, text_name, batch_size, length, user_may_go_on=True)
-        if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, batch_size, (length,))
-            check_left_padding("attention_mask", attention_mask)
-        if moshi_audio_codes is not None:
-            check_start_codes("moshi_audio_codes", moshi_audio_codes, attention_mask, config.audio_vocab_size)
-        concat_unconditional_inputs = concat_unconditional_inputs and inputs_embeds is None
-        prompt_shape = (batch_size, length)
-        length += int(concat_unconditional_inputs)
-        plan = resolve_plan(
-            options,
-            length,
-            config.vocab_size,
-            batch_size,
-            attention_mask,
-            inputs.get("stop_lengths"),
-            inputs.get("logits_processor"),
-        )
-        self._check_forced(forced_text_ids, forced_audio_codes, batch_size, plan.max_length - length)
-        operands = (prng_key, plan.sampling, depth_sampling, attention_mask, forced_text_ids, forced_audio_codes)
-        traced = is_tracing(input_ids, inputs_embeds, audio, params, operands)
-        check_watching(plan, streamer, traced)
-        if return_audio_waveforms and config.audio_encoder_config.decoder_config is None:
-            raise ValueError(
-                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
-                "`return_audio_waveforms=False`."
-            )
-
-        params = self.whole_params(params)
-        padding = None
-        if attention_mask is not None and (traced or not np.all(attention_mask)):
-            padding = padding_lengths(attention_mask, prompt_shape[1])
-        if user_audio_codes is None:
-            user_audio_codes = self._encode(params, user_input_values, padding)
-        if moshi_audio_codes is None:
-            moshi_audio_codes = self._encode(params, moshi_input_values, padding)
-        codec = config.audio_encoder_config
-        silence = np.zeros((1, codec.audio_channels, samples_per_frame(codec)), dtype=self.dtype)
-        blank_codes = self.compiled(encode_audio, quickly=True)(params, silence)
-
-        # on the host if that is possible: XLA would compile a program for every length of every stream
-        xp = jnp if traced else np
-        text_prompt, given_codes = input_ids is not None, moshi_audio_codes
-        input_ids, user_audio_codes, moshi_audio_codes, laid_out_mask = lay_out_prompt(
-            # without a text no id of the vocabulary, so that no processor of logits takes it for a part of the history
-            input_ids if text_prompt else np.full(prompt_shape, config.vocab_size),
-            user_audio_codes,
-            moshi_audio_codes,
-            np.ones(prompt_shape) if attention_mask is None else attention_mask,
-            start_token=config.vocab_size if concat_unconditional_inputs else None,
-            start_code=config.audio_vocab_size,
-        )
-
-        capacity = capacity_of(plan, traced)
-        request = self.make_request(
-            plan,
-            input_ids,
-            laid_out_mask,
-            prng_key,
-            capacity,
-            forced_text_ids,
-            streams=frame_inputs(
-                user_audio_codes,
-                moshi_audio_codes,
-                blank_codes,
-                inputs_embeds,
-                forced_audio_codes,
-                capacity=capacity,
-                start_code=config.audio_vocab_size,
-            ),
-            depth_sampling=depth_sampling,
-        )
-        state, more = self.decode(
-            plan,
-            request,
-            length,
-            params,
+        prepared = prepare(
+            self,
+            {
+                "input_ids": input_ids,
+                "user_input_values": user_input_values,
+                "user_audio_codes": user_audio_codes,
+                "moshi_input_values": moshi_input_values,
+                "moshi_audio_codes": moshi_audio_codes,
+                "inputs_embeds": inputs_embeds,
+            },
+            {"forced_text_ids": forced_text_ids, "forced_audio_codes": forced_audio_codes},
+            generation_config,
+            kwargs,
+            prng_key=prng_key,
+            params=params,
             streamer=streamer,
-            audio_codes=partial(new_audio_codes, filler=config.audio_vocab_size),
+            start_frame=concat_unconditional_inputs,
+            returns_waveforms=return_audio_waveforms,
+            returns_codes=return_audio_codes,
         )
-        copies = plan.num_return_sequences
-        starts = xp.repeat(leading_starts(moshi_audio_codes, config.audio_vocab_size), copies)
-        codes, audio_lengths = self.compiled(finish_audio)(state.streams, state.lengths, starts)
-        sequences, lengths = state.sequences, state.lengths
-        if padding is not None:
-            padding = xp.repeat(xp.asarray(padding), copies)
-        frames, length_decoded = plan.max_length - 1 - int(concat_unconditional_inputs), codes.shape[-1]
-        if not traced:
-            frames = int(np.max(np.asarray(audio_lengths) + (0 if padding is None else padding)))
-            length_decoded = next(size for size in decoded_frames(codes.shape[-1]) if size >= frames)
-            sequences, codes = cut(sequences, int(lengths.max())), cut(codes, length_decoded)
-        if concat_unconditional_inputs and attention_mask is not None:
-            sequences = with_start_first(sequences, attention_mask, config.vocab_size)
-        audio = None
-        if return_audio_waveforms:
-            audio = self.compiled(decode_audio)(params, codes, audio_lengths)
-            audio = cut(audio, audio.shape[-1] // codes.shape[-1] * frames)
-        codes = cut(codes, frames)
-        if padding is not None:
-            codes, audio = after_padding(codes, audio, padding, given_codes)
-            audio_lengths = on_device(xp.asarray(audio_lengths) + padding)
-        if not text_prompt:
-            sequences, lengths = on_device(xp.asarray(sequences)[:, length:]), lengths - length
-        return FlaxMoshiGenerateOutput(
-            audio_sequences=audio,
-            sequences=sequences,
-            audio_codes=codes if return_audio_codes else None,
-            sequence_lengths=lengths,
-            audio_lengths=audio_lengths,
-            **more,
-        )
+        state, found = self.decode(prepared)
+        return finish(self, prepared, state, found)
 
     def warmup(
         self,
@@ -1013,16 +788,17 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
         params = self.whole_params(options.get("params"))
         outputs = self.generate(**prompt, **options)
         if prompt and waveforms:
-            self._encode(params, samples[..., 1:])  # a recording may end within a frame
+            encode(self, params, samples[..., 1:])  # a recording may end within a frame
         if outputs.audio_sequences is not None:
             # rows may end early, and waveforms are decoded in several lengths
             started = not prompt or options.get("concat_unconditional_inputs", True)
             given = {name: options[name] for name in ("max_new_tokens", "max_length") if name in options}
             merged, _ = merge_generation_config(self.generation_defaults(), options.get("generation_config"), given)
             capacity = bucket(resolve_max_length(vars(merged), prompt_frames + int(started)))
+            codes = on_device(np.zeros((len(outputs.sequences), config.num_codebooks, capacity - 1), dtype=np.int32))
             for frames in decoded_frames(capacity - 1):
-                codes = np.zeros((len(outputs.sequences), config.num_codebooks, frames), dtype=np.int32)
-                self.compiled(decode_audio)(params, on_device(codes), outputs.audio_lengths)
+                program = self.compiled(decode_audio, frames=frames)
+                program(params, codes, outputs.audio_lengths, outputs.audio_lengths)
         jax.block_until_ready(outputs)
 
     def streaming(
@@ -1059,84 +835,9 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
                     attention_mask = jax.lax.dynamic_slice_in_dim(attention_mask, cache.length, length, axis=1)
                 else:
                     attention_mask = cut(as_array(attention_mask), length, 1, int(cache.length))
-            if is_traced(attention_mask) or not np.all(attention_mask):
-                padding = padding_lengths(attention_mask, length)
-        return self._encode(self.whole_params(params), values, padding, mask)
-
-    def _encode(self, params, values, padding=None, mask=None):
-        """The codes of waveforms, each row's as if it were alone; the waveforms are padded to a bucket.
-
-        Args:
-            params: of the whole model.
-            values: ``(batch, channels, samples)``.
-            padding: frames before each row's first one, ``(batch,)``. Codes of padding mean nothing.
-            mask: ``(batch, samples)``, of which False is padding behind a row.
-        """
-        codec = self.config.audio_encoder_config
-        size, samples = samples_per_frame(codec), np.shape(values)[-1]
-        frames = encoded_length(codec, samples)
-        # leaving out what follows takes as long again, and whole frames of a causal codec do not hear it
-        lengths = None
-        if samples % size or not is_causal(codec) or mask is not None:
-            xp = jnp if is_traced(padding, mask) else np
-            column = xp.arange(samples)
-            counts = xp.ones((np.shape(values)[0], samples), bool) if mask is None else xp.asarray(mask)
-            if padding is not None:
-                counts = counts & (column >= xp.asarray(padding)[:, None] * size)
-            lengths = on_device(counts.sum(axis=1, dtype=np.int32))
-        if padding is not None:
-            values = turned(values, padding * size)
-        if not is_traced(values):
-            values = padded(values, bucket(frames) * size, 0.0)
-        elif padding is None and mask is None:
-            lengths = None  # all of it counts, to its end
-        codes = self.compiled(encode_audio)(params, values, lengths)
-        codes = (codes if is_traced(codes) else np.asarray(codes))[..., :frames]
-        return codes if padding is None else turned(codes, -padding)
-
-    def _check_forced(self, text_ids, audio_codes, batch_size: int, new_frames: int) -> None:
-        """Checks what is to be said in the new frames."""
-        config = self.config
-        if text_ids is not None:
-            axes = {"batch": batch_size}
-            check_forced("forced_text_ids", text_ids, axes, new_frames, config.vocab_size)
-        if audio_codes is not None:
-            axes = {"batch": batch_size, "num_codebooks": config.num_codebooks}
-            check_forced("forced_audio_codes", audio_codes, axes, new_frames, config.audio_vocab_size)
-
-    def _check_prompt(self, input_ids, inputs_embeds) -> tuple[int, int]:
-        """Batch size and frames of the prompt."""
-        if input_ids is not None:
-            check_rank("input_ids", input_ids, ("batch", "frames"))
-            check_ids("input_ids", input_ids, self.config.vocab_size + 1)
-        if inputs_embeds is None:
-            batch_size, length = np.shape(input_ids)
-        else:
-            batch_size, length = check_embeds(inputs_embeds, self.config)
-            if input_ids is not None and np.shape(input_ids) != (batch_size, length):
-                raise ValueError(
-                    f"`input_ids` must have one id per frame of `inputs_embeds`, ({batch_size}, {length}), but has "
-                    f"the shape {np.shape(input_ids)}."
-                )
-        if length == 0:
-            raise ValueError("The prompt is empty: pass at least one frame, or no input at all.")
-        return batch_size, length
+            padding = padding_before(attention_mask)
+        codes, frames = encode(self, self.whole_params(params), on_host(values), padding, mask)
+        return cut(codes, frames)
 
     def make_decoder(self) -> FrameDecoder:
         return FrameDecoder(self.module)
-
-
-def check_start_codes(name: str, codes, attention_mask, start_code: int) -> None:
-    """Raises ``ValueError`` for start codes anywhere but in the frames that a row begins with, padding left out."""
-    if is_traced(codes, attention_mask):
-        return
-    starts = np.asarray(codes) == start_code
-    counts = np.ones(starts.shape[::2], bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    leading = np.logical_and.accumulate(starts.all(axis=1) | ~counts, axis=-1)
-    wrong = np.argwhere(starts.any(axis=1) & counts & ~leading)
-    if wrong.size:
-        row, frame = wrong[0]
-        raise ValueError(
-            f"`{name}` has the start code {start_code} in frame {frame} of row {row}, behind other codes: no sound "
-            "belongs to it; leave such frames out."
-        )

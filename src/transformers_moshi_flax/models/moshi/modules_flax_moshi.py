@@ -336,12 +336,12 @@ class FlaxMoshiForConditionalGenerationModule(nn.Module):
     def convolve_audio_step(
         self,
         histories: tuple[Array, ...],
-        filled: Int[Array, "batch"],
+        cache_length: Int[Array, "batch"],
         input_values: Float[Array, "batch channels samples"],
         active: Bool[Array, "batch"],
     ) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
         """The first part of :meth:`encode_audio`, of the next frames of a stream; see :class:`FlaxMimiModule`."""
-        return self.audio_encoder.convolve_step(histories, filled, input_values, active)
+        return self.audio_encoder.convolve_step(histories, cache_length, input_values, active)
 
     def encode_features_step(
         self,

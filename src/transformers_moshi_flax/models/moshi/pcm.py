@@ -15,7 +15,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Int16
 
-from ...input_checks import check_audio, is_whole
+from ...input_checks import Input, check_input, is_whole
+
+PCM = Input(
+    {"samples": None},
+    "audio",
+    may_be_empty=True,
+    hint="mono, as (samples,) or (1, samples), floats or int16; mix channels down",
+)
+"""What is fed, once integers have become floats."""
 
 INT16_SCALE = 32768
 """What 16-bit samples are divided by; the way back is exact."""
@@ -306,11 +314,10 @@ def _checked_active(active: Any, batch_size: int) -> Bool[np.ndarray, "batch"]:
 
 def _samples(pcm: ArrayLike) -> Float[np.ndarray, "samples"]:
     """Checked, as float32."""
-    pcm = np.asarray(pcm)
-    if pcm.ndim == 2 and pcm.shape[0] == 1:
-        pcm = pcm[0]
-    if np.issubdtype(pcm.dtype, np.int16):  # in either byte order
-        pcm = pcm.astype(np.float32) / INT16_SCALE
-    hint = "mono, as (samples,) or (1, samples), floats or int16; mix channels down"
-    check_audio("pcm", pcm, {"samples": None}, hint=hint, may_be_empty=True)
-    return pcm.astype(np.float32)
+    samples = np.asarray(pcm)
+    if samples.ndim == 2 and samples.shape[0] == 1:
+        samples = samples[0]
+    if np.issubdtype(samples.dtype, np.int16):  # in either byte order
+        samples = samples.astype(np.float32) / INT16_SCALE
+    check_input("pcm", samples, PCM)
+    return samples.astype(np.float32)

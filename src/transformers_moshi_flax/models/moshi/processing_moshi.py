@@ -19,7 +19,7 @@ from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.keywords import one_token
 from ...checkpoints.recognising import foreign, is_foreign_config
 from ...checkpoints.uploading import Repository, check_upload
-from ...input_checks import check_audio, check_ids
+from ...input_checks import Input, check_input
 from ...model_card import check_card_fields
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.topology import samples_per_frame
@@ -28,6 +28,9 @@ from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
 Waveform = ArrayLike | Sequence[float]
 Ids = ArrayLike | Sequence[int]
+
+VOICE = Input({"samples": None}, "audio", hint="mono, a row each; mix channels down and pass a batch as a list")
+"""One item of audio."""
 
 _OPTIONS = ("frame_size", "pad_token_id", "end_of_pad_token_id")
 _HUB = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
@@ -385,16 +388,14 @@ class MoshiProcessor(ProcessorMixin):
         if ids is None:
             return np.zeros(0, np.int32)
         ids = np.asarray(ids)
-        if ids.ndim != 1 or ids.size == 0:
-            raise ValueError(f"`input_ids` must have the shape (frames,) in each row, got {ids.shape}")
-        check_ids("input_ids", ids, len(self.tokenizer), allowed=(len(self.tokenizer),))
+        size = len(self.tokenizer)
+        check_input("input_ids", ids, Input({"frames": None}, "ids", size, allowed=(size,), hint="a row each"))
         return ids.astype(np.int32)
 
     def _samples(self, name: str, waveform: Waveform | None) -> Float[np.ndarray, "samples"]:
         if waveform is None:
             return np.zeros(0, np.float32)
-        hint = "mono, a row each; mix channels down and pass a batch as a list"
-        check_audio(name, waveform, {"samples": None}, hint=hint)
+        check_input(name, waveform, VOICE)
         waveform = np.asarray(waveform, np.float32)
         extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
         return extracted["input_values"][0][0]

@@ -17,6 +17,8 @@ from .stream_state import StreamState
 STATE_FORMAT = "moshi-stream-state"
 ORIGIN = "origin"
 TEXT_IDS = "dialogue.text_ids"
+FILE_NAMES = {"dialogue.steps": "dialogue.columns"}
+"""Of what has another name in the files."""
 
 
 def digest(config: Any, dtype: Any, *options: Any) -> str:
@@ -30,12 +32,10 @@ def origin_tensor(origin: str) -> np.ndarray:
 
 
 def named_leaves(state: StreamState) -> dict[str, Any]:
-    """The leaves by their paths; keys as the numbers that they are made of."""
+    """The leaves by their paths, as the files name them; keys as the numbers that they are made of."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): key_data(leaf) if is_key(leaf) else leaf
-        for path, leaf in leaves
-    }
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {FILE_NAMES.get(name, name): key_data(leaf) if is_key(leaf) else leaf for name, leaf in named.items()}
 
 
 def with_leaves(shapes: StreamState, leaves: dict[str, jax.Array]) -> StreamState:

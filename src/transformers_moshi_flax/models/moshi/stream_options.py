@@ -27,7 +27,7 @@ from ...generation.configuration import (
 from ...generation.sampling import Sampling
 from .generation_flax_moshi import DEPTH_PREFIX, resolve_depth_sampling
 
-NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 STREAM_FIELDS = (*SAMPLING_FIELDS, "suppress_tokens", "remove_invalid_values")
 # what a configuration may not ask for: other results than those of a stream, or those of a search with an end
 REFUSED_FIELDS = ("num_beams", "num_return_sequences", "max_time", *OUTPUT_FIELDS)
@@ -79,7 +79,7 @@ def resolve_stream_sampling(
     numbers = {
         f"{prefix}{name}": getattr(chosen, name)
         for prefix, chosen in (("", sampling), (DEPTH_PREFIX, depth_sampling))
-        for name in NUMBERS
+        for name in SAMPLING_NUMBERS
         if getattr(chosen, name) is not None
     }
     return sampling, depth_sampling, numbers

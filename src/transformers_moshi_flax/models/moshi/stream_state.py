@@ -10,25 +10,24 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Key, UInt
 
-from ...generation.decoding import FREE
+from ...generation.decoding import UNFORCED
 from ...generation.programs import Program
 from ...nn.cache import RingCache
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
 from .generation_flax_moshi import FrameDecoder
 
 
-@flax.struct.dataclass
-class DialogueState:
+class DialogueState(flax.struct.PyTreeNode):
     """Where Moshi is in each dialogue; all leaves have the slots as their first axis.
 
     Attributes:
         cache: of the backbone.
-        text_ids: the text token of the next column, ``(batch,)`` int32.
-        audio_codes: Moshi's codes of the next column, delayed, ``(batch, codebooks)`` int32.
-        user_codes: the user's last frame, whose delayed codes are heard in the next column, ``(batch, codebooks)``.
-        forced_codes: what was forced of the last chosen frame and belongs into the column after the next, ``(batch,
-            codebooks)``, ``FREE`` where nothing was.
-        columns: how many there were, modulo 2**32, ``(batch,)`` uint32.
+        text_ids: the text token of the next step, ``(batch,)`` int32.
+        audio_codes: Moshi's codes of the next step, delayed, ``(batch, codebooks)`` int32.
+        user_codes: the user's last frame, whose delayed codes are heard in the next step, ``(batch, codebooks)``.
+        forced_codes: what was forced of the last chosen frame and belongs into the step after the next, ``(batch,
+            codebooks)``, ``UNFORCED`` where nothing was.
+        steps: how many there were, modulo 2**32, ``(batch,)`` uint32.
         keys: a key per slot.
         numbers: of sampling, by the names of :meth:`FlaxMoshiStream.configure`, each ``(batch, 1)``.
     """
@@ -39,13 +38,12 @@ class DialogueState:
     audio_codes: Any
     user_codes: Any
     forced_codes: Any
-    columns: Any
+    steps: Any
     keys: Any
     numbers: dict[str, Any]
 
 
-@flax.struct.dataclass
-class StreamState:
+class StreamState(flax.struct.PyTreeNode):
     """Everything that a stream knows, a pytree; all leaves have the slots as their first axis.
 
     Attributes:
@@ -65,7 +63,7 @@ class StreamState:
 
 
 def fold_rows(keys: Key[Array, "batch"], data: UInt[Array, "batch"]) -> Key[Array, "batch"]:
-    """Every row's key folded with its number; of column k, what ``generate`` draws with in step k."""
+    """Every row's key folded with its number; of step k, what ``generate`` draws with in step k."""
     return jax.vmap(jax.random.fold_in)(keys, data)
 
 
@@ -74,8 +72,8 @@ def empty_state(
     keys: Key[Array, "batch"],
     numbers: dict[str, Any],
     *,
-    hears: bool,
-    speaks: bool,
+    with_encoder: bool,
+    with_decoder: bool,
     dtype: Any,
     origin: str,
     mesh: Mesh | None,
@@ -89,15 +87,15 @@ def empty_state(
         text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
         audio_codes=codes,
         user_codes=codes,
-        forced_codes=jnp.full_like(codes, FREE),
-        columns=jnp.zeros((batch_size,), dtype=jnp.uint32),
+        forced_codes=jnp.full_like(codes, UNFORCED),
+        steps=jnp.zeros((batch_size,), dtype=jnp.uint32),
         keys=keys,
         numbers={name: jnp.full((batch_size, 1), number) for name, number in numbers.items()},
     )
     state = StreamState(
         dialogue=dialogue,
-        encoder=FlaxMimiEncoderState.create(codec, batch_size, dtype) if hears else None,
-        decoder=FlaxMimiDecoderState.create(codec, batch_size, dtype) if speaks else None,
+        encoder=FlaxMimiEncoderState.create(codec, batch_size, dtype) if with_encoder else None,
+        decoder=FlaxMimiDecoderState.create(codec, batch_size, dtype) if with_decoder else None,
         origin=origin,
     )
     if mesh is None:
@@ -115,8 +113,8 @@ def restart(
             cache=dialogue.cache.reset(rows),
             text_ids=jnp.where(rows, start_id, dialogue.text_ids),
             audio_codes=jnp.where(rows[:, None], start_code, dialogue.audio_codes),
-            columns=jnp.where(rows, jnp.uint32(0), dialogue.columns),
-            keys=jnp.where(rows, fold_rows(dialogue.keys, dialogue.columns), dialogue.keys),
+            steps=jnp.where(rows, jnp.uint32(0), dialogue.steps),
+            keys=jnp.where(rows, fold_rows(dialogue.keys, dialogue.steps), dialogue.keys),
         ),
         encoder=None if state.encoder is None else state.encoder.reset(rows),
         decoder=None if state.decoder is None else state.decoder.reset(rows),

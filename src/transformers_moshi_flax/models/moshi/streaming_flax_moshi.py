@@ -3,8 +3,8 @@
 A stream has a number of slots, the rows of its batch. Each holds a dialogue of its own age, which never ends and takes
 no more memory with time. All of it is in a :class:`StreamState`; a step takes one and returns the next.
 
-A step is Mimi's encoder on the user's audio, one column of Moshi, Mimi's decoder on Moshi's audio: one compiled
-program, or four, one after another, where that is quicker. A column is what ``generate`` does for a frame; which
+A step is Mimi's encoder on the user's audio, one frame of Moshi, Mimi's decoder on Moshi's audio: one compiled
+program, or four, one after another, where that is quicker. A frame is made as by ``generate``; which
 frames meet in it is drawn in ``docs/streaming.md``.
 
 ``stream_state.py`` has the state, ``stream_options.py`` the options, ``stream_files.py`` what is written of a state.
@@ -30,9 +30,9 @@ from ...checkpoints.formats import open_safetensors
 from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device
-from ...generation.decoding import FREE, Chosen
+from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
-from ...input_checks import check_audio, check_ids, check_sizes, is_traced, is_whole
+from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
 from ...ops.dispatch import steps_in_several_programs
 from ..mimi.modules_flax_mimi import STEP_PARTS, parts_of
@@ -45,12 +45,13 @@ from ..mimi.streaming_flax_mimi import (
 from ..mimi.topology import samples_per_frame
 from .frame_flax_moshi import frame_step
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
+from .inputs_flax_moshi import require_waveforms, step_inputs
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
 from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
 
-NOTHING = -1
-"""Stands for ids and codes in the frames of slots that have none."""
+NOT_VALID = -1
+"""Stands for ids and codes in frames that are not valid, where a slot has none."""
 
 
 @dataclasses.dataclass
@@ -76,7 +77,7 @@ class FlaxMoshiFrame(FlaxModelOutput):
     last_hidden_state: Any = None
 
 
-def next_column(
+def next_frame(
     decoder: FrameDecoder,
     params: Any,
     samplings: tuple[Sampling, Sampling],
@@ -86,11 +87,11 @@ def next_column(
     forced_ids: Int[Array, "batch"],
     forced_codes: Int[Array, "batch codebooks"],
 ) -> tuple[DialogueState, FlaxMoshiFrame]:
-    """Runs one column: hears the user's frame, chooses the next text token and codes.
+    """Runs one step: hears the user's frame, chooses the next text token and codes.
 
-    Column 0 of a dialogue is the start frame, in which nothing is heard or said. Column ``k + 1`` has frame ``k``'s
-    text token and semantic codes and, delayed, the other codes of frame ``k - 1``; so what is chosen in it completes
-    frame ``k``, which is returned.
+    Position 0 of a dialogue is the start frame, in which nothing is heard or said. Position ``k + 1`` has the text
+    token and semantic codes of frame ``k`` and, delayed, the other codes of frame ``k - 1``; so what is chosen there
+    completes frame ``k``, which is returned.
 
     Args:
         decoder: the model.
@@ -99,26 +100,26 @@ def next_column(
         state: the state so far.
         user_codes: the frame that is heard, undelayed.
         active: slots that take part; the others keep their state.
-        forced_ids, forced_codes: text and undelayed codes of the frame after the one that is returned, ``FREE`` where
-            they are to be chosen.
+        forced_ids, forced_codes: text and undelayed codes of the frame after the one that is returned, ``UNFORCED``
+            where they are to be chosen.
     """
     start_code = decoder.module.config.audio_vocab_size
     first = state.cache.length == 0
     # ids out of range become NaN, which would stay in the ring
     user_codes = jnp.where(active[:, None], user_codes, 0)
-    forced_ids = jnp.where(active, forced_ids, FREE)
-    forced_codes = jnp.where(active[:, None], forced_codes, FREE)
+    forced_ids = jnp.where(active, forced_ids, UNFORCED)
+    forced_codes = jnp.where(active[:, None], forced_codes, UNFORCED)
 
     def delayed(now: Int[Array, "batch codebooks"], before: Int[Array, "batch codebooks"]):
         return jnp.concatenate([now[:, :1], before[:, 1:]], axis=1)
 
     heard = jnp.where(first[:, None], start_code, delayed(user_codes, state.user_codes))
-    keys = fold_rows(state.keys, state.columns)
+    keys = fold_rows(state.keys, state.steps)
     sampling, depth_sampling = with_numbers(samplings, state.numbers)
 
     def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
         text_ids = select_token(outputs.logits[:, -1], state.text_ids[:, None], 0, keys, 0, sampling)
-        return Chosen(jnp.where(forced_ids == FREE, text_ids, forced_ids), keys)
+        return Chosen(jnp.where(forced_ids == UNFORCED, text_ids, forced_ids), keys)
 
     outputs, chosen, audio_codes = frame_step(
         decoder.module,
@@ -135,8 +136,8 @@ def next_column(
 
     valid = active & ~first
     frame = FlaxMoshiFrame(
-        audio_codes=jnp.where(valid[:, None], delayed(state.audio_codes, audio_codes), NOTHING),
-        text_ids=jnp.where(valid, state.text_ids, NOTHING),
+        audio_codes=jnp.where(valid[:, None], delayed(state.audio_codes, audio_codes), NOT_VALID),
+        text_ids=jnp.where(valid, state.text_ids, NOT_VALID),
         valid=valid,
         text_logits=outputs.logits[:, -1],
         last_hidden_state=outputs.last_hidden_state[:, -1],
@@ -146,7 +147,7 @@ def next_column(
         "audio_codes": audio_codes,
         "user_codes": jnp.where(first[:, None], start_code, user_codes),
         "forced_codes": forced_codes,
-        "columns": state.columns + jnp.uint32(1),
+        "steps": state.steps + jnp.uint32(1),
     }
     kept = {
         name: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, getattr(state, name))
@@ -166,13 +167,13 @@ def convolve_frame(
     decoder: FrameDecoder,
     params: Any,
     histories: tuple[Array, ...],
-    filled: Int[Array, "batch"],
+    cache_length: Int[Array, "batch"],
     audio: Float[Array, "batch channels samples"],
     active: Bool[Array, "batch"],
 ) -> tuple[tuple[Array, ...], Float[Array, "batch steps hidden_size"]]:
     """SEANet's features of a frame, and what its convolutions remember."""
     module = decoder.module
-    return module.apply({"params": params}, histories, filled, audio, active, method=module.convolve_audio_step)
+    return module.apply({"params": params}, histories, cache_length, audio, active, method=module.convolve_audio_step)
 
 
 def encode_frame(
@@ -223,8 +224,8 @@ def whole_step(
             decoder, parts["encode"], state.encoder.replace(histories=rest), features, active
         )
         state = state.replace(encoder=encoder.replace(histories=(*convolved, *encoder.histories)))
-    dialogue, frame = next_column(
-        decoder, parts["column"], samplings, state.dialogue, heard, active, forced_ids, forced_codes
+    dialogue, frame = next_frame(
+        decoder, parts["frame"], samplings, state.dialogue, heard, active, forced_ids, forced_codes
     )
     state = state.replace(dialogue=dialogue)
     if state.decoder is not None:
@@ -308,11 +309,8 @@ class FlaxMoshiStream:
     ):
         check_sizes(batch_size=batch_size)
         config, codec = model.config, model.config.audio_encoder_config
-        if return_audio_waveforms and codec.decoder_config is None:
-            raise ValueError(
-                "`return_audio_waveforms=True` needs the audio decoder, which this configuration has dropped: pass "
-                "`return_audio_waveforms=False`."
-            )
+        if return_audio_waveforms:
+            require_waveforms(config)
         self.batch_size = batch_size
         self.frame_size = samples_per_frame(codec)
         self.sampling_rate = codec.sampling_rate
@@ -326,7 +324,8 @@ class FlaxMoshiStream:
             model.generation_defaults(), generation_config, kwargs, config
         )
         # looked up once: reading a configuration takes longer than all else in `step`
-        self._hears = codec.encoder_config is not None
+        self._inputs = step_inputs(config, batch_size)
+        self._has_encoder = codec.encoder_config is not None
         self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
         self._dtype = model.dtype
         self._bounds = {
@@ -345,16 +344,16 @@ class FlaxMoshiStream:
         parts = {
             "convolve": codec_part(codec_params, seanet),
             "encode": codec_part(codec_params, *others),
-            "column": dialogue,
+            "frame": dialogue,
             "decode": codec_part(codec_params, *STEP_PARTS["decode_step"]),
         }
         self._convolve = self._program(convolve_frame, parts["convolve"])
         self._encode = self._program(encode_frame, parts["encode"])
-        self._column = self._program(next_column, dialogue, tuple(self._samplings))
+        self._frame = self._program(next_frame, dialogue, tuple(self._samplings))
         self._decode = self._program(decode_frame, parts["decode"])
         several = steps_in_several_programs()
         self._whole = None if several else self._program(whole_step, parts, tuple(self._samplings))
-        free = np.full((batch_size, config.num_codebooks), FREE, dtype=np.int32)
+        free = np.full((batch_size, config.num_codebooks), UNFORCED, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
         self._blank = self._on_devices(np.zeros_like(free))
@@ -379,8 +378,8 @@ class FlaxMoshiStream:
     def _create(self, keys: jax.Array) -> StreamState:
         program = self._compiled(
             empty_state,
-            hears=self._hears,
-            speaks=self.return_audio_waveforms,
+            with_encoder=self._has_encoder,
+            with_decoder=self.return_audio_waveforms,
             dtype=jnp.dtype(self._dtype),
             origin=self._origin,
             mesh=self.mesh,
@@ -435,7 +434,7 @@ class FlaxMoshiStream:
             ValueError: as :meth:`step`.
         """
         self._check_state(state)
-        rows = self._checked_rows("rows", rows)
+        rows = self._checked("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
         keys = None if prng_key is None else row_keys(prng_key, self.batch_size)
         state = RESTART(state, rows, *self._starts)
@@ -448,7 +447,7 @@ class FlaxMoshiStream:
         if self.ignore_first_user_frame:
             return state
         traced = is_traced(state.dialogue.text_ids, rows, *forced)
-        dialogue, _ = self._column(traced, state.dialogue, self._blank, rows, *forced)
+        dialogue, _ = self._frame(traced, state.dialogue, self._blank, rows, *forced)
         return state.replace(dialogue=dialogue)
 
     def step(
@@ -483,19 +482,21 @@ class FlaxMoshiStream:
         self._check_state(state)
         if (user_audio is None) == (user_audio_codes is None):
             raise ValueError("Pass one of `user_audio` and `user_audio_codes` (silence is zeros of `user_audio`).")
-        active = self._all if active is None else self._checked_rows("active", active)
+        active = self._all if active is None else self._checked("active", active)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, active)
+        if user_audio is not None and not self._has_encoder:
+            raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
         if user_audio is not None:
-            heard = self._checked_audio(user_audio, active)
+            heard = self._checked("user_audio", user_audio, active)
         else:
-            heard = self._checked_codes("user_audio_codes", user_audio_codes, active)
+            heard = self._checked("user_audio_codes", user_audio_codes, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
         if self._whole is not None:
             return self._whole(traced, state, heard, active, *forced)
         if user_audio is not None:
             encoder, heard = self._hear(traced, state.encoder, heard, active)
             state = state.replace(encoder=encoder)
-        dialogue, frame = self._column(traced, state.dialogue, heard, active, *forced)
+        dialogue, frame = self._frame(traced, state.dialogue, heard, active, *forced)
         state = state.replace(dialogue=dialogue)
         if self.return_audio_waveforms:
             decoder, audio = self._decode(traced, state.decoder, frame.audio_codes, frame.valid)
@@ -525,7 +526,7 @@ class FlaxMoshiStream:
                 stream's bound (a power of two above the one that it was made with, at least 64).
         """
         self._check_state(state)
-        rows = self._all if rows is None else self._checked_rows("rows", rows)
+        rows = self._all if rows is None else self._checked("rows", rows)
         # all of them in any case, so that one program does for whatever is changed
         values = checked_numbers({**self._numbers, **numbers}, self._numbers, self._bounds, self.batch_size)
         changes = {name: (np.full(value.shape, name in numbers), value) for name, value in values.items()}
@@ -657,7 +658,7 @@ class FlaxMoshiStream:
                 raise ValueError(f"`path`: {path} is no good state: {name} must be in [0, {size}).")
         numbers = {name: leaves[f"dialogue.numbers.{name}"][:, 0] for name in self._numbers}
         try:
-            check_ids("forced_codes", leaves["dialogue.forced_codes"], self._audio_vocab_size, (FREE,))
+            check_ids("forced_codes", leaves["dialogue.forced_codes"], self._audio_vocab_size, (UNFORCED,))
             checked_numbers(numbers, self._numbers, self._bounds, len(leaves[TEXT_IDS]))
         except ValueError as error:
             raise ValueError(f"`path`: {path} is no good state: {error}") from error
@@ -679,14 +680,16 @@ class FlaxMoshiStream:
         if isinstance(text_ids, jax.Array) and not is_traced(text_ids) and text_ids.is_deleted():
             raise ValueError(f"`{name}` was consumed by an earlier call: go on with the state that this returned.")
 
-    def _checked_rows(self, name: str, rows: ArrayLike) -> ArrayLike:
-        dtype = rows.dtype if hasattr(rows, "dtype") else np.asarray(rows).dtype
-        if np.shape(rows) != (self.batch_size,) or dtype != np.bool_:
-            raise ValueError(
-                f"`{name}` must be booleans ({self.batch_size},), one for each slot, but has the shape "
-                f"{np.shape(rows)} and the dtype {dtype}."
-            )
-        return self._placed(rows)
+    def _checked(self, name: str, value: ArrayLike, rows: Any = ...) -> ArrayLike:
+        """``value`` as the programs want it; ValueError unless the table of inputs has it so, in the ``rows``."""
+        expected = self._inputs[name]
+        check_input(name, value, expected, rows=... if rows is self._all else rows)
+        dtype = {"ids": np.int32, "audio": self._dtype}.get(expected.kind, np.bool_)
+        value = value if is_traced(value) else np.asarray(value)
+        if value.dtype != dtype:
+            with np.errstate(over="ignore"):  # in slots that do not take part
+                value = value.astype(dtype)
+        return self._placed(value)
 
     def _placed(self, array: ArrayLike) -> ArrayLike:
         """A copy, as the caller may write the next frame over this one before it is heard, where the programs want it:
@@ -703,47 +706,14 @@ class FlaxMoshiStream:
             raise ValueError(f"`slot` is {slot!r}, but {owner} has the slots 0 to {slots - 1}.")
         return slot
 
-    def _of_rows(self, array: ArrayLike, rows: ArrayLike) -> ArrayLike:
-        """What matters of ``array``: the values of slots that take part, as far as they are known."""
-        return array if rows is self._all or is_traced(array, rows) else np.asarray(array)[np.asarray(rows)]
-
-    def _checked_audio(self, audio: ArrayLike, rows: ArrayLike) -> ArrayLike:
-        if not self._hears:
-            raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
-        shape = {"batch": self.batch_size, "channels": self.channels, "samples": self.frame_size}
-        check_audio("user_audio", audio, shape, ... if rows is self._all else rows, "give one frame of every slot")
-        audio = audio if is_traced(audio) else np.asarray(audio)
-        if audio.dtype != self._dtype:
-            with np.errstate(over="ignore"):  # in slots that do not take part
-                audio = audio.astype(self._dtype)
-        return self._placed(audio)
-
-    def _checked_codes(self, name: str, codes: ArrayLike, rows: ArrayLike, allowed: tuple[int, ...] = ()) -> ArrayLike:
-        shape = (self.batch_size, self.num_codebooks)
-        if np.shape(codes) != shape:
-            raise ValueError(f"`{name}` must be the codes of one frame, {shape}, but has the shape {np.shape(codes)}.")
-        remedy = "-1 leaves the choice to the model." if allowed else ""
-        check_ids(name, self._of_rows(codes, rows), self._audio_vocab_size, allowed, remedy)
-        return codes.astype(jnp.int32) if is_traced(codes) else self._placed(np.asarray(codes, dtype=np.int32))
-
     def _checked_forced(
         self, text_ids: ArrayLike | None, codes: ArrayLike | None, rows: ArrayLike
     ) -> tuple[ArrayLike, ArrayLike]:
         free_ids, free_codes = self._free
-        if text_ids is not None:
-            if np.shape(text_ids) != (self.batch_size,):
-                raise ValueError(
-                    f"`forced_text_ids` must be one token for each slot, ({self.batch_size},), but has the shape "
-                    f"{np.shape(text_ids)}."
-                )
-            remedy = "-1 leaves the choice to the model."
-            check_ids("forced_text_ids", self._of_rows(text_ids, rows), self._vocab_size, (FREE,), remedy)
-            text_ids = (
-                text_ids.astype(jnp.int32) if is_traced(text_ids) else self._placed(np.asarray(text_ids, np.int32))
-            )
-        if codes is not None:
-            codes = self._checked_codes("forced_audio_codes", codes, rows, (FREE,))
-        return free_ids if text_ids is None else text_ids, free_codes if codes is None else codes
+        return (
+            free_ids if text_ids is None else self._checked("forced_text_ids", text_ids, rows),
+            free_codes if codes is None else self._checked("forced_audio_codes", codes, rows),
+        )
 
 
 # ------------------------------------------------------------------------------------------------- making programs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import flax.linen as nn
 import jax
@@ -131,12 +132,12 @@ def discriminator_loss(real: Sequence[Opinion], fake: Sequence[Opinion]) -> Floa
         jnp.mean(jax.nn.relu(1 - _wide(theirs))) + jnp.mean(jax.nn.relu(1 + _wide(ours)))
         for (theirs, _), (ours, _) in zip(real, fake)
     ]
-    return sum(losses) / len(losses)
+    return _mean(losses)
 
 
 def adversarial_loss(fake: Sequence[Opinion]) -> Float[Array, ""]:
     """Hinge loss of the codec, averaged over scales."""
-    return sum(jnp.mean(jax.nn.relu(1 - _wide(ours))) for ours, _ in fake) / len(fake)
+    return _mean([jnp.mean(jax.nn.relu(1 - _wide(ours))) for ours, _ in fake])
 
 
 def feature_matching_loss(real: Sequence[Opinion], fake: Sequence[Opinion]) -> Float[Array, ""]:
@@ -146,7 +147,11 @@ def feature_matching_loss(real: Sequence[Opinion], fake: Sequence[Opinion]) -> F
         for (_, real_features), (_, fake_features) in zip(real, fake)
         for theirs, ours in zip(jax.lax.stop_gradient(real_features), fake_features)
     ]
-    return sum(losses) / len(losses)
+    return _mean(losses)
+
+
+def _mean(losses: Sequence[Float[Array, ""]]) -> Float[Array, ""]:
+    return reduce(jnp.add, losses) / len(losses)
 
 
 def _wide(x: Array) -> Array:

@@ -96,10 +96,11 @@ def _speaker(codec: Codec, quantizes: bool) -> Callable[[Any, Float32[np.ndarray
 
 def decoded_latents(quantizer: Mapping[str, Any], codes: Any) -> Float[Any, "batch frames hidden_size"]:
     """Latents of codes ``(batch, codebooks, frames)``."""
-    total, number = 0.0, 0
+    total: Any = 0.0
+    number = 0
     for branch in BRANCHES:
         tables = codebooks_of(quantizer[branch], jnp.float32)
-        found = sum(table[codes[:, number + place]] for place, table in enumerate(tables))
+        found: Any = sum(table[codes[:, number + place]] for place, table in enumerate(tables))
         number += len(tables)
         total = total + project(quantizer[branch], "output_proj", found)
     return total

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,13 +141,13 @@ def spectral_distances(
     sampling_rate: int,
 ) -> dict[str, Float[Array, "rows"]]:
     """``log_mel`` and ``magnitude`` of every row: mean absolute differences, averaged over the windows."""
-    sums = {"log_mel": [], "magnitude": []}
+    sums: dict[str, list[Array]] = {"log_mel": [], "magnitude": []}
     for window in windows:
         ours, theirs = spectrogram(audio, window), spectrogram(target, window)
         sums["magnitude"].append(jnp.mean(jnp.abs(ours - theirs), axis=(1, 2, 3)))
         ours, theirs = (log_mel(each, window, mel_bins, sampling_rate) for each in (ours, theirs))
         sums["log_mel"].append(jnp.mean(jnp.abs(ours - theirs), axis=(1, 2, 3)))
-    return {name: sum(parts) / len(windows) for name, parts in sums.items()}
+    return {name: reduce(jnp.add, parts) / len(windows) for name, parts in sums.items()}
 
 
 def reconstruction_losses(

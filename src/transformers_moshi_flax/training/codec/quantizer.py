@@ -133,7 +133,9 @@ def quantize(
     number = jnp.where(drops, number, config.num_quantizers)
     bypasses = jax.random.uniform(bypass_key, (rows,)) < settings.bypass
 
-    total, commitment, statistics, branches = 0.0, 0.0, [], []
+    total: Any = 0.0
+    commitment: Any = 0.0
+    statistics, branches = [], []
     for branch, numbers, branch_key in zip(BRANCHES, codebook_numbers(config), keys):
         parts = quantizer[branch]
         projected = project(parts, "input_proj", latents)
@@ -215,7 +217,8 @@ def _residual(
     flat = constant.reshape(-1, constant.shape[-1])
     # what is committed to is as far as the latents are wide: else the encoder could shrink them
     width = jnp.maximum(jnp.mean(jnp.sum(jnp.square(flat - flat.mean(axis=0)), axis=-1)), EPSILON)
-    found, distance, counted = jnp.zeros_like(constant), 0.0, []
+    distance: Any = 0.0
+    found, counted = jnp.zeros_like(constant), []
     for place, (entries, key_) in enumerate(zip(tables, jax.random.split(key, len(tables)))):
         residual = constant - found
         codes = nearest(entries, residual)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
     if path.is_dir():
         suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
         found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes - {".raw"}]
-        listed = [(str(file.relative_to(path)), file, None) for file in found]
+        listed: list[tuple[str, Path, str | None]] = [(str(file.relative_to(path)), file, None) for file in found]
     elif path.is_file():
         listed = _manifest(path)
     else:
@@ -349,4 +350,4 @@ def evaluation_crops(
             made["features"] = np.asarray(teacher(audio.mean(axis=1)), np.float32)
         return made
 
-    return [lambda batch=batch: make(batch) for batch in batches]
+    return [partial(make, batch) for batch in batches]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,7 +24,7 @@ from ...models.mimi.modules_flax_mimi import FlaxMimiDecoderModule, FlaxMimiEnco
 from ...models.mimi.topology import samples_per_frame
 from ...ops.precision import at_least_float32
 from ..train_state import TrainState, merge_params, split_paths
-from ..train_step import compiler_options, counted, dealt, on_mesh
+from ..train_step import compiler_options, counted, in_micro_batches, on_mesh
 from .configuration import CodecTrainingConfig
 from .discriminator import (
     MultiScaleSTFTDiscriminator,
@@ -52,7 +51,6 @@ DISTILLATION = "distillation"
 """Name of the layer from codebook 0 to a teacher's features, which is trained but no part of the codec."""
 
 
-@flax.struct.dataclass
 class CodecTrainState(TrainState):
     """As :class:`TrainState`, whose ``params`` have the codebooks as well, and whose ``opt_state`` has not.
 
@@ -194,123 +192,178 @@ def make_codec_train_step(
         parts before the update, ``perplexity`` (of the codes of the step, averaged over codebooks), ``frames``, and
         those that ``make_train_step`` has of every step.
     """
-    training = codec.training
-    parts = training.run.accumulation_steps
-    settings, rate = training.losses, codec.config.sampling_rate
+    parts = codec.training.run.accumulation_steps
 
     def step(state: CodecTrainState, batch: Mapping[str, Any]) -> tuple[CodecTrainState, dict[str, Array]]:
         batch = {name: jnp.asarray(array) for name, array in batch.items()}
-        weights, codebooks = split_paths(state.params, (CODEBOOKS,))
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        judges = None if state.discriminator is None else state.discriminator["params"]
 
-        def loss_of(weights: Any, part: Mapping[str, Any], key: Array) -> tuple[Array, Any]:
-            params = merge_params(merge_params(weights, codebooks), state.frozen_params)
-            quantizer_key, dropout_key = jax.random.split(key)
-            audio = part["audio"]
-            latents = codec.encode(params, audio, {"dropout": dropout_key} if phase.trains_encoder else None)
-            losses: dict[str, Array] = {}
-            statistics = None
-            if phase.quantizes:
-                if not phase.trains_encoder:
-                    latents = jax.lax.stop_gradient(latents)
-                found = quantize(params["quantizer"], latents, codec.config, training.quantizer, quantizer_key)
-                latents, statistics = found.latents, found.statistics
-                if settings.commitment and phase.trains_encoder:
-                    losses["commitment"] = jnp.mean(found.commitment)
-                if settings.distillation:
-                    losses["distillation"] = _distance_to_teacher(params, found, part)
-            else:
-                latents = unquantized(params["quantizer"], latents)
-            spoken = codec.decode(params, latents, {"dropout": dropout_key})
-            losses |= {
-                name: jnp.mean(rows)
-                for name, rows in reconstruction_losses(spoken, audio, settings, rate).items()
-                if getattr(settings, name)
-            }
-            if phase.is_judged:
-                real = codec.discriminator.apply({"params": judges}, audio)
-                fake = codec.discriminator.apply({"params": judges}, spoken)
-                losses["adversarial"] = adversarial_loss(fake)
-                if settings.feature_matching:
-                    losses["feature_matching"] = feature_matching_loss(real, fake)
-            loss = weighted(losses, settings)
-            sums = {"loss": loss, **losses}
-            return loss / parts, (jax.tree.map(lambda leaf: leaf / parts, sums), statistics, spoken)
+        def gradients_of(part: Mapping[str, Any], index: Any) -> Gradients:
+            return micro_batch_gradients(codec, phase, state, part, step_key, index)
 
-        def judged(judges: Any, audio: Array, spoken: Array) -> Array:
-            real = codec.discriminator.apply({"params": judges}, audio)
-            fake = codec.discriminator.apply({"params": judges}, jax.lax.stop_gradient(spoken))
-            return discriminator_loss(real, fake) / parts
-
-        def gradients_of(part: Mapping[str, Any], index: Any) -> Any:
-            key = jax.random.fold_in(step_key, index)
-            gradients, (sums, statistics, spoken) = jax.grad(loss_of, has_aux=True)(weights, part, key)
-            if statistics is not None:
-                # what replaces dead entries comes from the first micro-batch
-                candidates = jnp.where(index == 0, statistics.candidates, 0)
-                statistics = jax.lax.stop_gradient(statistics._replace(candidates=candidates))
-            judge_gradients = None
-            if phase.is_judged:
-                lost, judge_gradients = jax.value_and_grad(judged)(judges, part["audio"], spoken)
-                sums["discriminator"] = lost
-            return gradients, judge_gradients, sums, statistics
-
-        if parts == 1:
-            gradients, judge_gradients, losses, statistics = gradients_of(batch, 0)
-        else:
-            dealt_batch = jax.tree.map(lambda array: dealt(array, parts), batch)
-            first = jax.tree.map(lambda array: array[0], dealt_batch)
-            shapes = jax.eval_shape(gradients_of, first, 0)
-            zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
-
-            def add(added: Any, part_and_index: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, added, gradients_of(*part_and_index)), None
-
-            indices = jnp.arange(parts, dtype=jnp.int32)
-            (gradients, judge_gradients, losses, statistics), _ = jax.lax.scan(add, zeros, (dealt_batch, indices))
-
-        grad_norm = optax.tree.norm(gradients)
+        found = gradients_of(batch, 0) if parts == 1 else _added(gradients_of, batch, parts)
+        losses = found.losses
+        grad_norm = optax.tree.norm(found.weights)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
         if phase.is_judged:
-            finite &= jnp.isfinite(losses["discriminator"]) & jnp.isfinite(optax.tree.norm(judge_gradients))
+            finite &= jnp.isfinite(losses["discriminator"]) & jnp.isfinite(optax.tree.norm(found.judges))
         learning_rate = schedule(state.step - state.bad_steps)
 
         def update(round: Any, values: Any) -> Any:
-            params, opt_state, discriminator = values
-            weights, codebooks = split_paths(params, (CODEBOOKS,))
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
-                updates, opt_state = optimizer.update(gradients, opt_state, weights, grad_norm=grad_norm)
-                if not phase.trains_encoder:  # nor do old gradients move it, or weight decay
-                    before, after = split_paths(updates, (BEFORE_THE_CODEBOOKS,), matching=True)
-                    updates = merge_params(jax.tree.map(jnp.zeros_like, before), after)
-            weights = optax.apply_updates(weights, updates)
-            if statistics is not None and codebooks:
-                replaces = (state.step + 1) % training.quantizer.replace_every == 0
-                moved = updated(codebooks["quantizer"], statistics, codec.config, training.quantizer, replaces)
-                codebooks = {"quantizer": moved}
-            if phase.is_judged:
-                with jax.numpy_dtype_promotion("standard"):
-                    changes, judge_state = discriminator_optimizer(training).update(
-                        judge_gradients, discriminator["opt_state"], discriminator["params"]
-                    )
-                moved = optax.apply_updates(discriminator["params"], changes)
-                discriminator = {"params": moved, "opt_state": judge_state}
-            return merge_params(weights, codebooks), opt_state, discriminator
+            return _updated_values(codec, phase, optimizer, found, grad_norm, state.step, values)
 
-        rounds = finite.astype(jnp.int32)
         values = (state.params, state.opt_state, state.discriminator)
-        params, opt_state, discriminator = jax.lax.fori_loop(0, rounds, update, values)
+        params, opt_state, discriminator = jax.lax.fori_loop(0, finite.astype(jnp.int32), update, values)
         state, counts = counted(state, finite, jnp.isfinite(losses["loss"]))
         state = state.replace(params=params, opt_state=opt_state, discriminator=discriminator)
         frames = batch["audio"].shape[0] * batch["audio"].shape[-1] // codec.frame_samples
         metrics = {**losses, "frames": jnp.asarray(frames, jnp.int32), "grad_norm": grad_norm}
-        if statistics is not None:
-            metrics["perplexity"] = jnp.mean(_perplexity(statistics.counts))
+        if found.statistics is not None:
+            metrics["perplexity"] = jnp.mean(_perplexity(found.statistics.counts))
         return state, {**metrics, "learning_rate": learning_rate, **counts}
 
-    outputs = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    outputs: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(on_mesh(step, state_shardings), donate_argnums=0, compiler_options=compiler_options(), **outputs)
+
+
+class Gradients(NamedTuple):
+    """Of a micro-batch, or of a whole batch.
+
+    Attributes:
+        weights: gradients of what the optimizer moves.
+        judges: those of the discriminator, or None.
+        losses: by name, and their sum as ``loss``.
+        statistics: of the codebooks' entries, or None.
+    """
+
+    weights: Any
+    judges: Any
+    losses: dict[str, Array]
+    statistics: Any
+
+
+def micro_batch_gradients(
+    codec: Codec, phase: Phase, state: CodecTrainState, part: Mapping[str, Any], step_key: Array, index: Any
+) -> Gradients:
+    """Gradients and losses of a micro-batch, each divided by the number of micro-batches.
+
+    Args:
+        codec, phase: as of :func:`make_codec_train_step`.
+        state: the state before the step.
+        part: the micro-batch.
+        step_key: of the step.
+        index: which micro-batch of the step it is.
+    """
+    parts = codec.training.run.accumulation_steps
+    weights, codebooks = split_paths(state.params, (CODEBOOKS,))
+    judges = None if state.discriminator is None else state.discriminator["params"]
+
+    def loss_of(weights: Any) -> tuple[Array, Any]:
+        params = merge_params(merge_params(weights, codebooks), state.frozen_params)
+        losses, statistics, spoken = _losses(codec, phase, params, judges, part, jax.random.fold_in(step_key, index))
+        loss = weighted(losses, codec.training.losses)
+        sums = {"loss": loss, **losses}
+        return loss / parts, (jax.tree.map(lambda leaf: leaf / parts, sums), statistics, spoken)
+
+    gradients, (sums, statistics, spoken) = jax.grad(loss_of, has_aux=True)(weights)
+    if statistics is not None:
+        # what replaces dead entries comes from the first micro-batch
+        candidates = jnp.where(index == 0, statistics.candidates, 0)
+        statistics = jax.lax.stop_gradient(statistics._replace(candidates=candidates))
+    if not phase.is_judged:
+        return Gradients(gradients, None, sums, statistics)
+
+    def judged(judges: Any) -> Array:
+        real = codec.discriminator.apply({"params": judges}, part["audio"])
+        fake = codec.discriminator.apply({"params": judges}, jax.lax.stop_gradient(spoken))
+        return discriminator_loss(real, fake) / parts
+
+    lost, judge_gradients = jax.value_and_grad(judged)(judges)
+    return Gradients(gradients, judge_gradients, {**sums, "discriminator": lost}, statistics)
+
+
+def _losses(
+    codec: Codec, phase: Phase, params: Any, judges: Any, part: Mapping[str, Any], key: Array
+) -> tuple[dict[str, Array], Any, Array]:
+    """The losses of a micro-batch by name, the statistics of the codebooks' entries, and what was spoken."""
+    training, settings, audio = codec.training, codec.training.losses, part["audio"]
+    quantizer_key, dropout_key = jax.random.split(key)
+    latents = codec.encode(params, audio, {"dropout": dropout_key} if phase.trains_encoder else None)
+    losses: dict[str, Array] = {}
+    statistics = None
+    if phase.quantizes:
+        if not phase.trains_encoder:
+            latents = jax.lax.stop_gradient(latents)
+        found = quantize(params["quantizer"], latents, codec.config, training.quantizer, quantizer_key)
+        latents, statistics = found.latents, found.statistics
+        if settings.commitment and phase.trains_encoder:
+            losses["commitment"] = jnp.mean(found.commitment)
+        if settings.distillation:
+            losses["distillation"] = _distance_to_teacher(params, found, part)
+    else:
+        latents = unquantized(params["quantizer"], latents)
+    spoken = codec.decode(params, latents, {"dropout": dropout_key})
+    losses |= {
+        name: jnp.mean(rows)
+        for name, rows in reconstruction_losses(spoken, audio, settings, codec.config.sampling_rate).items()
+        if getattr(settings, name)
+    }
+    if phase.is_judged:
+        real = codec.discriminator.apply({"params": judges}, audio)
+        fake = codec.discriminator.apply({"params": judges}, spoken)
+        losses["adversarial"] = adversarial_loss(fake)
+        if settings.feature_matching:
+            losses["feature_matching"] = feature_matching_loss(real, fake)
+    return losses, statistics, spoken
+
+
+def _added(
+    gradients_of: Callable[[Mapping[str, Any], Any], Gradients], batch: Mapping[str, Array], parts: int
+) -> Gradients:
+    """The sums over the micro-batches of a batch."""
+    micro_batches = jax.tree.map(lambda array: in_micro_batches(array, parts), batch)
+    first = jax.tree.map(lambda array: array[0], micro_batches)
+    shapes = jax.eval_shape(gradients_of, first, 0)
+    zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+
+    def add(added: Gradients, part_and_index: Any) -> tuple[Gradients, None]:
+        return jax.tree.map(jnp.add, added, gradients_of(*part_and_index)), None
+
+    sums, _ = jax.lax.scan(add, zeros, (micro_batches, jnp.arange(parts, dtype=jnp.int32)))
+    return sums
+
+
+def _updated_values(
+    codec: Codec,
+    phase: Phase,
+    optimizer: optax.GradientTransformationExtraArgs,
+    found: Gradients,
+    grad_norm: Array,
+    step: Array,
+    values: tuple[Any, Any, Any],
+) -> tuple[Any, Any, Any]:
+    """Parameters, state of the optimizer and discriminator after a step."""
+    training = codec.training
+    params, opt_state, discriminator = values
+    weights, codebooks = split_paths(params, (CODEBOOKS,))
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+        updates, opt_state = optimizer.update(found.weights, opt_state, weights, grad_norm=grad_norm)
+        if not phase.trains_encoder:  # nor do old gradients move it, or weight decay
+            before, after = split_paths(updates, (BEFORE_THE_CODEBOOKS,), matching=True)
+            updates = merge_params(jax.tree.map(jnp.zeros_like, before), after)
+    weights = optax.apply_updates(weights, updates)
+    if found.statistics is not None and codebooks:
+        replaces = (step + 1) % training.quantizer.replace_every == 0
+        moved = updated(codebooks["quantizer"], found.statistics, codec.config, training.quantizer, replaces)
+        codebooks = {"quantizer": moved}
+    if phase.is_judged:
+        with jax.numpy_dtype_promotion("standard"):
+            changes, judge_state = discriminator_optimizer(training).update(
+                found.judges, discriminator["opt_state"], discriminator["params"]
+            )
+        moved = optax.apply_updates(discriminator["params"], changes)
+        discriminator = {"params": moved, "opt_state": judge_state}
+    return merge_params(weights, codebooks), opt_state, discriminator
 
 
 def make_codec_eval_step(

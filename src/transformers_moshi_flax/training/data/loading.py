@@ -151,15 +151,15 @@ class BatchPlan:
         epoch, place = divmod(number, self.batches_per_epoch)
         cached = self._epoch  # may be replaced by another thread
         if cached is None or cached[0] != epoch:
-            cached = self._epoch = (epoch, self._deal(epoch), self._draw_swaps(epoch))
+            cached = self._epoch = (epoch, self._order(epoch), self._draw_swaps(epoch))
         _, batches, swaps = cached
         rows = batches[place]
         longest = int(self.length[rows[rows >= 0]].max()) + 1
         return int(self._buckets[np.searchsorted(self._buckets, longest)]), rows, swaps[rows] & (rows >= 0)
 
-    def _deal(self, epoch: int) -> Int[np.ndarray, "batches rows"]:
+    def _order(self, epoch: int) -> Int[np.ndarray, "batches rows"]:
         if not self._shuffle:
-            dealt, left = self._split(np.arange(self.chunks))
+            batches, left = self._split(np.arange(self.chunks))
         else:
             rng = np.random.default_rng([self._seed, epoch, _ORDER])
             order = rng.permutation(self.chunks)
@@ -168,12 +168,12 @@ class BatchPlan:
             for number in range(len(self._buckets)):
                 part, left = self._split(np.concatenate([left, order[bucket == number]]))
                 parts.append(part)
-            dealt = rng.permutation(np.concatenate(parts))
+            batches = rng.permutation(np.concatenate(parts))
         if not len(left):
-            return dealt
+            return batches
         last = np.full((1, self.batch_size), -1)
         last[0, : len(left)] = left
-        return np.concatenate([dealt, last])
+        return np.concatenate([batches, last])
 
     def _split(
         self, chunks: Int[np.ndarray, "chunks"]

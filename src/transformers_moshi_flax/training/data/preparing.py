@@ -156,10 +156,7 @@ def prepare(
             ``config``.
         OSError: a place that cannot be read or written.
     """
-    numbers = {"batch_size": batch_size, "workers": workers, "recordings_per_shard": recordings_per_shard}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}, but must be at least 1")
+    _check_numbers(batch_size=batch_size, workers=workers, recordings_per_shard=recordings_per_shard)
     listed = read_manifest(manifest)
     settings = _settings(
         manifest,
@@ -176,7 +173,7 @@ def prepare(
     with _only_one(out):
         _check_main_speaker(out, listed, main_speaker)
         _check_settings(out, settings)
-        shards = _deal(listed, recordings_per_shard)
+        shards = _in_shards(listed, recordings_per_shard)
         reasons = {number: _why_open(out, number, shard) for number, shard in enumerate(shards)}
         open_shards = {number: shard for number, shard in enumerate(shards) if reasons[number] is not None}
         redone = {SHARDS.format(number): reason for number, reason in reasons.items() if reason}
@@ -208,6 +205,12 @@ def prepare(
         report = _report(out, len(shards), encoder.frame_rate, main_speaker, resumed, redone)
         write_text(out / REPORT, _as_json(report))
     return report
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}, but must be at least 1")
 
 
 def read_manifest(manifest: Path) -> list[Listed]:
@@ -506,7 +509,7 @@ class _Shard:
         return done, skipped
 
 
-def _deal(listed: list[Listed], size: int) -> list[_Shard]:
+def _in_shards(listed: list[Listed], size: int) -> list[_Shard]:
     return [_Shard(listed[start : start + size]) for start in range(0, len(listed), size)]
 
 

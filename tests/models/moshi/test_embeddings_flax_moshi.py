@@ -189,7 +189,7 @@ class TestPromptsOfEmbeddings:
         embeds = np.zeros((1, 2, 64), np.float32)
         for inputs, told in (
             ({}, "input_ids"),
-            ({"inputs_embeds": embeds[..., 1:]}, "hidden_size"),
+            ({"inputs_embeds": embeds[..., 1:]}, r"shape \(batch, tokens, 64\)"),
             ({"inputs_embeds": embeds[:, :0]}, "empty"),
             ({"inputs_embeds": embeds, "input_ids": IDS}, "one id for each"),
             ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep"),

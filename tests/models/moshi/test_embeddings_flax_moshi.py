@@ -191,7 +191,7 @@ class TestPromptsOfEmbeddings:
             ({}, "input_ids"),
             ({"inputs_embeds": embeds[..., 1:]}, r"shape \(batch, tokens, 64\)"),
             ({"inputs_embeds": embeds[:, :0]}, "empty"),
-            ({"inputs_embeds": embeds, "input_ids": IDS}, "one id for each"),
+            ({"inputs_embeds": embeds, "input_ids": IDS}, r"shape \(1, 4, 64\)"),
             ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep"),
             ({"input_ids": text.params}, "params="),
         ):

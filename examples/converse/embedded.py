@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers_moshi_flax.checkpoints.writing import write_text
+
 from .corpus import make_corpus
 from .evaluate import evaluate
 from .moshi import write_moshi
@@ -95,17 +97,18 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
 
     def write_figures() -> None:
         figures = evaluate(runs["moshi"] / "export", size.questions, size.long_dialogues, size.minutes, size.rows)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
     def write_assets() -> None:
         moshi_flax(
             "export-checkpoint", runs["moshi"], folder / "assets", "--dtype", "bfloat16", "--to-pt", "--overwrite"
         )
-        shutil.copyfile(folder / "figures.json", folder / "assets" / "figures.json")
         written = sum(path.stat().st_size for path in (folder / "assets").iterdir())
         if written > MOST_BYTES:
             raise SystemExit(f"the assets have {written:,} bytes, more than {MOST_BYTES:,}")
         shutil.copytree(folder / "assets", assets, dirs_exist_ok=True)
+        # last, as it tells that all is there
+        write_text(assets / "figures.json", (folder / "figures.json").read_text("utf-8"))
 
     return [
         Stage(

@@ -339,8 +339,9 @@ def main() -> None:
     given = parser.parse_args()
     figures = evaluate(given.model, given.questions, given.dialogues, given.minutes)
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: figures[name] for name in figures}, indent=1))
+    text = json.dumps(figures, indent=1)
+    given.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_stored_and_restored() -> None:
     dilation=st.integers(1, 2),
     groups=st.sampled_from([1, 2]),
     per_group=st.integers(1, 3),
-    frames=st.integers(1, 7),
+    frames=st.integers(1, 20),
 )
 def test_convolutions(
     batch: int, width: int, stride: int, dilation: int, groups: int, per_group: int, frames: int

@@ -43,24 +43,18 @@ def whole_checkpoint(folder: Path) -> Iterator[Path]:
             yield fresh
         return
     leftovers = list(folder.glob(f"{_STAGED}*"))
-    scratch = folder / f"{_STAGED}{uuid.uuid4().hex}"
-    staged = scratch / "new"
-    staged.mkdir(parents=True)
-    with lock_folder(scratch):  # not that of the checkpoint itself, which a save locks
-        try:
-            yield staged
-            sync_all(staged)
-            (folder / CONFIG).unlink(missing_ok=True)
-            sync_all(folder, deep=False)
-            for path in folder.iterdir():
-                if path.is_file() and _is_of_checkpoint(path):
-                    path.unlink()
-            for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG):
-                if path.name == CONFIG:  # the commit
-                    sync_all(folder, deep=False)
-                os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with _staged(folder / f"{_STAGED}{uuid.uuid4().hex}") as staged:
+        yield staged
+        sync_all(staged)
+        (folder / CONFIG).unlink(missing_ok=True)
+        sync_all(folder, deep=False)
+        for path in folder.iterdir():
+            if path.is_file() and _is_of_checkpoint(path):
+                path.unlink()
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG):
+            if path.name == CONFIG:  # the commit
+                sync_all(folder, deep=False)
+            os.replace(path, folder / path.name)
     for path in leftovers:
         _remove_unless_locked(path)
     sync_all(folder, deep=False)
@@ -94,9 +88,7 @@ def whole_folder(folder: Path, keeps: Callable[[Path], bool] = lambda path: Fals
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
     scratch = _beside(folder)
-    staged = scratch / "new"
-    staged.mkdir(parents=True)
-    with lock_folder(scratch):  # not that of the checkpoint itself, which a save locks
+    with _staged(scratch) as staged:
         try:
             yield staged
             sync_all(staged)
@@ -111,8 +103,19 @@ def whole_folder(folder: Path, keeps: Callable[[Path], bool] = lambda path: Fals
         finally:
             if not folder.exists() and (scratch / "replaced").exists():
                 os.rename(scratch / "replaced", folder)
-            shutil.rmtree(scratch, ignore_errors=True)
     sync_all(folder.parent, deep=False)
+
+
+@contextmanager
+def _staged(scratch: Path) -> Iterator[Path]:
+    """A directory in ``scratch`` to write in; both are gone when the block ends."""
+    staged = scratch / "new"
+    staged.mkdir(parents=True)
+    with lock_folder(scratch):  # not that of the checkpoint itself, which a save locks
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -61,7 +61,7 @@ def ask(
     moshi, _ = hold(partner, samples, length, seed, pace, notes, lambda text_id: printed.add(words.put(text_id)))
     printed.add(words.end())
     printed.end()
-    write_sound(output, both_channels(moshi, samples), rate, "--output")
+    write_sound(output, both_channels(moshi, samples), rate)
     warning = f" ({RANDOM})" if is_random(source) else ""
     notes.print(f"{output}: {len(moshi) / rate:.2f} s{warning}", soft_wrap=True)
     notes.print(pace.report(), soft_wrap=True)

@@ -80,7 +80,7 @@ def converse(
     if text is not None:
         write_transcript(text, partner, text_ids, seconds, seed=seed, interrupted=len(moshi) < length)
     channels = both_channels(moshi, samples)
-    write_sound(output, channels if stereo else moshi, rate, "--output")
+    write_sound(output, channels if stereo else moshi, rate)
     if picture is not None:
         write_picture(picture, channels, rate, {"Moshi": words})
     written = ", ".join(str(path) for path in (output, text, picture) if path is not None)

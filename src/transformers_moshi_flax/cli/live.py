@@ -131,9 +131,9 @@ def both_channels(
     return np.stack([moshi, np.pad(user, (0, len(moshi) - len(user)))], axis=1)
 
 
-def write_sound(path: Path, samples: Float[np.ndarray, "samples *channels"], rate: int, option: str) -> None:
+def write_sound(path: Path, samples: Float[np.ndarray, "samples *channels"], rate: int) -> None:
     """Raises :class:`UserMistake` if it cannot be written."""
-    with as_mistake(f"{option}: cannot write {str(path)!r}", OSError):
+    with as_mistake(f"--output: cannot write {str(path)!r}", OSError):
         write_audio(path, samples, rate)
 
 

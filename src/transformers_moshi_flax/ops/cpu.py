@@ -258,7 +258,7 @@ def outputs_together(shape: tuple[int, ...], stride: int) -> int:
     """How many neighbouring outputs one row of the product makes.
 
     With few channels the unfolded inputs are several times the inputs, and the product is narrow. Rows that make
-    several outputs multiply with zeros in between, and still take a third of the time, gradients included.
+    several outputs multiply with zeros in between, and still take less time, gradients included.
     """
     width, in_channels, out_channels = shape
     channels = max(in_channels, out_channels)

@@ -66,6 +66,10 @@ def test_a_manifest_has_texts(folder: Path) -> None:
     found = open_recordings(folder / "all.jsonl")
     assert [each.text for each in found.recordings] == ["a tone", None, None]
     assert "cannot be read" in found.skipped["missing.wav"]
+    lines[0]["text"] = "two\u2028lines"
+    text = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "all.jsonl").write_bytes(text.encode())
+    assert open_recordings(folder / "all.jsonl").recordings[0].text == "two\u2028lines"
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,8 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
 def _manifest(path: Path) -> list[tuple[str, Path, str | None]]:
     listed, seen = [], set()
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # a text may have what else str.splitlines() takes for the end of a line
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); give JSON lines") from error
     for number, line in enumerate(lines, 1):

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from transformers_moshi_flax import audio_files
-from transformers_moshi_flax.audio_files import AudioFile, read_mono
+from transformers_moshi_flax.audio_files import AudioFile, mix_crops, read_mono
 from transformers_moshi_flax.cli.audio import AUDIO_OUT, read_audio, write_audio
 from transformers_moshi_flax.cli.errors import UserMistake
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
@@ -320,6 +320,13 @@ def test_channels_that_cancel(tmp_path: Path) -> None:
         found, told = level(path, channels)
         assert abs(found) < 0.2
         assert len(told) == 1 and "mixed.wav" in told[0] and "of 2 is heard alone" in told[0]
+
+
+def test_crops_whose_channels_cancel() -> None:
+    voice = NOISE[:1000, 0]
+    crops = np.stack([np.stack([voice, voice]), np.stack([-0.9 * voice, voice]), np.zeros((2, 1000), np.float32)])
+    mixed = mix_crops(crops)
+    np.testing.assert_array_equal(mixed, np.stack([voice, voice, 0 * voice]))
 
 
 def test_silence_may_be_mixed(tmp_path: Path) -> None:

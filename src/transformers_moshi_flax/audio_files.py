@@ -877,6 +877,16 @@ def downmix(file: AudioFile) -> Callable[[Block], Float32[np.ndarray, "samples"]
     return lambda block: block[:, heard].mean(axis=1) if heard.any() else block[:, 0]
 
 
+def mix_crops(
+    crops: Float32[np.ndarray, "rows channels samples"],
+) -> Float32[np.ndarray, "rows samples"]:
+    """The mean of the channels of each row, or the loudest alone where they cancel each other out."""
+    energies = np.square(crops, dtype=np.float64).sum(axis=-1)
+    cancelled = np.square(crops.sum(axis=1), dtype=np.float64).sum(axis=-1) < CANCELLED * energies.sum(axis=-1)
+    loudest = crops[np.arange(len(crops)), energies.argmax(axis=-1)]
+    return np.where(cancelled[:, None], loudest, crops.mean(axis=1))
+
+
 def read_mono(path: Path, sampling_rate: int, longest: float) -> Float32[np.ndarray, "samples"]:
     """A file as mono at ``sampling_rate``; see :func:`downmix`. Resampling is soxr's high quality.
 

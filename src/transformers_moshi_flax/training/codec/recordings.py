@@ -25,7 +25,7 @@ import soundfile
 import soxr
 from jaxtyping import Float, Float32
 
-from ...audio_files import AudioFile
+from ...audio_files import AudioFile, mix_crops
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class CropMaker:
         audio = np.stack([self._crop(number, row) for row in range(*self.rows)])
         if self.teacher is None:
             return {"audio": audio}
-        return {"audio": audio, "features": np.asarray(self.teacher(audio.mean(axis=1)), np.float32)}
+        return {"audio": audio, "features": np.asarray(self.teacher(mix_crops(audio)), np.float32)}
 
     def _crop(self, number: int, row: int) -> Float32[np.ndarray, "channels samples"]:
         generator = self.plan.generator(number, row)
@@ -372,7 +372,7 @@ def evaluation_crops(
                 _warn_once(f"{recording.id}: {error}")
         made = {"audio": audio, "weights": weights}
         if teacher is not None:
-            made["features"] = np.asarray(teacher(audio.mean(axis=1)), np.float32)
+            made["features"] = np.asarray(teacher(mix_crops(audio)), np.float32)
         return made
 
     return [partial(make, batch) for batch in batches]

@@ -22,7 +22,7 @@ from ...checkpoints.keywords import one_token, understood
 from ...checkpoints.recognising import foreign, is_foreign_config
 from ...checkpoints.replacing import whole_files
 from ...checkpoints.uploading import Repository, check_upload
-from ...input_checks import Input, check_input
+from ...input_checks import Input, check_input, is_whole
 from ...model_card import check_card_fields
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.topology import samples_per_frame
@@ -78,10 +78,10 @@ class MoshiProcessor(ProcessorMixin):
                 f"`feature_extractor` has feature_size={feature_extractor.feature_size}, but Moshi's audio is mono: "
                 "give one with feature_size=1"
             )
-        if not isinstance(frame_size, int) or frame_size < 1:
+        if not is_whole(frame_size) or frame_size < 1:
             raise ValueError(f"`frame_size` must be a positive integer, got {frame_size!r}")
         for name, token in (("pad_token_id", pad_token_id), ("end_of_pad_token_id", end_of_pad_token_id)):
-            if not isinstance(token, int) or not 0 <= token < len(tokenizer):
+            if not is_whole(token) or not 0 <= token < len(tokenizer):
                 raise ValueError(f"`{name}`={token!r} is no id of the tokenizer, which has {len(tokenizer)}")
         super().__init__(feature_extractor, tokenizer)
         self.frame_size = frame_size

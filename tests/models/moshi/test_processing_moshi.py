@@ -261,6 +261,8 @@ def test_keywords_of_loading(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"has no keyword argument 'frame_sise'; did you mean 'frame_size'\?"):
         MoshiProcessor.from_pretrained(EMBEDDED, frame_sise=48)
+    with pytest.raises(ValueError, match=r"MoshiProcessor\.from_kyutai has no keyword argument 'revison'; did you"):
+        MoshiProcessor.from_kyutai(tmp_path, revison="main")
     with pytest.raises(ValueError, match=r"proxies=.* cannot be followed"):
         MoshiProcessor.from_pretrained(EMBEDDED, proxies={"http": "http://localhost:9"})
 

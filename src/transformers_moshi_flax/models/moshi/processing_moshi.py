@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -363,13 +363,7 @@ class MoshiProcessor(ProcessorMixin):
                 of the files is not that of the Mimi in ``config.json`` beside them.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        given = understood(None, None, kwargs.pop("token", None), kwargs)
-        kwargs = given.rest if given.token is None else {**given.rest, "token": given.token}
-        known = {*_HUB, *_OPTIONS, *_OF_PARTS}
-        for option in kwargs:
-            if option not in known:
-                hint = did_you_mean(option, known)
-                raise ValueError(f"{cls.__name__}.from_pretrained has no keyword argument {option!r}{hint}")
+        kwargs = _known_keywords(f"{cls.__name__}.from_pretrained", kwargs, {*_HUB, *_OPTIONS, *_OF_PARTS})
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError) as error:
@@ -412,6 +406,7 @@ class MoshiProcessor(ProcessorMixin):
             CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) the checkpoint or its tokenizer is missing.
             ValueError: the tokenizer is damaged or of another kind, or Mimi cannot be expressed.
         """
+        hub = _known_keywords(f"{cls.__name__}.from_kyutai", hub, {*_HUB} - {"subfolder"})
         files = find_kyutai_files(name_or_path, **hub)
         if files.tokenizer is None:
             raise CheckpointNotFoundError(
@@ -463,6 +458,15 @@ class MoshiProcessor(ProcessorMixin):
         waveform = np.asarray(waveform, np.float32)
         extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
         return extracted["input_values"][0][0]
+
+
+def _known_keywords(method: str, keywords: dict[str, Any], known: Set[str]) -> dict[str, Any]:
+    """Those that ``method`` follows; ValueError for one that it does not know, or that it would be wrong to ignore."""
+    given = understood(None, None, keywords.pop("token", None), keywords)
+    for name in given.rest:
+        if name not in known:
+            raise ValueError(f"{method} has no keyword argument {name!r}{did_you_mean(name, known)}")
+    return given.rest if given.token is None else {**given.rest, "token": given.token}
 
 
 def _why_none(source: Source) -> str | None:

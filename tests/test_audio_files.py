@@ -165,6 +165,16 @@ def test_files_that_were_never_finished(
     check(tmp_path / "open", replaced(data, place, struct.pack(number, length)), SAMPLES)
 
 
+@pytest.mark.parametrize("length", [0, 1000, 200_000])
+def test_silence_is_no_end_of_what_was_never_finished(tmp_path: Path, length: int) -> None:
+    """Neither at the beginning nor where the length says that the audio ends."""
+    samples = NOISE.copy()
+    samples[:1000] = samples[49_000:51_000] = 0
+    for kind, number, place in (("WAV", "<I", b"data"), ("AU", ">I", b".snd\0\0\0\x18"), ("CAF", ">q", b"data")):
+        data = replaced(encoded(tmp_path, kind, samples), place, struct.pack(number, length))
+        check(tmp_path / f"open.{kind.lower()}", data, SAMPLES)
+
+
 @pytest.mark.parametrize("length", [0, 1000, 2**64 - 1])
 def test_lengths_of_64_bits_that_were_never_written(tmp_path: Path, length: int) -> None:
     rf64, caf = encoded(tmp_path, "RF64"), encoded(tmp_path, "CAF")

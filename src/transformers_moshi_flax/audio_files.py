@@ -395,6 +395,12 @@ def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
     return file.read(size)
 
 
+def _only_zeros(file: BinaryIO, position: int) -> bool:
+    """Whether nothing else follows up to the end of the file."""
+    file.seek(position)
+    return not any(read.strip(b"\0") for read in iter(lambda: file.read(2**20), b""))
+
+
 def _behind_id3(file: BinaryIO, position: int) -> int:
     """Where tags of ID3v2 end that begin here; those that end behind the file have a length that is wrong."""
     size = file.seek(0, io.SEEK_END)
@@ -581,8 +587,11 @@ class _Chunks:
             position += length + -length % self.align
 
     def may_begin(self, file: BinaryIO, position: int, size: int) -> bool:
-        """Whether a chunk may begin here: a name in letters, and a length that fits; or zeros, which some add."""
-        if not any(_read_at(file, position, 8)):
+        """Whether a chunk may begin here: a name in letters, and a length that fits; or zeros, which some add.
+
+        Eight zeros are not enough for that: recordings begin with silence, and have some in between.
+        """
+        if _only_zeros(file, position):
             return True
         name, begin, length = next(self.walk(file, position, size), (b"\0", 0, 0))
         return name[:4].isascii() and name[:4].decode().isprintable() and 0 <= length <= size - begin
@@ -644,7 +653,7 @@ def _au(file: BinaryIO, size: int, order: str) -> Layout:
     """Audio to the end of the file, or to zeros: nothing else may be behind the header."""
     begin, length = struct.unpack(f"{order}2I", _read_at(file, 4, 8).ljust(8, b"\0"))
     end = begin + length
-    if (end >= size and length < _UNKNOWN) or (end < size and not any(_read_at(file, end, 8))):
+    if (end >= size and length < _UNKNOWN) or (end < size and _only_zeros(file, end)):
         return Layout()
     return Layout([Part(_replaced(size, 8, b"\xff" * 4))])
 

@@ -15,6 +15,7 @@ _PUBLIC = {
         "FlaxAutoModel",
         "FlaxAutoModelForCausalLM",
     ],
+    "adapters.config": ["LoraConfig"],
     "modeling_flax_utils": ["FlaxPreTrainedModel"],
     "generation": [
         "FlaxGenerationMixin",

@@ -31,6 +31,7 @@ from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .adapters.model import FlaxAdapterMixin
 from .checkpoints import rules as tables
 from .checkpoints.configs import (
     check_config_sizes,
@@ -61,7 +62,7 @@ logger = logging.get_logger(__name__)
 Params = dict[str, Any] | FrozenDict
 
 
-class FlaxPreTrainedModel:
+class FlaxPreTrainedModel(FlaxAdapterMixin):
     """Base of the model classes.
 
     Class attributes that a model sets:
@@ -99,7 +100,14 @@ class FlaxPreTrainedModel:
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     _generates: ClassVar[bool] = False
     _auto_class: ClassVar[str | None] = None
-    _kept_for_speed: ClassVar[tuple[str, ...]] = ("_programs_of", "_programs", "_decoder", "_norms", "_parts")
+    _kept_for_speed: ClassVar[tuple[str, ...]] = (
+        "_programs_of",
+        "_programs",
+        "_decoder",
+        "_norms",
+        "_parts",
+        "_adapted",
+    )
     # of a part of a larger model: that one, and the name of its parameters there
     _whole: FlaxPreTrainedModel | None = None
     _name_in_whole: str = ""
@@ -245,9 +253,10 @@ class FlaxPreTrainedModel:
             self._whole.params = {**self._whole.params, self._name_in_whole: params}
 
     def whole_params(self, params: Any) -> Any:
-        """``params``, the model's own if None; ValueError if some of ``required_params`` are missing."""
+        """``params``, the model's own with its active adapters if None; ValueError if some of ``required_params`` are
+        missing."""
         if params is None:
-            return self.params
+            return self._params_in_use()
         if not isinstance(params, Mapping):
             raise ValueError(f"params must be a nested dict as model.params, but is {type(params).__name__}")
         missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
@@ -256,6 +265,10 @@ class FlaxPreTrainedModel:
             names = shortened(missing, 5, ", ")
             raise ValueError(f"params lack {names}; give all of required_params, such as model.params{wrapped}")
         return params
+
+    def _params_in_use(self) -> Any:
+        """The model's own with its active adapters; a part has those of the whole."""
+        return self.adapted_params() if self._whole is None else self._whole._params_in_use()[self._name_in_whole]
 
     def _savable_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""
@@ -278,8 +291,11 @@ class FlaxPreTrainedModel:
         """Whether the class has ``generate``."""
         return cls._generates
 
-    def num_parameters(self) -> int:
-        """How many numbers the parameters are."""
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the parameters are, without adapters; with ``only_trainable`` those of the active adapters,
+        where there are some."""
+        if only_trainable and self.peft_config:
+            return self.num_adapter_parameters()
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params_shape_tree))
 
     def enable_gradient_checkpointing(self) -> None:

@@ -1,17 +1,83 @@
-"""The linear layer, of which every model's are made."""
+"""The linear layer, of which every model's are made, and what an adapter adds to it.
+
+A layer has an adapter (LoRA, Hu et al., 2021) where its parameters hold one beside the kernel; the layer itself has no
+setting for it. So everything that takes a tree of parameters takes one with adapters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from ..ops.linear import dot_general
 
+LORA_A, LORA_B, SCALING, ROWS, DROPOUT = "lora_A", "lora_B", "lora_scaling", "lora_rows", "lora_dropout"
+"""Names of an adapter's leaves: ``(inputs, rank)``, ``(rank, outputs)``, a number; of several adapters, ``(adapters,
+inputs, rank)``, ``(adapters, rank, outputs)``, ``(adapters,)`` and the adapter of each row, ``(rows,)`` int32. The
+last is the share of inputs that training drops, a number, and the name of the stream of random numbers for it."""
 
-def dense(
-    features: int, kernel_init: Any, dtype: DTypeLike, use_bias: bool = False, name: str | None = None
-) -> nn.Dense:
+LEAVES = (LORA_A, LORA_B, SCALING, ROWS, DROPOUT)
+
+
+class Dense(nn.Module):
+    """``x @ kernel (+ bias)`` computed in ``dtype``, as ``flax.linen.Dense``, with an adapter where there is one."""
+
+    features: int
+    kernel_init: Any
+    dtype: Any = jnp.float32
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "... inputs"]) -> Float[Array, "... features"]:
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
+        inputs = inputs.astype(self.dtype)
+        outputs = product(inputs, jnp.asarray(kernel, self.dtype))
+        if bias is not None:
+            outputs = outputs + jnp.asarray(bias, self.dtype)
+        leaves = adapter_of(self)
+        return outputs if leaves is None else outputs + adapted(self, inputs, leaves)
+
+
+def dense(features: int, kernel_init: Any, dtype: DTypeLike, use_bias: bool = False, name: str | None = None) -> Dense:
     """``x @ kernel (+ bias)``, ``(..., inputs)`` to ``(..., features)``, computed in ``dtype``."""
-    return nn.Dense(features, use_bias, dtype, kernel_init=kernel_init, dot_general=dot_general, name=name)
+    return Dense(features, kernel_init, dtype, use_bias, name=name)
+
+
+def adapter_of(layer: nn.Module) -> dict[str, Array] | None:
+    """The leaves of the adapter that a bound layer has, None without one."""
+    if not layer.has_variable("params", LORA_A):
+        return None
+    return {name: layer.get_variable("params", name) for name in LEAVES if layer.has_variable("params", name)}
+
+
+def adapted(
+    layer: Dense, inputs: Float[Array, "... inputs"], leaves: Mapping[str, Array]
+) -> Float[Array, "... features"]:
+    """What the adapter adds to the layer's outputs, of inputs in its dtype.
+
+    Dropout is applied where the layer has the random numbers for it, which it is given in training.
+    """
+    if DROPOUT in leaves and layer.has_rng(DROPOUT):
+        keep = 1 - jnp.asarray(leaves[DROPOUT], jnp.float32)
+        kept = jax.random.bernoulli(layer.make_rng(DROPOUT), keep, inputs.shape)
+        inputs = jnp.where(kept, inputs / keep.astype(inputs.dtype), jnp.zeros_like(inputs))
+    a, b, scaling = (jnp.asarray(leaves[name], layer.dtype) for name in (LORA_A, LORA_B, SCALING))
+    if ROWS not in leaves:
+        return scaling * product(product(inputs, a), b)
+    # rows may stand for several, such as those of beams, of codebooks, or of the frames of a dialogue
+    rows = jnp.repeat(jnp.asarray(leaves[ROWS]), inputs.shape[0] // leaves[ROWS].shape[0])
+    inner = jnp.einsum("n...i,nir->n...r", inputs, a[rows])
+    outputs = jnp.einsum("n...r,nro->n...o", inner, b[rows])
+    return scaling[rows].reshape(-1, *(1,) * (outputs.ndim - 1)) * outputs
+
+
+def product(x: Float[Array, "... inputs"], matrix: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
+    """``x @ matrix``, as layers compute it."""
+    return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))

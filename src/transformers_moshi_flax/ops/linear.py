@@ -21,7 +21,7 @@ def dot_general(
     preferred_element_type: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """``lax.dot_general``, for ``nn.Dense(dot_general=...)``."""
+    """``lax.dot_general``, for linear layers; also for ``flax.linen.Dense(dot_general=...)``."""
     definition: Callable[..., jax.Array] = partial(
         lax.dot_general,
         dimension_numbers=dimension_numbers,

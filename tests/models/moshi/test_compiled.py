@@ -19,6 +19,7 @@ from tests.configs import tiny_moshi_config
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.generation import decoding
 from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiDecoderLayer
+from transformers_moshi_flax.nn.linear import Dense
 from transformers_moshi_flax.ops.cpu import LARGE_CACHE, SLOTS_IN_USE
 
 
@@ -146,7 +147,7 @@ def test_interceptors_see_every_layer() -> None:
     paths = set()
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.Dense):
+        if isinstance(context.module, Dense):
             paths.add("/".join(context.module.path))
         return call(*args, **kwargs)
 

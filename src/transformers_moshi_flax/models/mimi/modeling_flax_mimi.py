@@ -187,7 +187,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
 
             programs[key] = jax.jit(program)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        params = self.params if params is None else params
+        params = self._params_in_use() if params is None else params
         if train or is_tracing(params, inputs) or not on_one_device(params, inputs):
             outputs = programs[key](params, rngs, inputs)
         else:
@@ -230,7 +230,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             program.__name__ = method
             programs[key] = Program(program, (1,) if donated else ())
         active = np.ones(inputs.shape[0], dtype=bool) if active is None else active
-        params = self.params if params is None else params
+        params = self._params_in_use() if params is None else params
         if "num_quantizers" in options:
             params = self._with_norms(params, options["num_quantizers"])
         # of the other half, every call would look at every parameter

@@ -1,0 +1,195 @@
+"""Adapters in PEFT's files: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+A layer's matrices are ``lora_A`` (rank, inputs) and ``lora_B`` (outputs, rank) there. Of the layers that are one a
+codebook, PEFT has two matrices for the whole three-dimensional weight: ``lora_A`` (codebooks · rank, inputs), the rows
+of the first codebook first, and ``lora_B`` (outputs, rank · codebooks), the codebooks of the first rank first.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..checkpoints.files import CheckpointNotFoundError, Source
+from ..checkpoints.formats import open_safetensors, parse_json
+from ..checkpoints.replacing import whole_folder
+from ..checkpoints.rules import Rule, read_params, table_tensors
+from ..checkpoints.verifying import refuse_damage
+from ..checkpoints.writing import write_safetensors, write_text
+from ..input_checks import shortened
+from ..nn.linear import LORA_A, LORA_B
+from .config import LoraConfig
+from .lora import Adapter, Leaves, adapter_leaves
+from .targets import WEIGHT, Linear, saved_whole, targeted
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+BASE_CHECKSUM = "base_checksum"
+"""Key of the header's metadata: a checksum of the layers that the adapter was made for."""
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, rules: tuple[Rule, ...], params: Mapping[str, Any], readme: str
+) -> list[str]:
+    """Write an adapter's files into ``folder``, which is made, or replaced as a whole if it has an adapter.
+
+    Args:
+        folder: what other files it has are left.
+        adapter: what is written.
+        rules: the model's table of the PyTorch layout.
+        params: of the model that it is for.
+        readme: the text of ``README.md``.
+
+    Returns:
+        The names of the files.
+    """
+    tensors = adapter_tensors(adapter, rules)
+    by_codebook = [layer.name + WEIGHT for layer in adapter.layers if layer.by_codebook]
+    names = [layer.name for layer in adapter.layers if not layer.by_codebook]
+    config = adapter.config.to_dict() | {
+        "target_modules": names,
+        "target_parameters": by_codebook or None,
+        "exclude_modules": None,
+    }
+    files = (WEIGHTS, CONFIG, "README.md")
+    with whole_folder(folder, keeps=lambda path: path.is_file()) as staged:
+        notes = {BASE_CHECKSUM: base_checksum(adapter.layers, params)}
+        write_safetensors(staged / WEIGHTS, tensors, "pt", notes)
+        write_text(staged / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(staged / "README.md", readme)
+    return list(files)
+
+
+def adapter_tensors(adapter: Adapter, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's file by key."""
+    tensors: dict[str, np.ndarray] = {}
+    for layer in adapter.layers:
+        a = np.stack([np.asarray(adapter.leaves[f"{path}/{LORA_A}"]).T for path in layer.paths])
+        b = np.stack([np.asarray(adapter.leaves[f"{path}/{LORA_B}"]).T for path in layer.paths], axis=-1)
+        tensors[f"{PREFIX}{layer.name}.{LORA_A}.weight"] = a.reshape(-1, layer.inputs)
+        tensors[f"{PREFIX}{layer.name}.{LORA_B}.weight"] = b.reshape(layer.outputs, -1)
+    whole = adapter.whole_parameters
+    if whole:
+        made = table_tensors(unflatten_dict(whole, sep="/"), rules)
+        tensors |= {PREFIX + tensor.key: tensor.build() for tensor in made}
+    return tensors
+
+
+def read_adapter(
+    source: Source,
+    layers: Mapping[str, Linear],
+    rules: tuple[Rule, ...],
+    shapes: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
+) -> Adapter:
+    """Read an adapter that PEFT or :func:`write_adapter` has written.
+
+    Args:
+        source: a directory or a repository of the Hub.
+        layers: of the model, from ``linear_layers``.
+        rules: the model's table of the PyTorch layout.
+        shapes: of the model's parameters.
+        params: the model's parameters, to check that the adapter was made for them; None does not.
+
+    Raises:
+        CheckpointNotFoundError: there is no adapter.
+        ValueError: it is damaged, of another kind, or does not fit the model.
+    """
+    config_path, weights_path = _found(source, CONFIG), _found(source, WEIGHTS)
+    config = LoraConfig.from_dict(parse_json(config_path.read_bytes()), f"{source.name}: {CONFIG}")
+    file = open_safetensors(weights_path)
+    refuse_damage(file)
+    tensors = {key: np.asarray(file[key]) for key in file}
+    try:
+        wanted = targeted(config, layers)
+        whole = saved_whole(config, shapes, rules)
+    except ValueError as error:
+        raise ValueError(f"{source.name} does not fit the model: {error}") from error
+    leaves = _layer_leaves(config, wanted, tensors, source.name)
+    if whole:
+        leaves |= _whole_leaves(whole, shapes, rules, tensors, source.name)
+    if tensors:
+        names = shortened(sorted(tensors), 3, ", ")
+        raise ValueError(f"{source.name}: {WEIGHTS} has tensors that {CONFIG} has no place for: {names}")
+    expected = file.metadata.get(BASE_CHECKSUM)
+    if params is not None and expected is not None and expected != base_checksum(wanted, params):
+        base = config.base_model_name_or_path
+        raise ValueError(
+            f"{source.name} was made for other weights than these{f' (for {base})' if base else ''}: load it into "
+            "those, or say verify_base=False"
+        )
+    return Adapter(config, wanted, leaves)
+
+
+def _found(source: Source, name: str) -> Path:
+    path = source.find(name)
+    if path is None:
+        raise CheckpointNotFoundError(f"{source.name!r} has no {name}, so it is no adapter in PEFT's format")
+    return path
+
+
+def _layer_leaves(config: LoraConfig, layers: Sequence[Linear], tensors: dict[str, np.ndarray], where: str) -> Leaves:
+    """The leaves of the layers; their tensors are taken out of ``tensors``."""
+    leaves: Leaves = {}
+    for layer in layers:
+        rank, codebooks = config.rank_of(layer.name), len(layer.paths)
+        keys = [f"{PREFIX}{layer.name}.{name}.weight" for name in (LORA_A, LORA_B)]
+        shapes = [(codebooks * rank, layer.inputs), (layer.outputs, rank * codebooks)]
+        for key, shape in zip(keys, shapes):
+            if key not in tensors:
+                raise ValueError(f"{where}: {WEIGHTS} lacks {key}")
+            if tensors[key].shape != shape:
+                raise ValueError(
+                    f"{where}: {key} has the shape {tensors[key].shape}, but the model and `r`={rank} want {shape}"
+                )
+            _refuse_not_finite(where, key, tensors[key])
+        a, b = (tensors.pop(key) for key in keys)
+        a, b = a.reshape(codebooks, rank, layer.inputs), b.reshape(layer.outputs, rank, codebooks)
+        for number, path in enumerate(layer.paths):
+            leaves |= adapter_leaves(config, layer, path, a[number].T, b[..., number].T)
+    return leaves
+
+
+def _whole_leaves(
+    paths: Sequence[str],
+    shapes: Mapping[str, Any],
+    rules: tuple[Rule, ...],
+    tensors: dict[str, np.ndarray],
+    where: str,
+) -> Leaves:
+    flat = flatten_dict(dict(shapes), sep="/")
+    template = unflatten_dict({path: flat[path] for path in paths}, sep="/")
+    named = {key.removeprefix(PREFIX): key for key in tensors}
+    found, missing, unexpected, mismatched = read_params(
+        template, rules, {key: tensors[full] for key, full in named.items()}
+    )
+    if missing or mismatched:
+        raise ValueError(f"{where}: {WEIGHTS} lacks {missing}, or has another shape: {mismatched}")
+    for key in named.keys() - set(unexpected):
+        _refuse_not_finite(where, key, tensors.pop(named[key]))
+    return flatten_dict(found, sep="/")
+
+
+def _refuse_not_finite(where: str, key: str, tensor: np.ndarray) -> None:
+    if not np.isfinite(tensor.astype(np.float32)).all():
+        raise ValueError(f"{where}: {key} has numbers that are not finite: the adapter is damaged")
+
+
+def base_checksum(layers: Sequence[Linear], params: Mapping[str, Any]) -> str:
+    """A checksum of the first and the last layer that an adapter changes, in bfloat16: the same in every dtype that
+    the model may be loaded in, and cheap however large it is."""
+    if not layers:
+        return ""
+    flat = flatten_dict(dict(params), sep="/")
+    total = 0
+    for path in (layers[0].paths[0], layers[-1].paths[-1]):
+        kernel = np.asarray(flat[f"{path}/kernel"]).astype(ml_dtypes.bfloat16)
+        total = zlib.crc32(kernel.tobytes(), total)
+    return f"{total:08x}"

@@ -103,7 +103,11 @@ def read_adapter(
         ValueError: it is damaged, of another kind, or does not fit the model.
     """
     config_path, weights_path = _found(source, CONFIG), _found(source, WEIGHTS)
-    config = LoraConfig.from_dict(parse_json(config_path.read_bytes()), f"{source.name}: {CONFIG}")
+    try:
+        values = parse_json(config_path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {CONFIG} cannot be read ({error}); save the adapter again") from error
+    config = LoraConfig.from_dict(values, f"{source.name}: {CONFIG}")
     file = open_safetensors(weights_path)
     refuse_damage(file)
     tensors = {key: np.asarray(file[key]) for key in file}
@@ -149,7 +153,6 @@ def _layer_leaves(config: LoraConfig, layers: Sequence[Linear], tensors: dict[st
                 raise ValueError(
                     f"{where}: {key} has the shape {tensors[key].shape}, but the model and `r`={rank} want {shape}"
                 )
-            _refuse_not_finite(where, key, tensors[key])
         a, b = (tensors.pop(key) for key in keys)
         a, b = a.reshape(codebooks, rank, layer.inputs), b.reshape(layer.outputs, rank, codebooks)
         for number, path in enumerate(layer.paths):
@@ -173,13 +176,8 @@ def _whole_leaves(
     if missing or mismatched:
         raise ValueError(f"{where}: {WEIGHTS} lacks {missing}, or has another shape: {mismatched}")
     for key in named.keys() - set(unexpected):
-        _refuse_not_finite(where, key, tensors.pop(named[key]))
+        del tensors[named[key]]
     return flatten_dict(found, sep="/")
-
-
-def _refuse_not_finite(where: str, key: str, tensor: np.ndarray) -> None:
-    if not np.isfinite(tensor.astype(np.float32)).all():
-        raise ValueError(f"{where}: {key} has numbers that are not finite: the adapter is damaged")
 
 
 def base_checksum(layers: Sequence[Linear], params: Mapping[str, Any]) -> str:

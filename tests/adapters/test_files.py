@@ -25,6 +25,8 @@ peft = pytest.importorskip("peft", reason="PEFT, the oracle of its own format, i
 
 pytestmark = [
     pytest.mark.filterwarnings(UPLOAD_WARNING),
+    # it looks for modules that patterns match, and not for parameters, to which it applies them all the same
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
     # PEFT asks transformers by a name that it is about to drop
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
@@ -36,7 +38,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all-linear"},
     "backbone": {"r": 2, "target_modules": r"decoder\.model\..*(q_proj|v_proj)\.linear", "use_rslora": True},
     "codebooks": {"target_parameters": ["mlp.fc1.weight", "depth_decoder.lm_heads.weight"], "exclude_modules": None},
-    "ranks": {"target_modules": "all-linear", "rank_pattern": {"fc1": 5}, "alpha_pattern": {"layers.1.mlp.fc2": 1}},
+    "ranks": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"fc1": 5, "fc2.weight": 2},
+        "alpha_pattern": {"layers.1.mlp.fc2": 1, "fc2.weight": 3},
+    },
     "whole": {
         "target_modules": ["q_proj.linear"],
         "modules_to_save": ["decoder.lm_head", "decoder.model.embed_tokens"],

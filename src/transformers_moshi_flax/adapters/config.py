@@ -28,6 +28,7 @@ _OF_PEFT: dict[str, Any] = {
     "lora_bias": False,
     "use_dora": False,
     "use_qalora": False,
+    "qalora_group_size": None,
     "ensure_weight_tying": False,
 }
 """Fields of PEFT's files that mean nothing here, with the value that they must have; None stands for any."""
@@ -54,7 +55,7 @@ class LoraConfig:
         scaling: instead of ``lora_alpha``, as Kyutai gives it.
         modules_to_save: modules that are trained and saved whole; names or ends of such.
         rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expressions that match the
-            ends of names.
+            ends of names, of layers that are one a codebook those of their weights (``fc1.weight``).
         init_lora_weights: True draws A uniformly (Kaiming) and sets B to 0, ``"gaussian"`` draws A normally with a
             deviation of ``1 / r``; False draws both, so that the adapter changes the model from the start.
         base_model_name_or_path: what the adapter was made for.
@@ -117,7 +118,7 @@ class LoraConfig:
                 yield f"{expression!r} is no regular expression ({error})"
 
     def rank_of(self, name: str) -> int:
-        """The rank of the adapter of a layer."""
+        """The rank of the adapter of a layer, by the name that PEFT has for it."""
         return _by_pattern(self.rank_pattern, name, self.r)
 
     def scaling_of(self, name: str) -> int | float:

@@ -143,7 +143,7 @@ def _layer_leaves(config: LoraConfig, layers: Sequence[Linear], tensors: dict[st
     """The leaves of the layers; their tensors are taken out of ``tensors``."""
     leaves: Leaves = {}
     for layer in layers:
-        rank, codebooks = config.rank_of(layer.name), len(layer.paths)
+        rank, codebooks = config.rank_of(layer.target), len(layer.paths)
         keys = [f"{PREFIX}{layer.name}.{name}.weight" for name in (LORA_A, LORA_B)]
         shapes = [(codebooks * rank, layer.inputs), (layer.outputs, rank * codebooks)]
         for key, shape in zip(keys, shapes):

@@ -52,7 +52,7 @@ def new_leaves(config: LoraConfig, layers: Sequence[Linear], key: jax.Array, dty
     leaves: Leaves = {}
     paths = [(layer, path) for layer in layers for path in layer.paths]
     for (layer, path), layer_key in zip(paths, jax.random.split(key, max(len(paths), 1))):
-        rank, keys = config.rank_of(layer.name), jax.random.split(layer_key)
+        rank, keys = config.rank_of(layer.target), jax.random.split(layer_key)
         if config.init_lora_weights == "gaussian":
             a = jax.random.normal(keys[0], (layer.inputs, rank), dtype) / rank
         else:
@@ -71,7 +71,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLi
 
 def adapter_leaves(config: LoraConfig, layer: Linear, path: str, a: Any, b: Any) -> Leaves:
     """The leaves of one layer from its matrices."""
-    leaves = {LORA_A: a, LORA_B: b, SCALING: jnp.asarray(config.scaling_of(layer.name), jnp.float32)}
+    leaves = {LORA_A: a, LORA_B: b, SCALING: jnp.asarray(config.scaling_of(layer.target), jnp.float32)}
     if config.lora_dropout:
         leaves[DROPOUT] = jnp.asarray(config.lora_dropout, jnp.float32)
     return {f"{path}/{name}": leaf for name, leaf in leaves.items()}

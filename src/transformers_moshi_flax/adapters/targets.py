@@ -39,6 +39,11 @@ class Linear:
     outputs: int
     by_codebook: bool
 
+    @property
+    def target(self) -> str:
+        """What PEFT's patterns match: the weight of layers that are one a codebook, else the layer."""
+        return self.name + WEIGHT if self.by_codebook else self.name
+
 
 def linear_layers(shapes: Mapping[str, Any], rules: tuple[Rule, ...]) -> dict[str, Linear]:
     """All linear layers of a model by name, from the shapes of its parameters and its table of the PyTorch layout."""

@@ -1,0 +1,115 @@
+"""Kyutai's own client, without a sound device: what it would play is what our stream says, over Opus both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.fake_stream import FRAME
+from tests.serving.house import in_a_loop, serving, speech
+from tests.serving.test_server import said_over_opus
+
+FRAMES = 8
+
+
+class Device(threading.Thread):
+    """A sound card: calls back every frame's time or sooner, from a thread of its own.
+
+    Args:
+        callback: of the client, as ``sounddevice`` has it.
+        data: the frames that it records; None plays, to ``played``.
+    """
+
+    def __init__(self, callback: Callable[..., None], data: list[np.ndarray] | None):
+        super().__init__(daemon=True)
+        self._callback, self._data = callback, data
+        self._open = True
+        self.played: list[np.ndarray] = []
+
+    def __enter__(self) -> Device:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open = False
+        self.join()
+
+    def run(self) -> None:
+        for frame in self._data or ():
+            self._callback(frame[:, None].copy(), FRAME, None, None)
+            time.sleep(0.01)
+        while self._data is None and self._open:
+            frame = np.zeros((FRAME, 1), np.float32)
+            self._callback(frame, FRAME, None, None)
+            if frame.any():
+                self.played.append(frame[:, 0])
+            else:
+                time.sleep(0.01)
+
+
+class Printer:
+    """What the client would show."""
+
+    def __init__(self) -> None:
+        self.words, self.complaints = "", []
+
+    def log(self, level: str, message: str) -> None:
+        if level != "info":
+            self.complaints.append(message)
+
+    def print_token(self, token: str) -> None:
+        self.words += token
+
+    def print_header(self) -> None: ...
+
+    def print_pending(self) -> None: ...
+
+    def print_lag(self) -> None: ...
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Device]:
+    """The devices that the client opens, by direction; the microphone hears ``speech``."""
+    said = list(speech(FRAMES).astype(np.float32) / 32768)
+    opened: dict[str, Device] = {}
+    stub: Any = ModuleType("sounddevice")
+
+    def opening(name: str, data: list[np.ndarray] | None) -> Callable[..., Device]:
+        def open_stream(callback: Callable[..., None], **options: Any) -> Device:
+            assert options == {"samplerate": 24_000, "channels": 1, "blocksize": FRAME}
+            return opened.setdefault(name, Device(callback, data))
+
+        return open_stream
+
+    stub.InputStream, stub.OutputStream = opening("in", said), opening("out", None)
+    monkeypatch.setitem(sys.modules, "sounddevice", stub)
+    monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
+    return opened
+
+
+@in_a_loop
+async def test_kyutai_s_client_plays_what_our_stream_says(devices: dict[str, Device], monkeypatch):
+    import moshi.client
+
+    # the client cannot ask for seeds
+    monkeypatch.setattr("transformers_moshi_flax.serving.wishes.secrets.randbits", lambda bits: 1)
+    printer = Printer()
+    async with serving() as house:
+        where = Namespace(url=house.url, host=None, port=None, https=False)
+        client = asyncio.create_task(moshi.client.run(printer, where))
+        await house.until(lambda: client.done() or len(devices.get("out", Namespace(played=[])).played) == FRAMES)
+        client.cancel()
+        await asyncio.wait([client])
+    said = speech(FRAMES).astype(np.float32) / 32768
+    assert np.array_equal(devices["out"].played, said_over_opus(said, (1, 1)))
+    assert printer.words == "€ 7 8 9 10 11"
+    assert printer.complaints == ["unknown message kind 0", "unknown message kind 4"]

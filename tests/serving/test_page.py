@@ -71,7 +71,7 @@ async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Pat
         assert await page.evaluate("document.querySelector('#transcript time').textContent") == "0:00"
         assert house.figure("moshi_dialogues") == 1
         await page.evaluate("document.querySelector('#talk').click()")
-        await page.until("!document.querySelector('#save').disabled")
+        await page.until("document.querySelector('#status').textContent === 'Not connected.'")
         samples = await saved(page, tmp_path)
         frames = samples.reshape(-1, FRAME, 2)
         # what came back is what the stream says to what was sent

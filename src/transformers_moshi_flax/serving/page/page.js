@@ -21,7 +21,7 @@ function show(element, words) {
 
 function setTalking(talking) {
   $("talk").textContent = talking ? "Stop" : "Talk";
-  $("talk").setAttribute("aria-pressed", String(talking));
+  $("talk").classList.toggle("stop", talking);
   $("levels").hidden = !talking;
 }
 
@@ -86,6 +86,7 @@ function connect() {
   lastWord = -Infinity;
   show($("status"), "Connecting …");
   setTalking(true);
+  $("save").disabled = true;
   let told = "";
   const url = new URL(`api/chat?${query()}`, location.href);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
@@ -99,7 +100,10 @@ function connect() {
     },
     words: addWords,
     heard: (frame) => ($("user-level").value = level(frame)),
-    said: (frame) => ($("moshi-level").value = level(frame)),
+    said: (frame) => {
+      $("moshi-level").value = level(frame);
+      $("save").disabled = false;
+    },
     figures: ({ gaps, delay }) => ($("figures").textContent = `waiting sound ${Math.round(1000 * delay)} ms, gaps ${gaps}`),
     problem: (words) => show($("problem"), (told = `The server says: ${words}.`)),
     closed: (ended) => afterwards(ended, told),
@@ -107,7 +111,6 @@ function connect() {
 }
 
 async function afterwards(ended, told) {
-  $("save").disabled = ended.moshi.length === 0;
   if (ended.stopped) return finish("");
   if (told) return finish(told);
   if (!ended.opened) {

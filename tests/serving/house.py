@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import numpy as np
@@ -22,6 +22,7 @@ from transformers_moshi_flax.serving.metrics import Metrics
 from transformers_moshi_flax.serving.protocol import Kind
 from transformers_moshi_flax.serving.server import Server
 
+Result = TypeVar("Result")
 SEEDS = "audio_seed=1&text_seed=2"
 KEY = (1, 2)
 
@@ -75,13 +76,20 @@ class House:
 
 @asynccontextmanager
 async def serving(
-    slots: int = 2, gate: Gate | None = None, realtime: bool = False, buffer_frames: int = 25, **limits: Any
+    slots: int = 2,
+    gate: Gate | None = None,
+    buffer_frames: int = 25,
+    engine: Engine | None = None,
+    tokenizer: Any = None,
+    **limits: Any,
 ) -> AsyncIterator[House]:
-    """A house whose dialogues are fake."""
+    """A house whose dialogues are fake, unless there is an ``engine``, warmed up."""
     metrics = Metrics()
-    engine = Engine(FakeStream(slots), metrics, realtime=realtime, buffer_frames=buffer_frames)
-    engine.warmup()
-    server = Server(engine, Tokenizer(), metrics, {"model": "fake", "notice": None}, gate, Limits(**limits))
+    if engine is None:
+        engine = Engine(FakeStream(slots), metrics, realtime=False, buffer_frames=buffer_frames)
+        engine.warmup()
+    about = {"model": "fake", "notice": None}
+    server = Server(engine, tokenizer or Tokenizer(), metrics, about, gate, Limits(**limits))
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -94,12 +102,12 @@ async def serving(
         await runner.cleanup()
 
 
-def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, Result]]) -> Callable[..., Result]:
     """Run a test that is a coroutine; it fails if it takes too long."""
 
     @functools.wraps(test)
-    def run(*args: Any, **options: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **options), 120))
+    def run(*args: Any, **options: Any) -> Result:
+        return asyncio.run(asyncio.wait_for(test(*args, **options), 120))
 
     return run
 

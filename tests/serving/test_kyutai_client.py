@@ -11,12 +11,18 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.serving.fake_stream import FRAME
 from tests.serving.house import in_a_loop, serving, speech
-from tests.serving.test_server import said_over_opus
+from tests.serving.test_server import over_opus, said_over_opus
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.generate import Speaker
+from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
+from transformers_moshi_flax.serving.metrics import Metrics
+from transformers_moshi_flax.serving.words import Words
 
 FRAMES = 8
 
@@ -96,20 +102,46 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Device]:
     return opened
 
 
-@in_a_loop
-async def test_kyutai_s_client_plays_what_our_stream_says(devices: dict[str, Device], monkeypatch):
+async def talk(devices: dict[str, Device], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Printer:
+    """Let the client hear all that there is to hear; what it plays is in ``devices``."""
     import moshi.client
 
     # the client cannot ask for seeds
     monkeypatch.setattr("transformers_moshi_flax.serving.wishes.secrets.randbits", lambda bits: 1)
     printer = Printer()
-    async with serving() as house:
+    async with serving(**options) as house:
         where = Namespace(url=house.url, host=None, port=None, https=False)
         client = asyncio.create_task(moshi.client.run(printer, where))
         await house.until(lambda: client.done() or len(devices.get("out", Namespace(played=[])).played) == FRAMES)
         client.cancel()
         await asyncio.wait([client])
+    assert printer.complaints == ["unknown message kind 0", "unknown message kind 4"]
+    return printer
+
+
+@in_a_loop
+async def test_kyutai_s_client_plays_what_our_stream_says(devices: dict[str, Device], monkeypatch):
+    printer = await talk(devices, monkeypatch)
     said = speech(FRAMES).astype(np.float32) / 32768
     assert np.array_equal(devices["out"].played, said_over_opus(said, (1, 1)))
     assert printer.words == "€ 7 8 9 10 11"
-    assert printer.complaints == ["unknown message kind 0", "unknown message kind 4"]
+
+
+@pytest.mark.slow
+def test_the_same_with_a_real_model(devices: dict[str, Device], monkeypatch):
+    speaker = Speaker.load(str(EMBEDDED_MODEL), None)
+    stream, numbers = stream_for_callers(speaker.model, 2, {})
+    engine = Engine(stream, Metrics(), numbers, realtime=False)
+    engine.warmup()
+    printer = in_a_loop(talk)(devices, monkeypatch, engine=engine, tokenizer=speaker.tokenizer)
+
+    rows, words = np.array([False, True]), Words(speaker.tokenizer)
+    state = stream.configure(stream.init(), **numbers)
+    state = stream.reset(state, rows, jnp.full((2, 2), 1, jnp.uint32))
+    answers, text = [], ""
+    for frame in over_opus(speech(FRAMES).astype(np.float32) / 32768):
+        state, reply = stream.step(state, np.stack([frame, frame])[:, None], active=rows)
+        answers.append(np.asarray(reply.audio)[1, 0])
+        text += words.put(int(reply.text_ids[1]))
+    assert np.array_equal(devices["out"].played, over_opus(np.array(answers)))
+    assert printer.words == text

@@ -226,13 +226,22 @@ class PcmDialogue(_Locked):
         """As :meth:`PcmBuffer.feed`. Before the slot is joined it is of no use: :meth:`join` begins with nothing."""
         return self.input.feed(pcm, slot)
 
-    def step(self) -> PcmFrame:
+    def step(self, slots: Bool[np.ndarray, "batch"] | None = None) -> PcmFrame:
         """Take one frame of every active slot's input, as far as it has come, and give Moshi's frame of the same time.
 
         Returns once Moshi's samples are on the host.
+
+        Args:
+            slots: of the active slots, those that take part; for the others time stands still, and they keep what they
+                hold. None is all.
+
+        Raises:
+            ValueError: ``slots`` has another shape.
         """
+        if slots is not None and np.shape(slots) != (self.stream.batch_size,):
+            raise ValueError(f"`slots` must have the shape ({self.stream.batch_size},), but has {np.shape(slots)}")
         with self._lock:
-            active = self.active
+            active = self.active if slots is None else self._active & slots
             audio = self.input.take(active)
             self.state, frame = self.stream.step(self.state, user_audio=audio, active=active)
         samples, text_ids = np.asarray(frame.audio), np.asarray(frame.text_ids)

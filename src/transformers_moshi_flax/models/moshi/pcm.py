@@ -245,10 +245,10 @@ class PcmDialogue(_Locked):
             audio = self.input.take(active)
             self.state, frame = self.stream.step(self.state, user_audio=audio, active=active)
         samples, text_ids = np.asarray(frame.audio), np.asarray(frame.text_ids)
-        slots = np.flatnonzero(np.asarray(frame.valid) & active).tolist()
+        said = np.flatnonzero(np.asarray(frame.valid) & active).tolist()
         return PcmFrame(
-            audio={slot: from_float(samples[slot, 0], self._output_dtype) for slot in slots},
-            text_ids={slot: int(text_ids[slot]) for slot in slots},
+            audio={slot: from_float(samples[slot, 0], self._output_dtype) for slot in said},
+            text_ids={slot: int(text_ids[slot]) for slot in said},
         )
 
     def reset(self, slot: int, prng_key: Any = None) -> None:

@@ -148,7 +148,8 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
         ValueError: there is no such file; a line of the manifest is none; none of the files can be used.
     """
     path = Path(path)
-    recordings, skipped = [], {}
+    recordings: list[Recording] = []
+    skipped: dict[str, str] = {}
     if path.is_dir():
         listed: list[tuple[str, Path, str | None]] = [
             (str(file.relative_to(path)), file, None) for file in _audio_in(path, skipped)

@@ -31,6 +31,8 @@ TRAIN = ["grain>=0.2.10", "orbax-checkpoint>=0.12,<0.13", "pyyaml>=6.0", "tensor
 SPEECH = ["pocketsphinx>=5.1", "pystoi>=0.4"]
 # pictures of dialogues
 PICTURE = ["matplotlib>=3.9"]
+# dialogues over the network: HTTP and websockets, Ogg/Opus, figures to watch
+SERVE = ["aiohttp>=3.14", "prometheus_client>=0.26", "sphn>=0.2,<0.3"]
 QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 # torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
@@ -40,6 +42,7 @@ TEST = [
     *TRAIN,
     *SPEECH,
     *PICTURE,
+    *SERVE,
     "beartype>=0.19",
     "einops>=0.8",
     "hypothesis>=6.100",
@@ -59,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*"]},
+    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*", "serving/page/*"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={
@@ -67,6 +70,7 @@ setup(
         "train": TRAIN,
         "speech": SPEECH,
         "picture": PICTURE,
+        "serve": SERVE,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tracemalloc
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import soundfile
 
 from transformers_moshi_flax import audio_files
-from transformers_moshi_flax.audio_files import AudioFile, read_mono
+from transformers_moshi_flax.audio_files import AudioFile, mix_crops, read_mono
 from transformers_moshi_flax.cli.audio import AUDIO_OUT, read_audio, write_audio
 from transformers_moshi_flax.cli.errors import UserMistake
 from transformers_moshi_flax.training.data.recordings import BadRecording, read_blocks
@@ -121,6 +122,11 @@ def test_oggs_that_are_damaged(tmp_path: Path) -> None:
     path.write_bytes(ogg[: len(ogg) // 2])
     samples, told = read(path)
     assert 0 < len(samples) < SAMPLES and len(told) == 1 and "ends in the middle of a page" in told[0]
+    places = [match.start() for match in re.finditer(b"OggS", ogg)]
+    for damaged in (ogg[: places[5]] + ogg[places[6] :], replaced(ogg, ogg[: places[5] + 200], b"damage")):
+        path.write_bytes(damaged)
+        samples, told = read(path)
+        assert 0 < len(samples) < SAMPLES and len(told) == 1 and "lacks 1 of its pages" in told[0]
     path.write_bytes(ogg + other)
     with pytest.raises(
         ValueError, match=r"goes on after 4.17 s with 16000 Hz and 1 channels instead of 24000 Hz and 2"
@@ -128,32 +134,93 @@ def test_oggs_that_are_damaged(tmp_path: Path) -> None:
         list(AudioFile(path).blocks())
 
 
-# ---------------------------------------------------------------------------------------------------------------- RIFF
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_oggs_that_were_never_finished(tmp_path: Path, subtype: str) -> None:
+    """Whole pages, the last of which does not say that it is."""
+    ogg = encoded(tmp_path, "OGG", subtype=subtype)
+    path = tmp_path / "open.ogg"
+    path.write_bytes(ogg[: ogg.rindex(b"OggS")])
+    samples, told = read(path)
+    assert SAMPLES // 2 < len(samples) < SAMPLES and len(told) == 1 and "a stream without an end" in told[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- chunks
 
 
 @pytest.mark.parametrize("length", [0, 1000, 0xFFFFFFFF, 0x7FFFFFFF])
-def test_wav_that_was_never_finished(tmp_path: Path, length: int) -> None:
-    wav = bytearray(encoded(tmp_path, "WAV"))
-    place = wav.index(b"data") + 4
-    wav[place : place + 4] = struct.pack("<I", length)
-    check(tmp_path / "open.wav", bytes(wav), SAMPLES)
+@pytest.mark.parametrize(
+    ("kind", "order", "place", "number"),
+    [
+        ("WAV", "LITTLE", b"data", "<I"),
+        ("WAV", "BIG", b"data", ">I"),
+        ("AIFF", "BIG", b"SSND", ">I"),
+        ("AU", "BIG", b".snd\0\0\0\x18", ">I"),
+        ("AU", "LITTLE", b"dns.\x18\0\0\0", "<I"),
+    ],
+)
+def test_files_that_were_never_finished(
+    tmp_path: Path, kind: str, order: str, place: bytes, number: str, length: int
+) -> None:
+    data = encoded(tmp_path, kind, endian=order)
+    check(tmp_path / "open", replaced(data, place, struct.pack(number, length)), SAMPLES)
+
+
+@pytest.mark.parametrize("length", [0, 1000, 200_000])
+def test_silence_is_no_end_of_what_was_never_finished(tmp_path: Path, length: int) -> None:
+    """Neither at the beginning nor where the length says that the audio ends."""
+    samples = NOISE.copy()
+    samples[:1000] = samples[49_000:51_000] = 0
+    for kind, number, place in (("WAV", "<I", b"data"), ("AU", ">I", b".snd\0\0\0\x18"), ("CAF", ">q", b"data")):
+        data = replaced(encoded(tmp_path, kind, samples), place, struct.pack(number, length))
+        check(tmp_path / f"open.{kind.lower()}", data, SAMPLES)
+
+
+@pytest.mark.parametrize("length", [0, 1000, 2**64 - 1])
+def test_lengths_of_64_bits_that_were_never_written(tmp_path: Path, length: int) -> None:
+    rf64, caf = encoded(tmp_path, "RF64"), encoded(tmp_path, "CAF")
+    place = rf64[: rf64.index(b"ds64") + 16]
+    check(tmp_path / "open.rf64", replaced(rf64, place, struct.pack("<Q", length)), SAMPLES)
+    check(tmp_path / "open.caf", replaced(caf, b"data", struct.pack(">Q", length)), SAMPLES)
+
+
+def replaced(data: bytes, before: bytes, value: bytes) -> bytes:
+    """With another value behind these bytes."""
+    place = data.index(before) + len(before)
+    return data[:place] + value + data[place + len(value) :]
 
 
 def test_wav_with_chunks_behind_its_audio(tmp_path: Path) -> None:
     wav = encoded(tmp_path, "WAV")
     check(tmp_path / "list.wav", wav + b"LIST\x04\0\0\0INFO", SAMPLES)
     check(tmp_path / "zeros.wav", wav + bytes(64), SAMPLES)
+    caf, w64 = encoded(tmp_path, "CAF"), encoded(tmp_path, "W64")
+    check(tmp_path / "free.caf", caf + b"free" + struct.pack(">q", 4) + bytes(4), SAMPLES)
+    check(
+        tmp_path / "list.w64",
+        w64 + b"list\x2f\x91\xcf\x11\xa5\xd6\x28\xdb" + bytes(4) + struct.pack("<q", 24),
+        SAMPLES,
+    )
     empty = encoded(tmp_path, "WAV", NOISE[:0])
     (tmp_path / "empty.wav").write_bytes(empty + b"LIST\x04\0\0\0INFO")
     with pytest.raises(UserMistake, match="holds no samples"):
         read_audio(tmp_path / "empty.wav", RATE)
 
 
-@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "RF64"])
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "RF64", "CAF", "NIST"])
 def test_files_that_were_cut_off(tmp_path: Path, kind: str) -> None:
     data = encoded(tmp_path, kind)
     check(tmp_path / "whole", data, SAMPLES)
-    check(tmp_path / "cut", data[: len(data) // 2], SAMPLES // 2, "ends after 2.08 s, but", tolerance=20)
+    check(tmp_path / "cut", data[: len(data) // 2 + 2000], SAMPLES // 2, "ends after 2.", tolerance=1000)
+    with pytest.warns(UserWarning, match=r"but its header promises 4\.17 s"):
+        AudioFile(tmp_path / "cut").count()
+
+
+def test_files_that_libsndfile_cannot_seek_in(tmp_path: Path) -> None:
+    path = tmp_path / "telephone.wav"
+    path.write_bytes(encoded(tmp_path, "WAV", NOISE[:, 0], subtype="GSM610"))
+    samples = np.concatenate(list(AudioFile(path).blocks()))
+    assert SAMPLES <= len(samples) < SAMPLES + 640  # whole blocks of two frames
+    np.testing.assert_array_equal(AudioFile(path).read(50_000, 51_000), samples[50_000:51_000])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -200,6 +267,9 @@ def test_mp3_without_a_count_of_its_frames(tmp_path: Path, rate: int, mode: str)
     assert abs(length(tag + bare + tag + mp3 + b"TAG" + bytes(125)) - 2 * seconds) < near
     assert abs(length(bare + b"\x11\x22" * 700 + mp3, "1400 bytes between its frames") - 2 * seconds) < near
     assert length(mp3[: len(mp3) // 2], "it was cut off") < seconds
+    # what was caught in mid-stream, and a tag whose length is wrong
+    assert abs(length(bytes(5000) + bare) - seconds) < near
+    assert length(bytes(5000) + mp3) == length(tag[:6] + b"\x7f" * 4 + bytes(128) + mp3) == seconds
 
 
 def test_mp3s_of_other_rates_joined(tmp_path: Path) -> None:
@@ -260,6 +330,13 @@ def test_channels_that_cancel(tmp_path: Path) -> None:
         found, told = level(path, channels)
         assert abs(found) < 0.2
         assert len(told) == 1 and "mixed.wav" in told[0] and "of 2 is heard alone" in told[0]
+
+
+def test_crops_whose_channels_cancel() -> None:
+    voice = NOISE[:1000, 0]
+    crops = np.stack([np.stack([voice, voice]), np.stack([-0.9 * voice, voice]), np.zeros((2, 1000), np.float32)])
+    mixed = mix_crops(crops)
+    np.testing.assert_array_equal(mixed, np.stack([voice, voice, 0 * voice]))
 
 
 def test_silence_may_be_mixed(tmp_path: Path) -> None:

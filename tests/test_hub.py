@@ -15,11 +15,16 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+import transformers_moshi_flax
 from tests.configs import tiny_moshi_config
 from tests.hub_server import UPLOAD_WARNING, Hub, hub_server
 from tests.test_modeling_flax_utils import FlaxToyWithHead, same
-from transformers_moshi_flax.checkpoints.files import is_weights
+from transformers_moshi_flax import FlaxMoshiForCausalLM
+from transformers_moshi_flax.checkpoints.companions import copy_companions
+from transformers_moshi_flax.checkpoints.files import Source, is_weights
 from transformers_moshi_flax.model_card import is_generated
+
+EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
@@ -429,6 +434,24 @@ def test_weights_that_are_not_in_the_cache(hub: Hub, model: FlaxToyWithHead):
     huggingface_hub.hf_hub_download("tester/toy", "flax_model.safetensors.index.json")
     with pytest.raises(OSError, match=r"flax_model-00001-of-\d+\.safetensors of 'tester/toy' is not in the cache"):
         FlaxToyWithHead.from_pretrained("tester/toy", local_files_only=True)
+
+
+def test_what_may_lack_is_told(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Files that a checkpoint need not have, but may, where the Hub cannot be asked."""
+    HfApi(token=hub.token).create_repo("tester/moshi")
+    HfApi(token=hub.token).upload_folder(repo_id="tester/moshi", folder_path=EMBEDDED)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        huggingface_hub.hf_hub_download("tester/moshi", name)
+    FlaxMoshiForCausalLM.from_pretrained("tester/moshi", local_files_only=True)
+    assert "generation_config.json of 'tester/moshi' is not in the cache" in caplog.text
+    copy_companions(Source.locate("tester/moshi", local_files_only=True), tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert "not copied, if there are such: added_tokens.json, generation_config.json, merges.txt" in caplog.text
+    # what the Hub has said that it lacks is not told
+    caplog.clear()
+    copy_companions(Source.locate("tester/moshi"), tmp_path)
+    copy_companions(Source.locate("tester/moshi", local_files_only=True), tmp_path)
+    assert not caplog.text
 
 
 def test_what_is_left_out_is_not_downloaded(hub: Hub):

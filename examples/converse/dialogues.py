@@ -190,7 +190,7 @@ def write_dialogues(
 
 
 def write_utterances(
-    folder: Path, exchanges: Sequence[Exchange], number: int, seed: int, moshi_share: float = 0.5
+    folder: Path, exchanges: Sequence[Exchange], number: int, seed: int, moshi_share: float = 0.7
 ) -> Path:
     """Single sentences, for the codec: answers and questions; the path of a manifest with their texts."""
     folder.mkdir(parents=True, exist_ok=True)

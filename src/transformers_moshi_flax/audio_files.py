@@ -13,6 +13,7 @@ import math
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,11 +48,15 @@ class Part:
         pieces: ``(start, end)`` in the file, or bytes.
         declared: how many samples the file says that it has, if it says so.
         counted: the same, if its last frame says so too.
+        promised: how many times as much it says that it has as is there.
+        seekable: whether its places in time are right.
     """
 
     pieces: list[tuple[int, int] | bytes]
     declared: int | None = None
     counted: int | None = None
+    promised: float = 1.0
+    seekable: bool = True
 
     def of_length(self, samples: int | None) -> list[tuple[int, int] | bytes]:
         """The pieces, with a header that says how many samples there are, where the kind wants that for seeking."""
@@ -165,7 +170,7 @@ class AudioFile:
                             f"{found[1]} channels instead of {self.sampling_rate} Hz and {self.channels}: give its "
                             "parts as files of their own"
                         )
-                    declared = _promised(sound) if part.declared is None else part.declared
+                    declared = _promised(sound, part)
                     for block in self._read(sound):
                         check_samples(self._name, block)
                         length += len(block)
@@ -208,10 +213,12 @@ class AudioFile:
         import soundfile
 
         try:
-            with self._seekable(part, part.counted) as sound:
+            with self._opened_to_seek(part, part.counted) as sound:
                 if (sound.samplerate, sound.channels) != (self.sampling_rate, self.channels):
                     return None
-                if not (sound.seekable() and 0 < sound.frames < _UNKNOWN_SAMPLES):
+                if not (part.seekable and sound.seekable() and 0 < sound.frames < _UNKNOWN_SAMPLES):
+                    return None
+                if (_promised(sound, part) or 0) > sound.frames:
                     return None
                 sound.seek(sound.frames - 1)
                 return sound.frames if len(sound.read(2)) == 1 else None
@@ -219,7 +226,7 @@ class AudioFile:
             return None
 
     @contextmanager
-    def _seekable(self, part: Part, samples: int | None) -> Iterator[Any]:
+    def _opened_to_seek(self, part: Part, samples: int | None) -> Iterator[Any]:
         import soundfile
 
         with _View(self.path, part.of_length(samples)) as view, soundfile.SoundFile(view) as sound:
@@ -243,12 +250,30 @@ class AudioFile:
             if first >= last:
                 continue
             try:
-                with self._seekable(part, count) as sound:
-                    sound.seek(first)
-                    found.append(sound.read(last - first, dtype="float32", always_2d=True))
+                found.append(self._sought(part, count, first, last))
             except (soundfile.SoundFileError, OSError) as error:
                 raise self._unreadable(error) from error
         return np.concatenate(found)
+
+    def _sought(self, part: Part, count: int, first: int, last: int) -> Block:
+        """Samples of a part, which is decoded from its beginning where it is damaged or cannot be sought in."""
+        import soundfile
+
+        if part.seekable:
+            try:
+                with self._opened_to_seek(part, count) as sound:
+                    sound.seek(first)
+                    return sound.read(last - first, dtype="float32", always_2d=True)
+            except soundfile.SoundFileError:
+                pass
+        blocks, end = [], 0
+        with self._opened(part) as sound:
+            for block in self._read(sound):
+                begin, end = end, end + len(block)
+                blocks.append(block[max(first - begin, 0) : max(last - begin, 0)])
+                if end >= last:
+                    break
+        return np.concatenate(blocks)
 
     def _read(self, sound: Any) -> Iterator[Block]:
         """What can be read before an error too; libsndfile's does not say how much it was."""
@@ -277,8 +302,12 @@ def _reason(error: Exception) -> str:
 _PROMISE = r"^ *(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)"
 
 
-def _promised(sound: Any) -> int | None:
-    """Samples that a header promised and libsndfile found not to be there, in its words ``data : 9 (should be 5)``."""
+def _promised(sound: Any, part: Part) -> int | None:
+    """Samples that a header promises: libsndfile's words are ``data : 9 (should be 5)`` if they are not there."""
+    if part.declared is not None:
+        return part.declared
+    if part.promised > 1:
+        return int(sound.frames * part.promised)
     found = re.search(_PROMISE, sound.extra_info, re.MULTILINE)
     if found is None or int(found[1]) >= _UNKNOWN:
         return None
@@ -346,12 +375,19 @@ def _layout_of(file: BinaryIO) -> Layout:
         return _flac(file, start, size)
     if head[:4] == b"OggS":
         return _ogg(file, start, size)
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        return _wav(file, size)
-    known = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff", b".snd", b"caff")
-    if head[:4] in known or (not _MpegFrame.at(_read_at(file, start, 4)) and start == 0):
-        return Layout()
-    return _mpeg(file, start, size)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
+        return _riff(file, size, head[:4])
+    if head[:4] == b"caff":
+        return _caf(file, size)
+    if head[:4] == b"riff":
+        return _w64(file, size)
+    if head[:4] in (b".snd", b"dns."):
+        return _au(file, size, ">" if head[:4] == b".snd" else "<")
+    if head[:7] == b"NIST_1A":
+        return _nist(file, size)
+    if start or _MpegFrame.at(_read_at(file, start, 4)) or Path(file.name).suffix.lower() == ".mp3":
+        return _mpeg(file, start, size)
+    return Layout()
 
 
 def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
@@ -359,11 +395,19 @@ def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
     return file.read(size)
 
 
+def _only_zeros(file: BinaryIO, position: int) -> bool:
+    """Whether nothing else follows up to the end of the file."""
+    file.seek(position)
+    return not any(read.strip(b"\0") for read in iter(lambda: file.read(2**20), b""))
+
+
 def _behind_id3(file: BinaryIO, position: int) -> int:
-    """Where tags of ID3v2 end that begin here."""
+    """Where tags of ID3v2 end that begin here; those that end behind the file have a length that is wrong."""
+    size = file.seek(0, io.SEEK_END)
     while (head := _read_at(file, position, 10))[:3] == b"ID3" and len(head) == 10:
-        size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
-        position += 10 + size + (10 if head[5] & 0x10 else 0)
+        length = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
+        end = position + 10 + length + (10 if head[5] & 0x10 else 0)
+        position = end if end <= size else position + 10
     return position
 
 
@@ -443,10 +487,29 @@ def _find(file: BinaryIO, pattern: re.Pattern[bytes], length: int, start: int) -
         before = data[1 - length :]
 
 
+@dataclass
+class _OggStream:
+    """One of the streams of an Ogg file, as far as it has been read.
+
+    Attributes:
+        number: of its last page.
+        place: where that is.
+        page: the same, as bytes, unless it says itself that it is the last.
+    """
+
+    number: int
+    place: int
+    page: bytes | None
+
+
 def _ogg(file: BinaryIO, start: int, size: int) -> Layout:
-    """The links of a chain: streams that begin after others have begun and gone on."""
-    starts, position, beginning = [start], start, True
+    """The links of a chain: streams that begin after others have begun and gone on.
+
+    A stream that its recorder did not come to end has no page that says so, without which libsndfile reads no Opus.
+    """
+    links: list[tuple[int, dict[bytes, _OggStream]]] = [(start, {})]
     layout = Layout()
+    position, beginning, lost = start, True, 0
     while len(head := _read_at(file, position, 27)) == 27:
         if head[:4] != b"OggS":
             found = next(_find(file, re.compile(b"OggS"), 4, position), None)
@@ -456,41 +519,149 @@ def _ogg(file: BinaryIO, start: int, size: int) -> Layout:
             position = found
             continue
         table = file.read(head[26])
-        end = position + 27 + len(table) + sum(table)
-        if len(table) < head[26] or end > size:
+        page = head + table + file.read(sum(table))
+        end = position + len(page)
+        if len(table) < head[26] or len(page) < 27 + len(table) + sum(table):
             layout.problems.append("ends in the middle of a page: it was cut off")
             break
+        if _ogg_checked(page) != page:  # libsndfile leaves it out
+            position = end
+            continue
         begins = bool(head[5] & 2)
         if begins and not beginning:
-            starts.append(position)
+            links.append((position, {}))
         beginning = begins
+        streams, serial, number = links[-1][1], head[14:18], int.from_bytes(head[18:22], "little")
+        before = streams.get(serial)
+        lost += 0 if before is None else max(0, number - before.number - 1)
+        streams[serial] = _OggStream(number, position, None if head[5] & 4 else page)
         position = end
-    layout.parts = [Part([piece]) for piece in zip(starts, [*starts[1:], size])]
+    if lost:
+        layout.problems.append(f"lacks {lost} of its pages, or they are damaged: their audio is lost")
+    elif not layout.problems and any(stream.page for _, streams in links for stream in streams.values()):
+        layout.problems.append("has a stream without an end: it was cut off, or never finished")
+    layout.parts = []
+    for (begin, streams), (end, _) in zip(links, [*links[1:], (size, {})]):
+        pieces: list[tuple[int, int] | bytes] = []
+        for place, page in sorted((stream.place, stream.page) for stream in streams.values() if stream.page):
+            ended = _ogg_checked(page[:5] + bytes([page[5] | 4]) + page[6:])
+            pieces += [(begin, place), ended]
+            begin = place + len(page)
+        layout.parts.append(Part([*pieces, (begin, end)], seekable=not lost))
     return layout
 
 
-def _wav(file: BinaryIO, size: int) -> Layout:
+_REVERSED = bytes(sum((byte >> bit & 1) << 7 - bit for bit in range(8)) for byte in range(256))
+
+
+def _ogg_checked(page: bytes) -> bytes:
+    """The page with the checksum that is right: a CRC-32 with the bits in another order than that of zlib."""
+    data = page[:22] + bytes(4) + page[26:]
+    remainder = zlib.crc32(data.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return page[:22] + remainder.to_bytes(4, "big").translate(_REVERSED) + page[26:]
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How a kind of container names its chunks and says how long they are.
+
+    Attributes:
+        head: name and length.
+        align: chunks begin at multiples of this.
+        counts_head: whether the length is that of the head, too.
+    """
+
+    head: struct.Struct
+    align: int = 2
+    counts_head: bool = False
+
+    def walk(self, file: BinaryIO, position: int, size: int) -> Iterator[tuple[bytes, int, int]]:
+        """Of chunks one after another: name, where the contents begin, and their length."""
+        while position + self.head.size <= size:
+            name, length = self.head.unpack(_read_at(file, position, self.head.size))
+            length -= self.head.size * self.counts_head
+            position += self.head.size
+            yield name, position, length
+            if length < 0:
+                return
+            position += length + -length % self.align
+
+    def may_begin(self, file: BinaryIO, position: int, size: int) -> bool:
+        """Whether a chunk may begin here: a name in letters, and a length that fits; or zeros, which some add.
+
+        Eight zeros are not enough for that: recordings begin with silence, and have some in between.
+        """
+        if _only_zeros(file, position):
+            return True
+        name, begin, length = next(self.walk(file, position, size), (b"\0", 0, 0))
+        return name[:4].isascii() and name[:4].decode().isprintable() and 0 <= length <= size - begin
+
+
+def _replaced(size: int, position: int, value: bytes) -> list[tuple[int, int] | bytes]:
+    """All of a file, with a value in place of what is there."""
+    return [(0, position), value, (position + len(value), size)]
+
+
+def _riff(file: BinaryIO, size: int, kind: bytes) -> Layout:
     """Audio to the end of the file where a recorder has not come to write its length (or could not, beyond 4 GiB)."""
-    position = 12
-    while len(head := _read_at(file, position, 8)) == 8:
-        name, length = head[:4], struct.unpack("<I", head[4:])[0]
-        end = position + 8 + length + length % 2
-        if name == b"data":
-            ends = (end, end - length % 2)  # some leave out the byte that makes lengths even
-            if length >= _UNKNOWN or end >= size - 1 or any(_is_chunk(file, end, size) for end in ends):
-                return Layout()
-            return Layout([Part([(0, position + 4), b"\xff\xff\xff\xff", (position + 8, size)])])
-        position = end
+    chunks = _Chunks(struct.Struct("<4sI" if kind in (b"RIFF", b"RF64") else ">4sI"))
+    long = 0  # where RF64 has the length of its audio, in 64 bits
+    for name, begin, length in chunks.walk(file, 12, size):
+        if name == b"ds64":
+            long = begin + 8
+        if name not in (b"data", b"SSND"):
+            continue
+        place, value = begin - 4, b"\xff" * 4
+        if long and length == 0xFFFFFFFF:
+            place, value = long, struct.pack("<Q", size - begin)
+            length = int.from_bytes(_read_at(file, long, 8), "little")
+        ends = (begin + length + length % 2, begin + length)  # some leave out the byte that makes lengths even
+        if size - 1 <= ends[0] < 2**63 or any(chunks.may_begin(file, end, size) for end in ends if end < size):
+            break
+        return Layout([Part(_replaced(size, place, value))])
     return Layout()
 
 
-def _is_chunk(file: BinaryIO, position: int, size: int) -> bool:
-    """Whether a chunk may begin here: a name in letters, and a length that fits; or zeros, which some add."""
-    head = _read_at(file, position, 8)
-    if not any(head):
-        return True
-    named = len(head) == 8 and head[:4].isascii() and head[:4].decode().isprintable()
-    return named and position + 8 + struct.unpack("<I", head[4:])[0] <= size
+def _caf(file: BinaryIO, size: int) -> Layout:
+    """Audio to the end of the file where its length is -1 or wrong, neither of which libsndfile reads."""
+    chunks = _Chunks(struct.Struct(">4sq"), align=1)
+    for name, begin, length in chunks.walk(file, 8, size):
+        if name != b"data":
+            continue
+        there, end = size - begin, begin + length
+        if length == there or (0 <= length < there and chunks.may_begin(file, end, size)):
+            break
+        promised = length / there if there < length < _UNKNOWN_SAMPLES else 1.0
+        return Layout([Part(_replaced(size, begin - 8, struct.pack(">q", there)), promised=promised)])
+    return Layout()
+
+
+def _w64(file: BinaryIO, size: int) -> Layout:
+    """Audio without the chunks behind it, which libsndfile takes for audio."""
+    chunks = _Chunks(struct.Struct("<16sq"), align=8, counts_head=True)
+    for name, begin, length in chunks.walk(file, 40, size):
+        if name[:4] != b"data":
+            continue
+        end = begin + length + -length % 8
+        if length >= 0 and end < size and chunks.may_begin(file, end, size):
+            return Layout([Part([(0, begin + length)])])
+        break
+    return Layout()
+
+
+def _au(file: BinaryIO, size: int, order: str) -> Layout:
+    """Audio to the end of the file, or to zeros: nothing else may be behind the header."""
+    begin, length = struct.unpack(f"{order}2I", _read_at(file, 4, 8).ljust(8, b"\0"))
+    end = begin + length
+    if (end >= size and length < _UNKNOWN) or (end < size and _only_zeros(file, end)):
+        return Layout()
+    return Layout([Part(_replaced(size, 8, b"\xff" * 4))])
+
+
+def _nist(file: BinaryIO, size: int) -> Layout:
+    """Its header's count of samples, which libsndfile does not look at."""
+    count = re.search(rb"^sample_count -i (\d+)", _read_at(file, 0, 1024), re.MULTILINE)
+    return Layout([Part([(0, size)], int(count[1]) if count else None)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- MPEG
@@ -544,6 +715,9 @@ class _MpegFrame:
         )
 
 
+_MPEG_START = 2**20
+"""Bytes, in which the first frame must begin."""
+
 _RATES = (44_100, 48_000, 32_000)
 _KILOBITS = {
     (True, 1): tuple(range(32, 449, 32)),
@@ -580,7 +754,8 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Layout:
     parts: list[tuple[_MpegFrame, int, list[tuple[int, int]]]] = []
     counts: list[int | None] = []  # of the frames that count, None for one that does not tell
     position, skipped, trailing = start, 0, 0
-    while position < size:
+    first = None  # where the first frame is
+    while position < size and (parts or position < start + _MPEG_START):
         frame = _MpegFrame.at(window.get(position, 4))
         known = bool(parts) and trailing == 0 and frame is not None and frame.kind == parts[-1][0].kind
         if frame is None or not (known or _follows(window, frame, position, size)):
@@ -591,6 +766,7 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Layout:
                 trailing, after = trailing + step, position + step
             position = after
             continue
+        first = position if first is None else first
         skipped += trailing if parts else 0
         trailing = 0
         end = min(position + frame.size, size)
@@ -600,12 +776,12 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Layout:
         elif not parts or parts[-1][0].kind != frame.kind:
             parts.append((frame, 1, [(position, end)]))
         else:
-            first, number, runs = parts[-1]
+            first_frame, number, runs = parts[-1]
             if runs[-1][1] == position:
                 runs[-1] = (runs[-1][0], end)
             else:
                 runs.append((position, end))
-            parts[-1] = (first, number + 1, runs)
+            parts[-1] = (first_frame, number + 1, runs)
         position = end
     if not parts:
         return Layout()
@@ -618,6 +794,8 @@ def _mpeg(file: BinaryIO, start: int, size: int) -> Layout:
             frame = parts[0][0]
             there, promised = (count * frame.samples / frame.sampling_rate for count in (number, counts[0]))
             layout.problems.append(f"ends after {there:.2f} s, but promises {promised:.2f} s: it was cut off")
+        if first != start:
+            layout.parts = [Part([(first or 0, size)])]
         return layout
     # the first frames may need what was before them
     layout.parts = [
@@ -706,6 +884,16 @@ def downmix(file: AudioFile) -> Callable[[Block], Float32[np.ndarray, "samples"]
         )
         return lambda block: block[:, loudest]
     return lambda block: block[:, heard].mean(axis=1) if heard.any() else block[:, 0]
+
+
+def mix_crops(
+    crops: Float32[np.ndarray, "rows channels samples"],
+) -> Float32[np.ndarray, "rows samples"]:
+    """The mean of the channels of each row, or the loudest alone where they cancel each other out."""
+    energies = np.square(crops, dtype=np.float64).sum(axis=-1)
+    cancelled = np.square(crops.sum(axis=1), dtype=np.float64).sum(axis=-1) < CANCELLED * energies.sum(axis=-1)
+    loudest = crops[np.arange(len(crops)), energies.argmax(axis=-1)]
+    return np.where(cancelled[:, None], loudest, crops.mean(axis=1))
 
 
 def read_mono(path: Path, sampling_rate: int, longest: float) -> Float32[np.ndarray, "samples"]:

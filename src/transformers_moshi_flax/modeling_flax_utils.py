@@ -456,6 +456,8 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         asked = generation_config is None and cls.can_generate()
         if asked and (values := source.read_json("generation_config.json", from_pt)) is not None:
             generation_config = load_generation_config(values)
+        elif asked and (unseen := source.absence("generation_config.json")):
+            logger.warning(f"{unseen}. Until then, generate has the values of an empty one")
         return cls._from_weights(
             config,
             Weights.of(source, from_pt),

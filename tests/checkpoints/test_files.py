@@ -227,6 +227,23 @@ def test_links_that_users_make(tmp_path, kind):
         assert set(Source.locate(folder).weights()[1]) == set(TENSORS)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", FLAX_WEIGHTS])
+def test_what_is_no_file_is_not_passed_over(tmp_path, name):
+    """A disk that is not there, for one: neither defaults nor other weights take the place of a file."""
+    folder = tmp_path / "checkpoint"
+    _fill(folder, "single")
+    path = folder / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "disk" / name)
+    read = Source.weights if name == FLAX_WEIGHTS else lambda source: source.read_json(name)
+    with pytest.raises(CheckpointNotFoundError, match=rf"{name} is a link to '.*', where there is no file: bring"):
+        read(Source.locate(folder))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointNotFoundError, match=rf"{name} is no file; give the file"):
+        read(Source.locate(folder))
+
+
 @pytest.mark.parametrize("name", [PT_WEIGHTS, PT_INDEX])
 def test_links_out_of_the_cache(tmp_path, name):
     """The file itself and the index as well as a shard."""

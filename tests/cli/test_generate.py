@@ -158,7 +158,12 @@ def test_interactive_hears_silence_until_there_is_audio(
 ):
     lines, heard = iter(["Hello", str(speech), "Hello", "quit"]), []
     monkeypatch.setattr("builtins.input", lambda: next(lines))
-    monkeypatch.setattr(generate, "_turn", lambda speaker, samples, prompt, *rest: heard.append((prompt, samples)))
+
+    def turn(speaker, samples, prompt, *rest) -> bool:
+        heard.append((prompt, samples))
+        return True
+
+    monkeypatch.setattr(generate, "_turn", turn)
     result = moshi_flax("generate", "--output", tmp_path / "reply.wav", "--interactive")
     assert result.code == 0 and "the user is silent while Moshi says the text prompt" in result.err
     assert [prompt for prompt, _ in heard] == ["Hello", None, "Hello"]

@@ -57,6 +57,21 @@ def interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_sigterm_keeps_what_there_is(interrupts: None) -> None:
+    """As a job that is preempted gets it; the second one is as always."""
+    watcher, heard = Watcher(lambda: None, lambda frames: None), []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with stopped_by_interrupt(watcher):
+            signal.raise_signal(signal.SIGTERM)
+            assert watcher.interrupted and watcher.terminated and not heard
+            signal.raise_signal(signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_second_interrupt_is_as_always(interrupts: None) -> None:
     watcher = Watcher(lambda: None, lambda frames: None)
     with stopped_by_interrupt(watcher):

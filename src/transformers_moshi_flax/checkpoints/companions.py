@@ -5,7 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from transformers.utils import logging
+
 from .files import Source
+
+logger = logging.get_logger(__name__)
 
 COMPANIONS = (
     "added_tokens.json",
@@ -26,11 +30,13 @@ SENTENCEPIECE = ("tokenizer_spm_32k_3.model", "tokenizer.model")
 
 
 def copy_companions(source: Source, folder: Path) -> None:
-    """Copy those files of a checkpoint that it has."""
+    """Copy those files of a checkpoint that it has; what it may have, where the Hub cannot be asked, is told."""
     for name in COMPANIONS:
         found = source.find(name)
         if found is not None:
             shutil.copyfile(found, folder / name)
+    if unseen := [name for name in COMPANIONS if source.absence(name)]:
+        logger.warning(f"not copied, if there are such: {', '.join(unseen)}; {source.absence(*unseen)}")
 
 
 def sentencepiece_model(source: Source) -> Path | None:

@@ -104,6 +104,8 @@ class Source:
         """The local path of a file of the checkpoint (downloaded from the Hub if need be), None if it has none."""
         if self.folder is not None:
             path = self.folder / filename
+            if not path.is_file() and (path.is_symlink() or path.exists()):
+                raise CheckpointNotFoundError(f"{path} {_no_file(path)}")  # nothing else is taken in its place
             return path if path.is_file() else None
         self._unseen.pop(filename, None)
         found = self._download(filename)
@@ -125,6 +127,8 @@ class Source:
                 **options,
             )
         except errors.LocalEntryNotFoundError as error:
+            if self._is_known_to_lack(filename):
+                return None
             self._unseen[filename] = self._why_unseen(error)
             return None
         except errors.EntryNotFoundError:
@@ -149,6 +153,14 @@ class Source:
             raise PermissionError(
                 f"{self.name!r} cannot be put into the cache: {error}; set HF_HOME or pass cache_dir="
             ) from error
+
+    def _is_known_to_lack(self, filename: str) -> bool:
+        """Whether the cache says that the repository has no such file, as the Hub has said before."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+        path = "/".join(filter(None, [self.hub.get("subfolder"), filename]))
+        places = {key: self.hub.get(key) for key in ("cache_dir", "revision")}
+        return try_to_load_from_cache(self.name, path, **places) is _CACHED_NO_EXIST
 
     def _why_unseen(self, error: Exception) -> str:
         from huggingface_hub import constants
@@ -301,6 +313,16 @@ def is_weights(filename: str, layout: str | None = None) -> bool:
     """Whether a file is an entry or a shard of a checkpoint, of one layout or of any, by its name."""
     known = filename in ENTRIES or SHARD.fullmatch(filename) is not None
     return known and (layout is None or filename.startswith("flax_") == (layout == "flax"))
+
+
+def _no_file(path: Path) -> str:
+    """Why what lies here is no file."""
+    if path.exists():
+        return "is no file; give the file of the checkpoint this name, or remove it"
+    return (
+        f"is a link to {os.readlink(path)!r}, where there is no file: bring back the disk or the files that it leads "
+        "to, or remove it"
+    )
 
 
 def _is_plain(filename: str) -> bool:

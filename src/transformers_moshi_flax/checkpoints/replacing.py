@@ -60,6 +60,28 @@ def whole_checkpoint(folder: Path) -> Iterator[Path]:
     sync_all(folder, deep=False)
 
 
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A new directory to write in, whose files take the places of those of their names when the block ends without
+    error: each at once, when all are on the disk. Other files stay; links are replaced, not written through.
+
+    Args:
+        folder: where to; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    leftovers = list(folder.glob(f"{_STAGED}*"))
+    with _staged(folder / f"{_STAGED}{uuid.uuid4().hex}") as staged:
+        yield staged
+        sync_all(staged)
+        for path in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
+            place = folder / path.relative_to(staged)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    for path in leftovers:
+        _remove_unless_locked(path)
+    sync_all(folder, deep=False)
+
+
 def _can_be_renamed(folder: Path) -> bool:
     if not folder.exists():
         return True

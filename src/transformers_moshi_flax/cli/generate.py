@@ -101,7 +101,8 @@ def generate(
                 prompt = line
             heard = speaker.silence(prompt or "") if samples is None else samples
             numbered = output.with_stem(f"{output.stem}-{turn}")
-            _turn(speaker, heard, prompt, max_new_frames, sampling, seed + turn - 1, numbered, notes)
+            if not _turn(speaker, heard, prompt, max_new_frames, sampling, seed + turn - 1, numbered, notes):
+                return
         except UserMistake as mistake:
             notes.print(f"[red]{mistake}[/red]")
 
@@ -152,7 +153,7 @@ class Reply:
         audio: ``(samples,)`` float32.
         seconds: wall time of the generation, without compilation.
         compile_seconds: wall time of the compilation; 0 if the program was there already.
-        interrupted: whether Ctrl-C ended it.
+        interrupted: whether Ctrl-C or SIGTERM ended it.
     """
 
     text: str
@@ -284,8 +285,10 @@ def _turn(
     seed: int,
     output: Path,
     notes: Console,
-) -> None:
-    """Generate one reply, print its text and write its files."""
+) -> bool:
+    """Generate one reply, print its text and write its files; returns whether another may be begun."""
+    from transformers_moshi_flax.checkpoints.writing import write_text
+
     with progress_bar(notes) as bar:
         stage = bar.add_task("frames", total=max_new_frames)
         note = f"generating {max_new_frames} frames; the first time also compiles; Ctrl-C keeps what there is"
@@ -312,10 +315,11 @@ def _turn(
     transcript = output.with_suffix(".json")
     with as_mistake(f"--output: cannot write {str(output)!r}", OSError):
         write_audio(output, reply.audio, speaker.sampling_rate)
-        transcript.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(transcript, json.dumps(record, ensure_ascii=False) + "\n")
     warning = f" ({RANDOM})" if record["random"] else ""
     notes.print(
         f"{output} and {transcript.name}: {record['seconds']:.2f} s of audio, {frames} frames, "
         f"{record['frames_per_second']:.1f} frames/s after {reply.compile_seconds:.0f} s of compilation{warning}",
         soft_wrap=True,
     )
+    return not watcher.terminated

@@ -93,7 +93,7 @@ def hold(
         listen: is told the text id of every frame as it comes.
 
     Returns:
-        Moshi's samples, ``length`` of them, and its text ids; less of both after Ctrl-C.
+        Moshi's samples, ``length`` of them, and its text ids; less of both after Ctrl-C or SIGTERM.
     """
     import jax
 

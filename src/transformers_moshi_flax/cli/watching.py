@@ -1,4 +1,4 @@
-"""Generation that is watched: a bar moves with the frames, and Ctrl-C keeps what there is."""
+"""Generation that is watched: a bar moves with the frames, and Ctrl-C or SIGTERM keeps what there is."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ class Watcher:
     Args:
         begin: called when the prompt has been heard.
         advance: told how many frames there are more.
+
+    Attributes:
+        interrupted: whether a signal has ended it.
+        terminated: whether that was SIGTERM, after which nothing else is to be begun.
     """
 
     def __init__(self, begin: Callable[[], Any], advance: Callable[[int], Any]):
         self._begin = begin
         self._advance = advance
-        self.interrupted = False
+        self.interrupted = self.terminated = False
 
     def put(self, value: np.ndarray) -> None:
         """Takes the ids of the prompt, ``(batch, frames)``, and then of every new frame, ``(batch,)``."""
@@ -40,14 +44,19 @@ class Watcher:
 
 @contextmanager
 def stopped_by_interrupt(watcher: Watcher) -> Iterator[None]:
-    """While the block runs, the first Ctrl-C ends generation after the present frame; the second one is as always."""
+    """While the block runs, the first Ctrl-C or SIGTERM ends generation after the present frame; the second one is as
+    always."""
 
     def handle(number: int, frame: Any) -> None:
-        watcher.interrupted = True
-        signal.signal(signal.SIGINT, before)
+        watcher.interrupted, watcher.terminated = True, number == signal.SIGTERM
+        as_before()
 
-    before = signal.signal(signal.SIGINT, handle)
+    def as_before() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        as_before()

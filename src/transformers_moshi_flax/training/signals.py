@@ -67,12 +67,12 @@ class Signals(contextlib.AbstractContextManager):
             finish: called in another thread with the number of the signal before the process ends.
         """
         with self._lock:
-            self._finish = finish
+            before, self._finish = self._finish, finish
         try:
             yield
         finally:
             with self._lock:
-                self._finish = None
+                self._finish = before
 
     def _watch(self) -> None:
         """Runs in a thread, which the interpreter tells of a signal at once, and the main thread when it can."""

@@ -477,7 +477,8 @@ class Loop:
                 in_a_row.clear()
             interrupted, due = self._signalled(step), self._evaluates_after(step)
             with meter.paused():
-                if due or interrupted or step == run.steps or step % run.checkpoint_every == 0:
+                regular = step == run.steps or step % run.checkpoint_every == 0
+                if due or interrupted or regular or self._is_long(step):
                     self._save(state, step)
                 if due and not interrupted:
                     last = self._evaluate(state, step)
@@ -509,6 +510,10 @@ class Loop:
     def _advanced(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, dict[str, Any]]:
         """After one more step than ``step``, and its metrics."""
         return self._train_step(state, batch)
+
+    def _is_long(self, step: int) -> bool:
+        """Whether much is done before the step after ``step`` steps, in which a signal is to cost none of these."""
+        return False
 
     def _evaluates_after(self, step: int) -> bool:
         if self._evaluation is None:

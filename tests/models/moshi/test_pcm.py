@@ -231,6 +231,18 @@ def test_slots_join_and_leave():
     assert dialogue.step().text_ids == {0: 2, 1: 0}
 
 
+def test_some_of_the_active_slots_take_part():
+    dialogue = PcmDialogue(EchoStream(3), active=np.array([True, True, False]))
+    for slot in (0, 1):
+        dialogue.feed(RAMP[:FRAME], slot)
+    frame = dialogue.step(np.array([False, True, True]))
+    assert frame.text_ids == {1: 0} and dialogue.input.buffered_samples.tolist() == [FRAME, 0, 0]
+    assert dialogue.input.missing_samples.tolist() == [0, 0, 0]
+    assert dialogue.step().text_ids == {0: 0, 1: 1}
+    with pytest.raises(ValueError, match=r"`slots` must have the shape \(3,\), but has \(2,\)"):
+        dialogue.step(np.ones(2, bool))
+
+
 def test_reset_forgets_what_was_not_heard_yet():
     dialogue = PcmDialogue(EchoStream(2), buffer_frames=2)
     for slot in (0, 1):

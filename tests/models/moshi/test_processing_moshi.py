@@ -226,6 +226,47 @@ def test_subfolder(processor: MoshiProcessor, tmp_path: Path) -> None:
     assert MoshiProcessor.from_pretrained(tmp_path, subfolder="part").frame_size == FRAME
 
 
+def test_a_save_that_fails_leaves_what_was_there(
+    processor: MoshiProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, for one; and a link is replaced, so that what it leads to stays."""
+    shared = tmp_path / "shared.json"
+    processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/tokenizer.json").rename(shared)
+    (tmp_path / "saved/tokenizer.json").symlink_to(shared)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+
+    def write_half(self: Any, path: str) -> None:
+        Path(path).write_text("{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(ProcessorMixin, "to_json_file", write_half)
+        processor.save_pretrained(tmp_path / "saved")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+    shared.write_text("{}")
+    processor.save_pretrained(tmp_path / "saved")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+    assert shared.read_text() == "{}"
+    with pytest.raises(ValueError, match=r"commit_message='done' has no effect without push_to_hub=True"):
+        processor.save_pretrained(tmp_path / "saved", commit_message="done")
+
+
+def test_keywords_of_loading(tmp_path: Path) -> None:
+    assert (
+        MoshiProcessor.from_pretrained(
+            EMBEDDED, trust_remote_code=False, use_fast=True, padding_side="left", proxies=None
+        ).tokenizer.padding_side
+        == "left"
+    )
+    with pytest.raises(ValueError, match=r"has no keyword argument 'frame_sise'; did you mean 'frame_size'\?"):
+        MoshiProcessor.from_pretrained(EMBEDDED, frame_sise=48)
+    with pytest.raises(ValueError, match=r"MoshiProcessor\.from_kyutai has no keyword argument 'revison'; did you"):
+        MoshiProcessor.from_kyutai(tmp_path, revison="main")
+    with pytest.raises(ValueError, match=r"proxies=.* cannot be followed"):
+        MoshiProcessor.from_pretrained(EMBEDDED, proxies={"http": "http://localhost:9"})
+
+
 def test_save_to_a_file(processor: MoshiProcessor, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -281,6 +322,8 @@ def test_hub(processor: MoshiProcessor, tmp_path: Path) -> None:
             for revision in ("main", first)
         }
         assert found == {"main": 48, first: FRAME}
+        again = MoshiProcessor.from_pretrained("tester/pushed", use_auth_token=hub.token, cache_dir=tmp_path / "new")
+        assert again.frame_size == 48
         again = MoshiProcessor.from_pretrained("tester/pushed", revision=first, local_files_only=True)
         assert again.to_dict() == processor.to_dict()
 

@@ -351,6 +351,13 @@ class TestSlots:
         assert_close(state.dialogue.numbers["temperature"][:, 0], np.array([0.7, 0.2, 0.7]), 1e-6)
         np.testing.assert_array_equal(state.dialogue.numbers["top_k"][:, 0], [25, 7, 25])
 
+    def test_what_slots_begin_with(self, sampling: FlaxMoshiStream) -> None:
+        numbers = sampling.numbers
+        assert numbers["top_k"] == 25 and numbers["temperature"] == pytest.approx(0.7)
+        sampling.check_numbers(**numbers)
+        state = sampling.init().dialogue.numbers
+        assert {name: state[name][0, 0].item() for name in numbers} == numbers
+
     def test_top_p_of_each_slot(self, model: Moshi) -> None:
         """The vocabulary is sorted where the candidates of a slot are too few."""
         options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "depth_decoder_do_sample": False}
@@ -664,6 +671,8 @@ class TestFaults:
     def test_bad_numbers(self, sampling: FlaxMoshiStream, numbers: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             sampling.configure(sampling.init(), **numbers)
+        with pytest.raises(ValueError, match=message):
+            sampling.check_numbers(**numbers)
 
     def test_traced_numbers(self, sampling: FlaxMoshiStream) -> None:
         def configure(numbers: Any) -> Any:

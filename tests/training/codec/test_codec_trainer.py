@@ -152,6 +152,18 @@ def test_a_run_goes_on_to_the_bit(whole: dict[str, Any], inputs: Path) -> None:
     assert open_run(run).configuration().quantizer.start_step == 2
 
 
+def test_the_start_of_codebooks_costs_no_steps(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take long, and what ends the process in it finds a checkpoint of the steps before."""
+
+    def fail(trainer: CodecTrainer, state: Any, position: int) -> Any:
+        raise InterruptedError("in the midst of it")
+
+    monkeypatch.setattr(CodecTrainer, "start_codebooks", fail)
+    with pytest.raises(InterruptedError):
+        train(inputs, run__output_dir=str(inputs / "ended"))
+    assert [path.name for path in (inputs / "ended/checkpoints").iterdir() if path.is_dir()] == ["2"]
+
+
 def test_the_decoder_alone_is_tuned_on_quantized_latents(inputs: Path) -> None:
     run = inputs / "decoder"
     options = {"quantizer__train_encoder": False, "run__checkpoint_every": 2, "run__output_dir": str(run)}

@@ -60,12 +60,31 @@ def test_a_folder_has_every_channel_and_says_what_is_skipped(folder: Path) -> No
     assert "1 channels, but the codec has 2" in stereo.skipped["a.wav"]
 
 
+def test_folders_behind_links_and_what_is_not_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As where the data lie on several disks."""
+    disk = tmp_path_factory.mktemp("disk")
+    (folder / "deeper/b.flac").rename(disk / "b.flac")
+    (folder / "deeper").rmdir()
+    (folder / "deeper").symlink_to(disk)
+    (disk / "again").symlink_to(folder)
+    (disk / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+    (folder / "lost.wav").symlink_to(disk / "nowhere.wav")
+    found = open_recordings(folder)
+    assert "deeper/b.flac" in {each.id for each in found.recordings}
+    assert len(found.recordings) == 4
+    assert {"deeper/phone.m4a", "lost.wav"} <= set(found.skipped)
+
+
 def test_a_manifest_has_texts(folder: Path) -> None:
     lines = [{"path": "c.ogg", "text": "a tone"}, {"path": "deeper/b.flac"}, {"path": "missing.wav"}]
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = open_recordings(folder / "all.jsonl")
     assert [each.text for each in found.recordings] == ["a tone", None, None]
     assert "cannot be read" in found.skipped["missing.wav"]
+    lines[0]["text"] = "two\u2028lines"
+    text = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "all.jsonl").write_bytes(text.encode())
+    assert open_recordings(folder / "all.jsonl").recordings[0].text == "two\u2028lines"
 
 
 @pytest.mark.parametrize(

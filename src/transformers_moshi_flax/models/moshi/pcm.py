@@ -226,20 +226,29 @@ class PcmDialogue(_Locked):
         """As :meth:`PcmBuffer.feed`. Before the slot is joined it is of no use: :meth:`join` begins with nothing."""
         return self.input.feed(pcm, slot)
 
-    def step(self) -> PcmFrame:
+    def step(self, slots: Bool[np.ndarray, "batch"] | None = None) -> PcmFrame:
         """Take one frame of every active slot's input, as far as it has come, and give Moshi's frame of the same time.
 
         Returns once Moshi's samples are on the host.
+
+        Args:
+            slots: of the active slots, those that take part; for the others time stands still, and they keep what they
+                hold. None is all.
+
+        Raises:
+            ValueError: ``slots`` has another shape.
         """
+        if slots is not None and np.shape(slots) != (self.stream.batch_size,):
+            raise ValueError(f"`slots` must have the shape ({self.stream.batch_size},), but has {np.shape(slots)}")
         with self._lock:
-            active = self.active
+            active = self.active if slots is None else self._active & slots
             audio = self.input.take(active)
             self.state, frame = self.stream.step(self.state, user_audio=audio, active=active)
         samples, text_ids = np.asarray(frame.audio), np.asarray(frame.text_ids)
-        slots = np.flatnonzero(np.asarray(frame.valid) & active).tolist()
+        said = np.flatnonzero(np.asarray(frame.valid) & active).tolist()
         return PcmFrame(
-            audio={slot: from_float(samples[slot, 0], self._output_dtype) for slot in slots},
-            text_ids={slot: int(text_ids[slot]) for slot in slots},
+            audio={slot: from_float(samples[slot, 0], self._output_dtype) for slot in said},
+            text_ids={slot: int(text_ids[slot]) for slot in said},
         )
 
     def reset(self, slot: int, prng_key: Any = None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from ...checkpoints.configs import load_config
+from ...checkpoints.configs import did_you_mean, load_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
-from ...checkpoints.keywords import one_token
+from ...checkpoints.keywords import one_token, understood
 from ...checkpoints.recognising import foreign, is_foreign_config
+from ...checkpoints.replacing import whole_files
 from ...checkpoints.uploading import Repository, check_upload
-from ...input_checks import Input, check_input
+from ...input_checks import Input, check_input, is_whole
 from ...model_card import check_card_fields
 from ...modeling_flax_outputs import FlaxModelOutput
 from ..mimi.topology import samples_per_frame
@@ -34,6 +37,17 @@ VOICE = Input({"samples": None}, "audio", hint="mono, a row each; mix channels d
 
 _OPTIONS = ("frame_size", "pad_token_id", "end_of_pad_token_id")
 _HUB = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
+
+
+_OF_PARTS = (
+    *inspect.signature(EncodecFeatureExtractor.__init__).parameters,
+    *inspect.signature(PreTrainedTokenizerBase.__init__).parameters,
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    *("use_fast", "from_slow", "legacy", "add_prefix_space", "add_bos_token", "add_eos_token", "padding_side"),
+    *("truncation_side", "model_max_length", "clean_up_tokenization_spaces", "split_special_tokens"),
+    *("extra_special_tokens", "additional_special_tokens", "chat_template", "tokenizer_type", "return_attention_mask"),
+)
+"""What feature extractor and tokenizers take."""
 
 
 class MoshiProcessor(ProcessorMixin):
@@ -64,10 +78,10 @@ class MoshiProcessor(ProcessorMixin):
                 f"`feature_extractor` has feature_size={feature_extractor.feature_size}, but Moshi's audio is mono: "
                 "give one with feature_size=1"
             )
-        if not isinstance(frame_size, int) or frame_size < 1:
+        if not is_whole(frame_size) or frame_size < 1:
             raise ValueError(f"`frame_size` must be a positive integer, got {frame_size!r}")
         for name, token in (("pad_token_id", pad_token_id), ("end_of_pad_token_id", end_of_pad_token_id)):
-            if not isinstance(token, int) or not 0 <= token < len(tokenizer):
+            if not is_whole(token) or not 0 <= token < len(tokenizer):
                 raise ValueError(f"`{name}`={token!r} is no id of the tokenizer, which has {len(tokenizer)}")
         super().__init__(feature_extractor, tokenizer)
         self.frame_size = frame_size
@@ -226,27 +240,69 @@ class MoshiProcessor(ProcessorMixin):
         return [row[0, :end] for row, end in zip(np.asarray(outputs["audio_sequences"], np.float32), ends)]
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        create_pr: bool = False,
+        use_auth_token: str | bool | None = None,
+        max_shard_size: Any = None,
     ) -> list[str]:
         """Write the tokenizer's files and ``processor_config.json``, which holds the feature extractor too.
 
         Args:
             save_directory: made if it is not there.
             push_to_hub: also upload the files.
-            **kwargs: for the upload: ``repo_id`` (default: the directory's name), ``commit_message``, ``token``,
-                ``private``, and what else the Hub's ``create_repo`` takes.
+            repo_id: where to upload to, the name of the directory if None.
+            private, token, revision, commit_message, commit_description, create_pr, use_auth_token: of the upload, as
+                in :meth:`push_to_hub`.
+            max_shard_size: of models; a processor has no weights.
+
+        Returns:
+            The paths of the files.
 
         Raises:
-            ValueError: there is a file in place of the directory, or ``private`` and a public repository.
+            ValueError: there is a file in place of the directory; options of the upload without ``push_to_hub``, or
+                what :meth:`push_to_hub` refuses, before anything is written.
+            OSError: the directory cannot be written or the disk is full; the old files are untouched.
         """
-        folder = os.path.abspath(save_directory)
-        if os.path.isfile(folder):
-            raise ValueError(f"save_directory={folder!r} is a file; give a directory")
+        folder = Path(os.path.abspath(save_directory))
+        if folder.is_file():
+            raise ValueError(f"save_directory={str(folder)!r} is a file; give a directory")
+        there = None
         if push_to_hub:
-            repo_id = kwargs.get("repo_id", os.path.basename(folder))
-            Repository.look_up(repo_id, token=kwargs.get("token"), private=kwargs.get("private"))
-        # absolute and a string: upstream splits the repository's name off it
-        return super().save_pretrained(folder, push_to_hub, **kwargs)
+            token = one_token(token, use_auth_token)
+            there = Repository.look_up(repo_id or folder.name, token=token, private=private, revision=revision)
+        else:
+            options = {
+                "repo_id": repo_id,
+                "private": private,
+                "revision": revision,
+                "commit_message": commit_message,
+                "commit_description": commit_description,
+                "create_pr": create_pr,
+            }
+            if idle := [f"{name}={value!r}" for name, value in options.items() if value]:
+                raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub=True")
+        with whole_files(folder) as staged:
+            super().save_pretrained(str(staged))
+            names = sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
+        if there is not None:
+            there.made(private=private, revision=revision).commit(
+                folder,
+                names,
+                message=commit_message or f"Upload {type(self).__name__}",
+                description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return [str(folder / name) for name in names]
 
     def push_to_hub(
         self,
@@ -277,7 +333,7 @@ class MoshiProcessor(ProcessorMixin):
             ValueError: ``private`` for a public repository, tags or a branch that the Hub refuses, before anything is
                 made there.
         """
-        check_upload(private=private, revision=revision, use_temp_dir=use_temp_dir)
+        check_upload(use_temp_dir=use_temp_dir)
         check_card_fields({} if tags is None else {"tags": tags})
         token = one_token(token, use_auth_token)
         Repository.look_up(repo_id, token=token, private=private, revision=revision)
@@ -298,14 +354,16 @@ class MoshiProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: a directory or a Hub id.
             **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
-                arguments of the class, which come before the checkpoint's.
+                arguments of the class, of the feature extractor and of tokenizers, which come before the
+                checkpoint's. Keywords that ask for nothing here are taken as by a model's ``from_pretrained``.
 
         Raises:
             OSError: the checkpoint or its feature extractor is not there.
-            ValueError: the tokenizer is not there, an option is bad, or the sampling rate or the frame size of the
-                files is not that of the Mimi in ``config.json`` beside them.
+            ValueError: the tokenizer is not there, an option is bad or unknown, or the sampling rate or the frame size
+                of the files is not that of the Mimi in ``config.json`` beside them.
         """
         name = os.fspath(pretrained_model_name_or_path)
+        kwargs = _known_keywords(f"{cls.__name__}.from_pretrained", kwargs, {*_HUB, *_OPTIONS, *_OF_PARTS})
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError) as error:
@@ -348,6 +406,7 @@ class MoshiProcessor(ProcessorMixin):
             CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) the checkpoint or its tokenizer is missing.
             ValueError: the tokenizer is damaged or of another kind, or Mimi cannot be expressed.
         """
+        hub = _known_keywords(f"{cls.__name__}.from_kyutai", hub, {*_HUB} - {"subfolder"})
         files = find_kyutai_files(name_or_path, **hub)
         if files.tokenizer is None:
             raise CheckpointNotFoundError(
@@ -399,6 +458,15 @@ class MoshiProcessor(ProcessorMixin):
         waveform = np.asarray(waveform, np.float32)
         extracted = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, padding=False)
         return extracted["input_values"][0][0]
+
+
+def _known_keywords(method: str, keywords: dict[str, Any], known: Set[str]) -> dict[str, Any]:
+    """Those that ``method`` follows; ValueError for one that it does not know, or that it would be wrong to ignore."""
+    given = understood(None, None, keywords.pop("token", None), keywords)
+    for name in given.rest:
+        if name not in known:
+            raise ValueError(f"{method} has no keyword argument {name!r}{did_you_mean(name, known)}")
+    return given.rest if given.token is None else {**given.rest, "token": given.token}
 
 
 def _why_none(source: Source) -> str | None:

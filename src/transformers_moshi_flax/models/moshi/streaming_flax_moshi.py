@@ -512,6 +512,15 @@ class FlaxMoshiStream:
         state, codes = self._encode(traced, state.replace(histories=state.histories[count:]), features, active)
         return state.replace(histories=(*convolved, *state.histories)), codes
 
+    @property
+    def numbers(self) -> dict[str, float | int]:
+        """The numbers of sampling that slots begin with, by the names that :meth:`configure` takes."""
+        return {name: number.item() for name, number in self._numbers.items()}
+
+    def check_numbers(self, **numbers: Any) -> None:
+        """Raises ``ValueError`` for what :meth:`configure` would refuse; nothing is changed."""
+        checked_numbers(numbers, self._numbers, self._bounds, self.batch_size)
+
     def configure(self, state: StreamState, rows: ArrayLike | None = None, **numbers: Any) -> StreamState:
         """Sets the numbers of sampling for some slots; nothing is compiled.
 

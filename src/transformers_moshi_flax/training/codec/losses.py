@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import reduce
 
 import jax.numpy as jnp
@@ -19,10 +19,6 @@ from jaxtyping import Array, Float
 from transformers.audio_utils import mel_filter_bank
 
 from ...ops.precision import at_least_float32
-
-FLOOR = 1e-3
-"""Added to a mel band (white noise of a deviation of 1 has 1): far below it is silence, of which the logarithm would
-count for more than speech. A limit instead would leave silent bands without a gradient, and a codec begins silent."""
 
 _LEAST_POWER = 1e-20
 """Keeps the gradient of a root finite at 0."""
@@ -42,9 +38,13 @@ class LossConfig:
         distillation: of the cosine distance between codebook 0 and a teacher's features.
         windows: samples of each window, multiples of 32.
         mel_bins: the most bands of a window; a window of n samples has n / 8 at most.
+        floor: added to a mel band (white noise of a deviation of 1 has 1) before its logarithm: far below it is
+            silence, which would count for more than speech. A limit instead would leave silent bands without a
+            gradient, and a codec begins silent.
 
     Raises:
-        ValueError: a weight is negative or not finite, no distance has one, a window is no multiple of 32.
+        ValueError: a weight is negative or not finite, no distance has one, a window is no multiple of 32, or the
+            floor is not above 0.
     """
 
     log_mel: float = 1.0
@@ -57,6 +57,7 @@ class LossConfig:
     distillation: float = 0.0
     windows: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     mel_bins: int = 64
+    floor: float = 1e-3
 
     def __post_init__(self):
         for name in (*RECONSTRUCTION, "commitment", "adversarial", "feature_matching", "distillation"):
@@ -69,6 +70,8 @@ class LossConfig:
             raise ValueError(f"`windows` must be multiples of 32, but are {list(self.windows)}.")
         if self.mel_bins < 1:
             raise ValueError(f"`mel_bins` must be at least 1, but is {self.mel_bins}.")
+        if not (math.isfinite(self.floor) and self.floor > 0):
+            raise ValueError(f"`floor` must be a finite number above 0, but is {self.floor}.")
 
     @property
     def uses_discriminator(self) -> bool:
@@ -127,28 +130,27 @@ def mel_filters(window: int, bins: int, sampling_rate: int) -> Float[np.ndarray,
 
 
 def log_mel(
-    magnitudes: Float[Array, "*shape frames bins"], window: int, bins: int, sampling_rate: int
+    magnitudes: Float[Array, "*shape frames bins"], window: int, bins: int, floor: float, sampling_rate: int
 ) -> Float[Array, "*shape frames mels"]:
-    """Natural logarithms of mel bands and :data:`FLOOR`, so that silence has one; from :func:`spectrogram`."""
+    """Natural logarithms of mel bands and ``floor``, so that silence has one; from :func:`spectrogram`."""
     filters = jnp.asarray(mel_filters(window, bins, sampling_rate), magnitudes.dtype)
-    return jnp.log(magnitudes @ filters + FLOOR)
+    return jnp.log(magnitudes @ filters + floor)
 
 
 def spectral_distances(
     audio: Float[Array, "rows channels samples"],
     target: Float[Array, "rows channels samples"],
-    windows: Sequence[int],
-    mel_bins: int,
+    config: LossConfig,
     sampling_rate: int,
 ) -> dict[str, Float[Array, "rows"]]:
     """``log_mel`` and ``magnitude`` of every row: mean absolute differences, averaged over the windows."""
     sums: dict[str, list[Array]] = {"log_mel": [], "magnitude": []}
-    for window in windows:
+    for window in config.windows:
         ours, theirs = spectrogram(audio, window), spectrogram(target, window)
         sums["magnitude"].append(jnp.mean(jnp.abs(ours - theirs), axis=(1, 2, 3)))
-        ours, theirs = (log_mel(each, window, mel_bins, sampling_rate) for each in (ours, theirs))
+        ours, theirs = (log_mel(each, window, config.mel_bins, config.floor, sampling_rate) for each in (ours, theirs))
         sums["log_mel"].append(jnp.mean(jnp.abs(ours - theirs), axis=(1, 2, 3)))
-    return {name: reduce(jnp.add, parts) / len(windows) for name, parts in sums.items()}
+    return {name: reduce(jnp.add, parts) / len(config.windows) for name, parts in sums.items()}
 
 
 def reconstruction_losses(
@@ -161,7 +163,7 @@ def reconstruction_losses(
     audio, target = (each.astype(at_least_float32(each.dtype)) for each in (audio, target))
     losses: dict[str, Array] = {}
     if config.log_mel or config.magnitude:
-        losses |= spectral_distances(audio, target, config.windows, config.mel_bins, sampling_rate)
+        losses |= spectral_distances(audio, target, config, sampling_rate)
     if config.waveform_l1:
         losses["waveform_l1"] = jnp.mean(jnp.abs(audio - target), axis=(1, 2))
     if config.waveform_l2:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +25,17 @@ import soundfile
 import soxr
 from jaxtyping import Float, Float32
 
-from ...audio_files import AudioFile
+from ...audio_files import AudioFile, mix_crops
 
 logger = logging.getLogger(__name__)
 
 SILENT = 1e-4
 """A crop whose samples all are nearer to 0 teaches nothing."""
+
+SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats()) - {".raw"} | set(
+    ".aac .ac3 .aif .aifc .amr .ape .m4a .mka .mp2 .mp4 .mpga .oga .opus .snd .sph .wave .webm .wma .wv".split()
+)
+"""Of what is audio by its name, also where it is of a format that is not read, which is told."""
 
 _TRIES = 50
 _MARGIN_SECONDS = 0.02
@@ -132,8 +138,9 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
     """The recordings of a folder (of all folders in it), or of a manifest.
 
     Args:
-        path: a folder, or JSON lines with ``{"path": …, "text": …}``, whose paths are relative to it and whose text
-            may lack.
+        path: a folder (what in it, and in all folders in it, has one of :data:`SUFFIXES`, behind links too), or a
+            manifest: JSON lines with ``{"path": …, "text": …}``, whose paths are relative to it and whose text may
+            lack.
         audio_channels: of the codec. For a codec of one channel, every channel of a file is a recording of its own.
         least_seconds: files that are shorter are skipped.
 
@@ -141,15 +148,16 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
         ValueError: there is no such file; a line of the manifest is none; none of the files can be used.
     """
     path = Path(path)
+    recordings: list[Recording] = []
+    skipped: dict[str, str] = {}
     if path.is_dir():
-        suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
-        found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes - {".raw"}]
-        listed: list[tuple[str, Path, str | None]] = [(str(file.relative_to(path)), file, None) for file in found]
+        listed: list[tuple[str, Path, str | None]] = [
+            (str(file.relative_to(path)), file, None) for file in _audio_in(path, skipped)
+        ]
     elif path.is_file():
         listed = _manifest(path)
     else:
         raise ValueError(f"{str(path)!r} is not there; give a folder of audio, or a manifest (JSON lines)")
-    recordings, skipped = [], {}
     for name, file, text in listed:
         try:
             recordings += _channels(name, file, text, audio_channels, least_seconds)
@@ -161,10 +169,28 @@ def open_recordings(path: str | Path, audio_channels: int = 1, least_seconds: fl
     return RecordingSet(tuple(recordings), skipped)
 
 
+def _audio_in(path: Path, skipped: dict[str, str]) -> list[Path]:
+    """Audio in a folder and those in it, each of which is looked through once; what cannot be is ``skipped``."""
+
+    def skip(error: OSError) -> None:
+        skipped[os.path.relpath(error.filename, path)] = f"it cannot be looked through ({error.strerror})"
+
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, onerror=skip, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
 def _manifest(path: Path) -> list[tuple[str, Path, str | None]]:
     listed, seen = [], set()
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # a text may have what else str.splitlines() takes for the end of a line
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); give JSON lines") from error
     for number, line in enumerate(lines, 1):
@@ -271,7 +297,7 @@ class CropMaker:
         audio = np.stack([self._crop(number, row) for row in range(*self.rows)])
         if self.teacher is None:
             return {"audio": audio}
-        return {"audio": audio, "features": np.asarray(self.teacher(audio.mean(axis=1)), np.float32)}
+        return {"audio": audio, "features": np.asarray(self.teacher(mix_crops(audio)), np.float32)}
 
     def _crop(self, number: int, row: int) -> Float32[np.ndarray, "channels samples"]:
         generator = self.plan.generator(number, row)
@@ -347,7 +373,7 @@ def evaluation_crops(
                 _warn_once(f"{recording.id}: {error}")
         made = {"audio": audio, "weights": weights}
         if teacher is not None:
-            made["features"] = np.asarray(teacher(audio.mean(axis=1)), np.float32)
+            made["features"] = np.asarray(teacher(mix_crops(audio)), np.float32)
         return made
 
     return [partial(make, batch) for batch in batches]

@@ -393,7 +393,7 @@ def make_codec_eval_step(
         else:
             latents = unquantized(params["quantizer"], latents)
         spoken = codec.decode(params, latents).astype(jnp.float32)
-        rows = spectral_distances(spoken, audio, settings.windows, settings.mel_bins, rate)
+        rows = spectral_distances(spoken, audio, settings, rate)
         rows |= reconstruction_losses(spoken, audio, settings, rate)
         rows["si_sdr"] = si_sdr(spoken, audio)
         audible = weights * (jnp.max(jnp.abs(audio), axis=(1, 2)) > 0)

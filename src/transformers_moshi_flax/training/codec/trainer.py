@@ -265,9 +265,13 @@ class CodecLoop(Loop):
                     raise ConfigurationError(
                         "`model.freeze`: it freezes codebooks that hold nothing yet; leave them out"
                     )
-                state = trainer.start_codebooks(state, self._loader.position)
+                with self._expendable(step):
+                    state = trainer.start_codebooks(state, self._loader.position)
             self._is_started = True
         return self._train_step(step)(state, batch)
+
+    def _is_long(self, step: int) -> bool:
+        return not self._is_started and step == self._trainer.config.quantizer.start_step
 
 
 class CodecEvaluation:

@@ -1,0 +1,200 @@
+"""``moshi-flax serve``: dialogues over the network, and a page to talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib.util
+import socket
+import ssl
+import sys
+from contextlib import closing
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
+from transformers_moshi_flax.cli.console import progress_bar
+from transformers_moshi_flax.cli.errors import FailedRun, UserMistake, as_mistake
+from transformers_moshi_flax.cli.generate import RANDOM, Speaker, check_moshi, is_random, name_of
+from transformers_moshi_flax.cli.options import (
+    DepthTemperature,
+    DepthTopK,
+    DtypeOption,
+    Model,
+    Temperature,
+    TopK,
+    TopP,
+    sampling_options,
+)
+
+EXTRA = ("aiohttp", "prometheus_client", "sphn")
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines need tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 8998,
+    slots: Annotated[int, typer.Option(min=1, max=4096, help="Dialogues at once.")] = 4,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Of a dialogue.")] = 3600.0,
+    idle_seconds: Annotated[float, typer.Option(min=1, help="Without audio, until a dialogue ends.")] = 30.0,
+    auth_token_file: Annotated[Path | None, typer.Option(help="Tokens that callers need one of, one a line.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in who reaches this address.")] = False,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A page that may connect besides our own, as https://example.org.")
+    ] = None,
+    ssl_cert: Annotated[Path | None, typer.Option(help="Certificate for HTTPS, PEM.")] = None,
+    ssl_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish dialogues in after SIGTERM.")] = 30.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    depth_temperature: DepthTemperature = None,
+    depth_top_k: DepthTopK = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Serve dialogues over the network: Kyutai's clients connect, and browsers get a page to talk to."""
+    sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
+    check_extra()
+    tokens = read_tokens(auth_token_file)
+    tls = read_certificate(ssl_cert, ssl_key)
+    with closing(bind(host, port)) as listener:
+        local = ip_address(listener.getsockname()[0]).is_loopback
+        if not (local or tokens or no_auth):
+            raise UserMistake(
+                f"--host: {host!r} can be reached from other machines; give --auth-token-file, or --no-auth to let "
+                "everybody in"
+            )
+        source = model or str(EMBEDDED_MODEL)
+        check_moshi(source)
+
+        from transformers_moshi_flax.serving.caller import Limits
+        from transformers_moshi_flax.serving.gate import Gate
+        from transformers_moshi_flax.serving.logs import log_to
+        from transformers_moshi_flax.serving.metrics import Metrics
+        from transformers_moshi_flax.serving.server import Server
+
+        notes = Console(stderr=True, highlight=False)
+        metrics = Metrics()
+        engine, tokenizer = load(source, dtype, slots, sampling, metrics, notes)
+        gate = Gate(tokens, allow_origin or (), local=local and not tokens)
+        about = about_model(source)
+        notes.print(
+            f"http{'s' * (tls is not None)}://{_authority(listener)}/  {about['notice'] or ''}", soft_wrap=True
+        )
+        log_to(sys.stderr)
+
+        async def run() -> None:
+            server = Server(engine, tokenizer, metrics, about, gate, Limits(max_seconds, idle_seconds))
+            await server.run(listener, tls, grace)
+
+        with as_mistake(f"--model: {source!r} cannot be served", ValueError):
+            try:
+                asyncio.run(run())
+            except RuntimeError as error:
+                raise FailedRun(str(error)) from error
+
+
+def load(
+    source: str, dtype: Any, slots: int, sampling: dict[str, Any], metrics: Any, notes: Console
+) -> tuple[Any, Any]:
+    """The engine, with all that it needs compiled, and the tokenizer; with bars on ``notes``.
+
+    Raises:
+        UserMistake: the checkpoint or an option of ``sampling`` is of no use.
+    """
+    from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
+
+    use_compilation_cache()
+    with progress_bar(notes) as bar:
+        stage = bar.add_task(f"loading {name_of(source)}", total=None)
+        speaker = Speaker.load(source, dtype)
+        bar.update(stage, description="compiling")
+        with as_mistake("cannot serve", ValueError):
+            stream, numbers = stream_for_callers(speaker.model, slots, sampling)
+            engine = Engine(stream, metrics, numbers)
+            engine.warmup()
+        bar.remove_task(stage)
+    # what the libraries have made so far stays: looking through it again would hold up a step
+    gc.freeze()
+    return engine, speaker.tokenizer
+
+
+def about_model(source: str) -> dict[str, Any]:
+    """What callers are told of a checkpoint: its name without the folders above, and what to know of it."""
+    import jax
+
+    import transformers_moshi_flax
+
+    return {
+        "model": source if not Path(source).exists() else Path(source).resolve().name,
+        "notice": RANDOM if is_random(source) else None,
+        "version": transformers_moshi_flax.__version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+    }
+
+
+def check_extra() -> None:
+    """Raises :class:`UserMistake` where what a server needs is not installed."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserMistake(f"serve: {', '.join(missing)} not installed; pip install 'transformers-moshi-flax[serve]'")
+
+
+def read_tokens(path: Path | None) -> list[str]:
+    """The tokens of a file, one a line; none without a file.
+
+    Raises:
+        UserMistake: it cannot be read, or there is none in it.
+    """
+    if path is None:
+        return []
+    with as_mistake(f"--auth-token-file: cannot read {str(path)!r}", OSError, ValueError):
+        tokens = path.read_text("utf-8").split()
+    if not tokens:
+        raise UserMistake(f"--auth-token-file: there is no token in {str(path)!r}; write one a line")
+    return tokens
+
+
+def read_certificate(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """What HTTPS needs; None without certificate and key.
+
+    Raises:
+        UserMistake: one of them alone, or files that are of no use.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UserMistake("--ssl-cert, --ssl-key: one needs the other; give both, or none for HTTP")
+    with as_mistake(f"--ssl-cert, --ssl-key: cannot use {str(certificate)!r} and {str(key)!r}", OSError):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+    return context
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, which is taken from now on; nobody is let in yet.
+
+    Raises:
+        UserMistake: there is no such address here, or another program has it.
+    """
+    with as_mistake(f"--host, --port: cannot listen at {host}:{port}", OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    return listener
+
+
+def _authority(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,288 @@
+"""One thread that steps all dialogues, on a clock of its own.
+
+Whoever holds a dialogue asks for something and goes on: beginning, pausing and leaving wait in a queue until the
+thread comes to it, between two steps. What Moshi says is handed to a function that must not wait.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, UInt32
+
+from ..generation.arrays import on_device
+from ..generation.configuration import DEFAULTS
+from ..models.moshi.generation_flax_moshi import DEPTH_PREFIX
+from ..models.moshi.pcm import PcmDialogue
+from ..models.moshi.stream_options import resolve_stream_sampling
+from .metrics import Metrics
+
+LARGEST_TOP_K = 250
+"""What callers may ask for at least."""
+
+PATIENCE = 2
+"""Steps that a dialogue rests for while its caller's audio is late; then its caller is heard to be silent."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """A caller's place in the stream.
+
+    Attributes:
+        slot: of the stream.
+        numbers: of sampling, where they are not the stream's.
+        key: of the sampling, two words.
+        begun: done once the dialogue has begun; what is fed before is not heard.
+    """
+
+    slot: int
+    numbers: dict[str, float | int]
+    key: UInt32[np.ndarray, "2"]
+    begun: Future = field(default_factory=Future)
+    # known to the engine's thread alone
+    heard: bool = False
+    paused: bool = False
+    waited: int = 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """What Moshi says in a frame of one dialogue."""
+
+    seat: Seat
+    audio: Float[np.ndarray, "frame_size"]
+    text_id: int
+
+
+class Engine:
+    """Steps the dialogues of a stream.
+
+    A dialogue takes part in a step once a frame of its caller has come. If none has, its time stands still for
+    ``PATIENCE`` steps, and then silence is heard, until more comes. Before its caller's first frame it does not begin.
+
+    Args:
+        stream: a ``FlaxMoshiStream``.
+        metrics: what is counted.
+        numbers: of sampling, for callers that do not ask for others (default: the stream's).
+        realtime: whether there is a step every frame's time. Otherwise there is one whenever a frame is complete, and
+            none without.
+        buffer_frames: the most that is kept of what a caller has sent; the oldest goes first.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        metrics: Metrics,
+        numbers: dict[str, float | int] | None = None,
+        realtime: bool = True,
+        buffer_frames: int = 25,
+    ):
+        self.stream = stream
+        self.numbers = dict(stream.numbers if numbers is None else numbers)
+        self._metrics, self._realtime = metrics, realtime
+        self._buffer_frames = buffer_frames
+        self._free = set(range(stream.batch_size))
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Seat] = queue.SimpleQueue()
+        self._seats: dict[int, Seat] = {}
+        self._something = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="moshi-engine", daemon=True)
+        metrics.slots.set(stream.batch_size)
+
+    def warmup(self) -> None:
+        """Compile all that dialogues need: afterwards nobody who comes or goes makes anything be compiled."""
+        self.stream.warmup()
+        self._dialogue = PcmDialogue(self.stream, active=False, buffer_frames=self._buffer_frames)
+        self._begin(Seat(0, self.numbers, np.zeros(2, np.uint32)))
+        self._dialogue.step()
+        self._dialogue.leave(0)
+        self._seats.clear()
+
+    def start(self, say: Callable[[list[Said]], object], fail: Callable[[BaseException], object]) -> None:
+        """Begin to step, after :meth:`warmup`.
+
+        Args:
+            say: takes what Moshi says in a step; called in the engine's thread, it must not wait.
+            fail: takes what has ended the thread, and all dialogues with it.
+        """
+        self._say, self._fail = say, fail
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the present step, and wait for that."""
+        self._stopped = True
+        self._something.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def free_slots(self) -> int:
+        """How many more dialogues there may be."""
+        return len(self._free)
+
+    def take_seat(self, numbers: dict[str, float | int], key: UInt32[np.ndarray, "2"]) -> Seat | None:
+        """A place for a new dialogue, which begins between the next steps; None if all are taken.
+
+        Args:
+            numbers: of sampling, where they are not to be the engine's; as checked by ``stream.check_numbers``.
+            key: of the sampling, two words; the dialogue depends on it, and not on the slot.
+        """
+        with self._lock:
+            if not self._free:
+                return None
+            seat = Seat(min(self._free), {**self.numbers, **numbers}, key)
+            self._free.remove(seat.slot)
+        self._arrivals.put(seat)
+        self._something.set()
+        return seat
+
+    def feed(self, seat: Seat, samples: Float[np.ndarray, "samples"]) -> int:
+        """Add to what a caller says; how many of the oldest samples were dropped for it."""
+        dropped = self._dialogue.feed(samples, seat.slot)
+        self._something.set()
+        return dropped
+
+    def pause(self, seat: Seat, paused: bool) -> None:
+        """Let a dialogue's time stand still, or go on."""
+        self._order(lambda: setattr(seat, "paused", paused))
+
+    def restart(self, seat: Seat) -> None:
+        """Begin a dialogue anew, with the same key."""
+        self._order(lambda: self._restart(seat))
+
+    def leave(self, seat: Seat) -> None:
+        """End a dialogue; its place is free after the present step."""
+        self._order(lambda: self._leave(seat))
+
+    # --------------------------------------------------------------------------------------- in the thread
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)
+        self._something.set()
+
+    def _run(self) -> None:
+        try:
+            self._keep_stepping()
+        except BaseException as error:
+            self._fail(error)
+
+    def _keep_stepping(self) -> None:
+        period = self.stream.frame_size / self.stream.sampling_rate
+        due = time.perf_counter()
+        while not self._stopped:
+            self._something.clear()
+            self._obey()
+            slots = self._ready()
+            if slots.any():
+                self._step(slots)
+            elif not self._realtime or not self._seats:
+                self._something.wait()
+                due = time.perf_counter()
+                continue
+            if self._realtime:
+                due += period
+                now = time.perf_counter()
+                if now > due:
+                    if slots.any():
+                        self._metrics.late.inc()
+                    due = now
+                time.sleep(due - now)
+
+    def _obey(self) -> None:
+        """What was asked for; of those who have come one alone begins, as the others speak meanwhile."""
+        while not self._orders.empty():
+            self._orders.get()()
+        if not self._arrivals.empty():
+            seat = self._arrivals.get()
+            # who has left already has no future to wait for
+            if seat.begun.set_running_or_notify_cancel():
+                self._begin(seat)
+                seat.begun.set_result(None)
+            if not self._arrivals.empty():
+                self._something.set()
+
+    def _ready(self) -> Bool[np.ndarray, "slots"]:
+        """Which dialogues take part in the step."""
+        buffered = self._dialogue.input.buffered_samples
+        slots = np.zeros(self.stream.batch_size, bool)
+        for slot, seat in self._seats.items():
+            complete = buffered[slot] >= self.stream.frame_size
+            seat.heard |= bool(complete)
+            if seat.paused or not seat.heard:
+                continue
+            seat.waited = 0 if complete else seat.waited + 1
+            late = self._realtime and seat.waited > PATIENCE
+            if late:
+                self._metrics.missing.inc()
+            slots[slot] = complete or late
+        return slots
+
+    def _step(self, slots: Bool[np.ndarray, "slots"]) -> None:
+        with self._metrics.steps.time():
+            frame = self._dialogue.step(slots)
+        self._say([Said(self._seats[slot], audio, frame.text_ids[slot]) for slot, audio in frame.audio.items()])
+
+    def _begin(self, seat: Seat) -> None:
+        rows = np.arange(self.stream.batch_size) == seat.slot
+        dialogue = self._dialogue
+        dialogue.state = self.stream.configure(dialogue.state, rows, **seat.numbers)
+        dialogue.join(seat.slot, self._keys(seat))
+        self._seats[seat.slot] = seat
+
+    def _restart(self, seat: Seat) -> None:
+        if self._seats.get(seat.slot) is seat:
+            self._dialogue.reset(seat.slot, self._keys(seat))
+            seat.heard, seat.waited = False, 0
+
+    def _leave(self, seat: Seat) -> None:
+        if self._seats.get(seat.slot) is seat:
+            del self._seats[seat.slot]
+            self._dialogue.leave(seat.slot)
+        elif not seat.begun.cancel():
+            return  # it has left before
+        with self._lock:
+            self._free.add(seat.slot)
+
+    def _keys(self, seat: Seat) -> UInt32[jax.Array, "slots 2"]:
+        """The key for every slot, since one key alone would be folded with the slot's number."""
+        return on_device(np.tile(seat.key, (self.stream.batch_size, 1)))
+
+
+def stream_for_callers(model: Any, slots: int, sampling: dict[str, Any]) -> tuple[Any, dict[str, float | int]]:
+    """A stream whose callers may choose temperature and top-k of text and audio, and the numbers of those who don't.
+
+    Args:
+        model: a ``FlaxMoshiForConditionalGeneration``.
+        slots: of the stream.
+        sampling: options of ``model.streaming``, of which greedy ones become a ``top_k`` of 1.
+
+    Returns:
+        The stream, and the numbers for :class:`Engine`.
+
+    Raises:
+        ValueError: as ``model.streaming``.
+    """
+    *samplings, own = resolve_stream_sampling(model.generation_defaults(), None, sampling, model.config)
+    sizes = (model.config.vocab_size, model.config.audio_vocab_size)
+    numbers = {name: number.item() for name, number in own.items()}
+    options = dict(sampling)
+    for prefix, chosen, size in zip(("", DEPTH_PREFIX), samplings, sizes):
+        greedy = {} if chosen.do_sample else {f"{prefix}temperature": DEFAULTS["temperature"], f"{prefix}top_k": 1}
+        # sampling without a top-k takes all
+        numbers = {f"{prefix}top_k": size, **numbers, **greedy}
+        options |= {
+            f"{prefix}do_sample": True,
+            f"{prefix}temperature": numbers[f"{prefix}temperature"],
+            f"{prefix}top_k": max(LARGEST_TOP_K, numbers[f"{prefix}top_k"]),
+        }
+    return model.streaming(batch_size=slots, **options), numbers

@@ -1,0 +1,288 @@
+"""The server: its routes, its callers, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import socket
+import ssl
+import time
+from importlib import resources
+from typing import Any
+
+from aiohttp import web
+
+from .caller import FAILED, LOST, SEND_BUFFER, SHUTDOWN, Caller, Ending, Limits
+from .engine import Engine, Said, Seat
+from .gate import Gate
+from .logs import LOGGER, log_event
+from .metrics import Metrics
+from .wishes import Wishes
+from .words import Words
+
+RATE, FRAME = 24_000, 1920
+"""What clients of the protocol take for granted: samples a second, samples a frame."""
+
+RETRY_SECONDS = 10
+"""When a caller who was refused may try again."""
+
+PAGE = resources.files("transformers_moshi_flax.serving") / "page"
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/dialogue.js": ("dialogue.js", "text/javascript"),
+    "/worklets.js": ("worklets.js", "text/javascript"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Server:
+    """Holds dialogues with whoever calls.
+
+    Args:
+        engine: warmed up.
+        tokenizer: of the model.
+        metrics: those of the engine.
+        about: of the model, for ``/api/build_info`` and the page: ``model``, and ``notice`` if there is something that
+            callers should know of it.
+        gate: who may come in.
+        limits: of every caller.
+
+    Raises:
+        ValueError: the model is of another rate than the protocol.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        metrics: Metrics,
+        about: dict[str, Any],
+        gate: Gate | None = None,
+        limits: Limits | None = None,
+    ):
+        stream = engine.stream
+        if (stream.sampling_rate, stream.frame_size) != (RATE, FRAME):
+            raise ValueError(
+                f"the protocol has frames of {FRAME} samples at {RATE} Hz, but the model's are of {stream.frame_size} "
+                f"at {stream.sampling_rate} Hz"
+            )
+        self.engine, self.tokenizer, self.metrics = engine, tokenizer, metrics
+        self.about = {
+            **about,
+            "sample_rate": stream.sampling_rate,
+            "frame_rate": stream.frame_rate,
+            "slots": stream.batch_size,
+        }
+        self.gate, self.limits = gate or Gate(), limits or Limits()
+        self.callers: dict[Seat, Caller] = {}
+        self.draining = False
+        self.failure: BaseException | None = None
+        self._stop = asyncio.Event()
+        self._numbers = itertools.count(1)
+
+    # ------------------------------------------------------------------------------------------- routes
+
+    def app(self) -> web.Application:
+        """The application, whose engine begins with it and ends with it."""
+        app = web.Application(middlewares=[self._checked])
+        app.router.add_get("/api/chat", self.chat)
+        app.router.add_get("/api/build_info", self.build_info)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.show_metrics)
+        for path in PAGE_FILES:
+            app.router.add_get(path, self.page)
+        app.on_startup.append(self._begin)
+        app.on_cleanup.append(self._end)
+        return app
+
+    async def _begin(self, app: web.Application) -> None:
+        loop = asyncio.get_running_loop()
+        self.engine.start(
+            say=lambda said: loop.call_soon_threadsafe(self._hand_out, said),
+            fail=lambda error: loop.call_soon_threadsafe(self._fail, error),
+        )
+
+    async def _end(self, app: web.Application) -> None:
+        self.engine.stop()
+
+    def _hand_out(self, said: list[Said]) -> None:
+        for frame in said:
+            if caller := self.callers.get(frame.seat):
+                caller.hear(frame)
+
+    def _fail(self, error: BaseException) -> None:
+        LOGGER.critical("the engine has failed", exc_info=error)
+        self.failure = error
+        self.end_all(FAILED)
+        self._stop.set()
+
+    @web.middleware
+    async def _checked(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        reason = "origin"
+        try:
+            self.gate.check_origin(request)
+            if request.path.startswith("/api/") or request.path == "/metrics":
+                reason = "token"
+                self.gate.check_token(request)
+        except web.HTTPException:
+            self._refuse(request, reason)
+            raise
+        return await handler(request)
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Ready, or why not: 503 while the server ends."""
+        state = "failed" if self.failure else "draining" if self.draining else "ready"
+        return web.json_response({"status": state}, status=200 if state == "ready" else 503)
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        """The figures, for Prometheus."""
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def build_info(self, request: web.Request) -> web.Response:
+        """What is served here."""
+        return web.json_response(self.about)
+
+    async def page(self, request: web.Request) -> web.Response:
+        """The page to talk to, and its parts."""
+        name, kind = PAGE_FILES[request.path]
+        return web.Response(text=(PAGE / name).read_text("utf-8"), content_type=kind, headers=HEADERS)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """A dialogue. Whatever speaks against it is said before the upgrade."""
+        if self.draining or self.failure:
+            self._refuse(request, "draining")
+            raise _try_later("the server is shutting down")
+        try:
+            wishes = Wishes.read(request.query, self.engine.stream)
+        except ValueError as error:
+            self._refuse(request, "query")
+            raise web.HTTPBadRequest(text=str(error)) from error
+        websocket = web.WebSocketResponse(
+            timeout=2.0,
+            heartbeat=self.limits.heartbeat_seconds,
+            max_msg_size=self.limits.message_bytes,
+            compress=False,
+        )
+        if not websocket.can_prepare(request):
+            # what could be refused has been: a page learns by this why its websocket was not opened
+            if not self.engine.free_slots:
+                raise _try_later(self._full())
+            raise web.HTTPUpgradeRequired(text="this is a websocket", headers={"Upgrade": "websocket"})
+        seat = self.engine.take_seat(wishes.numbers, wishes.key)
+        if seat is None:
+            self._refuse(request, "full")
+            raise _try_later(self._full())
+        try:
+            await websocket.prepare(request)
+            caller = self._welcome(websocket, request, seat, wishes)
+            ending = await self._hold(caller, seat, wishes, request)
+        finally:
+            self.engine.leave(seat)
+            self.callers.pop(seat, None)
+        await caller.say_goodbye(ending)
+        return websocket
+
+    def _full(self) -> str:
+        return f"all {self.engine.stream.batch_size} places are taken; try again later"
+
+    def _refuse(self, request: web.Request, reason: str) -> None:
+        self.metrics.refusals.labels(reason).inc()
+        log_event("refused", reason=reason, peer=request.remote)
+
+    def _welcome(self, websocket: web.WebSocketResponse, request: web.Request, seat: Seat, wishes: Wishes) -> Caller:
+        if request.transport is not None:
+            connection = request.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        words = Words(self.tokenizer)
+        caller = Caller(websocket, request, self.engine, seat, wishes, words, self.limits, self.metrics)
+        self.callers[seat] = caller
+        return caller
+
+    async def _hold(self, caller: Caller, seat: Seat, wishes: Wishes, request: web.Request) -> Ending:
+        number, begin = next(self._numbers), time.monotonic()
+        log_event("dialogue begins", dialogue=number, slot=seat.slot, format=wishes.format, peer=request.remote)
+        self.metrics.dialogues.inc()
+        greeting = {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+        ending = LOST  # unless something else is said: the handler was cancelled
+        try:
+            ending = await caller.converse(greeting)
+        finally:
+            self.metrics.dialogues.dec()
+            self.metrics.ended.labels(ending.reason).inc()
+            log_event(
+                "dialogue ends",
+                dialogue=number,
+                reason=ending.reason,
+                seconds=round(time.monotonic() - begin, 3),
+                frames=caller.frames,
+            )
+        return ending
+
+    def end_all(self, ending: Ending) -> None:
+        """End every dialogue."""
+        for caller in list(self.callers.values()):
+            caller.end(ending)
+
+    # ------------------------------------------------------------------------------------------- running
+
+    async def run(self, listener: socket.socket, tls: ssl.SSLContext | None = None, grace: float = 30.0) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        From the signal on nobody new comes in. Who speaks has ``grace`` seconds, and is then told; so is everyone at
+        a second signal, at once.
+
+        Args:
+            listener: bound, not listening yet.
+            tls: for HTTPS.
+            grace: seconds.
+
+        Raises:
+            RuntimeError: the engine has failed.
+        """
+        loop = asyncio.get_running_loop()
+        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            await web.SockSite(runner, listener, ssl_context=tls).start()
+            host, port = listener.getsockname()[:2]
+            log_event("ready", host=host, port=port, tls=tls is not None, **self.about)
+            await self._stop.wait()
+            await self._drain(grace)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            await runner.cleanup()
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
+        log_event("stopped")
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self.end_all(SHUTDOWN)
+        self._stop.set()
+
+    async def _drain(self, grace: float) -> None:
+        self.draining = True
+        log_event("draining", dialogues=len(self.callers), grace=grace)
+        end = time.monotonic() + grace
+        while self.callers and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        self.end_all(SHUTDOWN)
+        while self.callers:
+            await asyncio.sleep(0.05)
+
+
+def _try_later(words: str) -> web.HTTPServiceUnavailable:
+    return web.HTTPServiceUnavailable(text=words, headers={"Retry-After": str(RETRY_SECONDS)})

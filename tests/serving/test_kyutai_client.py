@@ -1,0 +1,147 @@
+"""Kyutai's own client, without a sound device: what it would play is what our stream says, over Opus both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.serving.fake_stream import FRAME
+from tests.serving.house import in_a_loop, serving, speech
+from tests.serving.test_server import over_opus, said_over_opus
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.generate import Speaker
+from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
+from transformers_moshi_flax.serving.metrics import Metrics
+from transformers_moshi_flax.serving.words import Words
+
+FRAMES = 8
+
+
+class Device(threading.Thread):
+    """A sound card: calls back every frame's time or sooner, from a thread of its own.
+
+    Args:
+        callback: of the client, as ``sounddevice`` has it.
+        data: the frames that it records; None plays, to ``played``.
+    """
+
+    def __init__(self, callback: Callable[..., None], data: list[np.ndarray] | None):
+        super().__init__(daemon=True)
+        self._callback, self._data = callback, data
+        self._open = True
+        self.played: list[np.ndarray] = []
+
+    def __enter__(self) -> Device:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open = False
+        self.join()
+
+    def run(self) -> None:
+        for frame in self._data or ():
+            self._callback(frame[:, None].copy(), FRAME, None, None)
+            time.sleep(0.01)
+        while self._data is None and self._open:
+            frame = np.zeros((FRAME, 1), np.float32)
+            self._callback(frame, FRAME, None, None)
+            if frame.any():
+                self.played.append(frame[:, 0])
+            else:
+                time.sleep(0.01)
+
+
+class Printer:
+    """What the client would show."""
+
+    def __init__(self) -> None:
+        self.words, self.complaints = "", []
+
+    def log(self, level: str, message: str) -> None:
+        if level != "info":
+            self.complaints.append(message)
+
+    def print_token(self, token: str) -> None:
+        self.words += token
+
+    def print_header(self) -> None: ...
+
+    def print_pending(self) -> None: ...
+
+    def print_lag(self) -> None: ...
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Device]:
+    """The devices that the client opens, by direction; the microphone hears ``speech``."""
+    said = list(speech(FRAMES).astype(np.float32) / 32768)
+    opened: dict[str, Device] = {}
+    stub: Any = ModuleType("sounddevice")
+
+    def opening(name: str, data: list[np.ndarray] | None) -> Callable[..., Device]:
+        def open_stream(callback: Callable[..., None], **options: Any) -> Device:
+            assert options == {"samplerate": 24_000, "channels": 1, "blocksize": FRAME}
+            return opened.setdefault(name, Device(callback, data))
+
+        return open_stream
+
+    stub.InputStream, stub.OutputStream = opening("in", said), opening("out", None)
+    monkeypatch.setitem(sys.modules, "sounddevice", stub)
+    monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
+    return opened
+
+
+async def talk(devices: dict[str, Device], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Printer:
+    """Let the client hear all that there is to hear; what it plays is in ``devices``."""
+    import moshi.client
+
+    # the client cannot ask for seeds
+    monkeypatch.setattr("transformers_moshi_flax.serving.wishes.secrets.randbits", lambda bits: 1)
+    printer = Printer()
+    async with serving(**options) as house:
+        where = Namespace(url=house.url, host=None, port=None, https=False)
+        client = asyncio.create_task(moshi.client.run(printer, where))
+        await house.until(lambda: client.done() or len(devices.get("out", Namespace(played=[])).played) == FRAMES)
+        client.cancel()
+        await asyncio.wait([client])
+    assert printer.complaints == ["unknown message kind 0", "unknown message kind 4"]
+    return printer
+
+
+@in_a_loop
+async def test_kyutai_s_client_plays_what_our_stream_says(devices: dict[str, Device], monkeypatch):
+    printer = await talk(devices, monkeypatch)
+    said = speech(FRAMES).astype(np.float32) / 32768
+    assert np.array_equal(devices["out"].played, said_over_opus(said, (1, 1)))
+    assert printer.words == "€ 7 8 9 10 11"
+
+
+@pytest.mark.slow
+def test_the_same_with_a_real_model(devices: dict[str, Device], monkeypatch):
+    speaker = Speaker.load(str(EMBEDDED_MODEL), None)
+    stream, numbers = stream_for_callers(speaker.model, 2, {})
+    engine = Engine(stream, Metrics(), numbers, realtime=False)
+    engine.warmup()
+    printer = in_a_loop(talk)(devices, monkeypatch, engine=engine, tokenizer=speaker.tokenizer)
+
+    rows, words = np.array([False, True]), Words(speaker.tokenizer)
+    state = stream.configure(stream.init(), **numbers)
+    state = stream.reset(state, rows, jnp.full((2, 2), 1, jnp.uint32))
+    answers, text = [], ""
+    for frame in over_opus(speech(FRAMES).astype(np.float32) / 32768):
+        state, reply = stream.step(state, np.stack([frame, frame])[:, None], active=rows)
+        answers.append(np.asarray(reply.audio)[1, 0])
+        text += words.put(int(reply.text_ids[1]))
+    assert np.array_equal(devices["out"].played, over_opus(np.array(answers)))
+    assert printer.words == text

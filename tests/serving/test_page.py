@@ -1,0 +1,149 @@
+"""The page in a real Chromium whose microphone plays a file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.serving.browser import CHROMIUM, Tab, browser, tab
+from tests.serving.fake_stream import FRAME, spoken_alone
+from tests.serving.house import House, in_a_loop, serving
+from transformers_moshi_flax.serving.gate import Gate
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
+
+CONNECTED = "document.querySelector('#status').textContent.startsWith('Connected')"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a browser whose microphone hears a sweep."""
+    folder = tmp_path_factory.mktemp("browser")
+    time = np.arange(3 * 24_000) / 24_000
+    soundfile.write(folder / "user.wav", 0.4 * np.sin(2 * np.pi * (200 + 300 * time) * time), 24_000)
+    with browser(folder / "profile", folder / "user.wav") as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers_moshi_flax.serving.wishes.secrets.randbits", lambda bits: 1)
+
+
+async def talk(page: Tab, house: House) -> None:
+    await page.open(house.url + "/")
+    await page.evaluate("document.querySelector('#talk').click()")
+
+
+async def problem(page: Tab) -> str:
+    await page.until("!document.querySelector('#problem').hidden")
+    return await page.evaluate("document.querySelector('#problem').textContent")
+
+
+async def saved(page: Tab, folder: Path) -> np.ndarray:
+    """The recording, ``(samples, 2)`` int16."""
+    await page.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    await page.evaluate("document.querySelector('#save').click()")
+    async with asyncio.timeout(60):
+        while not (folder / "moshi.wav").exists():
+            await asyncio.sleep(0.1)
+    samples, rate = soundfile.read(folder / "moshi.wav", dtype="int16")
+    assert rate == 24_000
+    return samples
+
+
+@in_a_loop
+async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Path):
+    async with serving() as house, tab(house.session, address) as page:
+        await page.open(house.url + "/")
+        # by the keyboard alone
+        await page.press("Tab", 9)
+        assert await page.evaluate("document.activeElement.id") == "talk"
+        await page.press("Enter", 13)
+        await page.until(CONNECTED)
+        await page.until("document.querySelector('#transcript').textContent.includes('€ 7 8 9')")
+        await page.until("document.querySelector('#moshi-level').value > 0.05")
+        assert await page.evaluate("document.querySelector('#transcript time').textContent") == "0:00"
+        assert house.figure("moshi_dialogues") == 1
+        await page.evaluate("document.querySelector('#talk').click()")
+        await page.until("document.querySelector('#status').textContent === 'Not connected.'")
+        samples = await saved(page, tmp_path)
+        frames = samples.reshape(-1, FRAME, 2)
+        # what came back is what the stream says to what was sent
+        user, moshi = frames[..., 1], frames[..., 0]
+        assert np.abs(user).max() > 3000
+        assert np.array_equal(moshi, spoken_alone(user.astype(np.float32) / 32768, (1, 1)))
+        await house.until(lambda: house.figure("moshi_dialogues_ended_total", reason="left") == 1)
+        assert page.hosts == {house.url.removeprefix("http://")} and not page.complaints
+
+
+@in_a_loop
+async def test_two_pages_and_no_place_for_a_third(address: str):
+    async with serving(slots=2) as house, tab(house.session, address) as one, tab(house.session, address) as two:
+        for page in (one, two):
+            await talk(page, house)
+            await page.until(CONNECTED)
+        async with tab(house.session, address) as three:
+            await talk(three, house)
+            assert "all 2 places are taken" in await problem(three)
+            assert await three.evaluate("document.querySelector('#talk').textContent") == "Talk"
+        for page in (one, two):
+            await page.until("document.querySelector('#transcript').textContent.includes('7 8 9')")
+
+
+@in_a_loop
+async def test_a_lost_connection_comes_back(address: str):
+    async with serving() as house, tab(house.session, address) as page:
+        await talk(page, house)
+        await page.until(CONNECTED)
+        (caller,) = house.server.callers.values()
+        caller._request.transport.abort()
+        assert "The connection is lost; trying again" in await problem(page)
+        await page.until(CONNECTED)
+        assert await page.evaluate("document.querySelector('#problem').hidden")
+
+
+@in_a_loop
+async def test_what_is_wrong_is_said(address: str):
+    async with serving(gate=Gate(["secret"])) as house, tab(house.session, address) as page:
+        await talk(page, house)
+        await page.until("!document.querySelector('#token-form').hidden")
+        await page.evaluate("document.querySelector('#token').value = 'secret'")
+        await page.evaluate("document.querySelector('#token-form').requestSubmit()")
+        await page.until(CONNECTED)
+        await page.evaluate("document.querySelector('#talk').click()")
+        await page.evaluate("document.querySelector('#text_topk').value = 9999")
+        await page.evaluate("document.querySelector('#talk').click()")
+        assert "text_topk" in await problem(page)
+        await page.evaluate(
+            "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError'); }"
+        )
+        await page.evaluate("document.querySelector('#talk').click()")
+        await page.until("document.querySelector('#problem').textContent.includes('There is no microphone')")
+
+
+@in_a_loop
+async def test_width_colours_and_names(address: str):
+    async with serving() as house, tab(house.session, address) as page:
+        house.server.about["notice"] = "random weights"
+        await page.ask("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        await page.open(house.url + "/")
+        await page.until("document.querySelector('#notice').textContent === 'random weights'")
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+        grounds = set()
+        for scheme in ("light", "dark"):
+            await page.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(grounds) == 2
+        await page.evaluate("document.querySelector('details').open = true")
+        nodes = (await page.ask("Accessibility.getFullAXTree"))["nodes"]
+        named = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name", {}).get("value")}
+        assert {("button", "Talk"), ("button", "Save the recording"), ("spinbutton", "Top-k of the audio")} <= named
+        # nothing that can be used lacks a name
+        used = [node for node in nodes if node["role"]["value"] in ("button", "spinbutton", "textbox", "meter")]
+        assert all(node["name"]["value"] for node in used)

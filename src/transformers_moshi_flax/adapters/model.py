@@ -49,6 +49,17 @@ Rank {rank}, {count:,} numbers, in PEFT's format, for [transformers-moshi-flax](
 """
 
 
+def adapter_card(adapter: Adapter) -> str:
+    """The text of an adapter's ``README.md``."""
+    base = adapter.config.base_model_name_or_path
+    return CARD.format(
+        base=base or "",
+        of=f" of {base}" if base else "",
+        rank=adapter.config.r,
+        count=parameter_count(adapter.leaves),
+    )
+
+
 class FlaxAdapterMixin:
     """Adapters of a model, which are put into its parameters for every call; the model's own stay as they are.
 
@@ -358,14 +369,7 @@ class FlaxAdapterMixin:
         params = self.params
         if self._before_merge is not None:
             params = with_leaves(params, self._before_merge)
-        base = adapter.config.base_model_name_or_path
-        card = CARD.format(
-            base=base or "",
-            of=f" of {base}" if base else "",
-            rank=adapter.config.r,
-            count=parameter_count(adapter.leaves),
-        )
-        return write_adapter(folder, adapter, self.checkpoint_rules, params, card)
+        return write_adapter(folder, adapter, self.checkpoint_rules, params, adapter_card(adapter))
 
     def push_adapter_to_hub(
         self,

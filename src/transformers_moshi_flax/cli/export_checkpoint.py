@@ -20,6 +20,7 @@ def export_checkpoint(
     best: Annotated[bool, typer.Option("--best", help="The one with the lowest held-out metric.")] = False,
     to_pt: Annotated[bool, typer.Option("--to-pt", help="In the layout of PyTorch.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: float32, as trained.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The model with the adapter that was trained in it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
     """Write a checkpoint of the run RUN to DST, with configuration and tokenizer.
@@ -40,7 +41,7 @@ def export_checkpoint(
 
     try:
         with slow(f"writing {destination}"):
-            written = export(run, destination, step, best, to_pt, dtype and dtype.to_jax())
+            written = export(run, destination, step, best, to_pt, dtype and dtype.to_jax(), merge)
     except DamagedCheckpointError as error:
         raise BadCheckpoint(f"RUN: {error}") from error
     except (OSError, ValueError) as error:

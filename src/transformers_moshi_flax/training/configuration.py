@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ..adapters.config import ALL_LINEAR, LoraConfig
 from ..checkpoints.configs import did_you_mean
 from .objective import ObjectiveConfig
 from .optimizer import OptimizerConfig, make_schedule
@@ -61,6 +62,64 @@ class ModelConfig:
                 re.compile(pattern)
             except re.error as error:
                 yield f"`freeze`: {pattern!r} is no regular expression ({error})"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Section ``adapter``: a LoRA adapter that is trained instead of the model, whose weights stay as they are.
+
+    Attributes:
+        r: the rank; null trains the model itself.
+        target_modules, exclude_modules, lora_alpha, lora_dropout, use_rslora, modules_to_save, rank_pattern,
+            alpha_pattern: see :class:`~transformers_moshi_flax.adapters.config.LoraConfig`; modules are lists of names
+            or ends of names, ``all-linear`` among them stands for all.
+    """
+
+    r: int | None = None
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    exclude_modules: tuple[str, ...] = ()
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[str]:
+        """As of :class:`ModelConfig`."""
+        if self.r is None:
+            changed = [
+                entry.name for entry in dataclasses.fields(self) if getattr(self, entry.name) != _default(entry)
+            ]
+            if changed:
+                yield f"`{changed[0]}`: there is no adapter without a rank; give adapter.r, or leave it out"
+            return
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            yield f"`target_modules`: {ALL_LINEAR} stands for all; leave out the others"
+        try:
+            self.lora_config()
+        except ValueError as error:
+            yield str(error)
+
+    def lora_config(self, base: str | None = None) -> LoraConfig:
+        """As ``add_adapter`` takes it, for the model ``base``."""
+        everything = self.target_modules == (ALL_LINEAR,)
+        return LoraConfig(
+            r=self.r or 0,
+            target_modules=ALL_LINEAR if everything else list(self.target_modules),
+            exclude_modules=list(self.exclude_modules) or None,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            modules_to_save=list(self.modules_to_save) or None,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+            base_model_name_or_path=base,
+        )
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 @dataclass(frozen=True)
@@ -215,9 +274,22 @@ class TrainingConfig(Configuration):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
-        check_sections(self, contradictions)
+        check_sections(self, _contradictions)
+
+
+def _contradictions(config: TrainingConfig) -> Iterator[str]:
+    yield from contradictions(config)
+    if config.adapter.r is not None and config.model.freeze != _default(_field(ModelConfig, "freeze")):
+        yield "`model.freeze`: with an adapter the whole model is frozen; leave it out"
+    if config.adapter.r is not None and config.model.path is None:
+        yield "`adapter`: an adapter of random weights is of no use; give model.path"
+
+
+def _field(section: type, name: str) -> dataclasses.Field:
+    return next(entry for entry in dataclasses.fields(section) if entry.name == name)
 
 
 def check_sections(config: Configuration, between: Callable[[Any], Iterator[str]]) -> None:

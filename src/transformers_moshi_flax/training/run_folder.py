@@ -34,6 +34,7 @@ from ..checkpoints.replacing import remove_folder, whole_checkpoint
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
+from .adapter import TrainedAdapter
 from .configuration import (
     Configuration,
     ConfigurationError,
@@ -205,14 +206,24 @@ class RunFolder:
             f"{self.checkpoints} (and {DAMAGED}/ beside it) to begin anew"
         )
 
-    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
+    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False, merges: bool = False) -> None:
         """Write a checkpoint that ``from_pretrained`` loads; it is there whole, tokenizer and all, or not at all.
+
+        Of a run that trains an adapter, the adapter alone is written, for ``load_adapter``.
 
         Args:
             params: of the whole model, layers unstacked.
             folder: where to. A checkpoint that is there is replaced, of whatever layout; other files stay.
             to_pt: for the PyTorch classes of ``transformers``.
+            merges: write the model with the adapter in its weights instead.
         """
+        config = self.configuration()
+        if isinstance(config, TrainingConfig) and config.adapter.r is not None:
+            adapter = TrainedAdapter(config, self.load_model())
+            if not merges:
+                adapter.write(params, folder)
+                return
+            params = adapter.merged(params)
         with whole_checkpoint(folder) as fresh:
             copy_companions(Source.locate(self.model), fresh)
             self.load_model().save_pretrained(fresh, params=params, to_pt=to_pt)
@@ -225,8 +236,9 @@ def export_checkpoint(
     best: bool = False,
     to_pt: bool = False,
     dtype: DTypeLike | None = None,
+    merges: bool = False,
 ) -> int:
-    """Write a checkpoint of a run as a directory that ``from_pretrained`` loads.
+    """Write a checkpoint of a run as a directory that ``from_pretrained`` loads, or ``load_adapter``.
 
     Args:
         run: the folder of the run, which may be going on.
@@ -235,6 +247,7 @@ def export_checkpoint(
         best: the one with the lowest held-out metric instead.
         to_pt: for the PyTorch classes of ``transformers``.
         dtype: of the weights, as trained (float32) by default.
+        merges: of a run that trains an adapter: write the model with the adapter in its weights, not the adapter.
 
     Returns:
         The step of the checkpoint.
@@ -242,19 +255,25 @@ def export_checkpoint(
     Raises:
         ConfigurationError: ``run`` is not the folder of a run.
         DamagedCheckpointError: the checkpoint is damaged.
-        ValueError: there is no such checkpoint; ``step`` and ``best`` are both given.
+        ValueError: there is no such checkpoint; ``step`` and ``best`` are both given; ``merges`` without an adapter,
+            or an adapter ``to_pt``, whose files are PyTorch's anyway.
     """
     if step is not None and best:
         raise ValueError("`step` and `best` are both given; leave one out")
     folder = open_run(run)
     config = folder.configuration()
+    has_adapter = isinstance(config, TrainingConfig) and config.adapter.r is not None
+    if merges and not has_adapter:
+        raise ValueError("`merges`: the run trains no adapter; leave it out")
+    if to_pt and has_adapter and not merges:
+        raise ValueError("`to_pt`: an adapter's files are those of PyTorch anyway; leave it out, or merge it")
     step, trained = _restore_trained(folder, config.run.best_metric, step, best)
     params = merge_params(trained, folder.restore_frozen())
     if config.model.scan_layers:
         params = unstack_layers(params)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    folder.write_export(params, Path(destination), to_pt)
+    folder.write_export(params, Path(destination), to_pt, merges)
     return step
 
 

@@ -27,11 +27,13 @@ from jax.typing import ArrayLike
 from rich.console import Console
 from transformers import MoshiConfig
 
+from ..adapters.lora import with_leaves
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
 from ..modeling_flax_utils import FlaxPreTrainedModel
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..partitioning import param_shardings
+from .adapter import TrainedAdapter
 from .configuration import Configuration, ConfigurationError
 from .data.loading import Loader, check_workers, make_loader
 from .data.prepared import PreparedDataset, open_dataset
@@ -147,7 +149,8 @@ class Trainer:
         model, params = in_all(self._resumed_model if resumes else self._new_model)
         self._check(model)
         shapes = self._shapes(model)
-        trained, frozen = explained("model.freeze", lambda: jax.eval_shape(self._split, shapes))
+        self._parts_of = self._splitting(model)
+        trained, frozen = explained("model.freeze", lambda: jax.eval_shape(self._parts_of, shapes))
         optimizer, schedule = explained("optimizer", lambda: self._optimizer(trained))
         create = self._creation(model, optimizer)
         state_shapes = jax.eval_shape(create, trained, frozen)
@@ -169,7 +172,7 @@ class Trainer:
             self._say(f"going on from the checkpoint of step {step}")
         else:
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
-            parts = self._split(params)
+            parts = self._parts_of(params)
             del params  # with scanned layers a copy; the moments come next
             state = create(*parts)
             self._keep_frozen(state)
@@ -206,8 +209,10 @@ class Trainer:
 
         def loaded() -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any], Source | None]:
             if config.path is not None:
+                # beside an adapter the weights stay as they are
+                param_dtype = dtype if self.config.adapter.r is not None else jnp.float32
                 model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
-                    config.path, dtype=dtype, param_dtype=jnp.float32, sharding=self._mesh, _do_init=False
+                    config.path, dtype=dtype, param_dtype=param_dtype, sharding=self._mesh, _do_init=False
                 )
                 return model, params, Source.locate(config.path)
             path = Path(config.config)
@@ -224,7 +229,17 @@ class Trainer:
         model, params, source = explained(key, loaded)
         if self._is_first:
             self.folder.keep_model(model, source)
+        if (adapter := self._adapter(model)) is not None:
+            everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+            leaves = {path: placed(leaf, everywhere) for path, leaf in adapter.new_leaves().items()}
+            params = with_leaves(params, leaves)
         return model, params
+
+    def _adapter(self, model: FlaxMoshiForConditionalGeneration) -> TrainedAdapter | None:
+        """What is trained instead of the model."""
+        if self.config.adapter.r is None:
+            return None
+        return explained("adapter", lambda: TrainedAdapter(self.config, model))
 
     def _resumed_model(self) -> tuple[FlaxPreTrainedModel, None]:
         return self.folder.load_model(dtype=jnp.dtype(self.config.model.dtype)), None
@@ -261,7 +276,11 @@ class Trainer:
         explained("objective", lambda: check_padding_ids(objective, model.config.vocab_size))
 
     def _shapes(self, model: FlaxMoshiForConditionalGeneration) -> Mapping[str, Any]:
-        return model.params_shape_tree
+        if (adapter := self._adapter(model)) is None:
+            return model.params_shape_tree
+        dtype = jnp.dtype(self.config.model.dtype)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.params_shape_tree)
+        return with_leaves(shapes, jax.eval_shape(adapter.new_leaves))
 
     def _optimizer(self, trained: Mapping[str, Any]) -> tuple[Any, Any]:
         return make_optimizer(self.config.optimizer, self.config.run.steps, trained)
@@ -295,9 +314,16 @@ class Trainer:
     def _loop(self, *parts: Any) -> Loop:
         return Loop(*parts)
 
-    def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _splitting(self, model: Any) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
+        """What divides parameters into the trained ones and the others."""
+        adapter = self._adapter(model)
+        return self._split if adapter is None else partial(self._split, adapter=adapter)
+
+    def _split(
+        self, params: Mapping[str, Any], adapter: TrainedAdapter | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trained parameters and the others, as the module has them; ``freeze`` has the paths of files."""
-        parts = split_params(params, self.config.model.freeze)
+        parts = split_params(params, self.config.model.freeze) if adapter is None else adapter.split(params)
         if not self.config.model.scan_layers:
             return parts
         try:

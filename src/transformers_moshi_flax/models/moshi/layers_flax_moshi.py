@@ -25,7 +25,7 @@ from ...nn.activations import ACT2FN
 from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, Steps
 from ...nn.initializers import normal
-from ...nn.linear import adapter_of, dense
+from ...nn.linear import DROPOUT, adapter_of, dense
 from ...nn.norm import RMSNorm
 from ...ops.precision import at_least_float32
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
@@ -354,7 +354,10 @@ class FlaxMoshiLayers(nn.Module):
 
         length = self.config.num_hidden_layers
         layers = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True, DROPOUT: True},
+            length=length,
         )
         # around the loop too: what it carries, and its gradient, would else be split as what comes before it
         hidden_states, (inputs, weights) = layers(self.blocks[0], split_rows(hidden_states), None)

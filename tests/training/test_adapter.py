@@ -1,0 +1,203 @@
+"""Runs that train an adapter: what is trained, what stays, going on to the bit, and what is exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file
+
+from tests.torch_oracle import assert_close
+from tests.training.runs import run_config, run_values, smaller_config, write_conversations
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax.adapters.files import CONFIG, WEIGHTS
+from transformers_moshi_flax.cli import main
+from transformers_moshi_flax.training.configuration import ConfigurationError
+from transformers_moshi_flax.training.run_checkpoints import PARAMS, RunCheckpoints
+from transformers_moshi_flax.training.run_folder import export_checkpoint, open_run
+from transformers_moshi_flax.training.trainer import Trainer
+
+Model = FlaxMoshiForConditionalGeneration
+
+
+OPTIONS = {"adapter__lora_dropout": 0.1, "optimizer__schedule": "constant"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of two layers, and conversations."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = Model(smaller_config(num_hidden_layers=2), seed=1)
+    # upstream draws the layers of single codebooks with a deviation of 1, with which attention sees one position alone
+    flat = flatten_dict(model.params["depth_decoder"])
+    scaled = {path: leaf / leaf.shape[0] ** 0.5 if path[-1] == "kernel" else leaf for path, leaf in flat.items()}
+    model.params = {**model.params, "depth_decoder": unflatten_dict(scaled)}
+    model.save_pretrained(folder / "base")
+    write_conversations(folder / "train")
+    return folder
+
+
+def train(inputs: Path, folder: Path, **overrides: Any) -> Path:
+    """The folder of a run."""
+    given = {
+        "model__config": None,
+        "model__path": str(inputs / "base"),
+        "adapter__r": 2,
+        "run__output_dir": str(folder),
+        **overrides,
+    }
+    Trainer(run_config(inputs, **given)).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(inputs, tmp_path_factory.mktemp("whole") / "run", **OPTIONS)
+
+
+def trained_of(folder: Path, step: int) -> dict[str, np.ndarray]:
+    checkpoints = RunCheckpoints(open_run(folder).checkpoints, read_only=True)
+    found = checkpoints.restore(step, {PARAMS: checkpoints.host_target(step, PARAMS)}).arrays[PARAMS]
+    checkpoints.close()
+    return flatten_dict(found, sep="/")
+
+
+def test_the_adapter_alone_is_trained(inputs: Path, whole: Path) -> None:
+    trained = trained_of(whole, 6)
+    assert {path.rpartition("/")[2] for path in trained} == {"lora_A", "lora_B"}
+    # the query of the first codebook has one key to look at
+    assert [path for path, leaf in trained.items() if not np.any(leaf)] == [
+        "depth_decoder/layers/0/self_attn/q_proj/linear/0/lora_B"
+    ]
+    base = flatten_dict(Model.from_pretrained(inputs / "base").params, sep="/")
+    frozen = flatten_dict(open_run(whole).restore_frozen(), sep="/")
+    for path, leaf in base.items():
+        np.testing.assert_array_equal(frozen[path], leaf)
+    losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_exported_is_an_adapter(inputs: Path, whole: Path) -> None:
+    assert sorted(path.name for path in (whole / "export").iterdir()) == sorted([WEIGHTS, CONFIG, "README.md"])
+    model = Model.from_pretrained(inputs / "base")
+    model.load_adapter(whole / "export")
+    trained = trained_of(whole, 6)
+    leaves = model.adapter_leaves()
+    assert leaves.keys() == trained.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, trained[path])
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_dropout, config.base_model_name_or_path) == (2, 0.1, str(inputs / "base"))
+
+
+def test_merged(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    assert export_checkpoint(whole, tmp_path / "merged", merges=True) == 6
+    model = Model.from_pretrained(inputs / "base")
+    model.load_adapter(whole / "export")
+    model.merge_adapter()
+    merged = Model.from_pretrained(tmp_path / "merged").params
+    jax.tree.map(np.testing.assert_array_equal, merged, model.params)
+    with pytest.raises(SystemExit) as end:
+        main(["export-checkpoint", str(whole), str(tmp_path / "pt"), "--merge", "--to-pt", "--step", "4"])
+    assert end.value.code == 0 and (tmp_path / "pt" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="`to_pt`: an adapter's files are those of PyTorch anyway"):
+        export_checkpoint(whole, tmp_path / "other", to_pt=True)
+
+
+def test_an_interrupted_run_ends_as_the_whole_one(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(inputs, folder, run__steps=4, **OPTIONS)
+    train(inputs, folder, run__steps=6, **OPTIONS)
+    for path, leaf in trained_of(folder, 6).items():
+        np.testing.assert_array_equal(leaf, trained_of(whole, 6)[path], err_msg=path)
+
+
+def test_modules_that_are_trained_whole(inputs: Path, tmp_path: Path) -> None:
+    given = {"adapter__target_modules": ["decoder.model.layers.0.mlp.fc1"], "adapter__modules_to_save": ["lm_head"]}
+    folder = train(inputs, tmp_path / "run", **given)
+    assert "decoder/lm_head/kernel" in trained_of(folder, 6)
+    written = load_file(folder / "export" / WEIGHTS)
+    assert set(written) == {
+        "base_model.model.decoder.lm_head.weight",
+        "base_model.model.decoder.model.layers.0.mlp.fc1.lora_A.weight",
+        "base_model.model.decoder.model.layers.0.mlp.fc1.lora_B.weight",
+    }
+    model = Model.from_pretrained(inputs / "base")
+    before = np.asarray(model.params["decoder"]["lm_head"]["kernel"])
+    model.load_adapter(folder / "export")
+    after = np.asarray(model.adapted_params()["decoder"]["lm_head"]["kernel"])
+    assert not np.array_equal(before, after)
+
+
+def test_scanned_layers(inputs: Path, tmp_path: Path) -> None:
+    options = {"run__steps": 2, "optimizer__eps": 1.0}  # Adam divides small gradients by themselves
+    plain = train(inputs, tmp_path / "plain", **options)
+    scanned = train(inputs, tmp_path / "scanned", model__scan_layers=True, **options)
+    ours, theirs = (load_file(folder / "export" / WEIGHTS) for folder in (scanned, plain))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert_close(tensor, theirs[key], 1e-4, key)
+
+
+def test_the_base_is_kept_in_the_dtype_of_the_computation(inputs: Path, tmp_path: Path) -> None:
+    folder = train(inputs, tmp_path / "run", model__dtype="bfloat16", model__scan_layers=True, run__steps=2)
+    assert {tensor.dtype.name for tensor in load_file(folder / "export" / WEIGHTS).values()} == {"float32"}
+    frozen = flatten_dict(open_run(folder).restore_frozen(), sep="/")
+    assert frozen["decoder/lm_head/kernel"].dtype.name == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"adapter__r": 0}, "`adapter.r` must be a whole number, at least 1"),
+        ({"adapter__r": None, "adapter__lora_alpha": 3.0}, "`adapter.lora_alpha`: there is no adapter without a rank"),
+        ({"adapter__lora_dropout": 1.0}, "`adapter.lora_dropout` must be"),
+        ({"adapter__target_modules": ["all-linear", "fc1"]}, "`adapter.target_modules`: all-linear stands for all"),
+        ({"model__freeze": []}, "`model.freeze`: with an adapter the whole model is frozen"),
+        ({"model__path": None, "model__config": "x"}, "`adapter`: an adapter of random weights is of no use"),
+        ({"adapter__rank": 3}, "`adapter.rank` is no key"),
+        ({"adapter__target_modules": ["q_prj.linear"]}, "`adapter`: .*'q_prj.linear' is no layer.*did you mean"),
+    ],
+)
+def test_mistakes(inputs: Path, tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        train(inputs, tmp_path / "run", **overrides)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+ON_MESHES = """
+import sys
+from transformers_moshi_flax.training.configuration import load_configuration
+from transformers_moshi_flax.training.trainer import Trainer
+for config in sys.argv[1:]:
+    Trainer(load_configuration(config)).train()
+"""
+
+
+@pytest.mark.slow
+def test_meshes_and_accumulation(inputs: Path, tmp_path: Path) -> None:
+    """Two devices that share rows or weights, and two micro-batches, end where one device does."""
+    variants = {"one": {}, "data": {"mesh__data": 2}, "fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
+    variants["parts"] = {"run__accumulation_steps": 2}
+    paths = []
+    for name, variant in variants.items():
+        options = {"model__config": None, "model__path": str(inputs / "base"), "adapter__r": 2, "optimizer__eps": 1.0}
+        values = run_values(inputs, run__output_dir=str(tmp_path / name), run__steps=3, **options, **variant)
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(values))
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", ON_MESHES, *map(str, paths)], env=environment, check=True, timeout=600)
+    found = {name: load_file(tmp_path / name / "export" / WEIGHTS) for name in variants}
+    for name in variants:
+        for key, tensor in found["one"].items():
+            assert_close(found[name][key], tensor, 1e-4, f"{name} {key}")

@@ -152,6 +152,9 @@ class CodecTrainer(Trainer):
     def _check(self, model: FlaxMimiModel) -> None:
         pass  # all has been checked
 
+    def _splitting(self, model: FlaxMimiModel) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
+        return self._split
+
     def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return split_params(params, self.config.model.freeze)
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from ..nn.linear import DROPOUT, LORA_A, LORA_B, ROWS, SCALING
+from ..nn.linear import DROPOUT, LEAVES, LORA_A, LORA_B, ROWS, SCALING
 from .config import LoraConfig
 from .targets import Linear
 
@@ -40,11 +40,12 @@ class Adapter:
     @property
     def whole_parameters(self) -> Leaves:
         """Those that stand for the model's own."""
-        own = {f"{path}/{name}" for layer in self.layers for path in layer.paths for name in _NAMES}
-        return {path: leaf for path, leaf in self.leaves.items() if path not in own}
+        return {path: leaf for path, leaf in self.leaves.items() if not is_of_adapter(path)}
 
 
-_NAMES = (LORA_A, LORA_B, SCALING, DROPOUT)
+def is_of_adapter(path: str) -> bool:
+    """Whether a path, "/"-joined, is that of a leaf that only adapters have."""
+    return path.rpartition("/")[2] in LEAVES
 
 
 def new_leaves(config: LoraConfig, layers: Sequence[Linear], key: jax.Array, dtype: DTypeLike = jnp.float32) -> Leaves:
@@ -142,7 +143,7 @@ def _by_layer(adapters: Sequence[Adapter]) -> dict[str, list[dict[str, Any] | No
     paths = dict.fromkeys(path for adapter in adapters for layer in adapter.layers for path in layer.paths)
 
     def part(adapter: Adapter, path: str) -> dict[str, Any] | None:
-        found = {name: adapter.leaves[f"{path}/{name}"] for name in _NAMES if f"{path}/{name}" in adapter.leaves}
+        found = {name: adapter.leaves[f"{path}/{name}"] for name in LEAVES if f"{path}/{name}" in adapter.leaves}
         return found or None
 
     return {path: [part(adapter, path) for adapter in adapters] for path in paths}

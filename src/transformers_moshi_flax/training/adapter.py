@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from ..adapters.files import write_adapter
-from ..adapters.lora import Adapter, merged_kernels, new_leaves, trained_leaves, with_leaves
+from ..adapters.lora import Adapter, is_of_adapter, merged_kernels, new_leaves, trained_leaves, with_leaves
 from ..adapters.model import adapter_card
 from ..adapters.targets import Linear, linear_layers, saved_whole, targeted
 from ..models.moshi import FlaxMoshiForConditionalGeneration
@@ -41,11 +43,6 @@ class TrainedAdapter:
         self.layers: list[Linear] = targeted(self.config, linear_layers(model.params_shape_tree, self._rules))
         self.whole = set(saved_whole(self.config, model.params_shape_tree, self._rules))
 
-    def added(self, params: Any) -> dict[str, Any]:
-        """The parameters of the model, or their shapes, with a new adapter, or its shapes."""
-        leaves = self.new_leaves()
-        return with_leaves(params, leaves)
-
     def new_leaves(self) -> dict[str, Any]:
         """Of the adapter as the run begins with it."""
         return new_leaves(self.config, self.layers, jax.random.fold_in(jax.random.key(self._seed), 3))
@@ -53,32 +50,27 @@ class TrainedAdapter:
     def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What is trained, and the rest."""
         flat = flatten_dict(dict(params), sep="/")
-        of_adapter = trained_leaves(self._own(flat))
-        trained = {path: leaf for path, leaf in flat.items() if path in of_adapter or path in self.whole}
+        trained = {
+            path: leaf for path, leaf in trained_leaves(flat).items() if is_of_adapter(path) or path in self.whole
+        }
         frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
         return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
-    def _own(self, flat: Mapping[str, Any]) -> dict[str, Any]:
-        """The leaves that are not the model's."""
-        layers = {path for layer in self.layers for path in layer.paths}
-        kernels = ("kernel", "bias")
-        return {
-            path: leaf
-            for path, leaf in flat.items()
-            if path.rpartition("/")[0] in layers and path.rpartition("/")[2] not in kernels
-        }
-
-    def write(self, params: Mapping[str, Any], folder: Path) -> None:
-        """The adapter alone, in PEFT's format."""
+    def apart(self, params: Mapping[str, Any]) -> tuple[Adapter, dict[str, Any]]:
+        """The adapter in these parameters, and the parameters of the model."""
         flat = flatten_dict(dict(params), sep="/")
-        own = self._own(flat)
-        adapter = Adapter(self.config, self.layers, {**own, **{path: flat[path] for path in self.whole}})
-        base = unflatten_dict({path: leaf for path, leaf in flat.items() if path not in own}, sep="/")
+        leaves = {path: leaf for path, leaf in flat.items() if is_of_adapter(path) or path in self.whole}
+        base = {path: leaf for path, leaf in flat.items() if not is_of_adapter(path)}
+        return Adapter(self.config, self.layers, leaves), unflatten_dict(base, sep="/")
+
+    def write(self, params: Mapping[str, Any], folder: Path, dtype: DTypeLike | None = None) -> None:
+        """The adapter alone, in PEFT's format, in a dtype of its own if one is given."""
+        adapter, base = self.apart(params)
+        if dtype is not None:
+            adapter.leaves = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in adapter.leaves.items()}
         write_adapter(folder, adapter, self._rules, base, adapter_card(adapter))
 
     def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the model, with the adapter in them."""
-        flat = flatten_dict(dict(params), sep="/")
-        own = self._own(flat)
-        base = unflatten_dict({path: leaf for path, leaf in flat.items() if path not in own}, sep="/")
-        return with_leaves(base, merged_kernels(base, [Adapter(self.config, self.layers, own)]))
+        adapter, base = self.apart(params)
+        return with_leaves(base, merged_kernels(base, [adapter]))

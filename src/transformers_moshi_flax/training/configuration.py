@@ -88,9 +88,9 @@ class AdapterConfig:
     def problems(self) -> Iterator[str]:
         """As of :class:`ModelConfig`."""
         if self.r is None:
-            changed = [
-                entry.name for entry in dataclasses.fields(self) if getattr(self, entry.name) != _default(entry)
-            ]
+            none = AdapterConfig()
+            names = [entry.name for entry in dataclasses.fields(self)]
+            changed = [name for name in names if getattr(self, name) != getattr(none, name)]
             if changed:
                 yield f"`{changed[0]}`: there is no adapter without a rank; give adapter.r, or leave it out"
             return
@@ -116,10 +116,6 @@ class AdapterConfig:
             alpha_pattern=dict(self.alpha_pattern),
             base_model_name_or_path=base,
         )
-
-
-def _default(entry: dataclasses.Field) -> Any:
-    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 @dataclass(frozen=True)
@@ -282,14 +278,10 @@ class TrainingConfig(Configuration):
 
 def _contradictions(config: TrainingConfig) -> Iterator[str]:
     yield from contradictions(config)
-    if config.adapter.r is not None and config.model.freeze != _default(_field(ModelConfig, "freeze")):
+    if config.adapter.r is not None and config.model.freeze != ModelConfig.freeze:
         yield "`model.freeze`: with an adapter the whole model is frozen; leave it out"
     if config.adapter.r is not None and config.model.path is None:
         yield "`adapter`: an adapter of random weights is of no use; give model.path"
-
-
-def _field(section: type, name: str) -> dataclasses.Field:
-    return next(entry for entry in dataclasses.fields(section) if entry.name == name)
 
 
 def check_sections(config: Configuration, between: Callable[[Any], Iterator[str]]) -> None:

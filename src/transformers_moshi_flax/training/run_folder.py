@@ -206,24 +206,21 @@ class RunFolder:
             f"{self.checkpoints} (and {DAMAGED}/ beside it) to begin anew"
         )
 
-    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False, merges: bool = False) -> None:
-        """Write a checkpoint that ``from_pretrained`` loads; it is there whole, tokenizer and all, or not at all.
+    def adapter(self) -> TrainedAdapter | None:
+        """What the run trains instead of the model, None if it is the model."""
+        config = self.configuration()
+        if not isinstance(config, TrainingConfig) or config.adapter.r is None:
+            return None
+        return TrainedAdapter(config, self.load_model())
 
-        Of a run that trains an adapter, the adapter alone is written, for ``load_adapter``.
+    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
+        """Write a checkpoint that ``from_pretrained`` loads; it is there whole, tokenizer and all, or not at all.
 
         Args:
             params: of the whole model, layers unstacked.
             folder: where to. A checkpoint that is there is replaced, of whatever layout; other files stay.
             to_pt: for the PyTorch classes of ``transformers``.
-            merges: write the model with the adapter in its weights instead.
         """
-        config = self.configuration()
-        if isinstance(config, TrainingConfig) and config.adapter.r is not None:
-            adapter = TrainedAdapter(config, self.load_model())
-            if not merges:
-                adapter.write(params, folder)
-                return
-            params = adapter.merged(params)
         with whole_checkpoint(folder) as fresh:
             copy_companions(Source.locate(self.model), fresh)
             self.load_model().save_pretrained(fresh, params=params, to_pt=to_pt)
@@ -262,18 +259,21 @@ def export_checkpoint(
         raise ValueError("`step` and `best` are both given; leave one out")
     folder = open_run(run)
     config = folder.configuration()
-    has_adapter = isinstance(config, TrainingConfig) and config.adapter.r is not None
-    if merges and not has_adapter:
+    adapter = folder.adapter()
+    if merges and adapter is None:
         raise ValueError("`merges`: the run trains no adapter; leave it out")
-    if to_pt and has_adapter and not merges:
+    if to_pt and adapter is not None and not merges:
         raise ValueError("`to_pt`: an adapter's files are those of PyTorch anyway; leave it out, or merge it")
     step, trained = _restore_trained(folder, config.run.best_metric, step, best)
     params = merge_params(trained, folder.restore_frozen())
     if config.model.scan_layers:
         params = unstack_layers(params)
+    if adapter is not None and not merges:
+        adapter.write(params, Path(destination), dtype)
+        return step
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    folder.write_export(params, Path(destination), to_pt, merges)
+    folder.write_export(params if adapter is None else adapter.merged(params), Path(destination), to_pt)
     return step
 
 

@@ -149,8 +149,8 @@ class Trainer:
         model, params = in_all(self._resumed_model if resumes else self._new_model)
         self._check(model)
         shapes = self._shapes(model)
-        self._parts_of = self._splitting(model)
-        trained, frozen = explained("model.freeze", lambda: jax.eval_shape(self._parts_of, shapes))
+        split = self._splitting(model)
+        trained, frozen = explained("model.freeze", lambda: jax.eval_shape(split, shapes))
         optimizer, schedule = explained("optimizer", lambda: self._optimizer(trained))
         create = self._creation(model, optimizer)
         state_shapes = jax.eval_shape(create, trained, frozen)
@@ -172,7 +172,7 @@ class Trainer:
             self._say(f"going on from the checkpoint of step {step}")
         else:
             create = jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))
-            parts = self._parts_of(params)
+            parts = split(params)
             del params  # with scanned layers a copy; the moments come next
             state = create(*parts)
             self._keep_frozen(state)
@@ -398,7 +398,10 @@ class Trainer:
             params = unstack_layers(jax.device_get(params))
 
         def write() -> None:
-            self.folder.write_export(params, self.folder.export)
+            if (adapter := self.folder.adapter()) is None:
+                self.folder.write_export(params, self.folder.export)
+            else:
+                adapter.write(params, self.folder.export)
             self.folder.set_exported_step(self.config.run.steps)
             self._say(f"{self.folder.export}: the model of the last step")
 

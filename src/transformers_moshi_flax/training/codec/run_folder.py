@@ -42,7 +42,7 @@ class CodecRunFolder(RunFolder):
         """As of :class:`RunFolder`; nothing is kept where nothing is frozen."""
         return super().restore_frozen(target) if self.configuration().model.freeze else {}
 
-    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False, merges: bool = False) -> None:
+    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
         """As of :class:`RunFolder`; what is trained beside the codec is left out."""
         own = {name: part for name, part in params.items() if name != DISTILLATION}
-        super().write_export(own, folder, to_pt, merges)
+        super().write_export(own, folder, to_pt)

@@ -31,6 +31,7 @@ from jax.typing import DTypeLike
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from .adapters.lora import check_rows
 from .adapters.model import FlaxAdapterMixin
 from .checkpoints import rules as tables
 from .checkpoints.configs import (
@@ -252,18 +253,21 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         else:
             self._whole.params = {**self._whole.params, self._name_in_whole: params}
 
-    def whole_params(self, params: Any) -> Any:
+    def whole_params(self, params: Any, rows: int | None = None) -> Any:
         """``params``, the model's own with its active adapters if None; ValueError if some of ``required_params`` are
-        missing."""
+        missing, or if they have an adapter for each row of a batch of another size than ``rows``."""
         if params is None:
             return self._params_in_use()
         if not isinstance(params, Mapping):
             raise ValueError(f"params must be a nested dict as model.params, but is {type(params).__name__}")
-        missing = sorted("/".join(path) for path in self.required_params - set(flatten_dict(params)))
+        flat = flatten_dict(params)
+        missing = sorted("/".join(path) for path in self.required_params - set(flat))
         if missing:
             wrapped = " itself, without the level 'params'" if set(params) == {"params"} else ""
             names = shortened(missing, 5, ", ")
             raise ValueError(f"params lack {names}; give all of required_params, such as model.params{wrapped}")
+        if rows is not None:
+            check_rows(flat, rows)
         return params
 
     def _params_in_use(self) -> Any:

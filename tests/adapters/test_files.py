@@ -36,6 +36,7 @@ FRAMES = 5
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all-linear"},
+    "dropout": {"target_modules": "all-linear", "lora_dropout": 0.2},
     "backbone": {"r": 2, "target_modules": r"decoder\.model\..*(q_proj|v_proj)\.linear", "use_rslora": True},
     "codebooks": {"target_parameters": ["mlp.fc1.weight", "depth_decoder.lm_heads.weight"], "exclude_modules": None},
     "ranks": {
@@ -152,6 +153,7 @@ def test_there_and_back_is_exact(model: Model, folder: Path, tmp_path: Path) -> 
     model.save_adapter(tmp_path / "a")
     other = Model.from_pretrained(folder)
     other.load_adapter(tmp_path / "a", "b")
+    assert other.peft_config["b"].lora_dropout == 0.1
     ours, theirs = model.adapter_leaves(), other.adapter_leaves("b")
     assert ours.keys() == theirs.keys()
     for path, leaf in ours.items():

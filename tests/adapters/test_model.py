@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.configs import tiny_moshi_config
 from tests.torch_oracle import assert_close
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration, LoraConfig
+from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiFlexibleLinear
 
 Model = FlaxMoshiForConditionalGeneration
 FRAMES = 5
@@ -171,8 +172,8 @@ def greedy(model: Model, **more: Any) -> np.ndarray:
     return np.concatenate([np.asarray(found.sequences).ravel(), np.asarray(found.audio_codes).ravel()])
 
 
-def test_generation_and_its_beams(model: Model) -> None:
-    """What is generated with an adapter is what the merged model generates; a switch compiles nothing."""
+def test_generation(model: Model) -> None:
+    """What is generated with an adapter is what the merged model generates, in each row with its own."""
     plain = greedy(model)
     model.add_adapter(drawn(), "a", seed=2)
     found = greedy(model)
@@ -184,6 +185,78 @@ def test_generation_and_its_beams(model: Model) -> None:
     sequences = rows[: 2 * (FRAMES + 1 + 6)].reshape(2, -1)
     np.testing.assert_array_equal(sequences[0], found[: sequences.size].reshape(2, -1)[0])
     np.testing.assert_array_equal(sequences[1], plain[: sequences.size].reshape(2, -1)[1])
+
+
+def test_beams_have_the_adapter_of_their_row(model: Model) -> None:
+    ids = inputs(model)["input_ids"]
+    model.add_adapter(drawn(), "a", seed=2)
+
+    def beams(**more: Any) -> np.ndarray:
+        return np.asarray(
+            model.decoder.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, **more).sequences
+        )
+
+    adapted = beams()
+    model.disable_adapters()
+    plain = beams()
+    assert not np.array_equal(adapted[0], plain[0]) and not np.array_equal(adapted[1], plain[1])
+    for names, expected in ((["a", None], (adapted[0], plain[1])), ([None, "a"], (plain[0], adapted[1]))):
+        rows = beams(params=model.adapted_params(adapter_names=names)["decoder"])
+        for found, alone in zip(rows, expected):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_another_number_of_rows_is_refused(model: Model) -> None:
+    """Four rows would else be taken for two rows of two beams each."""
+    model.add_adapter(drawn(), "a", seed=2)
+    params = model.adapted_params(adapter_names=["a", None])
+    four = {name: np.tile(array, (2,) + (1,) * (array.ndim - 1)) for name, array in inputs(model).items()}
+    prompt = {name: array for name, array in four.items() if "labels" not in name}
+    calls = (
+        lambda: model(**four, params=params),
+        lambda: model.generate(**prompt, max_new_tokens=2, params=params),
+        lambda: model.streaming(4, params=params),
+        lambda: model.decoder.generate(four["input_ids"], max_new_tokens=2, params=params["decoder"]),
+        lambda: model.depth_decoder(
+            np.zeros((4, 2), np.int32), np.zeros((4, 1, 64), np.float32), params=params["depth_decoder"]
+        ),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="an adapter for each of 2 rows, but there are 4"):
+            call()
+
+
+def test_mimis_layers_cannot_be_one_rows_alone(model: Model) -> None:
+    model.add_adapter(drawn(target_modules=["audio_encoder.encoder_transformer.layers.0.mlp.fc1"]), "a")
+    with pytest.raises(ValueError, match="an adapter of Mimi's layers"):
+        model.adapted_params(adapter_names=["a", None])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_codebooks_that_are_known_when_it_runs(several: bool) -> None:
+    """A traced index takes the adapter of its codebook, as one that is known before does."""
+    layer = FlaxMoshiFlexibleLinear(6, 5, 3)
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((2, 3, 6)), jnp.float32)
+
+    def leaf(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+    numbers = (2,) if several else ()
+    params = {
+        str(index): {
+            "kernel": leaf(6, 5),
+            "lora_A": leaf(*numbers, 6, 2),
+            "lora_B": leaf(*numbers, 2, 5),
+            "lora_scaling": leaf(*numbers),
+            **({"lora_rows": jnp.array([1, 0], jnp.int32)} if several else {}),
+        }
+        for index in range(3)
+    }
+    for chosen in ((0, 1, 2), (2, 0, 1), (1, 1, 1)):
+        known = layer.apply({"params": params}, x, chosen)
+        traced = jax.jit(lambda indices: layer.apply({"params": params}, x, indices))(jnp.array(chosen))
+        assert_close(traced, known, 1e-5)
 
 
 def test_a_switch_compiles_nothing(model: Model, count_compilations: Callable[[], int]) -> None:
@@ -261,6 +334,21 @@ def test_dropout_needs_the_random_numbers_of_training(model: Model) -> None:
     # what the adapter adds to the logits is their mean
     assert np.abs(np.mean(draws, axis=0) - expected).max() < 0.25 * np.abs(expected - plain).max()
     assert np.abs(draws[0] - expected).max() > 0.25 * np.abs(expected - plain).max()
+
+
+def test_calls_that_train_drop_inputs_of_adapters(model: Model) -> None:
+    model.add_adapter(drawn(lora_dropout=0.5), seed=2)
+    key = jax.random.key(0)
+    plain, trained = outputs(model, dropout_rng=key), outputs(model, dropout_rng=key, train=True)
+    assert same(plain, outputs(model)) and not same(plain, trained)
+    ids = np.array([[1, 2, 3]])
+    assert not np.array_equal(model.decoder(ids, train=True, dropout_rng=key).logits, model.decoder(ids).logits)
+    for part in (model, model.decoder):
+        given = inputs(model) if part is model else {"input_ids": ids}
+        with pytest.raises(ValueError, match="`lora_dropout` > 0 needs `dropout_rng`"):
+            part(**given, train=True)
+    model.disable_adapters()
+    outputs(model, train=True)
 
 
 def test_gradients_are_those_of_the_kernels(model: Model) -> None:

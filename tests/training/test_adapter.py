@@ -99,6 +99,22 @@ def test_what_is_exported_is_an_adapter(inputs: Path, whole: Path) -> None:
     assert (config.r, config.lora_dropout, config.base_model_name_or_path) == (2, 0.1, str(inputs / "base"))
 
 
+def test_in_half_floats(inputs: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It is known as the base's all the same; and the message names the format."""
+    with pytest.raises(SystemExit) as end:
+        main(["export-checkpoint", str(whole), str(tmp_path / "half"), "--dtype", "float16"])
+    assert end.value.code == 0 and "in PEFT's format" in capsys.readouterr().err
+    assert {tensor.dtype.name for tensor in load_file(tmp_path / "half" / WEIGHTS).values()} == {"float16"}
+    Model.from_pretrained(inputs / "base").load_adapter(tmp_path / "half")
+
+
+def test_a_merged_model_takes_the_place_of_an_adapter(whole: Path, tmp_path: Path) -> None:
+    """Beside it, transformers would apply the adapter once more."""
+    export_checkpoint(whole, tmp_path / "out")
+    export_checkpoint(whole, tmp_path / "out", merges=True)
+    assert not any(path.name.startswith("adapter") for path in (tmp_path / "out").iterdir())
+
+
 def test_merged(inputs: Path, whole: Path, tmp_path: Path) -> None:
     assert export_checkpoint(whole, tmp_path / "merged", merges=True) == 6
     model = Model.from_pretrained(inputs / "base")

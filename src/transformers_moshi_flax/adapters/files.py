@@ -34,6 +34,10 @@ PREFIX = "base_model.model."
 BASE_CHECKSUM = "base_checksum"
 """Key of the header's metadata: a checksum of the layers that the adapter was made for."""
 
+DROPOUT_HERE = "lora_dropout"
+"""Key of the header's metadata: the dropout of an adapter of layers that are one a codebook, which PEFT refuses to
+load with any. Its configuration has none then; outside of training that changes nothing."""
+
 
 def write_adapter(
     folder: Path, adapter: Adapter, rules: tuple[Rule, ...], params: Mapping[str, Any], readme: str
@@ -59,8 +63,11 @@ def write_adapter(
         "exclude_modules": None,
     }
     files = (WEIGHTS, CONFIG, "README.md")
+    notes = {BASE_CHECKSUM: base_checksum(adapter.layers, params)}
+    if by_codebook and adapter.config.lora_dropout:
+        notes[DROPOUT_HERE] = json.dumps(adapter.config.lora_dropout)
+        config["lora_dropout"] = 0.0
     with whole_folder(folder, keeps=lambda path: path.is_file()) as staged:
-        notes = {BASE_CHECKSUM: base_checksum(adapter.layers, params)}
         write_safetensors(staged / WEIGHTS, tensors, "pt", notes)
         write_text(staged / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text(staged / "README.md", readme)
@@ -107,9 +114,11 @@ def read_adapter(
         values = parse_json(config_path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{source.name}: {CONFIG} cannot be read ({error}); save the adapter again") from error
-    config = LoraConfig.from_dict(values, f"{source.name}: {CONFIG}")
     file = open_safetensors(weights_path)
     refuse_damage(file)
+    if DROPOUT_HERE in file.metadata:
+        values["lora_dropout"] = json.loads(file.metadata[DROPOUT_HERE])
+    config = LoraConfig.from_dict(values, f"{source.name}: {CONFIG}")
     tensors = {key: np.asarray(file[key]) for key in file}
     try:
         wanted = targeted(config, layers)

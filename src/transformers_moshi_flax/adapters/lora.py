@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from ..nn.linear import DROPOUT, LEAVES, LORA_A, LORA_B, ROWS, SCALING
 from .config import LoraConfig
-from .targets import Linear
+from .targets import CODEC, Linear
 
 BASE = "__base__"
 """The name of no adapter, for rows that have none; PEFT's."""
@@ -109,9 +109,16 @@ def by_row(adapters: Sequence[Adapter], rows: Sequence[int]) -> Leaves:
         rows: the number of each row's adapter; ``len(adapters)`` is none.
 
     Raises:
-        ValueError: an adapter has parameters instead of the model's, which are the same in all rows.
+        ValueError: an adapter changes Mimi within Moshi, or has parameters instead of the model's, which are the same
+            in all rows.
     """
     whole = sorted({path for adapter in adapters for path in adapter.whole_parameters})
+    of_codec = [layer.name for adapter in adapters for layer in adapter.layers if layer.name.startswith(CODEC)]
+    if of_codec:
+        raise ValueError(
+            f"an adapter of Mimi's layers ({of_codec[0]!r}) cannot be one row's alone, as Mimi's batches are others "
+            "than Moshi's: make it the active one"
+        )
     if whole:
         raise ValueError(
             f"an adapter with `modules_to_save` ({whole[0]!r}) cannot be one row's alone: make it the active one"
@@ -136,6 +143,16 @@ def by_row(adapters: Sequence[Adapter], rows: Sequence[int]) -> Leaves:
             leaves[f"{path}/{name}"] = jnp.stack(stacked)
         leaves[f"{path}/{ROWS}"] = jnp.asarray(rows, jnp.int32)
     return leaves
+
+
+def check_rows(params: Mapping[tuple[str, ...], Any], rows: int) -> None:
+    """ValueError for parameters, flat, that have an adapter for each row of a batch of another size."""
+    sizes = {leaf.shape[0] for path, leaf in params.items() if path[-1] == ROWS}
+    if sizes - {rows}:
+        raise ValueError(
+            f"params have an adapter for each of {max(sizes)} rows, but there are {rows}; give adapted_params as many "
+            "adapter_names"
+        )
 
 
 def _by_layer(adapters: Sequence[Adapter]) -> dict[str, list[dict[str, Any] | None]]:

@@ -74,6 +74,7 @@ class FlaxAdapterMixin:
     name_or_path: str | None
     hub_id: str | None
     _is_initialized: bool
+    _whole: Any
 
     # names in the order in which they came, and what is active; made when the first adapter comes
     _adapters: dict[str, Adapter]
@@ -310,6 +311,12 @@ class FlaxAdapterMixin:
             return kept[2]
         self._adapted = params, leaves, with_leaves(params, joined(adapters))
         return self._adapted[2]
+
+    def adapters_drop(self) -> bool:
+        """Whether the active adapters, of a part those of the whole, drop some of their inputs in training."""
+        whole = self if self._whole is None else self._whole
+        active = whole.active_adapters() if whole.peft_config else []
+        return any(whole.peft_config[name].lora_dropout for name in active)
 
     def num_adapter_parameters(self) -> int:
         """How many numbers of the active adapters are trained."""

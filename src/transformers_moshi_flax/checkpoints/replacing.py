@@ -19,7 +19,9 @@ CONFIG = "config.json"
 """Without it, no layout's files are a checkpoint."""
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.msgpack", "*.msgpack.index.json", "pytorch_model*.bin*")
-_CHECKPOINT = (CONFIG, "mimi_config*.json", MARKERS, TEMPORARY, *COMPANIONS, *SENTENCEPIECE, *_WEIGHTS)
+# an adapter beside weights is applied to them by transformers: it must not outlive the weights that it was made for
+_ADAPTER = ("adapter_config.json",)
+_CHECKPOINT = (CONFIG, "mimi_config*.json", MARKERS, TEMPORARY, *COMPANIONS, *SENTENCEPIECE, *_WEIGHTS, *_ADAPTER)
 """Files of a checkpoint of any layout."""
 
 _STAGED = ".replacement-"

@@ -46,4 +46,6 @@ def export_checkpoint(
         raise BadCheckpoint(f"RUN: {error}") from error
     except (OSError, ValueError) as error:
         raise UserMistake(f"RUN: {error}") from error
-    typer.echo(f"{destination}: step {written} of {run}, in {'PyTorch' if to_pt else 'Flax'} layout", err=True)
+    is_adapter = not merge and (destination / "adapter_config.json").exists()
+    layout = "PEFT's format" if is_adapter else f"{'PyTorch' if to_pt else 'Flax'} layout"
+    typer.echo(f"{destination}: step {written} of {run}, in {layout}", err=True)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,24 @@ from transformers_moshi_flax.cli.pacing import Pace
 from transformers_moshi_flax.cli.timing import compilation_time
 from transformers_moshi_flax.cli.transcript import Timed, subtitles, timed_words, to_record, to_srt
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
+
+
+@contextlib.contextmanager
+def loaded(source: str, dtype: Dtype | None, notes: Console) -> Iterator[Speaker]:
+    """The checkpoint ``source``, whose stream is compiled in the block, with bars on ``notes``.
+
+    Raises:
+        UserMistake: the checkpoint is of no use.
+    """
+    use_compilation_cache()
+    with progress_bar(notes) as bar:
+        stage = bar.add_task(f"loading {name_of(source)}", total=None)
+        speaker = Speaker.load(source, dtype)
+        bar.update(stage, description="compiling")
+        yield speaker
+        bar.remove_task(stage)
+    # what the libraries have made so far stays: looking through it again would hold up a step
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -49,17 +67,10 @@ class Partner:
         Raises:
             UserMistake: the checkpoint or an option of ``sampling`` is of no use.
         """
-        use_compilation_cache()
-        with progress_bar(notes) as bar:
-            stage = bar.add_task(f"loading {name_of(source)}", total=None)
-            speaker = Speaker.load(source, dtype)
-            bar.update(stage, description="compiling")
-            with as_mistake("cannot converse", ValueError), compilation_time() as compilation:
+        with loaded(source, dtype, notes) as speaker, compilation_time() as compilation:
+            with as_mistake("cannot converse", ValueError):
                 stream = speaker.model.streaming(batch_size=1, **sampling)
                 stream.warmup()
-            bar.remove_task(stage)
-        # what the libraries have made so far stays: looking through it again would hold up a step
-        gc.freeze()
         return cls(speaker, stream, compilation.seconds)
 
     @property

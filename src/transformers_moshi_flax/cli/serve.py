@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib.util
 import socket
 import ssl
@@ -17,10 +16,9 @@ import typer
 from rich.console import Console
 
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
-from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
-from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import FailedRun, UserMistake, as_mistake
-from transformers_moshi_flax.cli.generate import RANDOM, Speaker, check_moshi, is_random, name_of
+from transformers_moshi_flax.cli.generate import RANDOM, check_moshi, is_random
+from transformers_moshi_flax.cli.live import loaded
 from transformers_moshi_flax.cli.options import (
     DepthTemperature,
     DepthTopK,
@@ -109,18 +107,10 @@ def load(
     """
     from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
 
-    use_compilation_cache()
-    with progress_bar(notes) as bar:
-        stage = bar.add_task(f"loading {name_of(source)}", total=None)
-        speaker = Speaker.load(source, dtype)
-        bar.update(stage, description="compiling")
-        with as_mistake("cannot serve", ValueError):
-            stream, numbers = stream_for_callers(speaker.model, slots, sampling)
-            engine = Engine(stream, metrics, numbers)
-            engine.warmup()
-        bar.remove_task(stage)
-    # what the libraries have made so far stays: looking through it again would hold up a step
-    gc.freeze()
+    with loaded(source, dtype, notes) as speaker, as_mistake("cannot serve", ValueError):
+        stream, numbers = stream_for_callers(speaker.model, slots, sampling)
+        engine = Engine(stream, metrics, numbers)
+        engine.warmup()
     return engine, speaker.tokenizer
 
 

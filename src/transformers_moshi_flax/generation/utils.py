@@ -98,7 +98,7 @@ class FlaxGenerationMixin:
     config: Any
     module: Any
     generation_defaults: Callable[..., GenerationConfig | None]
-    whole_params: Callable[[Any], Any]
+    whole_params: Callable[..., Any]
 
     _generates = True
     _programs: dict[Any, Program]
@@ -217,7 +217,9 @@ class FlaxGenerationMixin:
             streams=None if inputs_embeds is None else on_device(padded(inputs_embeds, capacity, 0, axis=1)),
         )
         has_text = given["input_ids"] is not None
-        return Prepared(plan, request, length, self.whole_params(params), has_text=has_text, streamer=streamer)
+        return Prepared(
+            plan, request, length, self.whole_params(params, batch_size), has_text=has_text, streamer=streamer
+        )
 
     def _finish_text(self, prepared: Prepared, state: State, found: dict[str, Any]) -> Any:
         """The outputs of :meth:`generate`, cut after the longest row."""

@@ -78,6 +78,11 @@ def adapted(
     return scaling[rows].reshape(-1, *(1,) * (outputs.ndim - 1)) * outputs
 
 
+def dropout_rngs(key: jax.Array) -> dict[str, jax.Array]:
+    """The random numbers of a module in training: of its own dropout, and of adapters'."""
+    return {"dropout": key, DROPOUT: jax.random.fold_in(key, 1)}
+
+
 def product(x: Float[Array, "... inputs"], matrix: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
     """``x @ matrix``, as layers compute it."""
     return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ..models.moshi.layers_flax_moshi import IGNORE_INDEX
 from ..models.moshi.modules_flax_moshi import next_frame_labels
-from ..nn.linear import DROPOUT
+from ..nn.linear import dropout_rngs
 from .losses import audio_weights, divided, is_one_of, text_weights, token_losses, weighted_sum
 
 INPUTS = ("input_ids", "attention_mask", "user_audio_codes", "moshi_audio_codes")
@@ -127,7 +127,7 @@ def objective_loss(
         {"params": params},
         **arguments,
         deterministic=not train,
-        rngs=None if dropout_rng is None else {"dropout": dropout_rng, DROPOUT: jax.random.fold_in(dropout_rng, 1)},
+        rngs=None if dropout_rng is None else dropout_rngs(dropout_rng),
         method="next_frame_logits",
     )
     text_logits, audio_logits = logits

@@ -27,6 +27,7 @@ from ...input_checks import Input, check_input, check_shape, is_traced, is_traci
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
+from ...nn.linear import dropout_rngs
 from .checkpoint_flax_mimi import CODEBOOKS, MIMI_RULES
 from .modules_flax_mimi import (
     STEP_PARTS,
@@ -173,8 +174,11 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     ):
         """Call a method of the module, compiled once per bucket of lengths and options: hundreds of operations, each
         compiled for itself, would take many times as long."""
-        if train and self.config.attention_dropout and dropout_rng is None:
-            raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
+        if train and dropout_rng is None:
+            if self.config.attention_dropout:
+                raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
+            if params is None and self.adapters_drop():
+                raise ValueError("`train=True` with an adapter's `lora_dropout` needs `dropout_rng`: pass a PRNG key.")
         programs = self._compiled()
         key = (method, train, *sorted(options.items()))
         if key not in programs:
@@ -186,7 +190,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
                 )
 
             programs[key] = jax.jit(program)
-        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        rngs = dropout_rngs(dropout_rng) if train and dropout_rng is not None else {}
         params = self._params_in_use() if params is None else params
         if train or is_tracing(params, inputs) or not on_one_device(params, inputs):
             outputs = programs[key](params, rngs, inputs)

@@ -34,6 +34,7 @@ from ...input_checks import (
 from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
+from ...nn.linear import dropout_rngs
 from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import FlaxMimiModel
 from ..mimi.topology import samples_per_frame
@@ -107,17 +108,23 @@ class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
         return_dict = config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _apply(self, params, dropout_rng, train: bool, output_attentions: bool | None, **inputs):
+    def _apply(self, params, dropout_rng, train: bool, output_attentions: bool | None, batch_size: int, **inputs):
         """Runs the module with ``params`` (default: the model's own)."""
         inputs["output_attentions"] = bool(
             self.config.output_attentions if output_attentions is None else output_attentions
         )
-        if train and dropout_rng is None and self.config.attention_dropout > 0:
-            raise ValueError(
-                "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
-            )
-        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        params = self.whole_params(params)
+        if train and dropout_rng is None:
+            if self.config.attention_dropout > 0:
+                raise ValueError(
+                    "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
+                )
+            if params is None and self.adapters_drop():
+                raise ValueError(
+                    "`train=True` with an adapter's `lora_dropout` > 0 needs `dropout_rng`: pass a key of "
+                    "`jax.random.key`."
+                )
+        rngs = dropout_rngs(dropout_rng) if train and dropout_rng is not None else {}
+        params = self.whole_params(params, batch_size)
 
         def run(inputs: dict[str, Any]) -> Any:
             return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
@@ -242,6 +249,7 @@ class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
             dropout_rng,
             train,
             output_attentions,
+            batch_size,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -316,6 +324,7 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
             dropout_rng,
             train,
             output_attentions,
+            batch_size,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             position_ids=as_int32(position_ids),
@@ -433,6 +442,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
             dropout_rng,
             train,
             output_attentions,
+            batch_size,
             input_ids=as_int32(input_ids),
             last_hidden_state=jnp.asarray(last_hidden_state),
             attention_mask=as_array(attention_mask),
@@ -623,6 +633,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMix
             dropout_rng,
             train,
             output_attentions,
+            batch_size,
             input_ids=as_int32(input_ids),
             attention_mask=as_array(attention_mask),
             user_audio_codes=as_int32(user_audio_codes),

@@ -109,7 +109,7 @@ def prepare(
     check_watching(plan, streamer, traced)
     if returns_waveforms:
         require_waveforms(config)
-    params, capacity = model.whole_params(params), capacity_of(plan, traced)
+    params, capacity = model.whole_params(params, batch_size), capacity_of(plan, traced)
     prompt = place_prompt(model, params, streams, mask, given["forced_audio_codes"], plan, capacity)
     input_ids, attention_mask, inputs, layout = model.compiled(lay_out, start_frame=start_frame)(prompt)
     if "inputs_embeds" in streams:

@@ -334,7 +334,7 @@ class FlaxMoshiStream:
         self._origin = digest(config, model.dtype, sorted(self._numbers), self._bounds, return_audio_waveforms)
         self._compiled = model.compiled
 
-        params = model.whole_params(params)
+        params = model.whole_params(params, batch_size)
         if self.mesh is not None:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)

@@ -340,9 +340,11 @@ def test_calls_that_train_drop_inputs_of_adapters(model: Model) -> None:
     model.add_adapter(drawn(lora_dropout=0.5), seed=2)
     key = jax.random.key(0)
     plain, trained = outputs(model, dropout_rng=key), outputs(model, dropout_rng=key, train=True)
-    assert same(plain, outputs(model)) and not same(plain, trained)
     ids = np.array([[1, 2, 3]])
-    assert not np.array_equal(model.decoder(ids, train=True, dropout_rng=key).logits, model.decoder(ids).logits)
+    parts = [np.asarray(model.decoder(ids, train=train, dropout_rng=key).logits) for train in (False, True)]
+    assert same(plain, outputs(model))
+    # far more than rounding
+    assert min(np.abs(one - other).max() for one, other in (*zip(plain, trained), parts)) > 0.01
     for part in (model, model.decoder):
         given = inputs(model) if part is model else {"input_ids": ids}
         with pytest.raises(ValueError, match="`lora_dropout` > 0 needs `dropout_rng`"):

@@ -164,6 +164,19 @@ def test_scanned_layers(inputs: Path, tmp_path: Path) -> None:
         assert_close(tensor, theirs[key], 1e-4, key)
 
 
+@pytest.mark.parametrize("scans", [False, True])
+def test_dropout_has_an_effect(inputs: Path, tmp_path: Path, scans: bool) -> None:
+    options = {"run__steps": 1, "optimizer__eps": 1.0, "model__scan_layers": scans}
+    found = [
+        load_file(train(inputs, tmp_path / f"{share}", adapter__lora_dropout=share, **options) / "export" / WEIGHTS)
+        for share in (0.0, 0.5)
+    ]
+    # of every layer, far more than rounding: B moves by what A sees
+    for key in (key for key in found[0] if "lora_B" in key and "decoder.model" in key):
+        plain, dropped = (tensors[key] for tensors in found)
+        assert np.abs(plain - dropped).max() > 0.05 * np.abs(plain).max(), key
+
+
 def test_the_base_is_kept_in_the_dtype_of_the_computation(inputs: Path, tmp_path: Path) -> None:
     folder = train(inputs, tmp_path / "run", model__dtype="bfloat16", model__scan_layers=True, run__steps=2)
     assert {tensor.dtype.name for tensor in load_file(folder / "export" / WEIGHTS).values()} == {"float32"}

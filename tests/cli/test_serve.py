@@ -48,6 +48,7 @@ def free_port() -> int:
         (["--auth-token-file", os.devnull], ["--auth-token-file", "one a line"]),
         (["--temperature", "0", "--top-k", "5"], ["--top-k", "no effect"]),
         (["--slots", "0"], ["--slots"]),
+        (["--queue", "-1"], ["--queue"]),
         (["--port", "0", "--model", "nowhere"], ["--model", "nowhere"]),
     ],
 )
@@ -77,8 +78,8 @@ def test_what_is_not_installed_is_named(moshi_flax, monkeypatch):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command serves a fake stream; the loggers are afterwards as they were."""
 
-    def load(source: str, dtype: Any, slots: int, sampling: dict, metrics: Any, notes: Any) -> tuple[Any, Any]:
-        engine = Engine(FakeStream(slots), metrics, realtime=False)
+    def load(source: str, dtype: Any, slots: int, queue: int, sampling: dict, metrics: Any, notes: Any) -> tuple:
+        engine = Engine(FakeStream(slots), metrics, realtime=False, queue=queue)
         engine.warmup()
         return engine, Tokenizer()
 

@@ -79,6 +79,7 @@ async def serving(
     slots: int = 2,
     gate: Gate | None = None,
     buffer_frames: int = 25,
+    queue: int = 0,
     engine: Engine | None = None,
     tokenizer: Any = None,
     **limits: Any,
@@ -86,7 +87,7 @@ async def serving(
     """A house whose dialogues are fake, unless there is an ``engine``, warmed up."""
     metrics = Metrics()
     if engine is None:
-        engine = Engine(FakeStream(slots), metrics, realtime=False, buffer_frames=buffer_frames)
+        engine = Engine(FakeStream(slots), metrics, realtime=False, buffer_frames=buffer_frames, queue=queue)
         engine.warmup()
     about = {"model": "fake", "notice": None}
     server = Server(engine, tokenizer or Tokenizer(), metrics, about, gate, Limits(**limits))
@@ -114,12 +115,13 @@ def in_a_loop(test: Callable[..., Coroutine[Any, Any, Result]]) -> Callable[...,
 
 @dataclass
 class Reply:
-    """What has come from a server: by kind, and in which order the kinds came."""
+    """What has come from a server: by kind, and in which order the kinds came; ``positions`` in the queue."""
 
     kinds: list[Kind] = field(default_factory=list)
     audio: list[bytes] = field(default_factory=list)
     words: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    positions: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def take(self, data: bytes) -> None:
@@ -131,7 +133,11 @@ class Reply:
         elif kind == Kind.TEXT:
             self.words += payload.decode()
         elif kind == Kind.METADATA:
-            self.metadata = json.loads(payload)
+            fields = json.loads(payload)
+            if "queue_position" in fields:
+                self.positions.append(fields["queue_position"])
+            else:
+                self.metadata = fields
         elif kind == Kind.ERROR:
             self.errors.append(payload.decode())
 

@@ -24,10 +24,14 @@ class Heard:
     def __init__(self) -> None:
         self.frames: queue.Queue[Said] = queue.Queue()
         self.failures: list[BaseException] = []
+        self.moves = 0
 
     def say(self, said: list[Said]) -> None:
         for frame in said:
             self.frames.put(frame)
+
+    def move_up(self) -> None:
+        self.moves += 1
 
     def of(self, seat: Seat, count: int) -> np.ndarray:
         """The next ``count`` frames, all of one seat."""
@@ -45,7 +49,7 @@ def start() -> Iterator[Callable[..., tuple[Engine, Heard]]]:
         options = {"realtime": False, **options}
         engine, heard = Engine(FakeStream(slots), Metrics(), **options), Heard()
         engine.warmup()
-        engine.start(heard.say, heard.failures.append)
+        engine.start(heard.say, heard.failures.append, heard.move_up)
         engines.append(engine)
         return engine, heard
 
@@ -63,6 +67,13 @@ def begun(engine: Engine, key: np.ndarray = KEY, **numbers: float) -> Seat:
     assert seat is not None
     seat.begun.result(SOON)
     return seat
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def value(engine: Engine, name: str) -> float:
@@ -120,6 +131,32 @@ def test_who_leaves_before_it_begins_gives_its_slot_back():
     seat = begun(engine)
     engine.stop()
     assert gone.begun.cancelled() and seat.slot == gone.slot
+
+
+def test_those_who_wait_are_served_in_their_order(start):
+    engine, heard = start(slots=1, queue=3)
+    first = begun(engine)
+    waiting = [engine.take_seat({}, KEY) for _ in range(3)]
+    assert engine.take_seat({}, KEY) is None and engine.is_full
+    assert [engine.position(seat) for seat in [first, *waiting]] == [0, 1, 2, 3]
+    assert value(engine, "moshi_waiting") == 3
+    engine.leave(waiting[1])  # does not want to wait any longer
+    until(lambda: not engine.is_full)
+    assert [engine.position(seat) for seat in waiting] == [1, 0, 2] and waiting[1].begun.cancelled()
+    late = engine.take_seat({}, KEY)
+    for leaving, next_one in [(first, waiting[0]), (waiting[0], waiting[2]), (waiting[2], late)]:
+        assert not next_one.begun.done()
+        engine.leave(leaving)
+        next_one.begun.result(SOON)
+        assert next_one.slot == 0 and engine.position(next_one) == 0
+        said = speech(1, 6)
+        engine.feed(next_one, said[0])
+        assert np.array_equal(heard.of(next_one, 1), spoken_alone(said, (1, 2)))
+    assert value(engine, "moshi_waiting") == 0 and not engine.is_full and engine.free_slots == 0
+    engine.leave(late)
+    until(lambda: engine.free_slots == 1)
+    # whenever the queue has moved: one has left it, three got a slot, and the last one made room
+    assert heard.moves == 5
 
 
 def test_numbers_are_those_of_the_caller_and_else_the_engine_s(start):

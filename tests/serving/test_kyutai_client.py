@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ class Device(threading.Thread):
         data: the frames that it records; None plays, to ``played``.
     """
 
-    def __init__(self, callback: Callable[..., None], data: list[np.ndarray] | None):
+    def __init__(self, callback: Callable[..., None], data: Iterable[np.ndarray] | None):
         super().__init__(daemon=True)
         self._callback, self._data = callback, data
         self._open = True
@@ -51,6 +52,8 @@ class Device(threading.Thread):
 
     def run(self) -> None:
         for frame in self._data or ():
+            if not self._open:
+                break
             self._callback(frame[:, None].copy(), FRAME, None, None)
             time.sleep(0.01)
         while self._data is None and self._open:
@@ -89,7 +92,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Device]:
     opened: dict[str, Device] = {}
     stub: Any = ModuleType("sounddevice")
 
-    def opening(name: str, data: list[np.ndarray] | None) -> Callable[..., Device]:
+    def opening(name: str, data: Iterable[np.ndarray] | None) -> Callable[..., Device]:
         def open_stream(callback: Callable[..., None], **options: Any) -> Device:
             assert options == {"samplerate": 24_000, "channels": 1, "blocksize": FRAME}
             return opened.setdefault(name, Device(callback, data))
@@ -125,6 +128,33 @@ async def test_kyutai_s_client_plays_what_our_stream_says(devices: dict[str, Dev
     said = speech(FRAMES).astype(np.float32) / 32768
     assert np.array_equal(devices["out"].played, said_over_opus(said, (1, 1)))
     assert printer.words == "€ 7 8 9 10 11"
+
+
+@in_a_loop
+async def test_it_can_wait_in_the_queue(devices: dict[str, Device], monkeypatch):
+    import moshi.client
+
+    monkeypatch.setattr(sys.modules["sounddevice"], "InputStream", endless_microphone(devices))
+    printer = Printer()
+    async with serving(slots=1, queue=1) as house:
+        async with house.call():
+            where = Namespace(url=house.url, host=None, port=None, https=False)
+            client = asyncio.create_task(moshi.client.run(printer, where))
+            await house.until(lambda: bool(printer.complaints))
+            await asyncio.sleep(0.2)
+            assert house.figure("moshi_waiting") == 1 and not devices["out"].played
+        await house.until(lambda: client.done() or len(devices["out"].played) > 3)
+        assert not client.done()
+        client.cancel()
+        await asyncio.wait([client])
+    # its place, and then what it says of every dialogue
+    assert printer.complaints[:3] == [f"unknown message kind {kind}" for kind in (4, 0, 4)]
+    assert printer.words.startswith("€ 7")
+
+
+def endless_microphone(devices: dict[str, Device]) -> Callable[..., Device]:
+    frames = itertools.cycle(speech(FRAMES).astype(np.float32) / 32768)
+    return lambda callback, **options: devices.setdefault("in", Device(callback, frames))
 
 
 @pytest.mark.slow

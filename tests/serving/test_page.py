@@ -97,6 +97,21 @@ async def test_two_pages_and_no_place_for_a_third(address: str):
 
 
 @in_a_loop
+async def test_the_queue_is_shown(address: str):
+    async with serving(slots=1, queue=2) as house, house.call() as speaks, house.call() as waits:
+        await waits.receive_bytes()
+        async with tab(house.session, address) as page:
+            await talk(page, house)
+            await page.until("document.querySelector('#status').textContent.includes('number 2 in the queue')")
+            await waits.close()
+            await page.until("document.querySelector('#status').textContent.includes('number 1 in the queue')")
+            await speaks.close()
+            await page.until(CONNECTED)
+            await page.until("document.querySelector('#transcript').textContent.includes('7 8 9')")
+            assert not page.complaints
+
+
+@in_a_loop
 async def test_a_lost_connection_comes_back(address: str):
     async with serving() as house, tab(house.session, address) as page:
         await talk(page, house)

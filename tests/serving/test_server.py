@@ -18,7 +18,7 @@ import pytest
 import sphn
 
 from tests.serving.fake_stream import FRAME, FakeStream, spoken_alone
-from tests.serving.house import KEY, SEEDS, as_audio, in_a_loop, read, serving, speech
+from tests.serving.house import KEY, SEEDS, Reply, as_audio, in_a_loop, read, serving, speech
 from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.codecs import Pcm16
 from transformers_moshi_flax.serving.engine import Engine
@@ -71,13 +71,18 @@ def over_opus(samples: np.ndarray) -> np.ndarray:
 
 def said_over_opus(samples: np.ndarray, key: tuple[int, int] = KEY) -> np.ndarray:
     """The stream's own answer, with Opus on the way there and back."""
+    return over_opus(answers(over_opus(samples), key))
+
+
+def answers(samples: np.ndarray, key: tuple[int, int] = KEY) -> np.ndarray:
+    """The stream's own answer to floats."""
     stream = FakeStream(1)
     state = stream.reset(stream.init(), np.ones(1, bool), np.array([key], np.uint32))
-    answers = []
-    for frame in over_opus(samples):
+    said = []
+    for frame in samples:
         state, reply = stream.step(state, frame[None, None], np.ones(1, bool))
-        answers.append(reply.audio[0, 0])
-    return over_opus(np.array(answers))
+        said.append(reply.audio[0, 0])
+    return np.array(said)
 
 
 @in_a_loop
@@ -115,6 +120,73 @@ async def test_beyond_the_slots_callers_are_refused_before_the_upgrade():
             said = speech(2, 7)
             await caller.send_bytes(as_audio(said))
             assert np.array_equal((await read(caller, 2)).samples, alone(said))
+
+
+@in_a_loop
+@pytest.mark.parametrize("format", ["pcm16", "opus"])
+async def test_in_the_queue_callers_are_told_their_place_and_heard_when_it_is_their_turn(format: str):
+    query = f"format={format}&{SEEDS}"
+    async with serving(slots=1, queue=2) as house:
+        async with house.call() as speaks, house.call() as next_one, house.call(query) as last:
+            reading, waiting = asyncio.create_task(read(next_one)), Reply()
+            waiting.take(await last.receive_bytes())
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
+                await house.call()
+            status, words = await house.text("/api/chat?format=pcm16")
+            assert status == 503 and "all 1 places are taken, and all 2 in the queue" in words
+            assert house.figure("moshi_waiting") == 2 and house.figure("moshi_dialogues") == 1
+            # what is said in the queue is not heard, by nobody
+            said = speech(7).astype(np.float32) / 32768
+            writer = sphn.OpusStreamWriter(24_000)
+            payloads = [
+                writer.append_pcm(f) if format == "opus" else (f * 32768).astype("<i2").tobytes() for f in said
+            ]
+            for payload in payloads[:3]:
+                await last.send_bytes(bytes([Kind.AUDIO]) + payload)
+            await last.send_bytes(bytes([Kind.CONTROL, Control.PAUSE]))
+            waiting.take(await last.receive_bytes())
+            await next_one.close()
+            waiting.take(await last.receive_bytes())
+            assert (await reading).positions == [1]
+            await speaks.close()
+            waiting.take(await last.receive_bytes())
+            assert waiting.kinds == [Kind.METADATA, Kind.ERROR, Kind.METADATA, Kind.HANDSHAKE]
+            assert waiting.positions == [2, 1] and waiting.errors == ["the dialogue has not begun yet"]
+            for payload in payloads[3:]:
+                await last.send_bytes(bytes([Kind.AUDIO]) + payload)
+            heard = await read(last, 4)
+            if format == "pcm16":
+                assert np.array_equal(heard.samples, spoken_alone(said[3:], KEY))
+            else:
+                reader = sphn.OpusStreamReader(24_000)
+                samples = np.concatenate([reader.append_bytes(part) for part in heard.audio])
+                assert np.array_equal(samples.reshape(-1, FRAME), over_opus(answers(over_opus(said)[3:])))
+        assert house.figure("moshi_dialogues_ended_total", reason="left") == 2
+        assert house.figure("moshi_waiting") == 0
+
+
+@in_a_loop
+async def test_in_the_queue_bad_clients_and_the_end_are_as_elsewhere(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, LOGGER.name)
+    async with serving(slots=1, queue=2, idle_seconds=0.5) as house, house.call() as speaks:
+        async with house.call("") as bad:
+            await bad.receive_bytes()
+            await bad.send_bytes(bytes([Kind.AUDIO]) + b"no Opus")
+            assert "no Ogg" in (await read_errors(bad, 1))[0]
+        await house.until(lambda: house.figure("moshi_waiting") == 0)
+        async with house.call() as waits:
+            await waits.receive_bytes()
+            for _ in range(8):  # nobody is idle in the queue
+                await asyncio.sleep(0.1)
+                await speaks.send_bytes(as_audio(speech(1)))
+            assert house.figure("moshi_waiting") == 1
+            draining = asyncio.create_task(house.server._drain(0.5))
+            assert (await read(waits)).errors == ["the server is shutting down"]
+            assert (await read(speaks, 8)).errors == []
+            await draining
+    lines = [record.fields | {"event": record.getMessage()} for record in caplog.records]
+    left = [line["reason"] for line in lines if line["event"] == "caller leaves the queue"]
+    assert left == ["malformed", "shutdown"]
 
 
 @in_a_loop

@@ -38,6 +38,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; other machines need tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 8998,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Dialogues at once.")] = 4,
+    queue: Annotated[int, typer.Option(min=0, max=256, help="Callers who may wait for a slot.")] = 0,
     max_seconds: Annotated[float, typer.Option(min=1, help="Of a dialogue.")] = 3600.0,
     idle_seconds: Annotated[float, typer.Option(min=1, help="Without audio, until a dialogue ends.")] = 30.0,
     auth_token_file: Annotated[Path | None, typer.Option(help="Tokens that callers need one of, one a line.")] = None,
@@ -78,7 +79,7 @@ def serve(
 
         notes = Console(stderr=True, highlight=False)
         metrics = Metrics()
-        engine, tokenizer = load(source, dtype, slots, sampling, metrics, notes)
+        engine, tokenizer = load(source, dtype, slots, queue, sampling, metrics, notes)
         gate = Gate(tokens, allow_origin or (), local=local and not tokens)
         about = about_model(source)
         notes.print(
@@ -98,7 +99,7 @@ def serve(
 
 
 def load(
-    source: str, dtype: Any, slots: int, sampling: dict[str, Any], metrics: Any, notes: Console
+    source: str, dtype: Any, slots: int, queue: int, sampling: dict[str, Any], metrics: Any, notes: Console
 ) -> tuple[Any, Any]:
     """The engine, with all that it needs compiled, and the tokenizer; with bars on ``notes``.
 
@@ -109,7 +110,7 @@ def load(
 
     with loaded(source, dtype, notes) as speaker, as_mistake("cannot serve", ValueError):
         stream, numbers = stream_for_callers(speaker.model, slots, sampling)
-        engine = Engine(stream, metrics, numbers)
+        engine = Engine(stream, metrics, numbers, queue=queue)
         engine.warmup()
     return engine, speaker.tokenizer
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from . import protocol
-from .codecs import CODECS
+from .dialect import FAILED, LEFT, LOST, SLOW, Audio, Dialect, Ending, Message, Order
 from .engine import Engine, Said, Seat
 from .logs import LOGGER
 from .metrics import Metrics
-from .protocol import Control, Kind, ProtocolError
-from .wishes import Wishes
-from .words import Words
+from .protocol import ProtocolError
 
 SEND_BUFFER = 65_536
 """Bytes that the system keeps for a caller who does not read: about as much again as the queue of frames."""
@@ -53,28 +51,6 @@ class Limits:
     heartbeat_seconds: float = 10.0
 
 
-@dataclass(frozen=True)
-class Ending:
-    """Why a dialogue ends.
-
-    Attributes:
-        reason: a word for logs and metrics.
-        words: for the caller, unless there is nobody to tell.
-        code: by which the websocket is closed.
-    """
-
-    reason: str
-    words: str | None = None
-    code: int = WSCloseCode.OK
-
-
-LEFT = Ending("left")
-LOST = Ending("lost")
-SLOW = Ending("slow")
-FAILED = Ending("failed", "the server has failed; nothing is wrong with what you have sent", 1011)
-SHUTDOWN = Ending("shutdown", "the server is shutting down", WSCloseCode.GOING_AWAY)
-
-
 class Allowance:
     """How much a caller may send: ``burst`` seconds of sound at once, and two a second.
 
@@ -106,10 +82,10 @@ class Caller:
     Args:
         websocket: which.
         request: that it came by.
+        dialect: that is spoken on it.
         engine: that steps the dialogue.
         seat: in the engine.
-        wishes: what was asked for.
-        words: turns ids into text.
+        max_steps: frames after which the dialogue ends, if at all.
         limits: of every caller.
         metrics: what is counted.
 
@@ -121,22 +97,29 @@ class Caller:
         self,
         websocket: web.WebSocketResponse,
         request: web.BaseRequest,
+        dialect: Dialect,
         engine: Engine,
         seat: Seat,
-        wishes: Wishes,
-        words: Words,
+        max_steps: int | None,
         limits: Limits,
         metrics: Metrics,
     ):
-        self._websocket, self._request = websocket, request
-        self._engine, self._seat, self._wishes = engine, seat, wishes
-        self._words, self._limits, self._metrics = words, limits, metrics
+        self._websocket, self._request, self._dialect = websocket, request, dialect
+        self._engine, self._seat, self._max_steps = engine, seat, max_steps
+        self._limits, self._metrics = limits, metrics
         self._rate = engine.stream.sampling_rate
-        self._codec = CODECS[wishes.format](self._rate)
         self._said: asyncio.Queue[Said] = asyncio.Queue(limits.unread_frames)
         self._ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._moved, self._greeted = asyncio.Event(), asyncio.Event()
+        self._waited = engine.position(seat) > 0
         self._paused = False
+        self._heard_at = 0.0
         self.frames = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the dialogue has no slot yet."""
+        return self._engine.position(self._seat) > 0
 
     def hear(self, said: Said) -> None:
         """Take a frame of Moshi's; never waits. A caller who does not keep up is dropped."""
@@ -145,33 +128,26 @@ class Caller:
         except asyncio.QueueFull:
             self.end(SLOW)
 
+    def move_up(self) -> None:
+        """The queue has moved."""
+        self._moved.set()
+
     def end(self, ending: Ending) -> None:
         """End the dialogue; the first reason counts."""
         if not self._ended.done():
             self._ended.set_result(ending)
 
-    async def converse(self, greeting: dict[str, Any]) -> Ending:
-        """Hold the dialogue until it ends.
+    async def converse(self, begin: Callable[[], dict[str, Any]]) -> Ending:
+        """Wait for the dialogue to begin, and hold it until it ends.
 
         Args:
-            greeting: the metadata that follow the handshake.
+            begin: called when it begins; gives what the caller is told of it.
         """
-        timer = asyncio.get_running_loop().call_later(
-            self._limits.max_seconds,
-            self.end,
-            Ending("length", f"a dialogue lasts {self._limits.max_seconds:g} s at most", WSCloseCode.GOING_AWAY),
-        )
-        tasks: list[asyncio.Task[None]] = []
+        works = (self._listen, partial(self._speak, begin), self._watch_the_time)
+        tasks = [asyncio.create_task(self._until_it_ends(work)) for work in works]
         try:
-            await asyncio.wait([asyncio.wrap_future(self._seat.begun), self._ended], return_when="FIRST_COMPLETED")
-            for part in (protocol.HANDSHAKE, protocol.metadata(greeting)):
-                await self._websocket.send_bytes(part)
-            tasks += [asyncio.create_task(self._until_it_ends(work)) for work in (self._listen, self._speak)]
             return await self._ended
-        except ConnectionError:
-            return LOST
         finally:
-            timer.cancel()
             for task in tasks:
                 task.cancel()
 
@@ -183,8 +159,8 @@ class Caller:
             return
         try:
             async with asyncio.timeout(2 * CLOSING_SECONDS):
-                if ending.words is not None and not self._websocket.closed:
-                    await self._websocket.send_bytes(protocol.error(ending.words))
+                if not self._websocket.closed:
+                    await self._send(self._dialect.end(ending))
                 await self._websocket.close(code=ending.code, message=(ending.words or "").encode()[:120])
         except (ConnectionError, TimeoutError):
             if self._request.transport is not None:
@@ -201,73 +177,94 @@ class Caller:
             LOGGER.exception("a dialogue has failed")
             self.end(FAILED)
 
+    async def _send(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            if isinstance(message, bytes):
+                await self._websocket.send_bytes(message)
+            else:
+                await self._websocket.send_str(message)
+
+    async def _watch_the_time(self) -> Ending:
+        """Until the dialogue has lasted for as long as it may, or there was no audio for too long."""
+        await self._greeted.wait()
+        self._heard_at = begin = time.monotonic()
+        end = begin + self._limits.max_seconds
+        while True:
+            quiet_until = self._heard_at + self._limits.idle_seconds
+            now = time.monotonic()
+            if now >= end:
+                words = f"a dialogue lasts {self._limits.max_seconds:g} s at most"
+                return Ending("length", words, WSCloseCode.GOING_AWAY)
+            if now >= quiet_until:
+                words = f"there was no audio for {self._limits.idle_seconds:g} s"
+                return Ending("idle", words, WSCloseCode.GOING_AWAY)
+            await asyncio.sleep(min(end, quiet_until) - now)
+
     async def _listen(self) -> Ending:
         """Take what comes from the websocket."""
+        if not self._waited:
+            # it begins at once: what has come until then is heard
+            await self._greeted.wait()
         allowance = Allowance(self._limits.burst_seconds)
-        quiet_until = time.monotonic() + self._limits.idle_seconds
         while True:
-            try:
-                received = await self._websocket.receive(max(0.001, quiet_until - time.monotonic()))
-            except TimeoutError:
-                seconds = f"{self._limits.idle_seconds:g}"
-                return Ending("idle", f"there was no audio for {seconds} s", WSCloseCode.GOING_AWAY)
+            received = await self._websocket.receive()
             if received.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
                 if self._websocket.close_code == WSCloseCode.ABNORMAL_CLOSURE:
                     return LOST
                 return Ending("malformed") if received.type == WSMsgType.ERROR else LEFT
-            if received.type != WSMsgType.BINARY:
-                raise ProtocolError("messages are binary, the first byte is the kind", WSCloseCode.UNSUPPORTED_DATA)
-            kind, payload = received.data[:1], received.data[1:]
-            if kind == bytes([Kind.AUDIO]):
-                allowance.spend(LEAST_COST)
-                await self._hear_caller(payload, allowance)
-                quiet_until = time.monotonic() + self._limits.idle_seconds
+            if received.type != self._dialect.message_type:
+                words = f"messages are {self._dialect.message_type.name.lower()}"
+                raise ProtocolError(words, WSCloseCode.UNSUPPORTED_DATA)
+            allowance.spend(LEAST_COST)
+            meant = self._dialect.read(received.data)
+            if isinstance(meant, Audio):
+                await self._hear_caller(meant, allowance)
             else:
-                allowance.spend(LEAST_COST + FULL * len(payload) / 1024)
-                await self._answer(kind, payload)
+                allowance.spend(FULL * len(received.data) / 1024)
+                await self._obey(meant.order)
+                await self._send(meant.messages)
             # the next message may be there already: others come first
             await asyncio.sleep(0)
 
-    async def _hear_caller(self, payload: bytes, allowance: Allowance) -> None:
-        for samples in self._codec.decode(payload):
+    async def _hear_caller(self, audio: Audio, allowance: Allowance) -> None:
+        """Let the engine hear it. In the queue it is read alone, as later audio may depend on it."""
+        for samples in audio.pieces:
             allowance.spend(max(0.0, len(samples) / self._rate - LEAST_COST))
-            if not self._paused:
+            if self._greeted.is_set() and not self._paused:
                 dropped = self._engine.feed(self._seat, samples)
                 self._metrics.dropped.inc(dropped / self._rate)
             await asyncio.sleep(0)
+        self._heard_at = time.monotonic()
 
-    async def _answer(self, kind: bytes, payload: bytes) -> None:
-        """What is no audio."""
-        if kind == bytes([Kind.PING]):
-            await self._websocket.send_bytes(protocol.message(Kind.PING))
-        elif kind == bytes([Kind.CONTROL]):
-            await self._control(payload)
-        elif kind and kind != bytes([Kind.HANDSHAKE]):
-            await self._websocket.send_bytes(
-                protocol.error(f"a message of kind {kind[0]} means nothing from a client; it was not heard")
-            )
-
-    async def _control(self, payload: bytes) -> None:
-        if payload in (bytes([Control.START]), bytes([Control.PAUSE])):
-            self._paused = payload[0] == Control.PAUSE
-            self._engine.pause(self._seat, self._paused)
-        elif payload == bytes([Control.RESTART]):
-            self._engine.restart(self._seat)
+    async def _obey(self, order: Order | None) -> None:
+        if order is None:
+            return
+        if not self._greeted.is_set():
+            await self._send(self._dialect.object("the dialogue has not begun yet"))
+        elif order == Order.RESTART:
+            await asyncio.wrap_future(self._engine.restart(self._seat))
         else:
-            await self._websocket.send_bytes(
-                protocol.error("control messages are start (0), pause (2) and restart (3); nobody takes turns")
-            )
+            self._paused = order == Order.PAUSE
+            self._engine.pause(self._seat, self._paused)
 
-    async def _speak(self) -> Ending:
-        """Send what Moshi says."""
+    async def _speak(self, begin: Callable[[], dict[str, Any]]) -> Ending:
+        """Send what there is to say: where in the queue the caller is, and then what Moshi says."""
+        await self._wait()
+        await self._send(self._dialect.greet(begin()))
+        self._greeted.set()
         while True:
-            said = await self._said.get()
-            sound = self._codec.encode(said.audio)
-            if sound:
-                await self._websocket.send_bytes(protocol.message(Kind.AUDIO, sound))
-            words = self._words.put(said.text_id)
-            if words:
-                await self._websocket.send_bytes(protocol.text(words))
+            await self._send(self._dialect.say(await self._said.get()))
             self.frames += 1
-            if self.frames == self._wishes.max_steps:
+            if self.frames == self._max_steps:
                 return Ending("length", f"max_steps={self.frames} has been reached")
+
+    async def _wait(self) -> None:
+        """Until the dialogue begins."""
+        told = 0
+        while position := self._engine.position(self._seat):
+            if position != told:
+                await self._send(self._dialect.queued(position))
+                told = position
+            await self._moved.wait()
+            self._moved.clear()
+        await asyncio.wrap_future(self._seat.begun)

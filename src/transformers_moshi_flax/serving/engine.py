@@ -6,12 +6,13 @@ thread comes to it, between two steps. What Moshi says is handed to a function t
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import jax
@@ -37,13 +38,13 @@ class Seat:
     """A caller's place in the stream.
 
     Attributes:
-        slot: of the stream.
+        slot: of the stream; None while it waits for one.
         numbers: of sampling, where they are not the stream's.
         key: of the sampling, two words.
         begun: done once the dialogue has begun; what is fed before is not heard.
     """
 
-    slot: int
+    slot: int | None
     numbers: dict[str, float | int]
     key: UInt32[np.ndarray, "2"]
     begun: Future = field(default_factory=Future)
@@ -75,6 +76,7 @@ class Engine:
         realtime: whether there is a step every frame's time. Otherwise there is one whenever a frame is complete, and
             none without.
         buffer_frames: the most that is kept of what a caller has sent; the oldest goes first.
+        queue: how many callers may wait for a slot; they get one in the order in which they came.
     """
 
     def __init__(
@@ -84,15 +86,19 @@ class Engine:
         numbers: dict[str, float | int] | None = None,
         realtime: bool = True,
         buffer_frames: int = 25,
+        queue: int = 0,
     ):
         self.stream = stream
         self.numbers = dict(stream.numbers if numbers is None else numbers)
         self._metrics, self._realtime = metrics, realtime
         self._buffer_frames = buffer_frames
         self._free = set(range(stream.batch_size))
+        # whoever waits does so because no slot is free: both change together
+        self._waiting: deque[Seat] = deque()
+        self.queue = queue
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._arrivals: queue.SimpleQueue[Seat] = queue.SimpleQueue()
+        self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._arrivals: SimpleQueue[Seat] = SimpleQueue()
         self._seats: dict[int, Seat] = {}
         self._something = threading.Event()
         self._stopped = False
@@ -108,14 +114,20 @@ class Engine:
         self._dialogue.leave(0)
         self._seats.clear()
 
-    def start(self, say: Callable[[list[Said]], object], fail: Callable[[BaseException], object]) -> None:
+    def start(
+        self,
+        say: Callable[[list[Said]], object],
+        fail: Callable[[BaseException], object],
+        move_up: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begin to step, after :meth:`warmup`.
 
         Args:
             say: takes what Moshi says in a step; called in the engine's thread, it must not wait.
             fail: takes what has ended the thread, and all dialogues with it.
+            move_up: called in the thread whenever those who wait may have another :meth:`position`.
         """
-        self._say, self._fail = say, fail
+        self._say, self._fail, self._move_up = say, fail, move_up
         self._thread.start()
 
     def stop(self) -> None:
@@ -130,21 +142,35 @@ class Engine:
         """How many more dialogues there may be."""
         return len(self._free)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all slots are taken, and all places in the queue."""
+        with self._lock:
+            return not self._free and len(self._waiting) >= self.queue
+
     def take_seat(self, numbers: dict[str, float | int], key: UInt32[np.ndarray, "2"]) -> Seat | None:
-        """A place for a new dialogue, which begins between the next steps; None if all are taken.
+        """A place for a new dialogue, which begins between the next steps, or in the queue; None if all are taken.
 
         Args:
             numbers: of sampling, where they are not to be the engine's; as checked by ``stream.check_numbers``.
             key: of the sampling, two words; the dialogue depends on it, and not on the slot.
         """
+        seat = Seat(None, {**self.numbers, **numbers}, key)
         with self._lock:
-            if not self._free:
+            if self._free:
+                self._give(seat, min(self._free))
+                self._free.remove(seat.slot)
+            elif len(self._waiting) < self.queue:
+                self._waiting.append(seat)
+                self._metrics.waiting.set(len(self._waiting))
+            else:
                 return None
-            seat = Seat(min(self._free), {**self.numbers, **numbers}, key)
-            self._free.remove(seat.slot)
-        self._arrivals.put(seat)
-        self._something.set()
         return seat
+
+    def position(self, seat: Seat) -> int:
+        """Where in the queue a caller is: 1 is next, 0 has a slot."""
+        with self._lock:
+            return self._waiting.index(seat) + 1 if seat in self._waiting else 0
 
     def feed(self, seat: Seat, samples: Float[np.ndarray, "samples"]) -> int:
         """Add to what a caller says; how many of the oldest samples were dropped for it."""
@@ -156,9 +182,11 @@ class Engine:
         """Let a dialogue's time stand still, or go on."""
         self._order(lambda: setattr(seat, "paused", paused))
 
-    def restart(self, seat: Seat) -> None:
-        """Begin a dialogue anew, with the same key."""
-        self._order(lambda: self._restart(seat))
+    def restart(self, seat: Seat) -> Future:
+        """Begin a dialogue anew, with the same key; what is fed before the future is done is not heard."""
+        done: Future = Future()
+        self._order(lambda: self._restart(seat, done))
+        return done
 
     def leave(self, seat: Seat) -> None:
         """End a dialogue; its place is free after the present step."""
@@ -239,10 +267,11 @@ class Engine:
         dialogue.join(seat.slot, self._keys(seat))
         self._seats[seat.slot] = seat
 
-    def _restart(self, seat: Seat) -> None:
-        if self._seats.get(seat.slot) is seat:
+    def _restart(self, seat: Seat, done: Future) -> None:
+        if self._seats.get(seat.slot) is seat and done.set_running_or_notify_cancel():
             self._dialogue.reset(seat.slot, self._keys(seat))
             seat.heard, seat.waited = False, 0
+            done.set_result(None)
 
     def _leave(self, seat: Seat) -> None:
         if self._seats.get(seat.slot) is seat:
@@ -251,7 +280,19 @@ class Engine:
         elif not seat.begun.cancel():
             return  # it has left before
         with self._lock:
-            self._free.add(seat.slot)
+            if seat in self._waiting:
+                self._waiting.remove(seat)
+            elif self._waiting:
+                self._give(self._waiting.popleft(), seat.slot)
+            else:
+                self._free.add(seat.slot)
+            self._metrics.waiting.set(len(self._waiting))
+        self._move_up()
+
+    def _give(self, seat: Seat, slot: int) -> None:
+        seat.slot = slot
+        self._arrivals.put(seat)
+        self._something.set()
 
     def _keys(self, seat: Seat) -> UInt32[jax.Array, "slots 2"]:
         """The key for every slot, since one key alone would be folded with the slot's number."""

@@ -12,6 +12,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.slots = Gauge("moshi_slots", "Dialogues that are possible at once.", registry=registry)
         self.dialogues = Gauge("moshi_dialogues", "Dialogues that are held now.", registry=registry)
+        self.waiting = Gauge("moshi_waiting", "Callers who wait for a slot.", registry=registry)
         self.ended = Counter("moshi_dialogues_ended", "Dialogues by why they ended.", ["reason"], registry=registry)
         self.refusals = Counter("moshi_refusals", "Callers without a dialogue, by why.", ["reason"], registry=registry)
         self.steps = Histogram(

@@ -8,18 +8,20 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
 from aiohttp import web
 
-from .caller import FAILED, LOST, SEND_BUFFER, SHUTDOWN, Caller, Ending, Limits
+from .caller import SEND_BUFFER, Caller, Limits
+from .dialect import FAILED, LOST, SHUTDOWN, Dialect, Ending
 from .engine import Engine, Said, Seat
 from .gate import Gate
+from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
 from .wishes import Wishes
-from .words import Words
 
 RATE, FRAME = 24_000, 1920
 """What clients of the protocol take for granted: samples a second, samples a frame."""
@@ -109,6 +111,7 @@ class Server:
         self.engine.start(
             say=lambda said: loop.call_soon_threadsafe(self._hand_out, said),
             fail=lambda error: loop.call_soon_threadsafe(self._fail, error),
+            move_up=lambda: loop.call_soon_threadsafe(self._move_up),
         )
 
     async def _end(self, app: web.Application) -> None:
@@ -118,6 +121,10 @@ class Server:
         for frame in said:
             if caller := self.callers.get(frame.seat):
                 caller.hear(frame)
+
+    def _move_up(self) -> None:
+        for caller in self.callers.values():
+            caller.move_up()
 
     def _fail(self, error: BaseException) -> None:
         LOGGER.critical("the engine has failed", exc_info=error)
@@ -157,6 +164,10 @@ class Server:
         return web.Response(text=(PAGE / name).read_text("utf-8"), content_type=kind, headers=HEADERS)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
+        """A dialogue by Kyutai's protocol."""
+        return await self._receive(request, lambda wishes: Kyutai(wishes.format, RATE, self.tokenizer))
+
+    async def _receive(self, request: web.Request, dialect: Callable[[Wishes], Dialect]) -> web.StreamResponse:
         """A dialogue. Whatever speaks against it is said before the upgrade."""
         if self.draining or self.failure:
             self._refuse(request, "draining")
@@ -174,7 +185,7 @@ class Server:
         )
         if not websocket.can_prepare(request):
             # what could be refused has been: a page learns by this why its websocket was not opened
-            if not self.engine.free_slots:
+            if self.engine.is_full:
                 raise _try_later(self._full())
             raise web.HTTPUpgradeRequired(text="this is a websocket", headers={"Upgrade": "websocket"})
         seat = self.engine.take_seat(wishes.numbers, wishes.key)
@@ -183,7 +194,7 @@ class Server:
             raise _try_later(self._full())
         try:
             await websocket.prepare(request)
-            caller = self._welcome(websocket, request, seat, wishes)
+            caller = self._welcome(websocket, request, seat, wishes, dialect(wishes))
             ending = await self._hold(caller, seat, wishes, request)
         finally:
             self.engine.leave(seat)
@@ -192,40 +203,51 @@ class Server:
         return websocket
 
     def _full(self) -> str:
-        return f"all {self.engine.stream.batch_size} places are taken; try again later"
+        queue = f", and all {self.engine.queue} in the queue" if self.engine.queue else ""
+        return f"all {self.engine.stream.batch_size} places are taken{queue}; try again later"
 
     def _refuse(self, request: web.Request, reason: str) -> None:
         self.metrics.refusals.labels(reason).inc()
         log_event("refused", reason=reason, peer=request.remote)
 
-    def _welcome(self, websocket: web.WebSocketResponse, request: web.Request, seat: Seat, wishes: Wishes) -> Caller:
+    def _welcome(
+        self, websocket: web.WebSocketResponse, request: web.Request, seat: Seat, wishes: Wishes, dialect: Dialect
+    ) -> Caller:
         if request.transport is not None:
             connection = request.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        words = Words(self.tokenizer)
-        caller = Caller(websocket, request, self.engine, seat, wishes, words, self.limits, self.metrics)
+        caller = Caller(websocket, request, dialect, self.engine, seat, wishes.max_steps, self.limits, self.metrics)
         self.callers[seat] = caller
         return caller
 
     async def _hold(self, caller: Caller, seat: Seat, wishes: Wishes, request: web.Request) -> Ending:
-        number, begin = next(self._numbers), time.monotonic()
-        log_event("dialogue begins", dialogue=number, slot=seat.slot, format=wishes.format, peer=request.remote)
-        self.metrics.dialogues.inc()
-        greeting = {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+        dialogue, peer, came = next(self._numbers), request.remote, time.monotonic()
+        began: float | None = None
+        if position := self.engine.position(seat):
+            log_event("caller waits", dialogue=dialogue, position=position, peer=peer)
+
+        def begin() -> dict[str, Any]:
+            nonlocal began
+            began = time.monotonic()
+            self.metrics.dialogues.inc()
+            log_event("dialogue begins", dialogue=dialogue, slot=seat.slot, format=wishes.format, peer=peer)
+            return {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+
         ending = LOST  # unless something else is said: the handler was cancelled
         try:
-            ending = await caller.converse(greeting)
+            ending = await caller.converse(begin)
         finally:
-            self.metrics.dialogues.dec()
-            self.metrics.ended.labels(ending.reason).inc()
-            log_event(
-                "dialogue ends",
-                dialogue=number,
-                reason=ending.reason,
-                seconds=round(time.monotonic() - begin, 3),
-                frames=caller.frames,
-            )
+            now = time.monotonic()
+            if began is None:
+                log_event(
+                    "caller leaves the queue", dialogue=dialogue, reason=ending.reason, seconds=round(now - came, 3)
+                )
+            else:
+                self.metrics.dialogues.dec()
+                self.metrics.ended.labels(ending.reason).inc()
+                seconds, frames = round(now - began, 3), caller.frames
+                log_event("dialogue ends", dialogue=dialogue, reason=ending.reason, seconds=seconds, frames=frames)
         return ending
 
     def end_all(self, ending: Ending) -> None:
@@ -275,6 +297,9 @@ class Server:
 
     async def _drain(self, grace: float) -> None:
         self.draining = True
+        for caller in self.callers.values():
+            if caller.is_waiting:
+                caller.end(SHUTDOWN)
         log_event("draining", dialogues=len(self.callers), grace=grace)
         end = time.monotonic() + grace
         while self.callers and time.monotonic() < end:

@@ -45,7 +45,9 @@ export class Sound {
   }
 }
 
-/** A dialogue over one websocket. `events` has the functions open, words, heard, said, figures, problem, closed. */
+/**
+ * A dialogue over one websocket. `events` has the functions queued, open, words, heard, said, figures, problem, closed.
+ */
 export class Dialogue {
   constructor(sound, url, events) {
     this.sound = sound;
@@ -85,6 +87,8 @@ export class Dialogue {
       this.events.said(frame);
     } else if (message[0] === KIND.text) {
       this.events.words(new TextDecoder().decode(payload), this.moshi.length * FRAME_SECONDS);
+    } else if (message[0] === KIND.metadata && !this.opened) {
+      this.events.queued(JSON.parse(new TextDecoder().decode(payload)).queue_position);
     } else if (message[0] === KIND.error) {
       this.events.problem(new TextDecoder().decode(payload));
     }

@@ -91,6 +91,11 @@ function connect() {
   const url = new URL(`api/chat?${query()}`, location.href);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   dialogue = new Dialogue(sound, url, {
+    queued: (position) => {
+      retries = 0;
+      show($("problem"), "");
+      show($("status"), `All places are taken. You are number ${position} in the queue.`);
+    },
     open: () => {
       retries = 0;
       $("token-form").hidden = true;

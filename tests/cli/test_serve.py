@@ -49,6 +49,9 @@ def free_port() -> int:
         (["--temperature", "0", "--top-k", "5"], ["--top-k", "no effect"]),
         (["--slots", "0"], ["--slots"]),
         (["--queue", "-1"], ["--queue"]),
+        (["--record", __file__], ["--record", "cannot write in", "test_serve.py"]),
+        (["--record", "/proc/nowhere"], ["--record", "cannot write in"]),
+        (["--record", ".", "--max-seconds", "50000"], ["--record", "--max-seconds", "44739"]),
         (["--port", "0", "--model", "nowhere"], ["--model", "nowhere"]),
     ],
 )
@@ -121,6 +124,7 @@ def test_from_the_command_to_its_end(moshi_flax, fake, tmp_path: Path, secured: 
     if secured:
         (tmp_path / "tokens").write_text("first\nsecond\n")
         args = ["--ssl-cert", CERTIFICATE, "--ssl-key", CERTIFICATE, "--auth-token-file", tmp_path / "tokens"]
+        args += ["--record", tmp_path / "kept"]
         headers, tls = {"Authorization": "Bearer second"}, ssl.create_default_context(cafile=CERTIFICATE)
     visitor = Visitor(f"http{'s' * secured}://localhost:{port}", headers, tls)
     visitor.start()
@@ -133,7 +137,10 @@ def test_from_the_command_to_its_end(moshi_flax, fake, tmp_path: Path, secured: 
     first, *lines = [line for line in result.err.splitlines() if line.strip()]
     assert f"http{'s' * secured}://127.0.0.1:{port}/" in first and "random weights" in first
     events = [json.loads(line)["event"] for line in lines]
-    assert events[0] == "ready" and events[-2:] == ["draining", "stopped"]
+    assert events[0] == "ready" and events[-1] == "stopped" and "draining" in events
+    if secured:
+        (dialogue,) = (tmp_path / "kept").iterdir()
+        assert json.loads((dialogue / "dialogue.json").read_text())["frames"] == 2 and "recorded" in events
 
 
 @pytest.mark.slow

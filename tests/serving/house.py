@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
@@ -15,11 +16,13 @@ import numpy as np
 from aiohttp import web
 
 from tests.serving.fake_stream import FRAME, FakeStream
+from transformers_moshi_flax.cli.transcript import timed_words
 from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.engine import Engine
 from transformers_moshi_flax.serving.gate import Gate
 from transformers_moshi_flax.serving.metrics import Metrics
 from transformers_moshi_flax.serving.protocol import Kind
+from transformers_moshi_flax.serving.recording import Recorder
 from transformers_moshi_flax.serving.server import Server
 
 Result = TypeVar("Result")
@@ -38,6 +41,13 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, number: int) -> str:
         return self.pieces.get(number, f"▁{number}")
+
+    def decode(self, numbers: list[int]) -> str:
+        pieces = [self.convert_ids_to_tokens(number) for number in numbers]
+        data = b"".join(
+            bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.replace("▁", " ").encode() for p in pieces
+        )
+        return data.decode("utf-8", "replace").strip()
 
 
 @dataclass
@@ -82,6 +92,7 @@ async def serving(
     queue: int = 0,
     engine: Engine | None = None,
     tokenizer: Any = None,
+    record: Path | None = None,
     **limits: Any,
 ) -> AsyncIterator[House]:
     """A house whose dialogues are fake, unless there is an ``engine``, warmed up."""
@@ -90,7 +101,10 @@ async def serving(
         engine = Engine(FakeStream(slots), metrics, realtime=False, buffer_frames=buffer_frames, queue=queue)
         engine.warmup()
     about = {"model": "fake", "notice": None}
-    server = Server(engine, tokenizer or Tokenizer(), metrics, about, gate, Limits(**limits))
+    tokenizer = tokenizer or Tokenizer()
+    words = functools.partial(timed_words, tokenizer=tokenizer, frame_rate=12.5)
+    recorder = None if record is None else Recorder(record, words, metrics)
+    server = Server(engine, tokenizer, metrics, about, gate, Limits(**limits), recorder)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 from contextlib import closing
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from transformers_moshi_flax.cli.options import (
     TopP,
     sampling_options,
 )
+from transformers_moshi_flax.cli.transcript import timed_words
 
 EXTRA = ("aiohttp", "prometheus_client", "sphn")
 
@@ -41,6 +43,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=256, help="Callers who may wait for a slot.")] = 0,
     max_seconds: Annotated[float, typer.Option(min=1, help="Of a dialogue.")] = 3600.0,
     idle_seconds: Annotated[float, typer.Option(min=1, help="Without audio, until a dialogue ends.")] = 30.0,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder to keep what is said in; nothing is kept without.")
+    ] = None,
     auth_token_file: Annotated[Path | None, typer.Option(help="Tokens that callers need one of, one a line.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in who reaches this address.")] = False,
     allow_origin: Annotated[
@@ -75,11 +80,15 @@ def serve(
         from transformers_moshi_flax.serving.gate import Gate
         from transformers_moshi_flax.serving.logs import log_to
         from transformers_moshi_flax.serving.metrics import Metrics
+        from transformers_moshi_flax.serving.recording import Recorder
         from transformers_moshi_flax.serving.server import Server
 
+        check_record(record, max_seconds)
         notes = Console(stderr=True, highlight=False)
         metrics = Metrics()
         engine, tokenizer = load(source, dtype, slots, queue, sampling, metrics, notes)
+        words = partial(timed_words, tokenizer=tokenizer, frame_rate=engine.stream.frame_rate)
+        recorder = None if record is None else Recorder(record, words, metrics)
         gate = Gate(tokens, allow_origin or (), local=local and not tokens)
         about = about_model(source)
         notes.print(
@@ -88,7 +97,7 @@ def serve(
         log_to(sys.stderr)
 
         async def run() -> None:
-            server = Server(engine, tokenizer, metrics, about, gate, Limits(max_seconds, idle_seconds))
+            server = Server(engine, tokenizer, metrics, about, gate, Limits(max_seconds, idle_seconds), recorder)
             await server.run(listener, tls, grace)
 
         with as_mistake(f"--model: {source!r} cannot be served", ValueError):
@@ -166,6 +175,20 @@ def read_certificate(certificate: Path | None, key: Path | None) -> ssl.SSLConte
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate, key)
     return context
+
+
+def check_record(folder: Path | None, max_seconds: float) -> None:
+    """Raises :class:`UserMistake` if dialogues cannot be kept in ``folder``, or not whole."""
+    from transformers_moshi_flax.serving.recording import LARGEST_SECONDS, check_folder
+
+    if folder is None:
+        return
+    if max_seconds > LARGEST_SECONDS:
+        raise UserMistake(
+            f"--record: a WAV holds no dialogue of {max_seconds:g} s; give --max-seconds of at most {LARGEST_SECONDS}"
+        )
+    with as_mistake(f"--record: cannot write in {str(folder)!r}", OSError):
+        check_folder(folder)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -16,6 +16,7 @@ from .engine import Engine, Said, Seat
 from .logs import LOGGER
 from .metrics import Metrics
 from .protocol import ProtocolError
+from .recording import Recording
 
 SEND_BUFFER = 65_536
 """Bytes that the system keeps for a caller who does not read: about as much again as the queue of frames."""
@@ -91,6 +92,7 @@ class Caller:
 
     Attributes:
         frames: of Moshi that were sent.
+        recording: of the dialogue, if there is to be one.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Caller:
         self._paused = False
         self._heard_at = 0.0
         self.frames = 0
+        self.recording: Recording | None = None
 
     @property
     def is_waiting(self) -> bool:
@@ -123,6 +126,8 @@ class Caller:
 
     def hear(self, said: Said) -> None:
         """Take a frame of Moshi's; never waits. A caller who does not keep up is dropped."""
+        if self.recording is not None:
+            self.recording.put(said)
         try:
             self._said.put_nowait(said)
         except asyncio.QueueFull:

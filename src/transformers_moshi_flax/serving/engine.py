@@ -33,18 +33,21 @@ PATIENCE = 2
 """Steps that a dialogue rests for while its caller's audio is late; then its caller is heard to be silent."""
 
 
+NO_SLOT = -1
+
+
 @dataclass(eq=False)
 class Seat:
     """A caller's place in the stream.
 
     Attributes:
-        slot: of the stream; None while it waits for one.
+        slot: of the stream; -1 while it waits for one.
         numbers: of sampling, where they are not the stream's.
         key: of the sampling, two words.
         begun: done once the dialogue has begun; what is fed before is not heard.
     """
 
-    slot: int | None
+    slot: int
     numbers: dict[str, float | int]
     key: UInt32[np.ndarray, "2"]
     begun: Future = field(default_factory=Future)
@@ -52,15 +55,26 @@ class Seat:
     heard: bool = False
     paused: bool = False
     waited: int = 0
+    frames: int = 0
 
 
 @dataclass(frozen=True)
 class Said:
-    """What Moshi says in a frame of one dialogue."""
+    """What Moshi says in a frame of one dialogue.
+
+    Attributes:
+        seat: of the dialogue.
+        audio: samples.
+        text_id: of the frame.
+        heard: what its caller was heard saying in the frame.
+        number: of the frame in the dialogue, from 0.
+    """
 
     seat: Seat
     audio: Float[np.ndarray, "frame_size"]
     text_id: int
+    heard: Float[np.ndarray, "frame_size"]
+    number: int
 
 
 class Engine:
@@ -155,7 +169,7 @@ class Engine:
             numbers: of sampling, where they are not to be the engine's; as checked by ``stream.check_numbers``.
             key: of the sampling, two words; the dialogue depends on it, and not on the slot.
         """
-        seat = Seat(None, {**self.numbers, **numbers}, key)
+        seat = Seat(NO_SLOT, {**self.numbers, **numbers}, key)
         with self._lock:
             if self._free:
                 self._give(seat, min(self._free))
@@ -258,7 +272,12 @@ class Engine:
     def _step(self, slots: Bool[np.ndarray, "slots"]) -> None:
         with self._metrics.steps.time():
             frame = self._dialogue.step(slots)
-        self._say([Said(self._seats[slot], audio, frame.text_ids[slot]) for slot, audio in frame.audio.items()])
+        said = []
+        for slot, audio in frame.audio.items():
+            seat = self._seats[slot]
+            said.append(Said(seat, audio, frame.text_ids[slot], frame.user_audio[slot], seat.frames))
+            seat.frames += 1
+        self._say(said)
 
     def _begin(self, seat: Seat) -> None:
         rows = np.arange(self.stream.batch_size) == seat.slot
@@ -270,7 +289,7 @@ class Engine:
     def _restart(self, seat: Seat, done: Future) -> None:
         if self._seats.get(seat.slot) is seat and done.set_running_or_notify_cancel():
             self._dialogue.reset(seat.slot, self._keys(seat))
-            seat.heard, seat.waited = False, 0
+            seat.heard, seat.waited, seat.frames = False, 0, 0
             done.set_result(None)
 
     def _leave(self, seat: Seat) -> None:

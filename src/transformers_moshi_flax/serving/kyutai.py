@@ -13,7 +13,11 @@ from .engine import Said
 from .protocol import Control, Kind
 from .words import Words
 
-ORDERS = {Control.START: Order.GO_ON, Control.PAUSE: Order.PAUSE, Control.RESTART: Order.RESTART}
+ORDERS: dict[int, Order] = {
+    Control.START: Order.GO_ON,
+    Control.PAUSE: Order.PAUSE,
+    Control.RESTART: Order.RESTART,
+}
 """Nobody takes turns, which the other one is about."""
 
 

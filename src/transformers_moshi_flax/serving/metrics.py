@@ -15,6 +15,9 @@ class Metrics:
         self.waiting = Gauge("moshi_waiting", "Callers who wait for a slot.", registry=registry)
         self.ended = Counter("moshi_dialogues_ended", "Dialogues by why they ended.", ["reason"], registry=registry)
         self.refusals = Counter("moshi_refusals", "Callers without a dialogue, by why.", ["reason"], registry=registry)
+        self.recordings = Counter(
+            "moshi_recordings", "Dialogues to be kept, by result.", ["result"], registry=registry
+        )
         self.steps = Histogram(
             "moshi_step_seconds",
             "Time of a step of all slots, samples in to samples out.",

@@ -21,6 +21,7 @@ from .gate import Gate
 from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
+from .recording import Recorder
 from .wishes import Wishes
 
 RATE, FRAME = 24_000, 1920
@@ -57,6 +58,7 @@ class Server:
             callers should know of it.
         gate: who may come in.
         limits: of every caller.
+        recorder: of all dialogues, which it ends; without, nothing is kept.
 
     Raises:
         ValueError: the model is of another rate than the protocol.
@@ -70,6 +72,7 @@ class Server:
         about: dict[str, Any],
         gate: Gate | None = None,
         limits: Limits | None = None,
+        recorder: Recorder | None = None,
     ):
         stream = engine.stream
         if (stream.sampling_rate, stream.frame_size) != (RATE, FRAME):
@@ -83,7 +86,9 @@ class Server:
             "sample_rate": stream.sampling_rate,
             "frame_rate": stream.frame_rate,
             "slots": stream.batch_size,
+            "recorded": recorder is not None,
         }
+        self.recorder = recorder
         self.gate, self.limits = gate or Gate(), limits or Limits()
         self.callers: dict[Seat, Caller] = {}
         self.draining = False
@@ -116,6 +121,8 @@ class Server:
 
     async def _end(self, app: web.Application) -> None:
         self.engine.stop()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.stop)
 
     def _hand_out(self, said: list[Said]) -> None:
         for frame in said:
@@ -232,7 +239,10 @@ class Server:
             began = time.monotonic()
             self.metrics.dialogues.inc()
             log_event("dialogue begins", dialogue=dialogue, slot=seat.slot, format=wishes.format, peer=peer)
-            return {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+            settings = {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+            if self.recorder is not None:
+                caller.recording = self.recorder.begin(dialogue, settings)
+            return settings
 
         ending = LOST  # unless something else is said: the handler was cancelled
         try:
@@ -244,6 +254,8 @@ class Server:
                     "caller leaves the queue", dialogue=dialogue, reason=ending.reason, seconds=round(now - came, 3)
                 )
             else:
+                if caller.recording is not None:
+                    caller.recording.end(ending.reason)
                 self.metrics.dialogues.dec()
                 self.metrics.ended.labels(ending.reason).inc()
                 seconds, frames = round(now - began, 3), caller.frames

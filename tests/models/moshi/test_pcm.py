@@ -200,6 +200,7 @@ def test_dialogue_speaks_pcm(dtype: type):
     assert frame.text_ids == {0: 0, 1: 0} and sorted(frame.audio) == [0, 1]
     assert frame.audio[1].dtype == dtype
     assert frame.audio[1].tolist() == (RAMP[:FRAME] * (32768 if dtype == np.int16 else 1)).tolist()
+    assert frame.user_audio[1].tolist() == RAMP[:FRAME].tolist() and not frame.user_audio[0].any()
     assert dialogue.input.missing_samples.tolist() == [FRAME, 0]
 
 

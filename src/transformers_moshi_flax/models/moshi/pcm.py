@@ -166,10 +166,12 @@ class PcmFrame:
     Attributes:
         audio: by slot, for those that have a valid frame, ``(frame_size,)`` of the dialogue's ``output_dtype``.
         text_ids: by slot, as ``audio``.
+        user_audio: what the slot's user is heard saying in it, by slot, as ``audio``, float32.
     """
 
     audio: dict[int, Float[np.ndarray, "frame_size"] | Int16[np.ndarray, "frame_size"]]
     text_ids: dict[int, int]
+    user_audio: dict[int, Float[np.ndarray, "frame_size"]]
 
 
 class PcmDialogue(_Locked):
@@ -249,6 +251,7 @@ class PcmDialogue(_Locked):
         return PcmFrame(
             audio={slot: from_float(samples[slot, 0], self._output_dtype) for slot in said},
             text_ids={slot: int(text_ids[slot]) for slot in said},
+            user_audio={slot: audio[slot, 0] for slot in said},
         )
 
     def reset(self, slot: int, prng_key: Any = None) -> None:

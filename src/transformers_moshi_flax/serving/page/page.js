@@ -169,7 +169,7 @@ async function introduce() {
     if (!answer.ok) return;
     const about = await answer.json();
     $("about").textContent = `${about.model}: it listens and speaks at the same time. Use headphones.`;
-    show($("notice"), about.notice ?? "");
+    show($("notice"), [about.notice, about.recorded && "what is said here is recorded"].filter(Boolean).join("; "));
   } catch {
     // the button will tell
   }

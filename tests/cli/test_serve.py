@@ -49,6 +49,7 @@ def free_port() -> int:
         (["--temperature", "0", "--top-k", "5"], ["--top-k", "no effect"]),
         (["--slots", "0"], ["--slots"]),
         (["--queue", "-1"], ["--queue"]),
+        (["--per-address", "0"], ["--per-address"]),
         (["--record", __file__], ["--record", "cannot write in", "test_serve.py"]),
         (["--record", "/proc/nowhere"], ["--record", "cannot write in"]),
         (["--record", ".", "--max-seconds", "50000"], ["--record", "--max-seconds", "44739"]),

@@ -93,6 +93,7 @@ async def serving(
     engine: Engine | None = None,
     tokenizer: Any = None,
     record: Path | None = None,
+    per_address: int | None = None,
     **limits: Any,
 ) -> AsyncIterator[House]:
     """A house whose dialogues are fake, unless there is an ``engine``, warmed up."""
@@ -104,7 +105,7 @@ async def serving(
     tokenizer = tokenizer or Tokenizer()
     words = functools.partial(timed_words, tokenizer=tokenizer, frame_rate=12.5)
     recorder = None if record is None else Recorder(record, words, metrics)
-    server = Server(engine, tokenizer, metrics, about, gate, Limits(**limits), recorder)
+    server = Server(engine, tokenizer, metrics, about, gate, Limits(**limits), recorder, per_address)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

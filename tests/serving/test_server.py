@@ -10,19 +10,22 @@ import re
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import jax
 import numpy as np
 import pytest
 import sphn
+from aiohttp import web
 
 from tests.serving.fake_stream import FRAME, FakeStream, spoken_alone
 from tests.serving.house import KEY, SEEDS, Reply, as_audio, in_a_loop, read, serving, speech
 from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.codecs import Pcm16
 from transformers_moshi_flax.serving.engine import Engine
-from transformers_moshi_flax.serving.gate import Gate
+from transformers_moshi_flax.serving.gate import Addresses, Gate
 from transformers_moshi_flax.serving.logs import LOGGER, JsonLines
 from transformers_moshi_flax.serving.metrics import Metrics
 from transformers_moshi_flax.serving.protocol import Control, Kind
@@ -358,6 +361,78 @@ async def test_pages_of_other_servers_are_kept_out():
             ({"Host": "[broken"}, 403),
         ]:
             assert (await house.text("/api/chat?format=pcm16", headers=headers))[0] == status, headers
+
+
+@in_a_loop
+async def test_one_address_has_so_many_and_no_more_in_the_queue_either():
+    async with serving(slots=1, queue=5, per_address=2) as house:
+        async with house.call() as first, house.call() as waits:
+            await waits.receive_bytes()
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="429"):
+                await house.call()
+            status, words = await house.text("/api/chat?format=pcm16")
+            assert status == 429 and "2 of 2 dialogues" in words
+            other = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+            async with aiohttp.ClientSession(connector=other) as session:
+                async with session.ws_connect(f"{house.url}/api/chat?format=pcm16") as caller:
+                    await caller.receive_bytes()
+            await waits.close()
+            await house.until(lambda: not house.server.addresses._held or house.figure("moshi_waiting") == 0)
+            async with house.call() as waits:
+                await waits.receive_bytes()
+            assert house.figure("moshi_refusals_total", reason="address") == 2
+            await first.send_bytes(as_audio(speech(1)))
+            await read(first, 1)
+        await house.until(lambda: not house.server.addresses._held)  # nothing is kept of who was here
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8:1:2::1", "2001:db8:1:2:3:4:5:6", True),
+        ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+        ("fe80::1%eth0", "fe80::2%eth1", True),
+        (None, "", True),
+    ],
+)
+def test_addresses_are_those_that_one_caller_can_have(one: str | None, other: str, same: bool):
+    addresses = Addresses(1)
+    with addresses.hold(one):
+        if same:
+            with pytest.raises(web.HTTPTooManyRequests):
+                addresses.check(other)
+        else:
+            addresses.check(other)
+    addresses.check(other)
+    with Addresses().hold(one), Addresses().hold(one):
+        pass
+
+
+@in_a_loop
+async def test_compilations_and_memory_are_told(monkeypatch: pytest.MonkeyPatch):
+    def compile_something() -> None:
+        jax.jit(lambda x: x + 41).lower(np.zeros(3, np.float32)).compile()
+
+    async with serving() as house:
+        compile_something()
+        assert house.figure("moshi_compilations_total") == 1
+        resident = house.figure("process_resident_memory_bytes")
+        assert 10e6 < resident < 1e12
+        assert "moshi_device_memory_bytes{" not in (await house.text("/metrics"))[1]  # this backend does not tell
+        stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 9, "num_allocs": 1}
+        devices = [
+            SimpleNamespace(id=id, memory_stats=lambda told=told: told) for id, told in enumerate([stats, None])
+        ]
+        monkeypatch.setattr("jax.local_devices", lambda: devices)
+        figures = (await house.text("/metrics"))[1]
+        for line in ('bytes{device="0"} 5.0', 'peak_bytes{device="0"} 7.0', 'limit_bytes{device="0"} 9.0'):
+            assert f"moshi_device_memory_{line}" in figures
+        assert 'device="1"' not in figures
+    compile_something()
+    assert house.figure("moshi_compilations_total") == 1  # of another time
 
 
 @in_a_loop

@@ -41,6 +41,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 8998,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Dialogues at once.")] = 4,
     queue: Annotated[int, typer.Option(min=0, max=256, help="Callers who may wait for a slot.")] = 0,
+    per_address: Annotated[
+        int | None, typer.Option(min=1, help="Dialogues at once of callers with the same address.")
+    ] = None,
     max_seconds: Annotated[float, typer.Option(min=1, help="Of a dialogue.")] = 3600.0,
     idle_seconds: Annotated[float, typer.Option(min=1, help="Without audio, until a dialogue ends.")] = 30.0,
     record: Annotated[
@@ -97,7 +100,8 @@ def serve(
         log_to(sys.stderr)
 
         async def run() -> None:
-            server = Server(engine, tokenizer, metrics, about, gate, Limits(max_seconds, idle_seconds), recorder)
+            limits = Limits(max_seconds, idle_seconds)
+            server = Server(engine, tokenizer, metrics, about, gate, limits, recorder, per_address)
             await server.run(listener, tls, grace)
 
         with as_mistake(f"--model: {source!r} cannot be served", ValueError):

@@ -1,9 +1,12 @@
-"""Who may come in: tokens, origins of pages, names of this server."""
+"""Who may come in: tokens, origins of pages, names of this server, how many of one address."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -50,6 +53,50 @@ class Gate:
                 text="a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+class Addresses:
+    """Limits the dialogues that callers of one address have or wait for, a network of 64 bits for IPv6.
+
+    Args:
+        most: at once; None does not limit them.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most
+        self._held: Counter[str] = Counter()
+
+    def check(self, remote: str | None) -> None:
+        """Raises ``HTTPTooManyRequests`` if an address has as many as it may."""
+        if self._most is not None and self._held[_network(remote)] >= self._most:
+            words = f"your address has {self._most} of {self._most} dialogues already; end one, or try again later"
+            raise web.HTTPTooManyRequests(text=words)
+
+    @contextmanager
+    def hold(self, remote: str | None) -> Iterator[None]:
+        """A dialogue of an address. Raises as :meth:`check`."""
+        self.check(remote)
+        network = _network(remote)
+        self._held[network] += 1
+        try:
+            yield
+        finally:
+            self._held[network] -= 1
+            if not self._held[network]:
+                del self._held[network]
+
+
+def _network(remote: str | None) -> str:
+    """What callers cannot choose freely of their address."""
+    try:
+        address = ip_address((remote or "").partition("%")[0])
+    except ValueError:
+        return remote or ""  # a socket of the system's own
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is None:
+            return address.exploded[:19]
+        address = address.ipv4_mapped
+    return str(address)
 
 
 def _hostname(host: str) -> str | None:

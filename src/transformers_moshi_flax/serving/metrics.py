@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What JAX tells when XLA has made a program, or found one in its cache."""
 
 
 class Metrics:
-    """The figures of one server; every name begins with ``moshi_``."""
+    """The figures of one server; names begin with ``moshi_``, those of the process with ``process_``."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -31,7 +41,45 @@ class Metrics:
         self.missing = Counter(
             "moshi_missing_frames", "Frames that were silence because a caller's audio was late.", registry=registry
         )
+        self.compilations = Counter(
+            "moshi_compilations", "Programs compiled since the port opened: none, if all is well.", registry=registry
+        )
+        # memory, processor time, open files; where the system tells
+        ProcessCollector(registry=registry)
+        registry.register(DeviceMemory())
+
+    @contextmanager
+    def counting_compilations(self) -> Iterator[None]:
+        """Count them, in whichever thread."""
+
+        def listen(event: str, duration: float, **details: Any) -> None:
+            if event == COMPILED:
+                self.compilations.inc()
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
 
     def text(self) -> bytes:
         """All of it, for ``/metrics``."""
         return generate_latest(self.registry)
+
+
+class DeviceMemory(Collector):
+    """The memory of this process's devices, of those whose backend tells."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """As of now."""
+        figures = {
+            "bytes_in_use": GaugeMetricFamily("moshi_device_memory_bytes", "Memory in use.", labels=["device"]),
+            "peak_bytes_in_use": GaugeMetricFamily("moshi_device_memory_peak_bytes", "Its peak.", labels=["device"]),
+            "bytes_limit": GaugeMetricFamily("moshi_device_memory_limit_bytes", "What there is.", labels=["device"]),
+        }
+        for device in jax.local_devices():
+            told = device.memory_stats() or {}
+            for name, figure in figures.items():
+                if name in told:
+                    figure.add_metric([str(device.id)], told[name])
+        yield from figures.values()

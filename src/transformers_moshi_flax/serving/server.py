@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Any
 
@@ -17,7 +17,7 @@ from aiohttp import web
 from .caller import SEND_BUFFER, Caller, Limits
 from .dialect import FAILED, LOST, SHUTDOWN, Dialect, Ending
 from .engine import Engine, Said, Seat
-from .gate import Gate
+from .gate import Addresses, Gate
 from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
@@ -58,6 +58,7 @@ class Server:
             callers should know of it.
         gate: who may come in.
         limits: of every caller.
+        per_address: dialogues that callers of one address may have at once, if there is a limit.
         recorder: of all dialogues, which it ends; without, nothing is kept.
 
     Raises:
@@ -73,6 +74,7 @@ class Server:
         gate: Gate | None = None,
         limits: Limits | None = None,
         recorder: Recorder | None = None,
+        per_address: int | None = None,
     ):
         stream = engine.stream
         if (stream.sampling_rate, stream.frame_size) != (RATE, FRAME):
@@ -88,7 +90,7 @@ class Server:
             "slots": stream.batch_size,
             "recorded": recorder is not None,
         }
-        self.recorder = recorder
+        self.recorder, self.addresses = recorder, Addresses(per_address)
         self.gate, self.limits = gate or Gate(), limits or Limits()
         self.callers: dict[Seat, Caller] = {}
         self.draining = False
@@ -107,19 +109,18 @@ class Server:
         app.router.add_get("/metrics", self.show_metrics)
         for path in PAGE_FILES:
             app.router.add_get(path, self.page)
-        app.on_startup.append(self._begin)
-        app.on_cleanup.append(self._end)
+        app.cleanup_ctx.append(self._running)
         return app
 
-    async def _begin(self, app: web.Application) -> None:
+    async def _running(self, app: web.Application) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         self.engine.start(
             say=lambda said: loop.call_soon_threadsafe(self._hand_out, said),
             fail=lambda error: loop.call_soon_threadsafe(self._fail, error),
             move_up=lambda: loop.call_soon_threadsafe(self._move_up),
         )
-
-    async def _end(self, app: web.Application) -> None:
+        with self.metrics.counting_compilations():
+            yield
         self.engine.stop()
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.stop)
@@ -184,6 +185,14 @@ class Server:
         except ValueError as error:
             self._refuse(request, "query")
             raise web.HTTPBadRequest(text=str(error)) from error
+        try:
+            with self.addresses.hold(request.remote):
+                return await self._open(request, wishes, dialect(wishes))
+        except web.HTTPTooManyRequests:
+            self._refuse(request, "address")
+            raise
+
+    async def _open(self, request: web.Request, wishes: Wishes, dialect: Dialect) -> web.StreamResponse:
         websocket = web.WebSocketResponse(
             timeout=2.0,
             heartbeat=self.limits.heartbeat_seconds,
@@ -201,7 +210,7 @@ class Server:
             raise _try_later(self._full())
         try:
             await websocket.prepare(request)
-            caller = self._welcome(websocket, request, seat, wishes, dialect(wishes))
+            caller = self._welcome(websocket, request, seat, wishes, dialect)
             ending = await self._hold(caller, seat, wishes, request)
         finally:
             self.engine.leave(seat)

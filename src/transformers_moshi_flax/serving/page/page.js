@@ -129,7 +129,7 @@ async function afterwards(ended, told) {
     }
     // 426 is how a websocket's address answers a plain request when nothing is wrong
     if (status !== 0 && status !== 426) {
-      return finish(status === 503 ? `Not now: ${words}.` : `The server has refused: ${words}.`);
+      return finish([429, 503].includes(status) ? `Not now: ${words}.` : `The server has refused: ${words}.`);
     }
   }
   if (retries >= RETRIES.length) return finish("The connection is lost. Press Talk to try again.");

@@ -49,6 +49,8 @@ TEST = [
     "pytest>=8.0",
 ]
 TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=4.21.1", "sentencepiece>=0.2", "wandb>=0.20"]
+# the client of OpenAI's realtime events
+TEST += ["openai[realtime]>=2.8"]
 # before, the axes of three-dimensional weights were taken for each other
 TEST += ["peft>=0.21"]
 

@@ -248,6 +248,8 @@ class Caller:
             await self._send(self._dialect.object("the dialogue has not begun yet"))
         elif order == Order.RESTART:
             await asyncio.wrap_future(self._engine.restart(self._seat))
+        elif order == Order.FORGET:
+            self._engine.forget(self._seat)
         else:
             self._paused = order == Order.PAUSE
             self._engine.pause(self._seat, self._paused)

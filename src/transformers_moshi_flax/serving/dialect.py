@@ -23,6 +23,8 @@ class Order(enum.Enum):
     GO_ON = enum.auto()
     PAUSE = enum.auto()
     RESTART = enum.auto()
+    FORGET = enum.auto()
+    """What was said and not heard yet."""
 
 
 @dataclass(frozen=True)

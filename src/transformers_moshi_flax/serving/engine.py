@@ -192,6 +192,10 @@ class Engine:
         self._something.set()
         return dropped
 
+    def forget(self, seat: Seat) -> None:
+        """Let what a caller has said and was not heard yet not be heard."""
+        self._dialogue.input.clear(seat.slot)
+
     def pause(self, seat: Seat, paused: bool) -> None:
         """Let a dialogue's time stand still, or go on."""
         self._order(lambda: setattr(seat, "paused", paused))

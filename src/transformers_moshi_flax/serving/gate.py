@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+TOKEN_PROTOCOL = "openai-insecure-api-key."
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -18,8 +19,8 @@ class Gate:
     """Checks requests before anything else is done for them.
 
     Args:
-        tokens: one of which a caller must have, as ``Authorization: Bearer TOKEN`` or ``?token=TOKEN``; none are asked
-            for where there are none.
+        tokens: one of which a caller must have, as ``Authorization: Bearer TOKEN`` or ``?token=TOKEN``, or as a
+            subprotocol, which is how OpenAI's clients in browsers send it; none are asked for where there are none.
         origins: of pages that may connect besides the server's own, as ``https://example.org``.
         local: whether this server is for its own machine alone. Then it must be called by a name of the machine
             (or of ``origins``): a foreign page whose name was turned to this address is kept out.
@@ -45,7 +46,9 @@ class Gate:
         """Raises ``HTTPUnauthorized`` for a caller without a token."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            given = request.query.get("token", "")
+            offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+            keys = [part.strip().removeprefix(TOKEN_PROTOCOL) for part in offered if TOKEN_PROTOCOL in part]
+            given = request.query.get("token") or "".join(keys[:1])
         # every token is compared, each in constant time
         matches = [hmac.compare_digest(given.encode("utf-8", "replace"), token) for token in self._tokens]
         if self._tokens and not any(matches):

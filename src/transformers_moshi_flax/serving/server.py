@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -21,6 +21,7 @@ from .gate import Addresses, Gate
 from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
+from .realtime import Realtime
 from .recording import Recorder
 from .wishes import Wishes
 
@@ -104,6 +105,7 @@ class Server:
         """The application, whose engine begins with it and ends with it."""
         app = web.Application(middlewares=[self._checked])
         app.router.add_get("/api/chat", self.chat)
+        app.router.add_get("/v1/realtime", self.realtime)
         app.router.add_get("/api/build_info", self.build_info)
         app.router.add_get("/health", self.health)
         app.router.add_get("/metrics", self.show_metrics)
@@ -145,7 +147,7 @@ class Server:
         reason = "origin"
         try:
             self.gate.check_origin(request)
-            if request.path.startswith("/api/") or request.path == "/metrics":
+            if request.path.startswith(("/api/", "/v1/")) or request.path == "/metrics":
                 reason = "token"
                 self.gate.check_token(request)
         except web.HTTPException:
@@ -173,15 +175,32 @@ class Server:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A dialogue by Kyutai's protocol."""
-        return await self._receive(request, lambda wishes: Kyutai(wishes.format, RATE, self.tokenizer))
+        return await self._receive(
+            request,
+            lambda query: Wishes.read(query, self.engine.stream),
+            lambda wishes: Kyutai(wishes.format, RATE, self.tokenizer),
+        )
 
-    async def _receive(self, request: web.Request, dialect: Callable[[Wishes], Dialect]) -> web.StreamResponse:
+    async def realtime(self, request: web.Request) -> web.StreamResponse:
+        """A dialogue by OpenAI's realtime events."""
+        return await self._receive(
+            request,
+            lambda query: Wishes.read_for_model(query, self.engine.stream, self.about["model"]),
+            lambda wishes: Realtime(self.about["model"], RATE, self.tokenizer),
+        )
+
+    async def _receive(
+        self,
+        request: web.Request,
+        read: Callable[[Mapping[str, str]], Wishes],
+        dialect: Callable[[Wishes], Dialect],
+    ) -> web.StreamResponse:
         """A dialogue. Whatever speaks against it is said before the upgrade."""
         if self.draining or self.failure:
             self._refuse(request, "draining")
             raise _try_later("the server is shutting down")
         try:
-            wishes = Wishes.read(request.query, self.engine.stream)
+            wishes = read(request.query)
         except ValueError as error:
             self._refuse(request, "query")
             raise web.HTTPBadRequest(text=str(error)) from error
@@ -198,6 +217,7 @@ class Server:
             heartbeat=self.limits.heartbeat_seconds,
             max_msg_size=self.limits.message_bytes,
             compress=False,
+            protocols=("realtime",),
         )
         if not websocket.can_prepare(request):
             # what could be refused has been: a page learns by this why its websocket was not opened

@@ -1,4 +1,4 @@
-"""What a caller asks for in the query of ``/api/chat``: the names of Kyutai's Rust backend."""
+"""What a caller asks for in the query: the names of Kyutai's Rust backend."""
 
 from __future__ import annotations
 
@@ -78,6 +78,20 @@ class Wishes:
             seeds = [secrets.randbits(32), secrets.randbits(32)]
         max_steps = _whole("max_steps", query["max_steps"], 1) if "max_steps" in query else None
         return cls(format, numbers, np.array([seed or 0 for seed in seeds], np.uint32), max_steps)
+
+    @classmethod
+    def read_for_model(cls, query: Mapping[str, str], stream: Any, model: str) -> Wishes:
+        """As :meth:`read`, of OpenAI's realtime endpoint: with a ``model``, and of one format.
+
+        Raises:
+            ValueError: as :meth:`read`; another ``model``, or a ``format``.
+        """
+        rest = dict(query)
+        if (asked := rest.pop("model", model)) != model:
+            raise ValueError(f"`model`={asked} is not served here, but {model}")
+        if "format" in rest:
+            raise ValueError("`format` cannot be chosen here: audio is 16-bit PCM at 24 kHz, in base64")
+        return cls.read({**rest, "format": "pcm16"}, stream)
 
 
 def _number(name: str, text: str) -> float:

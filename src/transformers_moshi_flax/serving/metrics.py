@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -52,7 +51,7 @@ class Metrics:
     def counting_compilations(self) -> Iterator[None]:
         """Count them, in whichever thread."""
 
-        def listen(event: str, duration: float, **details: Any) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == COMPILED:
                 self.compilations.inc()
 

@@ -131,8 +131,8 @@ class DataConfig:
         buckets: lengths that batches are padded to, ascending; the last one is ``max_length``. Empty: ``max_length``.
         shuffle: whether conversations are chunked and drawn in a new order every epoch.
         swap_moshi_user: the share of chunks in which Moshi and the user change their roles.
-        user_code_noise: the largest share of a chunk's user codes that are replaced by random ones, so that little data
-            is not learned by heart; drawn for each chunk, in every epoch anew.
+        user_code_noise: the largest share of a chunk's user codes that are replaced by random ones, so that little
+            data is not learned by heart; drawn for each chunk, in every epoch anew.
         workers: processes that make batches; 0 makes them in a thread of this one.
     """
 

@@ -201,6 +201,9 @@ def test_fingerprints_are_of_numbers_not_of_their_types() -> None:
     assert plan_of([6], batch_size=2, swap_moshi_user=np.float64(0.5), seed=True).fingerprint == (
         plan_of([6], batch_size=2, swap_moshi_user=0.5, seed=1).fingerprint
     )
+    noisy = plan_of([6], batch_size=2, user_code_noise=0.5).fingerprint
+    assert noisy != plan_of([6], batch_size=2).fingerprint
+    assert noisy == plan_of([6], batch_size=2, user_code_noise=np.float64(0.5)).fingerprint
 
 
 def test_batches_are_of_like_length() -> None:
@@ -228,9 +231,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    options=PLANS, cut=st.integers(0, 12), swap=st.sampled_from([0.0, 0.5]), noise=st.sampled_from([0.0, 0.5])
-)
+@given(options=PLANS, cut=st.integers(0, 12), swap=st.sampled_from([0.0, 0.5]), noise=st.sampled_from([0.0, 0.5]))
 def test_resumed_is_uninterrupted(options: dict[str, Any], cut: int, swap: float, noise: float) -> None:
     dataset = dataset_of(options["lengths"])
     options = {key: value for key, value in options.items() if key != "lengths"}

@@ -131,6 +131,8 @@ class DataConfig:
         buckets: lengths that batches are padded to, ascending; the last one is ``max_length``. Empty: ``max_length``.
         shuffle: whether conversations are chunked and drawn in a new order every epoch.
         swap_moshi_user: the share of chunks in which Moshi and the user change their roles.
+        user_code_noise: the largest share of a chunk's user codes that are replaced by random ones, so that little
+            data is not learned by heart; drawn for each chunk, in every epoch anew.
         workers: processes that make batches; 0 makes them in a thread of this one.
     """
 
@@ -142,6 +144,7 @@ class DataConfig:
     buckets: tuple[int, ...] = ()
     shuffle: bool = True
     swap_moshi_user: float = 0.0
+    user_code_noise: float = 0.0
     workers: int = 0
 
     def problems(self) -> Iterator[str]:
@@ -155,6 +158,8 @@ class DataConfig:
             yield f"`buckets`: the last of {list(self.buckets)} must be max_length = {self.max_length}"
         if not 0 <= self.swap_moshi_user <= 1:
             yield f"`swap_moshi_user`: {self.swap_moshi_user} is no share; give 0 to 1"
+        if not 0 <= self.user_code_noise <= 1:
+            yield f"`user_code_noise`: {self.user_code_noise} is no share; give 0 to 1"
 
 
 @dataclass(frozen=True)

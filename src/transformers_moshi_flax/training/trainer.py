@@ -352,6 +352,7 @@ class Trainer:
             seed=self.config.run.seed,
             shuffle=settings.shuffle and trains,
             swap_moshi_user=settings.swap_moshi_user if trains else 0.0,
+            user_code_noise=settings.user_code_noise if trains else 0.0,
             epochs=epochs,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -105,6 +105,27 @@ def test_swap() -> None:
     assert 4 <= sum(shares[0]) <= 32 and (shares[0] != shares[1]).any()
 
 
+def test_noise_in_the_codes_of_the_user() -> None:
+    dataset = dataset_of([24] * 64)
+    options = {"batch_size": 64, "shuffle": False, "max_length": 25}
+    plain = next(loader_of(dataset, **options))
+    loader = loader_of(dataset, **options, user_code_noise=0.5)
+    batches = [next(loader), next(loader)]
+    for batch in batches:
+        assert_equal({**batch, "user_audio_codes": plain["user_audio_codes"]}, plain)
+        codes = batch["user_audio_codes"]
+        np.testing.assert_array_equal(codes == START_CODE, plain["user_audio_codes"] == START_CODE)
+        assert codes.min() >= 0
+        changed = (codes != plain["user_audio_codes"]).mean((1, 2))
+        assert 0.15 < changed.mean() < 0.3  # of shares from 0 to 0.5, and some codes draw themselves
+        assert changed.min() < 0.08 and 0.35 < changed.max() < 0.6
+    assert (batches[0]["user_audio_codes"] != batches[1]["user_audio_codes"]).any()
+    swapped = next(loader_of(dataset, **options, user_code_noise=0.5, swap_moshi_user=1.0))
+    without = next(loader_of(dataset, **options, swap_moshi_user=1.0))
+    assert_equal({**swapped, "user_audio_codes": without["user_audio_codes"]}, without)
+    assert (swapped["user_audio_codes"] != without["user_audio_codes"]).any()
+
+
 def test_padding_has_no_weight() -> None:
     """The model's losses are the same, whatever stands in the padding."""
     model = FlaxMoshiForConditionalGeneration.from_pretrained(EMBEDDED)
@@ -180,6 +201,9 @@ def test_fingerprints_are_of_numbers_not_of_their_types() -> None:
     assert plan_of([6], batch_size=2, swap_moshi_user=np.float64(0.5), seed=True).fingerprint == (
         plan_of([6], batch_size=2, swap_moshi_user=0.5, seed=1).fingerprint
     )
+    noisy = plan_of([6], batch_size=2, user_code_noise=0.5).fingerprint
+    assert noisy != plan_of([6], batch_size=2).fingerprint
+    assert noisy == plan_of([6], batch_size=2, user_code_noise=np.float64(0.5)).fingerprint
 
 
 def test_batches_are_of_like_length() -> None:
@@ -207,11 +231,11 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(options=PLANS, cut=st.integers(0, 12), swap=st.sampled_from([0.0, 0.5]))
-def test_resumed_is_uninterrupted(options: dict[str, Any], cut: int, swap: float) -> None:
+@given(options=PLANS, cut=st.integers(0, 12), swap=st.sampled_from([0.0, 0.5]), noise=st.sampled_from([0.0, 0.5]))
+def test_resumed_is_uninterrupted(options: dict[str, Any], cut: int, swap: float, noise: float) -> None:
     dataset = dataset_of(options["lengths"])
     options = {key: value for key, value in options.items() if key != "lengths"}
-    options |= {"max_length": 7, "swap_moshi_user": swap}
+    options |= {"max_length": 7, "swap_moshi_user": swap, "user_code_noise": noise}
     whole = loader_of(dataset, **options)
     expected = [next(whole) for _ in range(cut + 3)]
     interrupted = loader_of(dataset, **options)
@@ -232,7 +256,7 @@ def test_resumed_is_uninterrupted(options: dict[str, Any], cut: int, swap: float
 def test_processes_share_the_batches_of_one(options: dict[str, Any], processes: int) -> None:
     dataset = dataset_of(options["lengths"])
     options = {key: value for key, value in options.items() if key != "lengths"}
-    options |= {"max_length": 7, "batch_size": processes * options["batch_size"], "epochs": 1}
+    options |= {"max_length": 7, "batch_size": processes * options["batch_size"], "epochs": 1, "user_code_noise": 0.5}
     shares = [
         list(loader_of(dataset, **options, process_index=index, process_count=processes)) for index in range(processes)
     ]
@@ -350,6 +374,7 @@ def test_an_error_in_the_thread_arrives() -> None:
         ({"buckets": (3,)}, "`buckets` are"),
         ({"seed": -1}, "`seed` is -1"),
         ({"swap_moshi_user": 1.5}, "`swap_moshi_user` is 1.5"),
+        ({"user_code_noise": -0.5}, "`user_code_noise` is -0.5"),
         ({"swap_moshi_user": 0.5}, "1 conversations have no `user_text_tokens`, 'sample 1' is the first"),
         ({"process_count": 3}, "`batch_size` is 2, which 3 processes cannot share"),
         ({"process_index": 1}, "`process_index` is 1"),

@@ -27,6 +27,9 @@ CLOSING_SECONDS = 2.0
 LEAST_COST = 0.005
 """Seconds of sound that a message counts as at least: the shortest that browsers send."""
 
+COST_OF_BYTE = 1 / 64_000
+"""Seconds of sound that a message counts as at least for each of its bytes: as samples of 16 bits in base64."""
+
 FULL = 0.5
 """Seconds of sound that a message that is no audio counts as for each of its kilobytes."""
 
@@ -220,21 +223,28 @@ class Caller:
             if received.type != self._dialect.message_type:
                 words = f"messages are {self._dialect.message_type.name.lower()}"
                 raise ProtocolError(words, WSCloseCode.UNSUPPORTED_DATA)
-            allowance.spend(LEAST_COST)
+            paid = max(LEAST_COST, COST_OF_BYTE * len(received.data))
+            allowance.spend(paid)
             meant = self._dialect.read(received.data)
             if isinstance(meant, Audio):
-                await self._hear_caller(meant, allowance)
+                await self._hear_caller(meant, allowance, paid)
             else:
-                allowance.spend(FULL * len(received.data) / 1024)
                 await self._obey(meant.order)
                 await self._send(meant.messages)
+                # afterwards: whoever has sent too much learns what was wrong with it
+                allowance.spend(FULL * len(received.data) / 1024)
             # the next message may be there already: others come first
             await asyncio.sleep(0)
 
-    async def _hear_caller(self, audio: Audio, allowance: Allowance) -> None:
-        """Let the engine hear it. In the queue it is read alone, as later audio may depend on it."""
+    async def _hear_caller(self, audio: Audio, allowance: Allowance, paid: float) -> None:
+        """Let the engine hear it. In the queue it is read alone, as later audio may depend on it.
+
+        ``paid`` seconds of its sound have been spent already.
+        """
         for samples in audio.pieces:
-            allowance.spend(max(0.0, len(samples) / self._rate - LEAST_COST))
+            seconds = len(samples) / self._rate
+            allowance.spend(max(0.0, seconds - paid))
+            paid = max(0.0, paid - seconds)
             if self._greeted.is_set() and not self._paused:
                 dropped = self._engine.feed(self._seat, samples)
                 self._metrics.dropped.inc(dropped / self._rate)
@@ -244,12 +254,13 @@ class Caller:
     async def _obey(self, order: Order | None) -> None:
         if order is None:
             return
-        if not self._greeted.is_set():
+        if order == Order.FORGET:
+            if self._greeted.is_set():  # before, there is nothing to be forgotten
+                self._engine.forget(self._seat)
+        elif not self._greeted.is_set():
             await self._send(self._dialect.object("the dialogue has not begun yet"))
         elif order == Order.RESTART:
             await asyncio.wrap_future(self._engine.restart(self._seat))
-        elif order == Order.FORGET:
-            self._engine.forget(self._seat)
         else:
             self._paused = order == Order.PAUSE
             self._engine.pause(self._seat, self._paused)

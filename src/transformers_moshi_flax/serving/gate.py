@@ -39,16 +39,14 @@ class Gate:
         origin = request.headers.get("Origin")
         if origin is None or origin.lower() in self._origins:
             return
-        if urlsplit(origin).netloc.lower() != host.lower() or not host:
+        if not host or _netloc(origin) != host.lower():
             raise web.HTTPForbidden(text=f"pages of {origin!r} may not connect; see --allow-origin")
 
     def check_token(self, request: web.BaseRequest) -> None:
         """Raises ``HTTPUnauthorized`` for a caller without a token."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-            keys = [part.strip().removeprefix(TOKEN_PROTOCOL) for part in offered if TOKEN_PROTOCOL in part]
-            given = request.query.get("token") or "".join(keys[:1])
+            given = request.query.get("token") or _key_among(request.headers.get("Sec-WebSocket-Protocol", ""))
         # every token is compared, each in constant time
         matches = [hmac.compare_digest(given.encode("utf-8", "replace"), token) for token in self._tokens]
         if self._tokens and not any(matches):
@@ -100,6 +98,19 @@ def _network(remote: str | None) -> str:
             return address.exploded[:19]
         address = address.ipv4_mapped
     return str(address)
+
+
+def _key_among(protocols: str) -> str:
+    """The token among the subprotocols that a client offers, or nothing."""
+    names = [name.strip() for name in protocols.split(",")]
+    return next((name.removeprefix(TOKEN_PROTOCOL) for name in names if name.startswith(TOKEN_PROTOCOL)), "")
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _hostname(host: str) -> str | None:

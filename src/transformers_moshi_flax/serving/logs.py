@@ -38,3 +38,5 @@ def log_to(stream: Any) -> None:
     handler.setFormatter(JsonLines())
     logging.getLogger().handlers = [handler]
     LOGGER.setLevel(logging.INFO)
+    # its warning of subprotocols that are not known repeats them, and one may be a token
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ import json
 import secrets
 from typing import Any
 
-from aiohttp import WSMsgType
+from aiohttp import WSCloseCode, WSMsgType
 
 from .codecs import Pcm16
 from .dialect import Answer, Audio, Ending, Message, Order
@@ -101,7 +101,7 @@ class Realtime:
         event: Any = None
         try:
             try:
-                event = json.loads(data)
+                event = json.loads(data, parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as problem:
                 raise NotDone("a message must be one event in JSON", "invalid_json") from problem
             return self._carry_out(event)
@@ -161,7 +161,7 @@ class Realtime:
     def end(self, ending: Ending) -> list[Message]:
         """As :class:`Dialect`; the response ends with the dialogue."""
         messages = self._finish(ending) if self._began else []
-        if ending.words is not None:
+        if ending.words is not None and not _is_as_asked_for(ending):
             messages.append(self._error(ending.words, _kind_of_error(ending), ending.reason))
         return messages
 
@@ -185,7 +185,7 @@ class Realtime:
                 "code": ending.reason,
                 "message": ending.words or ending.reason,
             }
-        elif ending.reason == "length":
+        elif _is_as_asked_for(ending):
             details["reason"] = "max_output_tokens"
         transcript = "".join(self._said)
         item = self._message("incomplete", {"type": "output_audio", "transcript": transcript})
@@ -229,14 +229,28 @@ class Realtime:
         given = cause.get("event_id") if isinstance(cause, dict) else None
         event_id = given if isinstance(given, str) and len(given) <= CLIENT_ID_LENGTH else None
         fields = {"type": kind, "code": code, "message": words, "param": param, "event_id": event_id}
-        return self._event("error", error=fields)
+        return self._event("error", error={name: _whole_characters(value) for name, value in fields.items()})
 
     def _event(self, kind: str, **fields: Any) -> str:
         return json.dumps({"type": kind, "event_id": f"event_{next(self._numbers)}", **fields})
 
 
+def _is_as_asked_for(ending: Ending) -> bool:
+    """Whether ``max_steps`` have been reached: no error."""
+    return ending.code == WSCloseCode.OK
+
+
 def _kind_of_error(ending: Ending) -> str:
-    return "invalid_request_error" if ending.reason == "malformed" else "server_error"
+    return "server_error" if ending.reason in ("failed", "shutdown") else "invalid_request_error"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _whole_characters(text: str | None) -> str | None:
+    """A client's words may have halves of characters, which not every reader of JSON takes."""
+    return None if text is None else text.encode("utf-8", "replace").decode()
 
 
 def _compare(path: str, given: Any, have: Any) -> None:
@@ -246,7 +260,7 @@ def _compare(path: str, given: Any, have: Any) -> None:
             if name not in have:
                 raise NotDone(f"`{path}.{name:.80}` cannot be chosen here", "invalid_value", f"{path}.{name:.80}")
             _compare(f"{path}.{name}", value, have[name])
-    elif given != have:
+    elif given != have or isinstance(given, bool) != isinstance(have, bool):
         raise NotDone(f"`{path}` can only be {json.dumps(have)} here", "invalid_value", path)
 
 

@@ -115,7 +115,7 @@ class Caller:
         self._rate = engine.stream.sampling_rate
         self._said: asyncio.Queue[Said] = asyncio.Queue(limits.unread_frames)
         self._ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
-        self._moved, self._greeted = asyncio.Event(), asyncio.Event()
+        self._moved, self._greeted, self._sending = asyncio.Event(), asyncio.Event(), asyncio.Lock()
         self._waited = engine.position(seat) > 0
         self._paused = False
         self._heard_at = 0.0
@@ -186,11 +186,19 @@ class Caller:
             self.end(FAILED)
 
     async def _send(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            if isinstance(message, bytes):
-                await self._websocket.send_bytes(message)
-            else:
-                await self._websocket.send_str(message)
+        """Send all of them, one after the other, whoever is cancelled meanwhile.
+
+        aiohttp lets all who send wait for the same future: the goodbye would be cancelled with whoever waits as well.
+        """
+        await asyncio.shield(self._send_in_order(messages))
+
+    async def _send_in_order(self, messages: Iterable[Message]) -> None:
+        async with self._sending:
+            for message in messages:
+                if isinstance(message, bytes):
+                    await self._websocket.send_bytes(message)
+                else:
+                    await self._websocket.send_str(message)
 
     async def _watch_the_time(self) -> Ending:
         """Until the dialogue has lasted for as long as it may, or there was no audio for too long."""

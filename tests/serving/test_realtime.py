@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.serving.fake_stream import FRAME, FakeStream
 from tests.serving.house import SEEDS, House, Tokenizer, as_audio, in_a_loop, read, serving, speech
-from tests.serving.test_server import alone, fresh_server, until_ready
+from tests.serving.test_server import alone, example_with, fresh_server, until_ready
 from transformers_moshi_flax.serving import logs
 from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.dialect import FAILED, LEFT, SHUTDOWN, Dialect, Ending
@@ -587,6 +587,17 @@ async def test_bad_clients_touch_nobody_else(act: Callable[[Ear], Awaitable[str]
             assert told in await bad
         await house.until(lambda: house.server.engine.free_slots == 1)
     assert np.array_equal(good.samples, alone(said)) and not good.of("error")
+
+
+@in_a_loop
+async def test_the_example_of_the_docs(capsys: pytest.CaptureFixture):
+    names: dict[str, Any] = {}
+    async with serving() as house:
+        code = example_with("openai").replace("http://127.0.0.1:8998", house.url)
+        exec(code.replace('model="kmhf/hf-moshiko"', 'model="fake"'), names)
+        await names["talk"](speech(4).tobytes())
+        await names["client"].close()
+    assert capsys.readouterr().out == "€"  # which the third frame completes
 
 
 def test_it_is_a_dialect_whose_endings_are_all_told():

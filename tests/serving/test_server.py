@@ -359,6 +359,7 @@ async def test_pages_of_other_servers_are_kept_out():
             # a name of theirs that was turned to this address
             ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
             ({"Host": "[broken"}, 403),
+            ({"Origin": "http://[broken"}, 403),
         ]:
             assert (await house.text("/api/chat?format=pcm16", headers=headers))[0] == status, headers
 

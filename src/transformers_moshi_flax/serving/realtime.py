@@ -180,11 +180,7 @@ class Realtime:
         status = "failed" if failed else "incomplete"
         details: dict[str, Any] = {"type": status}
         if failed:
-            details["error"] = {
-                "type": _kind_of_error(ending),
-                "code": ending.reason,
-                "message": ending.words or ending.reason,
-            }
+            details["error"] = {"type": _kind_of_error(ending), "code": ending.reason}
         elif _is_as_asked_for(ending):
             details["reason"] = "max_output_tokens"
         transcript = "".join(self._said)

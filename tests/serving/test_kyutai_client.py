@@ -159,19 +159,30 @@ def endless_microphone(devices: dict[str, Device]) -> Callable[..., Device]:
 
 @pytest.mark.slow
 def test_the_same_with_a_real_model(devices: dict[str, Device], monkeypatch):
+    engine, tokenizer = real_engine()
+    printer = in_a_loop(talk)(devices, monkeypatch, engine=engine, tokenizer=tokenizer)
+    answers, text = said_by_a_real_model(engine, tokenizer, over_opus(speech(FRAMES).astype(np.float32) / 32768))
+    assert np.array_equal(devices["out"].played, over_opus(answers))
+    assert printer.words == text
+
+
+def real_engine() -> tuple[Engine, Any]:
+    """Of the embedded model, and its tokenizer."""
     speaker = Speaker.load(str(EMBEDDED_MODEL), None)
     stream, numbers = stream_for_callers(speaker.model, 2, {})
     engine = Engine(stream, Metrics(), numbers, realtime=False)
     engine.warmup()
-    printer = in_a_loop(talk)(devices, monkeypatch, engine=engine, tokenizer=speaker.tokenizer)
+    return engine, speaker.tokenizer
 
-    rows, words = np.array([False, True]), Words(speaker.tokenizer)
-    state = stream.configure(stream.init(), **numbers)
+
+def said_by_a_real_model(engine: Engine, tokenizer: Any, said: np.ndarray) -> tuple[np.ndarray, str]:
+    """The answer of the engine's stream alone, in its other slot, to ``(frames, FRAME)`` floats; seeds are 1 and 1."""
+    stream, rows, words = engine.stream, np.array([False, True]), Words(tokenizer)
+    state = stream.configure(stream.init(), **engine.numbers)
     state = stream.reset(state, rows, jnp.full((2, 2), 1, jnp.uint32))
     answers, text = [], ""
-    for frame in over_opus(speech(FRAMES).astype(np.float32) / 32768):
+    for frame in said:
         state, reply = stream.step(state, np.stack([frame, frame])[:, None], active=rows)
         answers.append(np.asarray(reply.audio)[1, 0])
         text += words.put(int(reply.text_ids[1]))
-    assert np.array_equal(devices["out"].played, over_opus(np.array(answers)))
-    assert printer.words == text
+    return np.array(answers), text

@@ -21,7 +21,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.serving.fake_stream import FRAME, FakeStream
 from tests.serving.house import SEEDS, House, Tokenizer, as_audio, in_a_loop, read, serving, speech
+from tests.serving.test_kyutai_client import real_engine, said_by_a_real_model
 from tests.serving.test_server import alone, example_with, fresh_server, until_ready
+from transformers_moshi_flax.models.moshi.pcm import from_float
 from transformers_moshi_flax.serving import logs
 from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.dialect import FAILED, LEFT, SHUTDOWN, Dialect, Ending
@@ -170,6 +172,24 @@ async def test_openai_s_client_hears_what_our_stream_says():
     assert session["dialogue"]["key"] == [1, 2] and session["dialogue"]["sampling"] == FakeStream.numbers
     ids = [event["event_id"] for event in ear.events]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.slow
+def test_the_same_with_a_real_model():
+    engine, tokenizer = real_engine()
+    said = speech(12)
+
+    async def talk() -> Ear:
+        query = {"audio_seed": "1", "text_seed": "1", "max_steps": "12"}
+        async with serving(engine=engine, tokenizer=tokenizer) as house, calling(house, query=query) as ear:
+            await ear.say(said)
+            await ear.to_the_end()
+        return ear
+
+    ear = in_a_loop(talk)()
+    samples, words = said_by_a_real_model(engine, tokenizer, said.astype(np.float32) / 32768)
+    assert np.array_equal(ear.samples, from_float(samples, np.int16)) and ear.words == words
+    assert ear.of("response.output_audio_transcript.done")[0]["transcript"] == words
 
 
 @in_a_loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,16 +46,14 @@ async def problem(page: Tab) -> str:
     return await page.evaluate("document.querySelector('#problem').textContent")
 
 
-async def saved(page: Tab, folder: Path) -> np.ndarray:
-    """The recording, ``(samples, 2)`` int16."""
+async def saved(page: Tab, folder: Path, button: str, name: str) -> Path:
+    """The file that the page saves by a button."""
     await page.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-    await page.evaluate("document.querySelector('#save').click()")
+    await page.evaluate(f"document.querySelector('{button}').click()")
     async with asyncio.timeout(60):
-        while not (folder / "moshi.wav").exists():
+        while not (folder / name).exists():
             await asyncio.sleep(0.1)
-    samples, rate = soundfile.read(folder / "moshi.wav", dtype="int16")
-    assert rate == 24_000
-    return samples
+    return folder / name
 
 
 @in_a_loop
@@ -64,6 +63,8 @@ async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Pat
         # by the keyboard alone
         await page.press("Tab", 9)
         assert await page.evaluate("document.activeElement.id") == "talk"
+        for button in ("#save", "#save-text"):  # there is nothing yet
+            assert await page.evaluate(f"document.querySelector('{button}').disabled")
         await page.press("Enter", 13)
         await page.until(CONNECTED)
         await page.until("document.querySelector('#transcript').textContent.includes('€ 7 8 9')")
@@ -72,12 +73,20 @@ async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Pat
         assert house.figure("moshi_dialogues") == 1
         await page.evaluate("document.querySelector('#talk').click()")
         await page.until("document.querySelector('#status').textContent === 'Not connected.'")
-        samples = await saved(page, tmp_path)
+        samples, rate = soundfile.read(await saved(page, tmp_path, "#save", "moshi.wav"), dtype="int16")
+        assert rate == 24_000
         frames = samples.reshape(-1, FRAME, 2)
         # what came back is what the stream says to what was sent
         user, moshi = frames[..., 1], frames[..., 0]
         assert np.abs(user).max() > 3000
         assert np.array_equal(moshi, spoken_alone(user.astype(np.float32) / 32768, (1, 1)))
+        text = (await saved(page, tmp_path, "#save-text", "moshi.txt")).read_text("utf-8")
+        # as it was shown: the first frame's words, and those of as many frames as were said
+        assert re.fullmatch(r"(\d+:\d\d .+\n)+", text) and text.startswith("0:00 € 7 8 9 ")
+        shown = (
+            "Array.from(document.querySelectorAll('#transcript span'), (line) => line.textContent.trim()).join(' ')"
+        )
+        assert " ".join(line.partition(" ")[2] for line in text.splitlines()) == await page.evaluate(shown)
         await house.until(lambda: house.figure("moshi_dialogues_ended_total", reason="left") == 1)
         assert page.hosts == {house.url.removeprefix("http://")} and not page.complaints
 
@@ -160,7 +169,8 @@ async def test_width_colours_and_names(address: str):
         await page.evaluate("document.querySelector('details').open = true")
         nodes = (await page.ask("Accessibility.getFullAXTree"))["nodes"]
         named = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name", {}).get("value")}
-        assert {("button", "Talk"), ("button", "Save the recording"), ("spinbutton", "Top-k of the audio")} <= named
+        buttons = {("button", name) for name in ("Talk", "Save the recording", "Save the transcript")}
+        assert buttons | {("spinbutton", "Top-k of the audio")} <= named
         # nothing that can be used lacks a name
         used = [node for node in nodes if node["role"]["value"] in ("button", "spinbutton", "textbox", "meter")]
         assert all(node["name"]["value"] for node in used)

@@ -52,6 +52,7 @@ function addWords(words, seconds) {
   }
   lastWord = seconds;
   transcript.lastChild.lastChild.textContent += words;
+  $("save-text").disabled = false;
   transcript.scrollTop = transcript.scrollHeight;
 }
 
@@ -87,6 +88,7 @@ function connect() {
   show($("status"), "Connecting …");
   setTalking(true);
   $("save").disabled = true;
+  $("save-text").disabled = true;
   let told = "";
   const url = new URL(`api/chat?${query()}`, location.href);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
@@ -155,10 +157,16 @@ function toggle() {
   dialogue.stop();
 }
 
-function save() {
+/** What Moshi has said as text: a line as it is shown, its time and the words. */
+function transcriptText() {
+  const lines = [...$("transcript").children].map((line) => [...line.children].map((part) => part.textContent.trim()));
+  return new Blob(lines.map((parts) => `${parts.join(" ")}\n`), { type: "text/plain" });
+}
+
+function save(file, name) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(dialogue.recording());
-  link.download = "moshi.wav";
+  link.href = URL.createObjectURL(file);
+  link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
@@ -176,7 +184,8 @@ async function introduce() {
 }
 
 $("talk").addEventListener("click", toggle);
-$("save").addEventListener("click", save);
+$("save").addEventListener("click", () => save(dialogue.recording(), "moshi.wav"));
+$("save-text").addEventListener("click", () => save(transcriptText(), "moshi.txt"));
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   introduce();

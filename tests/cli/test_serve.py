@@ -138,10 +138,11 @@ def test_from_the_command_to_its_end(moshi_flax, fake, tmp_path: Path, secured: 
     first, *lines = [line for line in result.err.splitlines() if line.strip()]
     assert f"http{'s' * secured}://127.0.0.1:{port}/" in first and "random weights" in first
     events = [json.loads(line)["event"] for line in lines]
-    assert events[0] == "ready" and events[-1] == "stopped" and "draining" in events
     if secured:
         (dialogue,) = (tmp_path / "kept").iterdir()
-        assert json.loads((dialogue / "dialogue.json").read_text())["frames"] == 2 and "recorded" in events
+        assert json.loads((dialogue / "dialogue.json").read_text())["frames"] == 2
+        events.remove("recorded")  # whenever the disk is done, at the latest before the end
+    assert events[0] == "ready" and events[-2:] == ["draining", "stopped"]
 
 
 @pytest.mark.slow

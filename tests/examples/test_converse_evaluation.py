@@ -14,9 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.converse.embedded import Size, make_embedded
-from examples.converse.evaluate import SAMPLING_RATE, Asked, share, turn_counts, utterances
+from examples.converse.evaluate import SAMPLING_RATE, Asked, held_out_questions, share, turn_counts, utterances
 from examples.converse.moshi import moshi_config, write_tokenizer
 from examples.converse.sentences import Exchange, exchanges
+from examples.converse.voices import Spoken, Voice
 
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.models.moshi.kyutai_tokenizer_moshi import sentencepiece_tokenizer
@@ -41,6 +42,22 @@ def test_shares_have_wilsons_interval() -> None:
     # of the table in Newcombe (1998) for other numbers, by the formula: 0.888 to 0.978
     assert found["low"] == pytest.approx(0.8882, abs=1e-4) and found["high"] == pytest.approx(0.9785, abs=1e-4)
     assert share(0, 0)["of"] == 0
+
+
+def test_a_few_questions_are_of_several_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken: list[str] = []
+
+    def speak(voice: Voice, text: str) -> Spoken:
+        spoken.append(text)
+        return Spoken(sound(0.5), [])
+
+    monkeypatch.setattr("examples.converse.evaluate.speak", speak)
+    asked, rows = held_out_questions(24, 7, False)
+    assert [each.exchange.question for each in asked] == spoken and len(set(spoken)) == 24
+    assert len({each.exchange.topic for each in asked}) > 2 and all(each.exchange.held_out for each in asked)
+    assert rows.shape == (24, round(7.5 * SAMPLING_RATE))
+    again, _ = held_out_questions(24, 7, False)
+    assert asked == again
 
 
 def test_short_silences_do_not_end_an_utterance() -> None:

@@ -123,7 +123,8 @@ def test_who_leaves_before_it_begins_gives_its_slot_back():
     engine = Engine(FakeStream(1), Metrics(), realtime=False)
     engine.warmup()
     gone = engine.take_seat({}, KEY)
-    engine.leave(gone)
+    for _ in range(2):  # once is enough, and twice frees nothing more
+        engine.leave(gone)
     engine.start(lambda said: None, lambda error: None)
     deadline = time.monotonic() + SOON
     while not engine.free_slots and time.monotonic() < deadline:
@@ -131,6 +132,16 @@ def test_who_leaves_before_it_begins_gives_its_slot_back():
     seat = begun(engine)
     engine.stop()
     assert gone.begun.cancelled() and seat.slot == gone.slot
+
+
+def test_who_leaves_the_slot_twice_does_not_take_it_from_the_next(start):
+    engine, _ = start(slots=1, queue=2)
+    first = begun(engine)
+    gone, last = engine.take_seat({}, KEY), engine.take_seat({}, KEY)
+    for seat in (gone, gone, first, first, gone):
+        engine.leave(seat)
+    last.begun.result(SOON)
+    assert last.slot == 0 and engine.position(last) == 0 and engine.free_slots == 0
 
 
 def test_those_who_wait_are_served_in_their_order(start):

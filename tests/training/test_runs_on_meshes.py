@@ -53,7 +53,9 @@ for config in sys.argv[1:]:
 PROCESSES = """
 import os, signal, sys
 from transformers_moshi_flax.cli import main
-from transformers_moshi_flax.training import trainer
+from transformers_moshi_flax.training import signals, trainer
+
+signals.PATIENCE = 600.0  # a process ends when its loop has seen the signal, however long the evaluation takes
 
 def run(config, process, signalled):
     put, batches = trainer.put_batch, []

@@ -296,7 +296,7 @@ class Engine:
         if self._seats.get(seat.slot) is seat:
             del self._seats[seat.slot]
             self._dialogue.leave(seat.slot)
-        elif not seat.begun.cancel():
+        elif seat.begun.cancelled() or not seat.begun.cancel():
             return  # it has left before
         with self._lock:
             if seat in self._waiting:

@@ -143,8 +143,9 @@ class BatchPlan:
         )
         # the same for equal numbers of other types
         sizes = [int(number) for number in (batch_size, max_length, min_length, *buckets, seed)]
-        noise = (float(user_code_noise),) * bool(user_code_noise)
-        settings = (sizes, bool(shuffle), float(swap_moshi_user), *noise)
+        settings = (sizes, bool(shuffle), float(swap_moshi_user))
+        if user_code_noise:  # runs that have none go on as ever
+            settings = (*settings, float(user_code_noise))
         self.fingerprint = hashlib.sha256(f"{dataset.fingerprint} {settings}".encode()).hexdigest()
         self._epoch: tuple[int, Int[np.ndarray, "batches rows"], Bool[np.ndarray, "chunks"]] | None = None
 

@@ -167,19 +167,19 @@ def read_kyutai_adapter(
         for path, slot, rows in zip(layer.paths, layer.slots, np.split(b, ends[:-1])):
             matrices[path] = a.T, slot.transform.read(rows)
     whole = _whole_leaves(tensors, shapes, kyutai_rules, source.name)
-    changed = [layer for layer in linears.values() if layer.paths[0] in matrices]
+    changed = [linear for linear in linears.values() if linear.paths[0] in matrices]
     told = LoraConfig(
         r=rank,
         scaling=scaling,
         lora_dropout=json.loads(file.metadata.get(DROPOUT_HERE, "0.0")),
-        target_modules=[layer.name for layer in changed if not layer.by_codebook],
-        target_parameters=[layer.name + WEIGHT for layer in changed if layer.by_codebook],
+        target_modules=[linear.name for linear in changed if not linear.by_codebook],
+        target_parameters=[linear.name + WEIGHT for linear in changed if linear.by_codebook],
         modules_to_save=_modules_of(whole, shapes, rules),
     )
     leaves: Leaves = {}
-    for layer in changed:
-        for path in layer.paths:
-            leaves |= adapter_leaves(told, layer, path, *matrices[path])
+    for linear in changed:
+        for path in linear.paths:
+            leaves |= adapter_leaves(told, linear, path, *matrices[path])
     leaves |= _with_base(whole, saved_whole(told, shapes, rules), params, source.name)
     expected = file.metadata.get(BASE_CHECKSUM)
     if verify_base and params is not None and expected not in (None, base_checksum(changed, params)):
@@ -241,7 +241,9 @@ def _split_former(tensors: dict[str, np.ndarray], layers: list[_Layer]) -> None:
     alike = Counter(re.sub(r"_projs\.\d+$", "_proj", layer.name) for layer in layers)
     for key in list(tensors):
         match = _FORMER.fullmatch(key)
-        number = alike.get(match["projection"], 0) if match else 0
+        if match is None:
+            continue
+        number = alike.get(match["projection"], 0)
         if number and tensors[key].ndim == 2 and len(tensors[key]) % number == 0:
             for index, rows in enumerate(np.split(tensors.pop(key), number)):
                 tensors[f"{match['projection']}s.{index}.{match['matrix']}"] = rows
@@ -294,11 +296,13 @@ def _modules_of(paths: Mapping[str, Any], shapes: Mapping[str, Any], rules: tupl
 def _with_base(whole: Leaves, paths: list[str], params: Mapping[str, Any] | None, where: str) -> Leaves:
     """With the model's own parameters where the names of modules mean more than the file has."""
     lacking = [path for path in paths if path not in whole]
-    if lacking and params is None:
+    if not lacking:
+        return whole
+    if params is None:
         raise ValueError(
             f"{where} has only a part of the modules of {lacking[0]!r}: load it into a model with weights"
         )
-    own = flatten_dict(dict(params), sep="/") if lacking else {}
+    own = flatten_dict(dict(params), sep="/")
     return {**whole, **{path: own[path] for path in lacking}}
 
 

@@ -103,8 +103,9 @@ class LoraConfig:
                 yield f"`{name}` must be a finite number, but is {value!r}"
         if self.scaling is not None and (self.use_rslora or self.alpha_pattern):
             yield "`scaling` says it all: leave out `use_rslora` and `alpha_pattern`"
-        if not 0 <= self.lora_dropout < 1:
-            yield f"`lora_dropout` must be at least 0 and below 1, but is {self.lora_dropout!r}"
+        dropout = self.lora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            yield f"`lora_dropout` must be at least 0 and below 1, but is {dropout!r}"
         if self.init_lora_weights not in (True, False, "gaussian"):
             yield f"`init_lora_weights` must be True, False or 'gaussian', but is {self.init_lora_weights!r}"
         if not (self.target_modules or self.target_parameters or self.modules_to_save):

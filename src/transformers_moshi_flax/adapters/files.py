@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Adapters in PEFT's files: ``adapter_model.safetensors`` and ``adapter_config.json``, and which format a folder has.
 
 A layer's matrices are ``lora_A`` (rank, inputs) and ``lora_B`` (outputs, rank) there. Of the layers that are one a
 codebook, PEFT has two matrices for the whole three-dimensional weight: ``lora_A`` (codebooks · rank, inputs), the rows
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .lora import Adapter, Leaves, adapter_leaves
 from .targets import WEIGHT, Linear, saved_whole, targeted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KYUTAI_WEIGHTS, KYUTAI_CONFIG = "lora.safetensors", "config.json"
 PREFIX = "base_model.model."
 BASE_CHECKSUM = "base_checksum"
 """Key of the header's metadata: a checksum of the layers that the adapter was made for."""
@@ -67,7 +69,7 @@ def write_adapter(
     if by_codebook and adapter.config.lora_dropout:
         notes[DROPOUT_HERE] = json.dumps(adapter.config.lora_dropout)
         config["lora_dropout"] = 0.0
-    with whole_folder(folder, keeps=lambda path: path.is_file()) as staged:
+    with replaced_adapter(folder, files) as staged:
         write_safetensors(staged / WEIGHTS, tensors, "pt", notes)
         write_text(staged / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text(staged / "README.md", readme)
@@ -109,12 +111,8 @@ def read_adapter(
         CheckpointNotFoundError: there is no adapter.
         ValueError: it is damaged, of another kind, or does not fit the model.
     """
-    config_path, weights_path = _found(source, CONFIG), _found(source, WEIGHTS)
-    try:
-        values = parse_json(config_path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {CONFIG} cannot be read ({error}); save the adapter again") from error
-    file = open_safetensors(weights_path)
+    values = read_config(source, CONFIG)
+    file = open_safetensors(_found(source, WEIGHTS))
     refuse_damage(file)
     if DROPOUT_HERE in file.metadata:
         values["lora_dropout"] = json.loads(file.metadata[DROPOUT_HERE])
@@ -141,10 +139,66 @@ def read_adapter(
     return Adapter(config, wanted, leaves)
 
 
+def is_of_kyutai(source: Source) -> bool:
+    """Whether it is Kyutai's files that an adapter lies in, and not PEFT's."""
+    if source.file is not None:
+        return source.file.name != WEIGHTS
+    if source.find(CONFIG) is not None:
+        return False
+    return source.find(KYUTAI_WEIGHTS) is not None or (source.read_json(KYUTAI_CONFIG) or {}).get("lora") is True
+
+
+def read_config(source: Source, name: str) -> dict[str, Any]:
+    """The content of an adapter's configuration.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
+    try:
+        return parse_json(_found(source, name).read_bytes())
+    except CheckpointNotFoundError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {name} cannot be read ({error}); save the adapter again") from error
+
+
+@contextmanager
+def replaced_adapter(folder: Path, files: Sequence[str]) -> Iterator[Path]:
+    """A directory to write an adapter in; when the block ends it is in ``folder``, in one step, instead of an adapter
+    of any format that was there. Other files stay.
+
+    Args:
+        folder: made if it is not there.
+        files: what the block writes.
+
+    Raises:
+        ValueError: ``folder`` has a ``config.json`` that is no adapter's, and would be replaced.
+    """
+    replaced = {WEIGHTS, CONFIG, KYUTAI_WEIGHTS}
+    if _tells_of_adapter(folder / KYUTAI_CONFIG):
+        replaced.add(KYUTAI_CONFIG)
+    elif KYUTAI_CONFIG in files and (folder / KYUTAI_CONFIG).exists():
+        raise ValueError(
+            f"{str(folder)!r} has a config.json that is no adapter's: save the adapter into another folder"
+        )
+    with whole_folder(folder, keeps=lambda path: path.is_file() and path.name not in replaced) as staged:
+        yield staged
+
+
+def _tells_of_adapter(config: Path) -> bool:
+    try:
+        return parse_json(config.read_bytes()).get("lora") is True
+    except (OSError, ValueError):
+        return False
+
+
 def _found(source: Source, name: str) -> Path:
     path = source.find(name)
     if path is None:
-        raise CheckpointNotFoundError(f"{source.name!r} has no {name}, so it is no adapter in PEFT's format")
+        owner = "PEFT" if name in (WEIGHTS, CONFIG) else "Kyutai"
+        lacking = f"{source.name!r} has no {name}, so it is no adapter in {owner}'s format"
+        raise CheckpointNotFoundError(source.absence(name) or lacking)
     return path
 
 

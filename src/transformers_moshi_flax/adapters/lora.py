@@ -72,7 +72,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLi
 
 def adapter_leaves(config: LoraConfig, layer: Linear, path: str, a: Any, b: Any) -> Leaves:
     """The leaves of one layer from its matrices."""
-    leaves = {LORA_A: a, LORA_B: b, SCALING: jnp.asarray(config.scaling_of(layer.target), jnp.float32)}
+    leaves = {LORA_A: a, LORA_B: b, SCALING: jnp.asarray(config.scaling_of(layer.target), float)}
     if config.lora_dropout:
         leaves[DROPOUT] = jnp.asarray(config.lora_dropout, jnp.float32)
     return {f"{path}/{name}": leaf for name, leaf in leaves.items()}
@@ -130,7 +130,7 @@ def by_row(adapters: Sequence[Adapter], rows: Sequence[int]) -> Leaves:
         inputs, outputs = first[LORA_A].shape[0], first[LORA_B].shape[1]
         dtype = first[LORA_A].dtype
         every = [
-            (jnp.zeros((inputs, rank), dtype), jnp.zeros((rank, outputs), dtype), jnp.zeros((), jnp.float32))
+            (jnp.zeros((inputs, rank), dtype), jnp.zeros((rank, outputs), dtype), jnp.zeros_like(first[SCALING]))
             if part is None
             else (
                 jnp.pad(part[LORA_A], ((0, 0), (0, rank - part[LORA_A].shape[1]))),

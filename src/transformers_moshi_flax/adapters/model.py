@@ -19,7 +19,7 @@ from ..checkpoints.files import Source
 from ..checkpoints.rules import Rule
 from ..checkpoints.uploading import Repository, check_upload
 from .config import LoraConfig
-from .files import read_adapter, write_adapter
+from .files import is_of_kyutai, read_adapter, write_adapter
 from .lora import (
     BASE,
     Adapter,
@@ -35,6 +35,8 @@ from .targets import Linear, linear_layers, saved_whole, targeted
 
 DEFAULT = "default"
 
+FORMATS = ("peft", "kyutai")
+
 CARD = """\
 ---
 base_model: {base}
@@ -44,20 +46,34 @@ tags: [lora, moshi]
 
 # A LoRA adapter{of}
 
-Rank {rank}, {count:,} numbers, in PEFT's format, for [transformers-moshi-flax](https://pypi.org/project/transformers-moshi-flax):
-`model.load_adapter("...")`. `peft` loads it into `transformers`' PyTorch model.
+Rank {rank}, {count:,} numbers, in {owner}'s format, for [transformers-moshi-flax](https://pypi.org/project/transformers-moshi-flax):
+`model.load_adapter("...")`. {others}
 """
 
+OTHERS = {
+    "peft": ("PEFT", "`peft` loads it into `transformers`' PyTorch model."),
+    "kyutai": (
+        "Kyutai",
+        "So does `python -m moshi.server --lora-weight lora.safetensors --config-path config.json`.",
+    ),
+}
 
-def adapter_card(adapter: Adapter) -> str:
-    """The text of an adapter's ``README.md``."""
+
+def adapter_card(adapter: Adapter, format: str = "peft") -> str:
+    """The text of an adapter's ``README.md``, in one of :data:`FORMATS`."""
+    owner, others = OTHERS[format]
     base = adapter.config.base_model_name_or_path
     return CARD.format(
         base=base or "",
         of=f" of {base}" if base else "",
         rank=adapter.config.r,
         count=parameter_count(adapter.leaves),
+        owner=owner,
+        others=others,
     )
+
+
+_OF_THE_WHOLE = "take FlaxMoshiForConditionalGeneration"
 
 
 class FlaxAdapterMixin:
@@ -171,10 +187,11 @@ class FlaxAdapterMixin:
         subfolder: str = "",
         verify_base: bool = True,
     ) -> None:
-        """Load an adapter that PEFT or :meth:`save_adapter` has written; it becomes the active one.
+        """Load an adapter that PEFT, Kyutai's ``moshi-finetune`` or :meth:`save_adapter` has written; it becomes the
+        active one.
 
         Args:
-            peft_model_id: a directory, or an id on the Hub.
+            peft_model_id: a directory, or an id on the Hub; of Kyutai's also the file of the weights.
             adapter_name: its name; ``"default"`` if None.
             revision, token, subfolder: as in ``from_pretrained``.
             verify_base: refuse an adapter that :meth:`save_adapter` has written for other weights.
@@ -185,8 +202,13 @@ class FlaxAdapterMixin:
         """
         name = self._new_name(adapter_name)
         source = Source.locate(peft_model_id, subfolder=subfolder, revision=revision, token=token)
-        params = self.params if verify_base and self._is_initialized else None
-        adapter = read_adapter(source, self._linear_layers(), self.checkpoint_rules, self.params_shape_tree, params)
+        if is_of_kyutai(source):
+            adapter = self._read_kyutai_adapter(source, verify_base)
+        else:
+            params = self.params if verify_base and self._is_initialized else None
+            adapter = read_adapter(
+                source, self._linear_layers(), self.checkpoint_rules, self.params_shape_tree, params
+            )
         adapter.leaves = {path: jnp.asarray(leaf) for path, leaf in adapter.leaves.items()}
         self._keep_adapter(name, adapter)
 
@@ -362,27 +384,44 @@ class FlaxAdapterMixin:
 
     # --------------------------------------------------------------------------------------------------------- files
 
-    def save_adapter(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
-        """Write an adapter in PEFT's format, as one commit.
+    def save_adapter(
+        self, save_directory: str | Path, adapter_name: str | None = None, *, format: str = "peft"
+    ) -> None:
+        """Write an adapter, as one commit.
 
         Args:
             save_directory: is made; an adapter that it has is replaced.
             adapter_name: which one; the active one if None.
-        """
-        self._write_adapter(Path(save_directory), adapter_name)
+            format: ``"peft"``, or ``"kyutai"`` for the ``moshi`` package: the same changes of the layers, all with one
+                rank and one scaling.
 
-    def _write_adapter(self, folder: Path, adapter_name: str | None) -> list[str]:
-        adapter = self._one_adapter(adapter_name)
-        params = self.params
+        Raises:
+            ValueError: another format, or Kyutai's cannot express the adapter or the model.
+        """
+        self._write_adapter(Path(save_directory), adapter_name, format)
+
+    def _write_adapter(self, folder: Path, adapter_name: str | None, format: str) -> list[str]:
+        if format not in FORMATS:
+            raise ValueError(f"format={format!r} is none of {', '.join(map(repr, FORMATS))}")
+        adapter, params = self._one_adapter(adapter_name), self.params
         if self._before_merge is not None:
             params = with_leaves(params, self._before_merge)
+        if format == "kyutai":
+            return self._write_kyutai_adapter(folder, adapter, params)
         return write_adapter(folder, adapter, self.checkpoint_rules, params, adapter_card(adapter))
+
+    def _read_kyutai_adapter(self, source: Source, verify_base: bool) -> Adapter:
+        raise ValueError(f"{source.name} is an adapter of Kyutai's, which is of the whole of Moshi: {_OF_THE_WHOLE}")
+
+    def _write_kyutai_adapter(self, folder: Path, adapter: Adapter, params: Mapping[str, Any]) -> list[str]:
+        raise ValueError(f"format='kyutai' is of the whole of Moshi: {_OF_THE_WHOLE}")
 
     def push_adapter_to_hub(
         self,
         repo_id: str,
         adapter_name: str | None = None,
         *,
+        format: str = "peft",
         commit_message: str | None = None,
         token: str | bool | None = None,
         private: bool | None = None,
@@ -394,6 +433,7 @@ class FlaxAdapterMixin:
         Args:
             repo_id: the repository, made if it is not there.
             adapter_name: which one; the active one if None.
+            format: as in :meth:`save_adapter`.
             commit_message, token, private, revision, create_pr: as in ``push_to_hub``.
 
         Returns:
@@ -402,7 +442,7 @@ class FlaxAdapterMixin:
         check_upload(private=private, revision=revision)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
-            names = self._write_adapter(folder, adapter_name)
+            names = self._write_adapter(folder, adapter_name, format)
             there = Repository.look_up(repo_id, token=token, private=private, revision=revision)
             there.check_card((folder / "README.md").read_text("utf-8"))
             there = there.made(private=private, revision=revision)

@@ -46,14 +46,11 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
     weights = [name for name in names if name.endswith(".safetensors") and not _is_part(name)]
     if "lora.safetensors" in names and not weights:
         return (
-            "holds a LoRA adapter of moshi-finetune, no whole model: merge it into its base model (fuse_lora of the "
-            "moshi package, or train with save_adapters: false), save that and load it"
+            "holds a LoRA adapter of moshi-finetune, no whole model: load its base model, and then the adapter with "
+            "load_adapter"
         )
     if "adapter_config.json" in names or any(name.startswith("adapter_model.") for name in names):
-        return (
-            "holds an adapter of PEFT, no whole model: merge it into its base model (merge_and_unload of PEFT), save "
-            "that and load it"
-        )
+        return "holds an adapter of PEFT, no whole model: load its base model, and then the adapter with load_adapter"
     if "checkpoints" in names and "config.yaml" in names:
         return "is the folder of a training run: load its export/, or write one with moshi-flax export-checkpoint"
     if values.get("model_type") == "personaplex":

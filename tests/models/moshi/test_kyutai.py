@@ -212,8 +212,11 @@ def edit_config(directory: Path, name: str = "config.json", **changes: Any) -> N
 
 
 def test_logits_are_equal(checkpoint: Checkpoint, model: Moshi) -> None:
+    assert_logits_are_equal(checkpoint.lm, model)
+
+
+def assert_logits_are_equal(lm: Any, model: Moshi) -> None:
     """Teacher forcing over more frames than the context; the oracle applies the delays itself."""
-    lm = checkpoint.lm
     frames, rng = 9, np.random.default_rng(0)
     audio = rng.integers(0, lm.card, (2, lm.n_q, frames))
     text = rng.integers(0, lm.text_card, (2, 1, frames))
@@ -226,7 +229,8 @@ def test_logits_are_equal(checkpoint: Checkpoint, model: Moshi) -> None:
         if delay:
             inputs[:, row, 1:], inputs[:, row, 0] = codes[:, row, :-1], lm.card
     text = np.concatenate([np.full((2, 1), lm.text_card), text[:, 0]], axis=-1)
-    ours = jax.jit(model)(
+    ours = jax.jit(lambda params, **given: model(params=params, **given))(
+        model.adapted_params(),
         input_ids=text,
         moshi_audio_codes=inputs[:, : lm.dep_q],
         user_audio_codes=inputs[:, lm.dep_q :],
@@ -726,7 +730,7 @@ def test_fine_tunes_are_refused_by_what_they_are(copied: Path, tmp_path: Path) -
     (copied / "moshi.safetensors").rename(copied / "lora.safetensors")
     (copied / "mimi.safetensors").rename(copied / of_moshi.MIMI_NAME)
     for load in (Moshi.from_kyutai, Moshi.from_pretrained):
-        with pytest.raises(ValueError, match=r"holds a LoRA adapter of moshi-finetune, .*: merge it"):
+        with pytest.raises(ValueError, match=r"holds a LoRA adapter of moshi-finetune, .*: load its base"):
             load(copied)
 
 

@@ -104,7 +104,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     told, config = config is not None, config or KYUTAI_MOSHI
 
     def find(field: str, default: str) -> Path | None:
-        return _find(source, hub, field, config.get(field, default))
+        return find_named_file(source, hub, field, config.get(field, default))
 
     def require(field: str, default: str, role: str) -> Path:
         path = find(field, default)
@@ -137,7 +137,7 @@ def _is_of_transformers(config: Mapping[str, Any]) -> bool:
     return "audio_encoder_config" in config or "architectures" in config
 
 
-def _find(source: Source, hub: Mapping[str, Any], field: str, filename: Any) -> Path | None:
+def find_named_file(source: Source, hub: Mapping[str, Any], field: str, filename: Any) -> Path | None:
     """A file that ``config.json`` names: one of the checkpoint, or ``hf://owner/repository/path`` of another."""
     if isinstance(filename, str) and filename.startswith("hf://"):
         owner, repository, *parts = filename.removeprefix("hf://").split("/", 2)

@@ -50,7 +50,7 @@ from .generation_flax_moshi import (
     decoded_frames,
 )
 from .inputs_flax_moshi import conversation_inputs, depth_inputs, streams_that_count, text_inputs
-from .kyutai_flax_moshi import KyutaiCheckpointMixin
+from .kyutai_adapter_flax_moshi import KyutaiAdapterMixin
 from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
@@ -454,7 +454,7 @@ class FlaxMoshiDepthDecoder(FlaxMoshiPreTrainedModel):
         return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
-class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiCheckpointMixin, FlaxMoshiPreTrainedModel):
+class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin, FlaxMoshiPreTrainedModel):
     """The whole of Moshi, speech and text in and out; upstream ``MoshiForConditionalGeneration``."""
 
     base_model_prefix = ""

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ import soundfile
 
 from tests.serving.fake_stream import FRAME, spoken_alone
 from tests.serving.house import House, serving, speech
+from tests.serving.sound_card import sound_card
 from tests.serving.test_server import said_over_opus
 from transformers_moshi_flax.cli import talk
 from transformers_moshi_flax.serving.client import chat_address
@@ -137,62 +138,24 @@ def test_who_waits_is_told(moshi_flax, question: Path) -> None:
     assert result.code == 0 and "number 1 in the queue" in result.err
 
 
-class Device(threading.Thread):
-    """A sound card as ``sounddevice`` has it; what it plays is kept."""
-
-    def __init__(self, callback: Callable[..., None], recorded: np.ndarray | None):
-        super().__init__(daemon=True)
-        self._callback, self._recorded, self._open = callback, recorded, True
-        self.played: list[np.ndarray] = []
-
-    def __enter__(self) -> Device:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open = False
-        self.join()
-
-    def run(self) -> None:
-        for frame in () if self._recorded is None else self._recorded:
-            self._callback(frame[:, None].copy(), FRAME, None, None)
-            time.sleep(0.02)
-        while self._recorded is None and self._open:
-            # devices ask for blocks of other lengths too
-            block = np.ones((FRAME // 2, 1), np.float32)
-            self._callback(block, len(block), None, None)
-            if block.any():
-                self.played.append(block[:, 0])
-                if len(self.played) == 2 * FRAMES:
-                    os.kill(os.getpid(), signal.SIGINT)
-            else:
-                time.sleep(0.01)
-
-
 def test_microphone_and_speakers(moshi_flax, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    opened: list[dict[str, Any]] = []
-    stub: Any = ModuleType("sounddevice")
-    out: list[Device] = []
+    # devices ask for blocks of other lengths too
+    devices = sound_card(monkeypatch, HEARD, block=FRAME // 2)
+    monkeypatch.setattr(talk.importlib.util, "find_spec", lambda name: sys.modules[name])
 
-    def open_input(callback: Callable[..., None], **options: Any) -> Device:
-        opened.append(options)
-        return Device(callback, HEARD)
+    def interrupt() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and ("out" not in devices or len(devices["out"].played) < 2 * FRAMES):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def open_output(callback: Callable[..., None], **options: Any) -> Device:
-        opened.append(options)
-        out.append(Device(callback, None))
-        return out[0]
-
-    stub.InputStream, stub.OutputStream = open_input, open_output
-    monkeypatch.setitem(sys.modules, "sounddevice", stub)
-    monkeypatch.setattr(talk.importlib.util, "find_spec", lambda name: stub)
     output = tmp_path / "dialogue.wav"
     with house() as server:
+        threading.Thread(target=interrupt, daemon=True).start()
         result = moshi_flax("talk", server.url, "--format", "pcm16", "--seed", 3, "--output", output)
     assert result.code == 0, result.err
-    assert opened == 2 * [{"samplerate": 24_000, "channels": 1, "blocksize": FRAME}]
     wanted = spoken_alone(HEARD, (3, 3))
-    assert np.array_equal(np.concatenate(out[0].played) * 32768, wanted.reshape(-1))
+    assert np.array_equal(np.concatenate(devices["out"].played) * 32768, wanted.reshape(-1))
     moshi, user = soundfile.read(output, dtype="int16")[0].T
     assert np.array_equal(moshi, wanted.reshape(-1)) and np.array_equal(user, SAID.reshape(-1))
 

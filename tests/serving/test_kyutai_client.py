@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-import threading
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.serving.fake_stream import FRAME
 from tests.serving.house import in_a_loop, serving, speech
+from tests.serving.sound_card import Device, sound_card
 from tests.serving.test_server import over_opus, said_over_opus
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
@@ -26,43 +23,6 @@ from transformers_moshi_flax.serving.metrics import Metrics
 from transformers_moshi_flax.serving.words import Words
 
 FRAMES = 8
-
-
-class Device(threading.Thread):
-    """A sound card: calls back every frame's time or sooner, from a thread of its own.
-
-    Args:
-        callback: of the client, as ``sounddevice`` has it.
-        data: the frames that it records; None plays, to ``played``.
-    """
-
-    def __init__(self, callback: Callable[..., None], data: Iterable[np.ndarray] | None):
-        super().__init__(daemon=True)
-        self._callback, self._data = callback, data
-        self._open = True
-        self.played: list[np.ndarray] = []
-
-    def __enter__(self) -> Device:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open = False
-        self.join()
-
-    def run(self) -> None:
-        for frame in self._data or ():
-            if not self._open:
-                break
-            self._callback(frame[:, None].copy(), FRAME, None, None)
-            time.sleep(0.01)
-        while self._data is None and self._open:
-            frame = np.zeros((FRAME, 1), np.float32)
-            self._callback(frame, FRAME, None, None)
-            if frame.any():
-                self.played.append(frame[:, 0])
-            else:
-                time.sleep(0.01)
 
 
 class Printer:
@@ -88,19 +48,7 @@ class Printer:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, Device]:
     """The devices that the client opens, by direction; the microphone hears ``speech``."""
-    said = list(speech(FRAMES).astype(np.float32) / 32768)
-    opened: dict[str, Device] = {}
-    stub: Any = ModuleType("sounddevice")
-
-    def opening(name: str, data: Iterable[np.ndarray] | None) -> Callable[..., Device]:
-        def open_stream(callback: Callable[..., None], **options: Any) -> Device:
-            assert options == {"samplerate": 24_000, "channels": 1, "blocksize": FRAME}
-            return opened.setdefault(name, Device(callback, data))
-
-        return open_stream
-
-    stub.InputStream, stub.OutputStream = opening("in", said), opening("out", None)
-    monkeypatch.setitem(sys.modules, "sounddevice", stub)
+    opened = sound_card(monkeypatch, speech(FRAMES).astype(np.float32) / 32768)
     monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
     return opened
 

@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "converse": "Talk with a recording: Moshi hears it from its first frame on, and its reply has the same timeline.",
     "ask": "Ask Moshi a question aloud: words are printed as they come, and both sides are written as a stereo file.",
     "serve": "Serve dialogues over the network: Kyutai's clients connect, and browsers get a page to talk to.",
+    "talk": "Talk with a server: by microphone and speakers, or with a recording that it hears as fast as one speaks.",
     "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai.",
     "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
     "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",

@@ -6,6 +6,9 @@ import enum
 import json
 from typing import Any
 
+RATE, FRAME = 24_000, 1920
+"""What clients take for granted: samples a second, samples a frame."""
+
 
 class Kind(enum.IntEnum):
     """What a message holds."""

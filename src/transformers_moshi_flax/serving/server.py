@@ -21,12 +21,10 @@ from .gate import Addresses, Gate
 from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
+from .protocol import FRAME, RATE
 from .realtime import Realtime
 from .recording import Recorder
 from .wishes import Wishes
-
-RATE, FRAME = 24_000, 1920
-"""What clients of the protocol take for granted: samples a second, samples a frame."""
 
 RETRY_SECONDS = 10
 """When a caller who was refused may try again."""

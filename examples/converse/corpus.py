@@ -1,6 +1,6 @@
 """The corpus: dialogues for Moshi and single sentences for its codec, made on the spot. ::
 
-    python -m examples.converse.corpus DIRECTORY --dialogues 3000 --utterances 4000
+    python -m examples.converse.corpus DIRECTORY --dialogues 100 --utterances 4000
 
 - ``dialogues/train``, ``dialogues/held-out`` (sentences that never occur in training, known voices) and
   ``dialogues/held-out-voice`` (the same in a voice that never occurs), each with ``all.jsonl`` for ``moshi-flax
@@ -36,7 +36,7 @@ def make_corpus(directory: Path, dialogues: int, utterances: int, held_out: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--dialogues", type=int, default=3000)
+    parser.add_argument("--dialogues", type=int, default=100)
     parser.add_argument("--utterances", type=int, default=4000)
     parser.add_argument("--held-out", type=int, default=100)
     given = parser.parse_args()

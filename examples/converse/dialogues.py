@@ -27,6 +27,9 @@ HELD_OUT_VOICE = "flite:awb"
 """No sentence of this voice occurs in training."""
 
 _FRAME = 1920
+_AROUND = 0.4
+"""Seconds of silence before and after single sentences: a codec that never hears silence makes a noise of it."""
+
 INTERRUPTED, STOPPED, AGAIN_SHARE, LONG_PAUSE = 0.08, 0.08, 0.08, 0.08
 """Shares of exchanges: asked while Moshi still speaks, stopped, asked to say it again, followed by a long silence."""
 
@@ -203,6 +206,7 @@ def write_utterances(
         text = exchange.answer if is_moshi else exchange.question
         if not path.exists():
             audio = speak(MOSHI_VOICE if is_moshi else draw_voice(draw), text).audio
+            audio = np.pad(audio, round(_AROUND * SAMPLING_RATE))
             soundfile.write(path, audio, SAMPLING_RATE, subtype="PCM_16")
         lines.append(json.dumps({"path": path.name, "text": text}))
     manifest = folder / "all.jsonl"

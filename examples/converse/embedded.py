@@ -1,4 +1,4 @@
-"""The whole way to the Moshi that ships with the package: corpus, codec, dialogues, training, evaluation, assets. ::
+"""The whole way to the Moshi that ships with the package: corpus, codec, sentences in codes, training, figures. ::
 
     python -m examples.converse.embedded
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from transformers_moshi_flax.checkpoints.writing import write_text
 
+from .assembling import write_assembled
+from .card import card_of
 from .corpus import make_corpus
 from .evaluate import evaluate
 from .moshi import write_moshi
+from .pieces import DONE, write_pieces
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "transformers_moshi_flax" / "assets" / "moshi-converse"
@@ -48,14 +54,19 @@ class Size:
     """How much of everything.
 
     Attributes:
-        dialogues, utterances, held_out: of the corpus.
+        dialogues, utterances, held_out: of the corpus that is recorded.
+        sentences: of users that are encoded by themselves.
+        assembled, listening: dialogues of these, and rows of questions to listen to.
         questions, rows, minutes, long_dialogues: of the evaluation.
         settings: replaced values of the YAML files, by their names.
     """
 
-    dialogues: int = 8000
+    dialogues: int = 100
     utterances: int = 4000
     held_out: int = 100
+    sentences: int = 40_000
+    assembled: int = 30_000
+    listening: int = 20_000
     questions: int = 300
     rows: int = 32
     minutes: float = 10.0
@@ -80,7 +91,8 @@ def moshi_flax(*arguments: str | Path) -> None:
 def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
     """All stages, in their order, for a folder of runs and one of what ships."""
     corpus, moshi = folder / "corpus", folder / "moshi"
-    runs = {name: folder / f"{name}-run" for name in ("autoencoder", "codec", "moshi")}
+    runs = {name: folder / f"{name}-run" for name in ("autoencoder", "codebooks", "codec", "listening", "moshi")}
+    assembled = folder / "assembled"
     utterances = (
         f"data.train={corpus}/utterances/train/all.jsonl",
         f"data.evaluation={corpus}/utterances/held-out/all.jsonl",
@@ -106,6 +118,10 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
         written = sum(path.stat().st_size for path in (folder / "assets").iterdir())
         if written > MOST_BYTES:
             raise SystemExit(f"the assets have {written:,} bytes, more than {MOST_BYTES:,}")
+        figures = json.loads((folder / "figures.json").read_text("utf-8"))
+        with safe_open(folder / "assets" / "model.safetensors", framework="numpy") as file:
+            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        write_text(folder / "assets" / "README.md", card_of(figures, parameters))
         shutil.copytree(folder / "assets", assets, dirs_exist_ok=True)
         # last, as it tells that all is there
         write_text(assets / "figures.json", (folder / "figures.json").read_text("utf-8"))
@@ -122,16 +138,42 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
             lambda: train("train-codec", "codec-autoencoder", "autoencoder", *utterances),
         ),
         Stage(
+            "codebooks",
+            runs["codebooks"] / "export" / "config.json",
+            lambda: train(
+                "train-codec", "codec-codebooks", "codebooks", *utterances, f"model.path={runs['autoencoder']}/export"
+            ),
+        ),
+        Stage(
             "codec",
             runs["codec"] / "export" / "config.json",
             lambda: train(
-                "train-codec", "codec-decoder", "codec", *utterances, f"model.path={runs['autoencoder']}/export"
+                "train-codec", "codec-decoder", "codec", *utterances, f"model.path={runs['codebooks']}/export"
             ),
         ),
         Stage("model", moshi / "processor_config.json", lambda: write_moshi(runs["codec"] / "export", moshi)),
-        *(
-            Stage(f"prepare {split}", folder / "prepared" / split / "report.json", lambda split=split: prepare(split))
-            for split in ("train", "held-out")
+        Stage("prepare held-out", folder / "prepared" / "held-out" / "report.json", lambda: prepare("held-out")),
+        Stage(
+            "sentences",
+            folder / "pieces" / DONE,
+            lambda: write_pieces(runs["codec"] / "export", folder / "pieces", size.sentences),
+        ),
+        Stage(
+            "dialogues",
+            assembled / "listening-held-out" / "index.json",
+            lambda: write_assembled(folder / "pieces", moshi, assembled, size.assembled, size.listening),
+        ),
+        Stage(
+            "listening",
+            runs["listening"] / "export" / "config.json",
+            lambda: train(
+                "train",
+                "moshi-listening",
+                "listening",
+                f"model.path={moshi}",
+                f"data.train={assembled}/listening",
+                f"data.evaluation={assembled}/listening-held-out",
+            ),
         ),
         Stage(
             "moshi",
@@ -140,8 +182,8 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
                 "train",
                 "moshi",
                 "moshi",
-                f"model.path={moshi}",
-                f"data.train={folder}/prepared/train",
+                f"model.path={runs['listening']}/export",
+                f"data.train={assembled}/dialogues",
                 f"data.evaluation={folder}/prepared/held-out",
             ),
         ),

@@ -110,18 +110,24 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
     """Every stage, with a few steps each; what lacks a stage goes on from there."""
     codec = ("run.steps=2", "optimizer.warmup_steps=1", "run.samples=1", "run.evaluate_every=2", "data.batch_size=2")
     codec += ("data.evaluation_crops=2",)
+    moshi = ("run.steps=2", "optimizer.warmup_steps=1", "data.batch_size=2", "run.samples=0")
     size = Size(
-        dialogues=2,
+        dialogues=1,
         utterances=6,
         held_out=2,
+        sentences=40,
+        assembled=4,
+        listening=4,
         questions=1,
         minutes=0.4,
         long_dialogues=1,
         rows=1,
         settings=(
             ("codec-autoencoder", codec),
-            ("codec-decoder", (*codec, "quantizer.kmeans_batches=30")),
-            ("moshi", ("run.steps=2", "optimizer.warmup_steps=1", "data.batch_size=2", "run.samples=0")),
+            ("codec-codebooks", (*codec, "quantizer.kmeans_batches=30")),
+            ("codec-decoder", codec),
+            ("moshi-listening", moshi),
+            ("moshi", moshi),
         ),
     )
     folder, assets = tmp_path / "made", tmp_path / "assets"
@@ -139,4 +145,4 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
     (assets / "figures.json").unlink()
     make_embedded(folder, assets, size)
     told = capfd.readouterr().out
-    assert told.count("done") == 8 and told.count("begins") == 1 and "assets: begins" in told
+    assert told.count("done") == 11 and told.count("begins") == 1 and "assets: begins" in told

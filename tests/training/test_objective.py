@@ -204,6 +204,26 @@ def test_sums_add_up_over_batches_with_other_rows() -> None:
         np.testing.assert_allclose(together[name], value, rtol=1e-6, err_msg=name)
 
 
+def test_what_has_no_weight_has_no_gradients() -> None:
+    """The depth decoder costs its forward pass alone, for the metrics."""
+    config = small_config()
+    module, params = make_module(config)
+    batch = draw_batch(config, (5, 3), 5)
+
+    def compiled(audio_weight: float) -> Any:
+        objective = ObjectiveConfig(audio_weight=audio_weight)
+        gradients = jax.grad(lambda params: objective_loss(module, params, batch, objective), has_aux=True)
+        return jax.jit(gradients).lower(params).compile()
+
+    text, both = compiled(0.0), compiled(1.0)
+    gradients, sums = text(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["depth_decoder"]))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients["decoder"]))
+    assert sums["audio_loss"] > 0
+    # of three passes through the depth decoder one is left, beside three through the backbone
+    assert text.cost_analysis()["flops"] < 0.75 * both.cost_analysis()["flops"]
+
+
 def test_nothing_to_predict_is_no_loss(pair: Pair) -> None:
     batch = draw_batch(pair.ours.config, (0, 1, 0, 1), FRAMES)
     params = {part: pair.ours.params[part] for part in PARTS}

@@ -137,8 +137,12 @@ def objective_loss(
     text_weight = text_weights(text, objective.text_padding_weight, objective.text_padding_ids)
     audio_weight = audio_weights(audio, objective.first_codebook_weight)
     text_loss, audio_loss = weighted_sum(text_losses, text_weight), weighted_sum(audio_losses, audio_weight)
-    loss = objective.text_weight * divided(text_loss, totals["text"].astype(text_loss.dtype))
-    loss += objective.audio_weight * divided(audio_loss, totals["audio"].astype(audio_loss.dtype))
+    parts = ((objective.text_weight, text_loss, "text"), (objective.audio_weight, audio_loss, "audio"))
+    # what has no weight has no gradients to be computed either
+    first, *others = (
+        weight * divided(part, totals[name].astype(part.dtype)) for weight, part, name in parts if weight
+    )
+    loss = sum(others, first)
 
     def count(where: Array, axis: tuple[int, ...] = (0, 1)) -> Array:
         return jnp.sum(where, axis=axis, dtype=jnp.int32)

@@ -1,0 +1,212 @@
+"""Dialogues for training, put together of encoded sentences (``pieces.py``), as ``moshi-flax prepare`` lays them. ::
+
+    python -m examples.converse.assembling PIECES MODEL DIRECTORY --dialogues 30000 --listening 20000
+
+- ``dialogues``: as those that are recorded, with the same pauses and interruptions;
+- ``listening``: questions one after another, which Moshi's text writes down as it hears them. What a model learns of
+  it first, it need not learn from answers, which say much less of what was asked;
+- ``listening-held-out``: the same, of renderings that are in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int16
+
+from transformers_moshi_flax import MoshiProcessor
+from transformers_moshi_flax.training.data.alignment import Word, align_words
+from transformers_moshi_flax.training.data.prepared import Conversation, write_index, write_shard
+
+from .dialogues import AGAIN_SHARE, INTERRUPTED, LONG_PAUSE, MOSHI, REACTION, STOPPED, USER
+from .pieces import FRAME, Codes, Piece, read_pieces
+from .sentences import exchanges
+from .voices import SAMPLING_RATE
+
+SECONDS = FRAME / SAMPLING_RATE
+SHARD = 1000
+SEED = 31
+HELD_OUT, HELD_OUT_ROWS = 40, 100
+"""One rendering of so many is held out, and rows of these."""
+
+LISTENED = 170
+"""Frames of a row in which questions are written down."""
+
+DELAY = 0.16
+"""Seconds from the end of a word until it is written down."""
+
+
+class Assembler:
+    """Puts pieces in a row.
+
+    Args:
+        pieces: all that there are.
+        encode: word -> ids of its pieces of text.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Piece, Codes]], encode: Callable[[str], Sequence[int]]):
+        self._encode = encode
+        self._answers = {each.question: each.answer for each in exchanges()}
+        topics = {each.question: each.topic for each in exchanges()}
+        self._questions: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+        self._said: dict[tuple[str, str], list] = defaultdict(list)
+        for piece, codes in pieces:
+            if piece.kind == "question":
+                self._questions[piece.voice][topics[piece.text]].append((piece, codes))
+            else:
+                name = piece.voice if piece.kind in ("stop", "again") else piece.text
+                self._said[piece.kind, name].append((piece, codes))
+        self._idle = [codes for _, codes in self._said["user", ""]]
+        self._silence = self._said["moshi", ""][0][1]
+        self._voices = sorted(self._questions)
+        counts = np.array([sum(map(len, self._questions[voice].values())) for voice in self._voices])
+        self._shares = counts / counts.sum()
+
+    def dialogue(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Several exchanges with one voice."""
+        row = _Row()
+        voice = str(draw.choice(self._voices, p=self._shares))
+        now, last = draw.uniform(0.3, 1.5), None
+        # how long pauses are differs from dialogue to dialogue, and is one of the things that are not to be learned
+        pause = draw.uniform(0.7, 2.5)
+        count = int(draw.integers(2, 6))
+        for place in range(count):
+            if last is not None and draw.random() < AGAIN_SHARE and self._said["again", voice]:
+                _, now = self._exchange(row, self._any(draw, self._said["again", voice]), last, now, draw)
+                now += draw.uniform(0.5, pause)
+            topics = self._questions[voice]
+            question = self._any(draw, topics[str(draw.choice(sorted(topics)))])
+            answer = self._answers[question[0].text]
+            stopped = draw.random() < STOPPED and self._said["stop", voice]
+            interrupted = place + 1 < count and draw.random() < INTERRUPTED
+            if (stopped or interrupted) and self._said["cut", answer]:
+                asked = row.put(USER, question, now)
+                cut = self._any(draw, self._said["cut", answer])
+                end = row.put(MOSHI, cut, asked + draw.uniform(0.3, 0.7))
+                now, last = max(end - draw.uniform(*REACTION), asked + 0.4), None
+                if stopped:
+                    now = max(row.put(USER, self._any(draw, self._said["stop", voice]), now), end)
+                    now += draw.uniform(1.0, 3.0)
+            else:
+                _, now = self._exchange(row, question, answer, now, draw)
+                now += draw.uniform(0.5, pause) if draw.random() > LONG_PAUSE else draw.uniform(5, 10)
+                last = answer
+        return self._conversation(name, row, now + 0.3, draw)
+
+    def listening(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Questions that are written down."""
+        row = _Row()
+        voice = str(draw.choice(self._voices, p=self._shares))
+        topics, now = self._questions[voice], draw.uniform(0.3, 1.5)
+        while now < (LISTENED - 40) * SECONDS:
+            question = self._any(draw, topics[str(draw.choice(sorted(topics)))])
+            now = row.put(USER, question, now) + draw.uniform(0.5, 1.0)
+        row.words = [Word(word.text, word.end + DELAY, word.end + DELAY, MOSHI) for word in row.words]
+        return self._conversation(name, row, now, draw)
+
+    @staticmethod
+    def _any(draw: np.random.Generator, found: Sequence[tuple[Piece, Codes]]) -> tuple[Piece, Codes]:
+        return found[draw.integers(len(found))]
+
+    def _exchange(
+        self, row: _Row, question: tuple[Piece, Codes], answer: str, now: float, draw: np.random.Generator
+    ) -> tuple[float, float]:
+        """The ends of question and answer."""
+        asked = row.put(USER, question, now)
+        end = row.put(MOSHI, self._any(draw, self._said["answer", answer]), asked + draw.uniform(0.3, 0.7))
+        return asked, end
+
+    def _conversation(self, name: str, row: _Row, seconds: float, draw: np.random.Generator) -> Conversation:
+        frames = max(-(-seconds // SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed))
+        frames = int(frames)
+        channels = {USER: self._background(frames, draw), MOSHI: self._silent(frames)}
+        for speaker, start, codes in row.placed:
+            channels[speaker][:, start : start + codes.shape[1]] = codes
+        words = [word for word in row.words if word.speaker == MOSHI]
+        text = align_words(words, frames, self._encode, frame_rate=1 / SECONDS).ids.astype(np.int16)
+        return Conversation(name, text, channels[MOSHI], channels[USER])
+
+    def _background(self, frames: int, draw: np.random.Generator) -> Int16[np.ndarray, "codebooks frames"]:
+        """A room in which nobody speaks."""
+        idle = self._idle[draw.integers(len(self._idle))]
+        start = int(draw.integers(idle.shape[1]))
+        return np.take(idle, np.arange(start, start + frames) % idle.shape[1], axis=1).astype(np.int16)
+
+    def _silent(self, frames: int) -> Int16[np.ndarray, "codebooks frames"]:
+        silence = self._silence
+        return np.take(silence, np.minimum(np.arange(frames), silence.shape[1] - 1), axis=1).astype(np.int16)
+
+
+class _Row:
+    """Pieces by their first frames, and the words that are said."""
+
+    def __init__(self) -> None:
+        self.placed: list[tuple[str, int, Codes]] = []
+        self.words: list[Word] = []
+
+    def put(self, speaker: str, said: tuple[Piece, Codes], begin: float) -> float:
+        """Place a piece so that its first word begins at ``begin``, or within a frame of it; when its sound ends."""
+        piece, codes = said
+        start = max(round((begin - piece.words[0][1]) / SECONDS), 0)
+        self.placed.append((speaker, start, codes))
+        at = start * SECONDS
+        self.words += [Word(word, at + first, at + last, speaker) for word, first, last in piece.words]
+        return at + piece.end
+
+
+def write_dataset(
+    folder: Path, make: Callable[[str, np.random.Generator], Conversation], number: int, seed: Sequence[int]
+) -> None:
+    """Write ``number`` conversations in shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def conversations() -> Iterator[Conversation]:
+        for index in range(number):
+            yield make(f"{index:06d}", np.random.default_rng([*seed, index]))
+
+    made, shard = conversations(), 0
+    while part := [(each, {}) for _, each in zip(range(SHARD), made)]:
+        write_shard(folder, shard, part, [], np.int16)
+        shard += 1
+    write_index(folder, {"assembled": True}, shard)
+
+
+def write_assembled(pieces_folder: Path, model: Path, folder: Path, dialogues: int, listening: int) -> None:
+    """Write the three datasets, for the tokenizer of ``model``."""
+    tokenizer = MoshiProcessor.from_pretrained(model).tokenizer
+    known: dict[str, list[int]] = {}
+
+    def encode(word: str) -> list[int]:
+        if word not in known:
+            known[word] = tokenizer.encode(word, add_special_tokens=False)
+        return known[word]
+
+    pieces = read_pieces(pieces_folder)
+    questions = [piece for piece in pieces if piece[0].kind == "question"]
+    others = [piece for piece in pieces if piece[0].kind != "question"]
+    held_out = questions[::HELD_OUT]
+    del questions[::HELD_OUT]
+    assembler = Assembler([*questions, *others], encode)
+    write_dataset(folder / "dialogues", assembler.dialogue, dialogues, (SEED, 0))
+    write_dataset(folder / "listening", assembler.listening, listening, (SEED, 1))
+    others_listening = Assembler([*held_out, *others], encode).listening
+    write_dataset(folder / "listening-held-out", others_listening, HELD_OUT_ROWS, (SEED, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pieces", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--dialogues", type=int, default=30_000)
+    parser.add_argument("--listening", type=int, default=20_000)
+    given = parser.parse_args()
+    write_assembled(given.pieces, given.model, given.directory, given.dialogues, given.listening)
+
+
+if __name__ == "__main__":
+    main()

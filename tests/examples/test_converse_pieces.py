@@ -1,0 +1,217 @@
+"""Sentences in codes, and dialogues that are put together of them."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tests.examples.test_converse import speak_tones
+from transformers_moshi_flax import FlaxMimiModel
+from transformers_moshi_flax.training.data.prepared import open_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.converse import pieces as module
+from examples.converse.assembling import Assembler, write_dataset
+from examples.converse.pieces import AFTER, DROPPED, FRAME, Row, draw_rows, read_pieces, spoken_row, write_pieces
+from examples.converse.sentences import all_words, exchanges
+from examples.converse.voices import SAMPLING_RATE, Voice
+from transformers import MimiConfig
+
+QUESTIONS = 30
+
+
+@pytest.fixture(autouse=True)
+def voices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Voice, "__call__", speak_tones)
+
+
+@pytest.fixture(scope="module")
+def codec() -> FlaxMimiModel:
+    """One with codes of several values, and little to compute."""
+    model = FlaxMimiModel(
+        MimiConfig(
+            num_filters=2,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=16,
+            upsampling_ratios=[4, 5, 6, 8],
+            frame_rate=12.5,
+            codebook_size=16,
+            codebook_dim=8,
+            vector_quantization_hidden_dimension=8,
+            num_quantizers=2,
+            sliding_window=8,
+            upsample_groups=16,
+        )
+    )
+    draw = np.random.default_rng(0)
+    leaves = flatten_dict(model.params)
+    for path, leaf in leaves.items():
+        if path[-1] == "embed_sum":
+            leaves[path] = draw.standard_normal(leaf.shape).astype(np.float32)
+        elif path[-1] == "cluster_usage":
+            leaves[path] = np.ones_like(leaf)
+    model.params = unflatten_dict(leaves)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(codec: FlaxMimiModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pieces")
+    codec.save_pretrained(folder / "codec")
+    with pytest.MonkeyPatch.context() as patches:
+        make_small(patches)
+        write_pieces(folder / "codec", folder / "pieces", QUESTIONS, answers=1)
+    return folder
+
+
+def make_small(patches: pytest.MonkeyPatch) -> None:
+    """Tones, in a thread, in parts of a few rows."""
+    patches.setattr(Voice, "__call__", speak_tones)
+    patches.setattr(module, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number))
+    patches.setattr(module, "PART", 8)
+    patches.setattr(module, "IDLE", 20)
+
+
+def test_words_of_a_piece_lie_where_they_are_heard() -> None:
+    said = (("question", "what is one plus two"), ("stop", "stop"), ("again", "again please"))
+    for speaker, sentences in (("user", said), ("moshi", (("answer", "one plus two is three"), ("answer", "A B C")))):
+        for seed in range(4):
+            pieces, sound = spoken_row(Row(speaker, sentences, (seed,)))
+            assert [(piece.kind, piece.text) for piece, _, _ in pieces] == list(sentences)
+            assert len(sound) == pieces[-1][2] * FRAME and pieces[0][1] >= DROPPED
+            ends = [0]
+            for piece, first, last in pieces:
+                assert [word for word, _, _ in piece.words] == piece.text.split()
+                loud = np.flatnonzero(np.abs(sound[first * FRAME : last * FRAME]) > 0.05) / SAMPLING_RATE
+                assert loud[0] == pytest.approx(piece.words[0][1], abs=0.01)
+                assert piece.words[-1][2] == pytest.approx(piece.end, abs=0.01)
+                assert loud[-1] >= piece.end - 0.01  # an echo may follow
+                assert last * 0.08 - (first * 0.08 + piece.end) >= AFTER * 0.08 and first >= ends[-1]
+                ends.append(last)
+            again, same = spoken_row(Row(speaker, sentences, (seed,)))
+            assert again == pieces and np.array_equal(sound, same)
+
+
+def test_an_answer_that_is_cut_ends_with_a_word() -> None:
+    text = "one plus two is three"
+    lengths = set()
+    for seed in range(8):
+        ((piece, first, _),), sound = spoken_row(Row("moshi", (("cut", text),), (seed,)))
+        lengths.add(len(piece.words))
+        assert piece.text == text and piece.words[-1][2] == pytest.approx(piece.end, abs=0.01)
+        assert not sound[first * FRAME + round(piece.end * SAMPLING_RATE) + 2 :].any()
+    assert lengths <= {1, 2, 3, 4} and len(lengths) > 1
+
+
+def test_held_out_sentences_are_not_spoken() -> None:
+    held_out = {text for each in exchanges() if each.held_out for text in (each.question, each.answer)}
+    known = {text for each in exchanges() if not each.held_out for text in (each.question, each.answer)}
+    rows = draw_rows(30, 5000, 1)
+    drawn = [sentence for row in rows for sentence in row.sentences]
+    assert not {text for _, text in drawn} & (held_out - known)
+    assert len({row.seed for row in rows}) == len(rows)
+    answers = {each.question: each.answer for each in exchanges()}
+    wanted = sorted({answers[text] for kind, text in drawn if kind == "question"})
+    assert wanted == sorted(text for kind, text in drawn if kind == "answer")
+    assert sum(kind in ("question", "stop", "again") for kind, _ in drawn) == 5000
+    assert all((row.speaker == "moshi") == (kind in ("answer", "cut")) for row in rows for kind, _ in row.sentences)
+
+
+def test_codes_are_those_of_the_sound(codec: FlaxMimiModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    found = read_pieces(folder / "pieces")
+    rows = draw_rows(30, QUESTIONS, 1)
+    wanted = [sentence if row.sentences else (row.speaker, "") for row in rows for sentence in row.sentences or [()]]
+    assert [(piece.kind, piece.text) for piece, _ in found] == wanted
+    pieces, sound = spoken_row(rows[0])
+    codes = np.asarray(codec.encode(sound[None, None]).audio_codes)[0]
+    for (piece, first, last), (same, heard) in zip(pieces, found):
+        assert piece == same and np.array_equal(heard, codes[:, first:last])
+    assert len(np.unique(codes)) > 2
+
+
+def test_parts_that_are_there_are_not_spoken_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "pieces").iterdir()}
+    make_small(monkeypatch)
+    lost = folder / "pieces" / "part-000.json"
+    kept = lost.read_text()
+    lost.unlink()
+    write_pieces(folder / "codec", folder / "pieces", QUESTIONS, answers=1)
+    assert lost.read_text() == kept
+    after = {path.name: path.stat().st_mtime_ns for path in (folder / "pieces").iterdir()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"part-000.json", "part-000.safetensors", "done"} and len(before) > 3
+
+
+WORDS = all_words()
+
+
+def encode(word: str) -> list[int]:
+    """One piece a word."""
+    return [4 + WORDS.index(word)]
+
+
+def spans(text: Any) -> list[int]:
+    """Frames with words."""
+    return np.flatnonzero((text != 3) & (text != 0)).tolist()
+
+
+def test_answers_begin_when_the_question_has_ended(folder: Path) -> None:
+    found = read_pieces(folder / "pieces")
+    # codes that tell who speaks
+    marks = {"answer": 2, "cut": 2, "moshi": 1, "user": 3, "question": 4, "stop": 4, "again": 4}
+    found = [(piece, np.full_like(codes, marks[piece.kind])) for piece, codes in found]
+    assembler = Assembler(found, encode)
+    begins = {encode(each.answer.split()[0])[0] for each in exchanges()}
+    for seed in range(20):
+        made = assembler.dialogue("one", np.random.default_rng(seed))
+        text = made.moshi_text_tokens
+        assert made.moshi_audio_tokens.shape == made.user_audio_tokens.shape == (2, len(text))
+        assert set(np.unique(made.moshi_audio_tokens)) <= {1, 2} and set(np.unique(made.user_audio_tokens)) <= {3, 4}
+        # what Moshi says is in the frames in which it speaks
+        frames = spans(text)
+        assert frames and (made.moshi_audio_tokens[0, frames] == 2).all()
+        asks = np.flatnonzero(np.diff((made.user_audio_tokens[0] == 4).astype(int)) == 1)
+        assert asks[0] < frames[0]
+        assert text[frames[0]] in begins
+
+
+def test_what_is_heard_is_written_down_when_it_has_been_said(folder: Path, tmp_path: Path) -> None:
+    assembler = Assembler(read_pieces(folder / "pieces"), encode)
+    made = assembler.listening("one", np.random.default_rng(0))
+    questions = {tuple(encode(word)[0] for word in each.question.split()) for each in exchanges()}
+    written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
+    assert any(written[: len(question)] == question for question in questions)
+    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) <= 20  # silence alone
+    write_dataset(tmp_path / "rows", assembler.listening, 3, (0,))
+    dataset = open_dataset(tmp_path / "rows")
+    assert len(dataset) == 3
+    assert dataset[1].frames == assembler.listening("x", np.random.default_rng([0, 1])).frames
+
+
+def test_pieces_fit_into_silence() -> None:
+    """Codes that are put together are those of a recording but for a few, also where pieces begin and end."""
+    codec = FlaxMimiModel.from_pretrained(Path(module.__file__).parent / "weights" / "codec")
+    row = Row("moshi", (("answer", "one plus two"), ("answer", "A B C"), ("answer", "hello")), (5,))
+    pieces, sound = spoken_row(row)
+    codes = np.asarray(codec.encode(sound[None, None]).audio_codes)[0]
+    silence = np.asarray(codec.encode(np.zeros((1, 1, 120 * FRAME), np.float32)).audio_codes)[0][:, -1:]
+    for _, first, last in pieces:
+        alone = np.zeros(140 * FRAME, np.float32)
+        alone[60 * FRAME : (60 + last - first) * FRAME] = sound[first * FRAME : last * FRAME]
+        recorded = np.asarray(codec.encode(alone[None, None]).audio_codes)[0]
+        assembled = np.repeat(silence, 140, axis=1)
+        assembled[:, 60 : 60 + last - first] = codes[:, first:last]
+        same = recorded == assembled
+        behind = 60 + last - first
+        assert same[:, 20:60].all() and same[:, 60:behind].mean() > 0.95 and same[:, behind:].mean() > 0.98

@@ -114,6 +114,7 @@ def test_why_nobody_is_let_in(moshi_flax, question: Path, tmp_path: Path) -> Non
         assert moshi_flax("talk", server.url, *args).code == 0
         result = moshi_flax("talk", server.url, *args, "--temperature", 1000)
         assert result.code == 1 and "says no (400)" in result.err and "text_temperature" in result.err
+        assert ended(server) == 1
         seat = server.server.engine.take_seat({}, np.zeros(2, np.uint32))
         result = moshi_flax("talk", server.url, *args)
         assert result.code == 1 and "all 1 places are taken" in result.err and "again in 10 s" in result.err
@@ -122,12 +123,12 @@ def test_why_nobody_is_let_in(moshi_flax, question: Path, tmp_path: Path) -> Non
 
 def test_what_a_dialogue_that_is_ended_has_said_is_kept(moshi_flax, question: Path, tmp_path: Path) -> None:
     output = tmp_path / "dialogue.flac"
-    with house(max_seconds=1.0) as server:
+    with house(max_seconds=2.0) as server:
         args = ["--user-audio", question, "--output", output, "--format", "pcm16", "--extra-seconds", 30]
         result = moshi_flax("talk", server.url, *args)
-    assert result.code == 1 and "a dialogue lasts 1 s at most" in result.err
+    assert result.code == 1 and "a dialogue lasts 2 s at most" in result.err
     samples, rate = soundfile.read(output)
-    assert rate == 24_000 and 0.5 * rate < len(samples) < 3 * rate and samples[:, 0].any()
+    assert rate == 24_000 and 0 < len(samples) < 4 * rate and samples[:, 0].any()
 
 
 def test_who_waits_is_told(moshi_flax, question: Path) -> None:

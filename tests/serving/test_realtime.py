@@ -342,14 +342,7 @@ async def test_what_was_not_heard_yet_is_forgotten():
 @in_a_loop
 async def test_a_response_is_complete_when_its_dialogue_ends():
     """Order, and what each says of it."""
-    async with serving(slots=4, idle_seconds=0.4, max_seconds=1.2, burst_seconds=5.0) as house:
-        async with calling(house, query={**SEED_QUERY, "max_steps": "4"}) as ear:
-            await ear.say(speech(6))
-            closed = await ear.to_the_end()
-            assert closed.rcvd is not None and closed.rcvd.code == 1000
-            assert ear.kinds[-6:] == ENDING and not ear.of("error")
-            check_response(ear, "incomplete", {"type": "incomplete", "reason": "max_output_tokens"})
-            assert np.array_equal(ear.samples, alone(speech(6))[:4])
+    async with serving(slots=4, idle_seconds=0.4, burst_seconds=5.0) as house:
         async with calling(house) as ear:
             await ear.say(speech(2))
             closed = await ear.to_the_end()
@@ -360,12 +353,20 @@ async def test_a_response_is_complete_when_its_dialogue_ends():
         async with calling(house) as ear:  # nothing was ever said
             await ear.to_the_end()
             assert ear.kinds == ["session.created", "error"]
-        async with calling(house) as ear:
-            speaking = asyncio.create_task(keep_speaking(ear))
-            await ear.to_the_end()
-            await speaking
-            check_response(ear, "incomplete", {"type": "incomplete"})
-            check_error(ear, "invalid_request_error", "length", "lasts 1.2 s at most")
+    async with serving(slots=4, max_seconds=1.2, burst_seconds=5.0) as house, calling(house) as ear:
+        speaking = asyncio.create_task(keep_speaking(ear))
+        await ear.to_the_end()
+        await speaking
+        check_response(ear, "incomplete", {"type": "incomplete"})
+        check_error(ear, "invalid_request_error", "length", "lasts 1.2 s at most")
+    async with serving(slots=4, burst_seconds=5.0) as house:
+        async with calling(house, query={**SEED_QUERY, "max_steps": "4"}) as ear:
+            await ear.say(speech(6))
+            closed = await ear.to_the_end()
+            assert closed.rcvd is not None and closed.rcvd.code == 1000
+            assert ear.kinds[-6:] == ENDING and not ear.of("error")
+            check_response(ear, "incomplete", {"type": "incomplete", "reason": "max_output_tokens"})
+            assert np.array_equal(ear.samples, alone(speech(6))[:4])
         async with calling(house) as ear:
             await ear.say(speech(1))
             await ear.until("response.output_audio.delta")

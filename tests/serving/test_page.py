@@ -82,7 +82,7 @@ async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Pat
         assert np.array_equal(moshi, spoken_alone(user.astype(np.float32) / 32768, (1, 1)))
         text = (await saved(page, tmp_path, "#save-text", "moshi.txt")).read_text("utf-8")
         # as it was shown: the first frame's words, and those of as many frames as were said
-        assert re.fullmatch(r"(\d+:\d\d .+\n)+", text) and text.startswith("0:00 € 7 8 9 ")
+        assert re.fullmatch(r"(\d+:\d\d .+\n)+", text) and text.startswith("0:00 € 7 8 9")
         shown = (
             "Array.from(document.querySelectorAll('#transcript span'), (line) => line.textContent.trim()).join(' ')"
         )

@@ -47,10 +47,13 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
     if "lora.safetensors" in names and not weights:
         return (
             "holds a LoRA adapter of moshi-finetune, no whole model: load its base model, and then the adapter with "
-            "load_adapter"
+            "load_adapter; merge_adapter makes one model of both"
         )
     if "adapter_config.json" in names or any(name.startswith("adapter_model.") for name in names):
-        return "holds an adapter of PEFT, no whole model: load its base model, and then the adapter with load_adapter"
+        return (
+            "holds an adapter of PEFT, no whole model: load its base model, and then the adapter with load_adapter; "
+            "merge_adapter makes one model of both"
+        )
     if "checkpoints" in names and "config.yaml" in names:
         return "is the folder of a training run: load its export/, or write one with moshi-flax export-checkpoint"
     if values.get("model_type") == "personaplex":

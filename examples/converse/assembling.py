@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Assembler:
                 name = piece.voice if piece.kind in ("stop", "again") else piece.text
                 self._said[piece.kind, name].append((piece, codes))
         self._idle = [codes for _, codes in self._said["user", ""]]
-        self._silence = self._said["moshi", ""][0][1]
+        self._silence = self._said["moshi", ""][0][1][:, -1:].astype(np.int16)
         self._voices = sorted(self._questions)
         counts = np.array([sum(map(len, self._questions[voice].values())) for voice in self._voices])
         self._shares = counts / counts.sum()
@@ -76,7 +77,7 @@ class Assembler:
         count = int(draw.integers(2, 6))
         for place in range(count):
             if last is not None and draw.random() < AGAIN_SHARE and self._said["again", voice]:
-                _, now = self._exchange(row, self._any(draw, self._said["again", voice]), last, now, draw)
+                now = self._exchange(row, self._any(draw, self._said["again", voice]), last, now, draw)
                 now += draw.uniform(0.5, pause)
             topics = self._questions[voice]
             question = self._any(draw, topics[str(draw.choice(sorted(topics)))])
@@ -92,7 +93,7 @@ class Assembler:
                     now = max(row.put(USER, self._any(draw, self._said["stop", voice]), now), end)
                     now += draw.uniform(1.0, 3.0)
             else:
-                _, now = self._exchange(row, question, answer, now, draw)
+                now = self._exchange(row, question, answer, now, draw)
                 now += draw.uniform(0.5, pause) if draw.random() > LONG_PAUSE else draw.uniform(5, 10)
                 last = answer
         return self._conversation(name, row, now + 0.3, draw)
@@ -114,16 +115,14 @@ class Assembler:
 
     def _exchange(
         self, row: _Row, question: tuple[Piece, Codes], answer: str, now: float, draw: np.random.Generator
-    ) -> tuple[float, float]:
-        """The ends of question and answer."""
+    ) -> float:
+        """The end of the answer."""
         asked = row.put(USER, question, now)
-        end = row.put(MOSHI, self._any(draw, self._said["answer", answer]), asked + draw.uniform(0.3, 0.7))
-        return asked, end
+        return row.put(MOSHI, self._any(draw, self._said["answer", answer]), asked + draw.uniform(0.3, 0.7))
 
     def _conversation(self, name: str, row: _Row, seconds: float, draw: np.random.Generator) -> Conversation:
-        frames = max(-(-seconds // SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed))
-        frames = int(frames)
-        channels = {USER: self._background(frames, draw), MOSHI: self._silent(frames)}
+        frames = max(math.ceil(seconds / SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed))
+        channels = {USER: self._background(frames, draw), MOSHI: np.repeat(self._silence, frames, axis=1)}
         for speaker, start, codes in row.placed:
             channels[speaker][:, start : start + codes.shape[1]] = codes
         words = [word for word in row.words if word.speaker == MOSHI]
@@ -135,10 +134,6 @@ class Assembler:
         idle = self._idle[draw.integers(len(self._idle))]
         start = int(draw.integers(idle.shape[1]))
         return np.take(idle, np.arange(start, start + frames) % idle.shape[1], axis=1).astype(np.int16)
-
-    def _silent(self, frames: int) -> Int16[np.ndarray, "codebooks frames"]:
-        silence = self._silence
-        return np.take(silence, np.minimum(np.arange(frames), silence.shape[1] - 1), axis=1).astype(np.int16)
 
 
 class _Row:

@@ -15,16 +15,14 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-import transformers_moshi_flax
 from tests.configs import tiny_moshi_config
 from tests.hub_server import UPLOAD_WARNING, Hub, hub_server
+from tests.random_model import RANDOM_MODEL
 from tests.test_modeling_flax_utils import FlaxToyWithHead, same
 from transformers_moshi_flax import FlaxMoshiForCausalLM
 from transformers_moshi_flax.checkpoints.companions import copy_companions
 from transformers_moshi_flax.checkpoints.files import Source, is_weights
 from transformers_moshi_flax.model_card import is_generated
-
-EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
@@ -439,7 +437,7 @@ def test_weights_that_are_not_in_the_cache(hub: Hub, model: FlaxToyWithHead):
 def test_what_may_lack_is_told(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Files that a checkpoint need not have, but may, where the Hub cannot be asked."""
     HfApi(token=hub.token).create_repo("tester/moshi")
-    HfApi(token=hub.token).upload_folder(repo_id="tester/moshi", folder_path=EMBEDDED)
+    HfApi(token=hub.token).upload_folder(repo_id="tester/moshi", folder_path=RANDOM_MODEL)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         huggingface_hub.hf_hub_download("tester/moshi", name)
     FlaxMoshiForCausalLM.from_pretrained("tester/moshi", local_files_only=True)

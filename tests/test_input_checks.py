@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForConditionalGeneration, MoshiProcessor, PcmDialogue
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.input_checks import LOUDEST, Input, check_input, check_inputs, check_samples, is_tracing
 from transformers_moshi_flax.models.mimi import FlaxMimiEncoderModel
 from transformers_moshi_flax.models.moshi.pcm import PcmBuffer
@@ -71,7 +71,7 @@ def entries() -> dict[str, Callable[[np.ndarray], Any]]:
     model = FlaxMoshiForConditionalGeneration(tiny_moshi_config())
     mimi_config = tiny_mimi_config()
     mimi, encoder = FlaxMimiModel(mimi_config), FlaxMimiEncoderModel(mimi_config.encoder_config)
-    processor = MoshiProcessor.from_pretrained(EMBEDDED_MODEL)
+    processor = MoshiProcessor.from_pretrained(RANDOM_MODEL)
     stream, ids = model.streaming(), np.full((1, 2), 3)
     silence = np.zeros_like(LOUD)
     return {

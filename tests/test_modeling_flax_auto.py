@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 from transformers import AutoProcessor, BertConfig, MoshiConfig
 from transformers.models.auto import processing_auto
 
-import transformers_moshi_flax
 from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import (
     FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
     FLAX_MODEL_MAPPING,
@@ -29,8 +29,6 @@ from transformers_moshi_flax import (
 )
 from transformers_moshi_flax.auto_processor import make_known
 from transformers_moshi_flax.modeling_flax_auto import FlaxModelMapping
-
-ASSETS = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 
 OWN_CODE = """
 from transformers_moshi_flax import FlaxMoshiForCausalLM
@@ -68,19 +66,21 @@ def test_classes_by_model_type() -> None:
 
 
 def test_from_pretrained(tmp_path: Path) -> None:
-    model = FlaxAutoModelForCausalLM.from_pretrained(ASSETS)
-    same = FlaxMoshiForCausalLM.from_pretrained(ASSETS)
+    model = FlaxAutoModelForCausalLM.from_pretrained(RANDOM_MODEL)
+    same = FlaxMoshiForCausalLM.from_pretrained(RANDOM_MODEL)
     assert type(model) is FlaxMoshiForCausalLM
     for path, leaf in flatten_dict(same.params).items():
         np.testing.assert_array_equal(np.asarray(flatten_dict(model.params)[path]), np.asarray(leaf))
-    model, params = FlaxAutoModelForCausalLM.from_pretrained(str(ASSETS), jnp.float16, _do_init=False, num_codebooks=8)
+    model, params = FlaxAutoModelForCausalLM.from_pretrained(
+        str(RANDOM_MODEL), jnp.float16, _do_init=False, num_codebooks=8
+    )
     assert model.dtype == jnp.float16 and {leaf.dtype for leaf in flatten_dict(params).values()} == {
         np.dtype("float16")
     }
-    config = MoshiConfig.from_pretrained(ASSETS)
+    config = MoshiConfig.from_pretrained(RANDOM_MODEL)
     config.rope_theta = 5.0
-    assert FlaxAutoModel.from_pretrained(ASSETS, config=config).config is config
-    assert type(FlaxAutoModel.from_pretrained(ASSETS, config=ASSETS / "config.json")) is FlaxMoshiModel
+    assert FlaxAutoModel.from_pretrained(RANDOM_MODEL, config=config).config is config
+    assert type(FlaxAutoModel.from_pretrained(RANDOM_MODEL, config=RANDOM_MODEL / "config.json")) is FlaxMoshiModel
     mimi = FlaxMimiModel(tiny_mimi_config())
     mimi.save_pretrained(tmp_path / "inside")
     assert type(FlaxAutoModel.from_pretrained(tmp_path, subfolder="inside")) is FlaxMimiModel
@@ -100,7 +100,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told):
             FlaxAutoModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no keyword argument 'sharing'.*did you mean 'sharding'"):
-        FlaxAutoModel.from_pretrained(ASSETS, sharing=None)
+        FlaxAutoModel.from_pretrained(RANDOM_MODEL, sharing=None)
 
 
 def test_registered_classes(tmp_path: Path, mappings: None) -> None:
@@ -180,15 +180,15 @@ class TestAutoProcessor:
         monkeypatch.setattr(processing_auto.PROCESSOR_MAPPING, "_extra_content", {})
 
     def test_of_a_saved_processor_and_of_a_model(self, tmp_path: Path) -> None:
-        MoshiProcessor.from_pretrained(ASSETS).save_pretrained(tmp_path)
+        MoshiProcessor.from_pretrained(RANDOM_MODEL).save_pretrained(tmp_path)
         processor = AutoProcessor.from_pretrained(tmp_path)
         assert type(processor) is MoshiProcessor and processor.frame_size == 1920
-        assert type(AutoProcessor.from_pretrained(ASSETS)) is MoshiProcessor
+        assert type(AutoProcessor.from_pretrained(RANDOM_MODEL)) is MoshiProcessor
 
     def test_imported_before(self, forgotten: None) -> None:
-        assert type(AutoProcessor.from_pretrained(ASSETS)) is not MoshiProcessor
+        assert type(AutoProcessor.from_pretrained(RANDOM_MODEL)) is not MoshiProcessor
         make_known()
-        assert type(AutoProcessor.from_pretrained(ASSETS)) is MoshiProcessor
+        assert type(AutoProcessor.from_pretrained(RANDOM_MODEL)) is MoshiProcessor
 
     def test_imported_after(self, tmp_path: Path) -> None:
         """In a new process: nothing is imported until it is needed."""
@@ -198,5 +198,5 @@ class TestAutoProcessor:
             "from transformers import AutoProcessor\n"
             "print(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)\n"
         )
-        done = subprocess.run([sys.executable, "-c", code, ASSETS], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, RANDOM_MODEL], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.strip() == "MoshiProcessor", done.stderr

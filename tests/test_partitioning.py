@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tests.configs import tiny_moshi_config
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.partitioning import PARTITION_RULES, param_shardings, resolve_shardings
 
 
@@ -125,7 +125,7 @@ else:
 def test_loads_and_saves_on_eight_devices(tmp_path: Path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(EMBEDDED_MODEL), str(tmp_path / "saved")]
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(RANDOM_MODEL), str(tmp_path / "saved")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
 

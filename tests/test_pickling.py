@@ -7,15 +7,14 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-import transformers_moshi_flax
 from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import (
     FlaxLogitsProcessorList,
     FlaxMimiDecoderModel,
@@ -43,7 +42,6 @@ from transformers_moshi_flax.training import (
 from transformers_moshi_flax.training.data.preparing import UnusableFolder
 from transformers_moshi_flax.training.data.recordings import BadRecording
 
-ASSETS = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 FRAME = 16
 
 IDS = np.array([[5, 6, 7]])
@@ -142,7 +140,7 @@ def test_the_original_keeps_its_programs(count_compilations: Callable[[], int]) 
 
 def test_in_another_process() -> None:
     """The parameters, which this model does not keep, go as an argument."""
-    model, params = FlaxMoshiForCausalLM.from_pretrained(ASSETS, _do_init=False)
+    model, params = FlaxMoshiForCausalLM.from_pretrained(RANDOM_MODEL, _do_init=False)
     result = text(model, params)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert_same(pool.submit(text, model, params).result(), result)
@@ -190,7 +188,7 @@ def test_buffers() -> None:
 
 
 def test_what_goes_in_and_comes_out(moshi: FlaxMoshiForConditionalGeneration) -> None:
-    processor = MoshiProcessor.from_pretrained(ASSETS)
+    processor = MoshiProcessor.from_pretrained(RANDOM_MODEL)
     audio = {"user_audio": AUDIO[0, 0], "sampling_rate": 24_000, "text": "a"}
     inputs = processor(**audio)
     outputs = moshi.generate(max_new_tokens=3, output_scores=True)

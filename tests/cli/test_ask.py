@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_moshi_flax.cli import ask
+from tests.random_model import RANDOM_MODEL
+from transformers_moshi_flax.cli import ask, checkpoints, live
 from transformers_moshi_flax.cli.audio import read_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.cli.transcript import Timed
 
@@ -21,7 +21,7 @@ from transformers_moshi_flax.cli.transcript import Timed
 @pytest.fixture(scope="module", autouse=True)
 def one_model() -> Iterator[Speaker]:
     """The embedded model, loaded and compiled once."""
-    speaker = Speaker.load(str(EMBEDDED_MODEL), None)
+    speaker = Speaker.load(str(RANDOM_MODEL), None)
     stream = speaker.model.streaming(batch_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speaker.model, "streaming", lambda **options: stream)
@@ -42,7 +42,7 @@ def test_a_recording_is_asked(moshi_flax, speech: Path, tmp_path: Path):
     first, *lines = result.out.splitlines()
     assert first == f"   0.5 s  you    {speech}"
     assert lines and all("s  Moshi  " in line for line in lines)
-    assert "random weights" in result.err
+    assert checkpoints.NOTICE in result.err
 
 
 def test_a_question_is_spoken(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,9 +94,11 @@ def test_without_espeak(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert result.code == 2 and "apt-get install espeak-ng" in result.err and "--wav" in result.err
 
 
-def test_a_pause_begins_a_line(capsys: pytest.CaptureFixture):
-    printed = ask.Printed()
-    printed.add([Timed("three", 1.2, 1.3), Timed("plus", 1.5, 1.6)])
-    printed.add([Timed("five", 4.0, 4.1), Timed("。", 4.1, 4.2, spaced=False)])
+def test_a_pause_or_the_other_side_begins_a_line(capsys: pytest.CaptureFixture):
+    printed = live.Printed()
+    printed.add("Moshi", [Timed("three", 1.2, 1.3), Timed("plus", 1.5, 1.6)])
+    printed.add("Moshi", [Timed("five", 4.0, 4.1), Timed("。", 4.1, 4.2, spaced=False)])
+    printed.add("you", [Timed("stop", 4.2, 4.4)])
     printed.end()
-    assert capsys.readouterr().out == "   1.2 s  Moshi  three plus\n   4.0 s  Moshi  five。\n"
+    lines = ["   1.2 s  Moshi  three plus", "   4.0 s  Moshi  five。", "   4.2 s  you    stop"]
+    assert capsys.readouterr().out.splitlines() == lines

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tests.hub_server import UPLOAD_WARNING, hub_server
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.cli import main
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 
 def test_there_and_back(moshi_flax, tmp_path: Path):
     size = ("--max-shard-size", "1MB")
-    assert moshi_flax("convert", EMBEDDED_MODEL, tmp_path / "flax", *size).code == 0
+    assert moshi_flax("convert", RANDOM_MODEL, tmp_path / "flax", *size).code == 0
     assert moshi_flax("convert", tmp_path / "flax", tmp_path / "pt", "--to", "pt", *size).code == 0
     for folder, stem in (("flax", "flax_model"), ("pt", "model")):
         assert (tmp_path / folder / f"{stem}.safetensors.index.json").exists()
@@ -31,14 +31,14 @@ def test_there_and_back(moshi_flax, tmp_path: Path):
         assert len(shards) == 3 and all(shard.stat().st_size < 1_050_000 for shard in shards)
         written = json.loads((tmp_path / folder / "generation_config.json").read_text())
         assert written["depth_decoder_config"]["top_k"] == 128
-    before = load_file(EMBEDDED_MODEL / "model.safetensors")
+    before = load_file(RANDOM_MODEL / "model.safetensors")
     after = {key: value for shard in shards for key, value in load_file(shard).items()}
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert value.dtype == after[key].dtype
         np.testing.assert_array_equal(value, after[key], err_msg=key)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        assert (tmp_path / "pt" / name).read_bytes() == (EMBEDDED_MODEL / name).read_bytes()
+        assert (tmp_path / "pt" / name).read_bytes() == (RANDOM_MODEL / name).read_bytes()
 
 
 def test_upstream_loads_the_result(moshi_flax, moshi: dict, tmp_path: Path):
@@ -250,8 +250,8 @@ def test_into_the_current_directory(moshi_flax, mimi: Path, tmp_path: Path, monk
 
 def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):
     broken = tmp_path / "broken"
-    shutil.copytree(EMBEDDED_MODEL, broken)
-    (broken / "model.safetensors").write_bytes((EMBEDDED_MODEL / "model.safetensors").read_bytes()[:1000])
+    shutil.copytree(RANDOM_MODEL, broken)
+    (broken / "model.safetensors").write_bytes((RANDOM_MODEL / "model.safetensors").read_bytes()[:1000])
     result = moshi_flax("convert", broken, tmp_path / "new")
     assert result.code == 2 and result.err.count("\n") == 1 and "SRC" in result.err
     assert not (tmp_path / "new").exists()
@@ -259,10 +259,10 @@ def test_broken_weights_leave_the_destination_alone(moshi_flax, tmp_path: Path):
 
 @pytest.mark.parametrize("architecture", ["MimiModel", None])
 def test_mimi_alone(moshi_flax, tmp_path: Path, architecture: str | None):
-    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())["audio_encoder_config"]
+    config = json.loads((RANDOM_MODEL / "config.json").read_text())["audio_encoder_config"]
     source = tmp_path / "mimi"
     source.mkdir()
-    weights = load_file(EMBEDDED_MODEL / "model.safetensors")
+    weights = load_file(RANDOM_MODEL / "model.safetensors")
     prefix = "audio_encoder."
     mimi = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     save_file(mimi, source / "model.safetensors", metadata={"format": "pt"})

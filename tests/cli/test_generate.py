@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,10 @@ import soundfile
 from transformers import AutoTokenizer
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax.cli import generate
+from tests.random_model import RANDOM_MODEL
+from transformers_moshi_flax.cli import checkpoints, generate
 from transformers_moshi_flax.cli.audio import read_audio, write_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype
+from transformers_moshi_flax.cli.checkpoints import Dtype
 from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.cli.options import sampling_options
 
@@ -61,9 +61,8 @@ def test_writes_speech_and_transcript(moshi_flax, speech: Path, tmp_path: Path):
     output = tmp_path / "made" / "reply.wav"
     result = moshi_flax("generate", "--user-audio", speech, "--output", output, *GREEDY)
     assert result.code == 0, result.err
-    assert "random weights" in result.err
+    assert checkpoints.NOTICE in result.err
     record = read_json(output.with_suffix(".json"))
-    assert record["random"] is True
     assert result.out.strip() == record["text"]
     assert len(record["text_ids"]) == 6
     codes = np.array(record["audio_codes"])
@@ -112,7 +111,7 @@ def test_text_prompt_of_unknown_characters(moshi_flax, speech: Path, tmp_path: P
 
 
 def test_text_prompt_ends_the_prompt():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(RANDOM_MODEL)
     ids = Speaker("", None, tokenizer).prompt_ids(20, "Hello, I am")
     pieces = [token for token in ids[0] if token != 3]
     assert ids.shape == (1, 20)
@@ -121,7 +120,7 @@ def test_text_prompt_ends_the_prompt():
 
 
 def test_text_prompt_alone_is_said_to_silence(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tokenizer, heard = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), []
+    tokenizer, heard = AutoTokenizer.from_pretrained(RANDOM_MODEL), []
     speaker = Speaker("", SimpleNamespace(config=tiny_moshi_config()), tokenizer)
     monkeypatch.setattr(Speaker, "load", lambda *_: speaker)
     monkeypatch.setattr(generate, "_turn", lambda speaker, samples, *rest: heard.append(samples))
@@ -136,7 +135,7 @@ def test_refusal_of_the_model_is_one_line(moshi_flax, speech: Path, tmp_path: Pa
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("input_ids has 9 frames,\n  give 8")
 
-    monkeypatch.setattr(Speaker.load(str(EMBEDDED_MODEL), None).model, "generate", refuse)
+    monkeypatch.setattr(Speaker.load(str(RANDOM_MODEL), None).model, "generate", refuse)
     result = moshi_flax("generate", "--user-audio", speech, "--output", tmp_path / "reply.wav")
     assert result.code == 2
     assert result.err == "moshi-flax: error: cannot generate: input_ids has 9 frames, give 8\n"
@@ -189,7 +188,7 @@ def test_as_a_program(tmp_path: Path, args: list[str], code: int):
 
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_dtype(dtype: Dtype):
-    model = Speaker.load(str(EMBEDDED_MODEL), dtype).model
+    model = Speaker.load(str(RANDOM_MODEL), dtype).model
     assert jnp.dtype(model.dtype).name == dtype.value
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {dtype.value}
 
@@ -231,17 +230,3 @@ def test_read_audio_resamples_to_mono(tmp_path: Path, rate: int, suffix: str):
     assert samples.dtype == np.float32 and abs(len(samples) - 24_000) <= 1
     expected = 0.3 * np.sin(2 * np.pi * 440 * np.arange(len(samples)) / 24_000)
     assert np.abs(samples - expected)[500:-500].max() < 1e-3
-
-
-def test_embedded_clip_is_speech_of_a_few_seconds():
-    samples = read_audio(EMBEDDED_CLIP, 24_000)
-    assert 2 < len(samples) / 24_000 < 10
-    assert 0.01 < math.sqrt(np.mean(samples**2)) < 0.5
-
-
-def test_embedded_checkpoint_is_small_and_pytorch():
-    from safetensors import safe_open
-
-    assert sum(path.stat().st_size for path in EMBEDDED_MODEL.iterdir()) <= 3_000_000
-    with safe_open(EMBEDDED_MODEL / "model.safetensors", framework="numpy") as file:
-        assert file.metadata()["format"] == "pt"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from tests.random_model import RANDOM_MODEL
 
 
 def report_of(result, code: int = 0) -> dict:
@@ -65,7 +65,7 @@ def test_tables(moshi_flax, layouts: dict):
 
 
 def test_moshi_and_its_parts(moshi_flax):
-    report = report_of(moshi_flax("inspect", EMBEDDED_MODEL, "--json", "--part", "depth_decoder/layers/0"))
+    report = report_of(moshi_flax("inspect", RANDOM_MODEL, "--json", "--part", "depth_decoder/layers/0"))
     assert report["class"] == "FlaxMoshiForConditionalGeneration" and report["fits"] is True
     assert {entry["name"].rsplit(".", 3)[0] for entry in report["tensors"]} >= {"depth_decoder.layers.0.self_attn"}
     assert all(entry["name"].startswith("depth_decoder.layers.0.") for entry in report["tensors"])
@@ -79,7 +79,7 @@ def test_table_of_a_part(moshi_flax, layouts: dict):
 
 
 def test_part_that_is_not_there(moshi_flax):
-    result = moshi_flax("inspect", EMBEDDED_MODEL, "--part", "depth")
+    result = moshi_flax("inspect", RANDOM_MODEL, "--part", "depth")
     assert result.code == 2 and result.out == ""
     assert "--part" in result.err and "depth_decoder" in result.err
 
@@ -160,7 +160,7 @@ def test_tensors_are_not_read(moshi_flax, tmp_path: Path):
     path = tmp_path / "large.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + size)  # a hole, which takes no room
-    moshi_flax("inspect", EMBEDDED_MODEL, "--json")  # imports cost pages as well
+    moshi_flax("inspect", RANDOM_MODEL, "--json")  # imports cost pages as well
 
     def pages() -> int:
         usage = resource.getrusage(resource.RUSAGE_SELF)

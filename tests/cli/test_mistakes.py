@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 import transformers_moshi_flax
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from tests.random_model import RANDOM_MODEL
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,7 @@ def test_another_model(moshi_flax, tmp_path: Path, command: list[str]):
 
 
 def test_destination_that_is_the_source(moshi_flax):
-    assert_mistake(moshi_flax("convert", EMBEDDED_MODEL, EMBEDDED_MODEL, "--overwrite"), "DST")
+    assert_mistake(moshi_flax("convert", RANDOM_MODEL, RANDOM_MODEL, "--overwrite"), "DST")
 
 
 @pytest.mark.parametrize("config", [None, {"dim": 4096, "depformer_dim": 1024}])
@@ -198,9 +198,9 @@ def test_mimi_has_no_layout_of_kyutai(moshi_flax, layouts: dict):
 
 
 def test_destination_that_is_a_file(moshi_flax, speech: Path):
-    assert_mistake(moshi_flax("convert", EMBEDDED_MODEL, speech), "DST", "file")
+    assert_mistake(moshi_flax("convert", RANDOM_MODEL, speech), "DST", "file")
 
 
 def test_destination_that_is_not_empty(moshi_flax, speech: Path):
-    assert_mistake(moshi_flax("convert", EMBEDDED_MODEL, speech.parent), "DST", "--overwrite")
+    assert_mistake(moshi_flax("convert", RANDOM_MODEL, speech.parent), "DST", "--overwrite")
     assert speech.exists()

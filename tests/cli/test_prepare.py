@@ -12,8 +12,8 @@ import pytest
 import soundfile
 from rich.console import Console
 
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.cli import prepare
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.training.data.loading import make_loader
 from transformers_moshi_flax.training.data.prepared import open_dataset
 from transformers_moshi_flax.training.data.preparing import Report
@@ -44,7 +44,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def test_prepares_and_goes_on(moshi_flax, manifest: Path, tmp_path: Path):
-    arguments = ("prepare", manifest, tmp_path / "out", "--model", EMBEDDED_MODEL, "--batch-size", 1)
+    arguments = ("prepare", manifest, tmp_path / "out", "--model", RANDOM_MODEL, "--batch-size", 1)
     result = moshi_flax(*arguments)
     assert result.code == 0, result.err
     assert "2 conversations" in result.out and "14 frames" in result.out
@@ -71,7 +71,7 @@ def test_labels_and_late_text(moshi_flax, manifest: Path, tmp_path: Path):
     words = [["to you", [0.1, 0.2], "SPEAKER_00"] for _ in range(7)] + [["to", [0.1, 0.2], "[x]"]]
     (tmp_path / "one.json").write_text(json.dumps({"alignments": words}))
     (tmp_path / "two.json").write_text(json.dumps({"alignments": [["to", [0.1, 0.2], "SPEAKER_01"]]}))
-    arguments = ("prepare", manifest, tmp_path / "out", "--model", EMBEDDED_MODEL, "--batch-size", 1)
+    arguments = ("prepare", manifest, tmp_path / "out", "--model", RANDOM_MODEL, "--batch-size", 1)
     result = moshi_flax(*arguments)
     assert result.code == 2 and "--main-speaker: no word of the recordings is of 'SPEAKER_MAIN'" in result.err
     assert "'SPEAKER_00' (7 words), '[x]' (1 word), 'SPEAKER_01' (1 word)" in result.err
@@ -84,7 +84,7 @@ def test_labels_and_late_text(moshi_flax, manifest: Path, tmp_path: Path):
 
 
 def test_a_codec_that_does_not_fit(moshi_flax, manifest: Path, tmp_path: Path):
-    shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    shutil.copytree(RANDOM_MODEL, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["audio_vocab_size"] //= 2
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -104,7 +104,7 @@ def test_a_codec_that_does_not_fit(moshi_flax, manifest: Path, tmp_path: Path):
 )
 def test_mistakes(moshi_flax, manifest: Path, tmp_path: Path, change: dict[str, str], message: str, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"manifest": "all.jsonl", "out": "out", "model": str(EMBEDDED_MODEL), **change}
+    given = {"manifest": "all.jsonl", "out": "out", "model": str(RANDOM_MODEL), **change}
     result = moshi_flax("prepare", given["manifest"], given["out"], "--model", given["model"])
     assert result.code == 2
     (line,) = result.err.splitlines()
@@ -113,7 +113,7 @@ def test_mistakes(moshi_flax, manifest: Path, tmp_path: Path, change: dict[str, 
 
 def test_nothing_usable(moshi_flax, tmp_path: Path):
     (tmp_path / "all.jsonl").write_text('{"path": "none.wav"}')
-    result = moshi_flax("prepare", tmp_path / "all.jsonl", tmp_path / "out", "--model", EMBEDDED_MODEL)
+    result = moshi_flax("prepare", tmp_path / "all.jsonl", tmp_path / "out", "--model", RANDOM_MODEL)
     assert result.code == 2 and "none of its recordings can be used" in result.err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["conversations"] == 0
 

@@ -21,11 +21,11 @@ import aiohttp
 import numpy as np
 import pytest
 
+from tests.random_model import RANDOM_MODEL
 from tests.serving.fake_stream import FakeStream
 from tests.serving.house import SEEDS, Tokenizer, as_audio, read, speech
 from tests.serving.test_server import alone, until_ready
-from transformers_moshi_flax.cli import serve
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli import checkpoints, serve
 from transformers_moshi_flax.serving.engine import Engine
 
 CERTIFICATE = Path(__file__).parents[1] / "serving" / "certificate.pem"
@@ -136,7 +136,7 @@ def test_from_the_command_to_its_end(moshi_flax, fake, tmp_path: Path, secured: 
     assert result.code == 0
     assert np.array_equal(visitor.heard, alone(speech(2)))
     first, *lines = [line for line in result.err.splitlines() if line.strip()]
-    assert f"http{'s' * secured}://127.0.0.1:{port}/" in first and "random weights" in first
+    assert f"http{'s' * secured}://127.0.0.1:{port}/" in first and checkpoints.NOTICE in first
     events = [json.loads(line)["event"] for line in lines]
     if secured:
         (dialogue,) = (tmp_path / "kept").iterdir()
@@ -150,7 +150,7 @@ def test_the_embedded_model_answers_kyutai_s_protocol(tmp_path: Path):
     """A process of its own, as users start it."""
     command = [sys.executable, "-c", "from transformers_moshi_flax.cli import main; main()", "serve"]
     server = subprocess.Popen(
-        [*command, "--model", str(EMBEDDED_MODEL), "--port", "0", "--slots", "2"],
+        [*command, "--model", str(RANDOM_MODEL), "--port", "0", "--slots", "2"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
@@ -170,7 +170,7 @@ def test_the_embedded_model_answers_kyutai_s_protocol(tmp_path: Path):
             async with aiohttp.ClientSession() as session, session.ws_connect(url) as chat:
                 await chat.send_bytes(as_audio(speech(4)))
                 reply = await read(chat, 4)
-                assert reply.samples.any() and reply.metadata["model"] == EMBEDDED_MODEL.name
+                assert reply.samples.any() and reply.metadata["model"] == RANDOM_MODEL.name
 
         asyncio.run(talk())
         server.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.cli.errors import one_line
 from transformers_moshi_flax.cli.transcript import (
     END_OF_PAD,
@@ -30,7 +30,7 @@ RATE = 12.5
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    return AutoTokenizer.from_pretrained(RANDOM_MODEL)
 
 
 def frames_of(tokenizer, text: str) -> list[int]:

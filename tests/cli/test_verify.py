@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.cli import outputs
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 
 KEY = "upsample.conv.weight"
 PATH = "upsample/conv/kernel"
@@ -147,13 +147,13 @@ def test_tensors_that_do_not_fit(moshi_flax, layouts: dict, tmp_path: Path):
 
 def test_a_part_and_the_whole(moshi_flax, tmp_path: Path):
     """The class is A's, so Mimi is compared with the Mimi in Moshi."""
-    weights, prefix = load_file(EMBEDDED_MODEL / "model.safetensors"), "audio_encoder."
+    weights, prefix = load_file(RANDOM_MODEL / "model.safetensors"), "audio_encoder."
     part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     part["upsample.conv.weight"] = part["upsample.conv.weight"] * 2
     save_file(part, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())["audio_encoder_config"]
+    config = json.loads((RANDOM_MODEL / "config.json").read_text())["audio_encoder_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = report_of(moshi_flax("verify", tmp_path, EMBEDDED_MODEL, "--no-outputs", "--json"), 1)
+    report = report_of(moshi_flax("verify", tmp_path, RANDOM_MODEL, "--no-outputs", "--json"), 1)
     assert report["class"] == "FlaxMimiModel" and report["misfits"] is None
     assert [difference["path"] for difference in report["differences"]] == [PATH]
 

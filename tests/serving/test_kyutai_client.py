@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.random_model import RANDOM_MODEL
 from tests.serving.house import in_a_loop, serving, speech
 from tests.serving.sound_card import Device, sound_card
 from tests.serving.test_server import over_opus, said_over_opus
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
 from transformers_moshi_flax.serving.metrics import Metrics
@@ -116,7 +116,7 @@ def test_the_same_with_a_real_model(devices: dict[str, Device], monkeypatch):
 
 def real_engine() -> tuple[Engine, Any]:
     """Of the embedded model, and its tokenizer."""
-    speaker = Speaker.load(str(EMBEDDED_MODEL), None)
+    speaker = Speaker.load(str(RANDOM_MODEL), None)
     stream, numbers = stream_for_callers(speaker.model, 2, {})
     engine = Engine(stream, Metrics(), numbers, realtime=False)
     engine.warmup()

@@ -154,11 +154,11 @@ async def test_what_is_wrong_is_said(address: str):
 @in_a_loop
 async def test_width_colours_and_names(address: str):
     async with serving() as house, tab(house.session, address) as page:
-        house.server.about |= {"notice": "random weights", "recorded": True}
+        house.server.about |= {"notice": "a small demo model", "recorded": True}
         await page.ask("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
         await page.open(house.url + "/")
         await page.until(
-            "document.querySelector('#notice').textContent === 'random weights; what is said here is recorded'"
+            "document.querySelector('#notice').textContent === 'a small demo model; what is said here is recorded'"
         )
         assert await page.evaluate("document.documentElement.scrollWidth") <= 360
         grounds = set()

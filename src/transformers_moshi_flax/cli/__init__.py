@@ -15,6 +15,7 @@ from transformers_moshi_flax.cli.errors import UserMistake, one_line
 SUBCOMMANDS = {
     "generate": "Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text.",
     "converse": "Talk with a recording: Moshi hears it from its first frame on, and its reply has the same timeline.",
+    "demo": "Let Moshi hear the embedded recording of three questions: both sides' words are printed as they come.",
     "ask": "Ask Moshi a question aloud: words are printed as they come, and both sides are written as a stereo file.",
     "serve": "Serve dialogues over the network: Kyutai's clients connect, and browsers get a page to talk to.",
     "talk": "Talk with a server: by microphone and speakers, or with a recording that it hears as fast as one speaks.",

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import AUDIO_OUT, read_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.checkpoints import source_of, with_notice
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
-from transformers_moshi_flax.cli.generate import RANDOM, check_moshi, is_random
-from transformers_moshi_flax.cli.live import Partner, both_channels, check_file, hold, write_sound
+from transformers_moshi_flax.cli.generate import check_moshi
+from transformers_moshi_flax.cli.live import Partner, Printed, both_channels, check_file, hold, write_sound
 from transformers_moshi_flax.cli.options import DtypeOption, Model, Seed
 from transformers_moshi_flax.cli.pacing import Pace
-from transformers_moshi_flax.cli.transcript import PAUSE, LiveWords, Timed
+from transformers_moshi_flax.cli.transcript import LiveWords
 
 BEFORE = 0.5
 """Seconds of silence before the question."""
@@ -46,7 +46,7 @@ def ask(
     if not seconds <= HOUR:
         raise UserMistake(f"--seconds: {seconds} is not in [0, {HOUR:.0f}]; give at most an hour")
     check_file("--output", output, AUDIO_OUT, wav, overwrite)
-    source = model or str(EMBEDDED_MODEL)
+    source = source_of(model)
     rate = check_moshi(source)
     samples = speech(question or "", rate) if wav is None else read_audio(wav, rate, "--wav")
     samples = np.pad(samples, (round(BEFORE * rate), 0))
@@ -58,12 +58,15 @@ def ask(
     words = LiveWords(partner.speaker.tokenizer, partner.frame_rate)
     pace = Pace(1 / partner.frame_rate, realtime=False)
     length = len(samples) + round(seconds * rate)
-    moshi, _ = hold(partner, samples, length, seed, pace, notes, lambda text_id: printed.add(words.put(text_id)))
-    printed.add(words.end())
+
+    def listen(text_id: int) -> None:
+        printed.add("Moshi", words.put(text_id))
+
+    moshi, _ = hold(partner, samples, length, seed, pace, notes, listen)
+    printed.add("Moshi", words.end())
     printed.end()
     write_sound(output, both_channels(moshi, samples), rate)
-    warning = f" ({RANDOM})" if is_random(source) else ""
-    notes.print(f"{output}: {len(moshi) / rate:.2f} s{warning}", soft_wrap=True)
+    notes.print(with_notice(source, f"{output}: {len(moshi) / rate:.2f} s"), soft_wrap=True)
     notes.print(pace.report(), soft_wrap=True)
 
 
@@ -82,29 +85,8 @@ def speech(text: str, rate: int) -> Float[np.ndarray, "samples"]:
             "a recording by --wav"
         )
     with as_mistake(f"QUESTION: espeak-ng cannot say {text!r}", OSError, subprocess.CalledProcessError, ValueError):
-        command = [program, "-v", "en-us", "-s", "165", "--stdin", "--stdout"]
+        # a voice that the embedded checkpoint knows
+        command = [program, "-v", "en-us+m3", "-s", "165", "--stdin", "--stdout"]
         spoken = subprocess.run(command, input=text.encode(), check=True, capture_output=True).stdout
         samples, spoken_rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
     return soxr.resample(samples, spoken_rate, rate).astype(np.float32)
-
-
-class Printed:
-    """What Moshi says, printed word by word; after a pause on a new line, with its time."""
-
-    def __init__(self) -> None:
-        self._last: Timed | None = None
-
-    def add(self, words: list[Timed]) -> None:
-        """Print these words."""
-        for word in words:
-            if self._last is None or word.start - self._last.end >= PAUSE:
-                self.end()
-                typer.echo(f"{word.start:6.1f} s  Moshi  {word.text}", nl=False)
-            else:
-                typer.echo(" " * word.spaced + word.text, nl=False)
-            self._last = word
-
-    def end(self) -> None:
-        """End the line, if there is one."""
-        if self._last is not None:
-            typer.echo()

@@ -11,8 +11,13 @@ from typing import Any
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 ASSETS = Path(str(resources.files("transformers_moshi_flax") / "assets"))
-EMBEDDED_MODEL = ASSETS / "moshi-tiny-random"
-EMBEDDED_CLIP = ASSETS / "user.flac"
+EMBEDDED_MODEL = ASSETS / "moshi-converse"
+EMBEDDED_QUESTION = ASSETS / "question.flac"
+EMBEDDED_USER = ASSETS / "user.flac"
+"""A single question, and a user who asks three and waits for the answers; what is said, with times, is beside them."""
+
+NOTICE = "a small demo model, synthetic voices only"
+"""What is said of the embedded checkpoint wherever it speaks."""
 
 DEFAULT_ARCHITECTURES = {"moshi": "MoshiForConditionalGeneration", "mimi": "MimiModel"}
 """For checkpoints that do not say their architecture."""
@@ -33,6 +38,26 @@ class Dtype(enum.StrEnum):
         import jax.numpy as jnp
 
         return getattr(jnp, self.value)
+
+
+def source_of(model: str | None) -> str:
+    """The checkpoint that ``--model`` names, or the embedded one."""
+    return model or str(EMBEDDED_MODEL)
+
+
+def is_embedded(source: str) -> bool:
+    """Whether ``source`` is the embedded checkpoint."""
+    return Path(source).resolve() == EMBEDDED_MODEL.resolve()
+
+
+def name_of(source: str) -> str:
+    """How files call a checkpoint: the embedded one by its name, without the folders above."""
+    return EMBEDDED_MODEL.name if is_embedded(source) else source
+
+
+def with_notice(source: str, text: str) -> str:
+    """``text``, and in brackets what is to be known of the embedded checkpoint, if it is that."""
+    return f"{text} ({NOTICE})" if is_embedded(source) else text
 
 
 def check_source(option: str, source: str, files: bool = False) -> None:

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import AUDIO_OUT, read_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_USER, source_of, with_notice
 from transformers_moshi_flax.cli.errors import UserMistake
-from transformers_moshi_flax.cli.generate import RANDOM, check_moshi, is_random
+from transformers_moshi_flax.cli.generate import check_moshi
 from transformers_moshi_flax.cli.live import Partner, both_channels, check_file, hold, write_sound, write_transcript
 from transformers_moshi_flax.cli.options import (
     DepthTemperature,
@@ -57,14 +57,14 @@ def converse(
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
     if not extra_seconds <= DAY:
         raise UserMistake(f"--extra-seconds: {extra_seconds} is not in [0, {DAY:.0f}]; give at most a day")
-    user_audio = user_audio or EMBEDDED_CLIP
+    user_audio = user_audio or EMBEDDED_USER
     check_file("--output", output, AUDIO_OUT, user_audio, overwrite)
     if text is not None:
         check_file("--text", text, TEXT_OUT, user_audio, overwrite)
     if picture is not None:
         check_file("--picture", picture, PICTURE_OUT, user_audio, overwrite)
         check_matplotlib()
-    source = model or str(EMBEDDED_MODEL)
+    source = source_of(model)
     rate = check_moshi(source)
     samples = read_audio(user_audio, rate)
     length = len(samples) + round(extra_seconds * rate)
@@ -84,10 +84,6 @@ def converse(
     if picture is not None:
         write_picture(picture, channels, rate, {"Moshi": words})
     written = ", ".join(str(path) for path in (output, text, picture) if path is not None)
-    warning = f" ({RANDOM})" if is_random(source) else ""
-    notes.print(
-        f"{written}: {seconds:.2f} s, {len(text_ids)} frames after {partner.compile_seconds:.0f} s of "
-        f"compilation{warning}",
-        soft_wrap=True,
-    )
+    told = f"{written}: {seconds:.2f} s, {len(text_ids)} frames after {partner.compile_seconds:.0f} s of compilation"
+    notes.print(with_notice(source, told), soft_wrap=True)
     notes.print(pace.report(), soft_wrap=True)

@@ -16,7 +16,14 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import check_output, read_audio, write_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_CLIP, EMBEDDED_MODEL, Dtype, read_config
+from transformers_moshi_flax.cli.checkpoints import (
+    EMBEDDED_QUESTION,
+    Dtype,
+    name_of,
+    read_config,
+    source_of,
+    with_notice,
+)
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
@@ -35,7 +42,6 @@ from transformers_moshi_flax.cli.timing import compilation_time
 from transformers_moshi_flax.cli.transcript import END_OF_PAD, HALF, PAD
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
-RANDOM = "random weights: what it says is noise"
 DAY_OF_FRAMES = 1_080_000
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 
@@ -45,7 +51,7 @@ def generate(
     user_audio: Annotated[
         Path | None,
         typer.Option(
-            help="What the user says: WAV or FLAC, any rate. Default: the embedded clip; with a text prompt, silence."
+            help="What the user says: WAV or FLAC, any rate. Default: an embedded clip; with a text prompt, silence."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Moshi's reply; a JSON is written beside it.")] = Path("moshi.wav"),
@@ -70,17 +76,17 @@ def generate(
     sampling = sampling_options(temperature, top_k, top_p, depth_temperature, depth_top_k)
     check_output(output)
     silent = user_audio is None and (text_prompt is not None or interactive)
-    user_audio = user_audio or EMBEDDED_CLIP
+    user_audio = user_audio or EMBEDDED_QUESTION
     if user_audio.resolve() == output.resolve():
         raise UserMistake(f"--output: {str(output)!r} is the file of --user-audio; give another name")
-    source = model or str(EMBEDDED_MODEL)
+    source = source_of(model)
     rate = check_moshi(source)
     samples = None if silent else read_audio(user_audio, rate)
 
     notes = Console(stderr=True, highlight=False)
     use_compilation_cache()
     with progress_bar(notes) as bar:
-        stage = bar.add_task(f"loading {name_of(source)}", total=None)
+        stage = bar.add_task(f"loading {with_notice(source, name_of(source))}", total=None)
         speaker = Speaker.load(source, dtype)
         bar.remove_task(stage)
     if samples is None:
@@ -130,16 +136,6 @@ def check_moshi(source: str) -> int:
     if config.get("model_type") != "moshi":
         raise UserMistake(f"--model: {source!r} is a {config.get('model_type')!r} checkpoint; give a Moshi one")
     return int((config.get("audio_encoder_config") or {}).get("sampling_rate", 24_000))
-
-
-def name_of(source: str) -> str:
-    """How messages call a checkpoint."""
-    return f"{Path(source).name} ({RANDOM})" if is_random(source) else source
-
-
-def is_random(source: str) -> bool:
-    """Whether ``source`` is the embedded checkpoint."""
-    return Path(source).resolve() == EMBEDDED_MODEL.resolve()
 
 
 @dataclass(frozen=True)
@@ -299,8 +295,7 @@ def _turn(
     typer.echo(reply.text)
     frames = len(reply.text_ids)
     record = {
-        "model": speaker.source if not is_random(speaker.source) else EMBEDDED_MODEL.name,
-        "random": is_random(speaker.source),
+        "model": name_of(speaker.source),
         "text": reply.text,
         "text_ids": reply.text_ids.tolist(),
         "audio_codes": reply.audio_codes.tolist(),
@@ -316,10 +311,9 @@ def _turn(
     with as_mistake(f"--output: cannot write {str(output)!r}", OSError):
         write_audio(output, reply.audio, speaker.sampling_rate)
         write_text(transcript, json.dumps(record, ensure_ascii=False) + "\n")
-    warning = f" ({RANDOM})" if record["random"] else ""
-    notes.print(
+    told = (
         f"{output} and {transcript.name}: {record['seconds']:.2f} s of audio, {frames} frames, "
-        f"{record['frames_per_second']:.1f} frames/s after {reply.compile_seconds:.0f} s of compilation{warning}",
-        soft_wrap=True,
+        f"{record['frames_per_second']:.1f} frames/s after {reply.compile_seconds:.0f} s of compilation"
     )
+    notes.print(with_notice(speaker.source, told), soft_wrap=True)
     return not watcher.terminated

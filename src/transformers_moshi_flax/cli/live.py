@@ -6,25 +6,26 @@ import contextlib
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from jaxtyping import Float, Int
 from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import check_place, check_suffix, write_audio
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL, Dtype
+from transformers_moshi_flax.cli.checkpoints import Dtype, name_of, with_notice
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
-from transformers_moshi_flax.cli.generate import Speaker, is_random, name_of
+from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.cli.pacing import Pace
 from transformers_moshi_flax.cli.timing import compilation_time
-from transformers_moshi_flax.cli.transcript import Timed, subtitles, timed_words, to_record, to_srt
+from transformers_moshi_flax.cli.transcript import PAUSE, Timed, subtitles, timed_words, to_record, to_srt
 from transformers_moshi_flax.cli.watching import Watcher, stopped_by_interrupt
 
 
@@ -37,7 +38,7 @@ def loaded(source: str, dtype: Dtype | None, notes: Console) -> Iterator[Speaker
     """
     use_compilation_cache()
     with progress_bar(notes) as bar:
-        stage = bar.add_task(f"loading {name_of(source)}", total=None)
+        stage = bar.add_task(f"loading {with_notice(source, name_of(source))}", total=None)
         speaker = Speaker.load(source, dtype)
         bar.update(stage, description="compiling")
         yield speaker
@@ -134,6 +135,28 @@ def hold(
     return np.concatenate(spoken)[:length], np.array(text_ids, np.int32)
 
 
+class Printed:
+    """What is said, word by word; on a new line, with its time, after a pause or when the other side speaks."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Timed] | None = None
+
+    def add(self, speaker: str, words: Iterable[Timed]) -> None:
+        """Print these words of ``speaker``."""
+        for word in words:
+            if self._last is None or self._last[0] != speaker or word.start - self._last[1].end >= PAUSE:
+                self.end()
+                typer.echo(f"{word.start:6.1f} s  {speaker:<5}  {word.text}", nl=False)
+            else:
+                typer.echo(" " * word.spaced + word.text, nl=False)
+            self._last = speaker, word
+
+    def end(self) -> None:
+        """End the line, if there is one."""
+        if self._last is not None:
+            typer.echo()
+
+
 def both_channels(
     moshi: Float[np.ndarray, "samples"], user: Float[np.ndarray, "recorded"]
 ) -> Float[np.ndarray, "samples 2"]:
@@ -163,8 +186,7 @@ def write_transcript(
         content = to_srt(subtitles(partner.words(text_ids), seconds))
     else:
         record = {
-            "model": EMBEDDED_MODEL.name if is_random(source) else source,
-            "random": is_random(source),
+            "model": name_of(source),
             "seconds": seconds,
             **more,
             **to_record(text_ids, tokenizer, partner.frame_rate),

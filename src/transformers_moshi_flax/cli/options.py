@@ -12,10 +12,10 @@ from transformers_moshi_flax.cli.checkpoints import Dtype
 from transformers_moshi_flax.cli.errors import UserMistake
 
 Model = Annotated[
-    str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, random weights.")
+    str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, which is small.")
 ]
 UserAudio = Annotated[
-    Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: the embedded clip.")
+    Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: an embedded dialogue.")
 ]
 Temperature = Annotated[float | None, typer.Option(min=0, help="Of the text; 0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Of the text.")]

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
+from transformers_moshi_flax.cli.checkpoints import NOTICE, is_embedded, source_of
 from transformers_moshi_flax.cli.errors import FailedRun, UserMistake, as_mistake
-from transformers_moshi_flax.cli.generate import RANDOM, check_moshi, is_random
+from transformers_moshi_flax.cli.generate import check_moshi
 from transformers_moshi_flax.cli.live import loaded
 from transformers_moshi_flax.cli.options import (
     DepthTemperature,
@@ -76,7 +76,7 @@ def serve(
                 f"--host: {host!r} can be reached from other machines; give --auth-token-file, or --no-auth to let "
                 "everybody in"
             )
-        source = model or str(EMBEDDED_MODEL)
+        source = source_of(model)
         check_moshi(source)
 
         from transformers_moshi_flax.serving.caller import Limits
@@ -136,7 +136,7 @@ def about_model(source: str) -> dict[str, Any]:
 
     return {
         "model": source if not Path(source).exists() else Path(source).resolve().name,
-        "notice": RANDOM if is_random(source) else None,
+        "notice": NOTICE if is_embedded(source) else None,
         "version": transformers_moshi_flax.__version__,
         "jax": jax.__version__,
         "backend": jax.default_backend(),

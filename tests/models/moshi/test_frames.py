@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.configs import tiny_moshi_config
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.models.mimi.topology import samples_per_frame
 
@@ -26,8 +26,8 @@ def test_everybody_counts_the_same_samples(tmp_path: Path) -> None:
     assert model.streaming().frame_size == size
     assert Speaker("", model, None).frame_size == size
 
-    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_bytes((EMBEDDED_MODEL / "preprocessor_config.json").read_bytes())
+    AutoTokenizer.from_pretrained(RANDOM_MODEL).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes((RANDOM_MODEL / "preprocessor_config.json").read_bytes())
     config.save_pretrained(tmp_path)
     processor = MoshiProcessor.from_pretrained(tmp_path)
     assert processor.frame_size == size

@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, EncodecFeatureExtractor, ProcessorMixin
 
-import transformers_moshi_flax
 from tests.configs import tiny_moshi_config
 from tests.hub_server import hub_server
+from tests.random_model import RANDOM_MODEL
 from tests.test_package import NO_TORCH, run
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.checkpoints.files import CheckpointNotFoundError
@@ -26,7 +26,6 @@ from transformers_moshi_flax.models.moshi.generation_flax_moshi import FlaxMoshi
 from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import MIMI_NAME, MOSHI_NAME
 from transformers_moshi_flax.models.moshi.processing_moshi import MoshiProcessor
 
-EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 FRAME, PAD, END_OF_PAD, START = 16, 3, 0, 270
 YOU, TO = 17, 18
 RATE = 24_000
@@ -35,7 +34,7 @@ RATE = 24_000
 @pytest.fixture(scope="module")
 def processor() -> MoshiProcessor:
     """Of 16 samples a frame."""
-    return MoshiProcessor.from_pretrained(EMBEDDED, frame_size=FRAME)
+    return MoshiProcessor.from_pretrained(RANDOM_MODEL, frame_size=FRAME)
 
 
 def voice(samples: int, fill: float = 0.5) -> np.ndarray:
@@ -207,7 +206,7 @@ def test_decode_outputs(processor: MoshiProcessor) -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(RANDOM_MODEL)
     extractor = EncodecFeatureExtractor(sampling_rate=16_000)
     saved = MoshiProcessor(extractor, tokenizer, frame_size=FRAME, pad_token_id=5, end_of_pad_token_id=6)
     saved.save_pretrained(tmp_path / "processor")
@@ -255,16 +254,16 @@ def test_a_save_that_fails_leaves_what_was_there(
 def test_keywords_of_loading(tmp_path: Path) -> None:
     assert (
         MoshiProcessor.from_pretrained(
-            EMBEDDED, trust_remote_code=False, use_fast=True, padding_side="left", proxies=None
+            RANDOM_MODEL, trust_remote_code=False, use_fast=True, padding_side="left", proxies=None
         ).tokenizer.padding_side
         == "left"
     )
     with pytest.raises(ValueError, match=r"has no keyword argument 'frame_sise'; did you mean 'frame_size'\?"):
-        MoshiProcessor.from_pretrained(EMBEDDED, frame_sise=48)
+        MoshiProcessor.from_pretrained(RANDOM_MODEL, frame_sise=48)
     with pytest.raises(ValueError, match=r"MoshiProcessor\.from_kyutai has no keyword argument 'revison'; did you"):
         MoshiProcessor.from_kyutai(tmp_path, revison="main")
     with pytest.raises(ValueError, match=r"proxies=.* cannot be followed"):
-        MoshiProcessor.from_pretrained(EMBEDDED, proxies={"http": "http://localhost:9"})
+        MoshiProcessor.from_pretrained(RANDOM_MODEL, proxies={"http": "http://localhost:9"})
 
 
 def test_save_to_a_file(processor: MoshiProcessor, tmp_path: Path) -> None:
@@ -275,7 +274,7 @@ def test_save_to_a_file(processor: MoshiProcessor, tmp_path: Path) -> None:
 
 def test_checkpoint_without_its_own_configuration(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copy(EMBEDDED / name, tmp_path)
+        shutil.copy(RANDOM_MODEL / name, tmp_path)
     loaded = MoshiProcessor.from_pretrained(tmp_path)
     assert (loaded.frame_size, loaded.pad_token_id, loaded.end_of_pad_token_id) == (1920, PAD, END_OF_PAD)
 
@@ -289,7 +288,7 @@ def test_checkpoint_without_its_own_configuration(tmp_path: Path) -> None:
 def test_files_of_another_codec(tmp_path: Path, file: str) -> None:
     """What lies beside a Mimi must make the audio that it hears."""
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copy(EMBEDDED / name, tmp_path)
+        shutil.copy(RANDOM_MODEL / name, tmp_path)
     config = tiny_moshi_config()
     config.save_pretrained(tmp_path)
     if file == "preprocessor_config.json":
@@ -356,7 +355,7 @@ def test_upstream_checkpoint_on_the_hub(tmp_path: Path) -> None:
         api = HfApi(token=hub.token)
         api.create_repo("tester/moshiko", private=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-            api.upload_file(repo_id="tester/moshiko", path_in_repo=f"part/{name}", path_or_fileobj=EMBEDDED / name)
+            api.upload_file(repo_id="tester/moshiko", path_in_repo=f"part/{name}", path_or_fileobj=RANDOM_MODEL / name)
         config = tiny_moshi_config().to_json_string().encode()
         api.upload_file(repo_id="tester/moshiko", path_in_repo="part/config.json", path_or_fileobj=config)
         loaded = MoshiProcessor.from_pretrained("tester/moshiko", subfolder="part", token=hub.token)
@@ -367,7 +366,7 @@ def test_upstream_checkpoint_on_the_hub(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", ["tokenizer.json", "preprocessor_config.json"])
 def test_missing_part(tmp_path: Path, lost: str) -> None:
     for name in {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} - {lost}:
-        shutil.copy(EMBEDDED / name, tmp_path)
+        shutil.copy(RANDOM_MODEL / name, tmp_path)
     with pytest.raises((OSError, ValueError), match=str(tmp_path)):
         MoshiProcessor.from_pretrained(tmp_path)
 
@@ -375,7 +374,7 @@ def test_missing_part(tmp_path: Path, lost: str) -> None:
 @pytest.fixture(scope="module")
 def generate() -> Callable[..., FlaxMoshiGenerateOutput]:
     """Greedy generation of three frames by the embedded checkpoint."""
-    model = FlaxMoshiForConditionalGeneration.from_pretrained(EMBEDDED)
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL)
 
     def reply(inputs: Any) -> FlaxMoshiGenerateOutput:
         return model.generate(**inputs, max_new_tokens=3, do_sample=False, depth_decoder_do_sample=False)
@@ -384,7 +383,7 @@ def generate() -> Callable[..., FlaxMoshiGenerateOutput]:
 
 
 def test_generate(generate: Callable[..., FlaxMoshiGenerateOutput]) -> None:
-    processor = MoshiProcessor.from_pretrained(EMBEDDED)
+    processor = MoshiProcessor.from_pretrained(RANDOM_MODEL)
     text, frame = ["you to", "you"], processor.frame_size
     inputs = processor(text, [voice(3 * frame), voice(frame)], sampling_rate=RATE)
     outputs = generate(inputs)
@@ -423,7 +422,7 @@ assert not any(name.partition(".")[0] == "torch" for name in sys.modules)
 
 
 def test_without_torch(tmp_path: Path) -> None:
-    run(NO_TORCH + WITHOUT_TORCH, str(EMBEDDED), cwd=tmp_path)
+    run(NO_TORCH + WITHOUT_TORCH, str(RANDOM_MODEL), cwd=tmp_path)
     assert (tmp_path / "processor" / "processor_config.json").is_file()
 
 

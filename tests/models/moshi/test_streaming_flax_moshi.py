@@ -23,10 +23,10 @@ from tests.buffers import aligned, late
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.drawn import draw_config
 from tests.models.moshi.test_compiled import large_weights, tpu_module, with_promotion
+from tests.random_model import RANDOM_MODEL
 from tests.torch_oracle import assert_close, make_pair
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.checkpoints.writing import write_safetensors
-from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 from transformers_moshi_flax.models.moshi.generation_flax_moshi import encode_audio
 from transformers_moshi_flax.models.moshi.stream_files import ORIGIN, STATE_FORMAT, named_leaves, origin_tensor
 from transformers_moshi_flax.models.moshi.stream_state import StreamState
@@ -894,7 +894,7 @@ def test_slots_on_four_devices(tmp_path: Path) -> None:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
-    command = [sys.executable, "-c", ON_FOUR_DEVICES, str(EMBEDDED_MODEL), str(tmp_path / "state.safetensors")]
+    command = [sys.executable, "-c", ON_FOUR_DEVICES, str(RANDOM_MODEL), str(tmp_path / "state.safetensors")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
 

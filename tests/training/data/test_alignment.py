@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import transformers_moshi_flax
+from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.training.data.alignment import (
     NO_WORDS,
     WITHOUT_SPEAKER,
@@ -23,7 +22,6 @@ from transformers_moshi_flax.training.data.alignment import (
     parse_words,
 )
 
-EMBEDDED = Path(transformers_moshi_flax.__file__).parent / "assets" / "moshi-tiny-random"
 PAD, END = 3, 0
 RATE = 12.5
 
@@ -81,7 +79,7 @@ def test_unknown_pieces_are_left_out() -> None:
 
 
 def test_with_moshis_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(RANDOM_MODEL)
     text = align_words([said("you", 0.16)], 4, lambda word: tokenizer.encode(word, add_special_tokens=False))
     assert text.ids.tolist() == [PAD, END, 17, PAD]
 

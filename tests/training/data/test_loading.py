@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training.data.test_alignment import EMBEDDED
+from tests.random_model import RANDOM_MODEL
 from tests.training.data.test_prepared import CODEBOOKS, sample
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.training.data.loading import BatchPlan, Loader, WorkerError, make_loader
@@ -128,7 +128,7 @@ def test_noise_in_the_codes_of_the_user() -> None:
 
 def test_padding_has_no_weight() -> None:
     """The model's losses are the same, whatever stands in the padding."""
-    model = FlaxMoshiForConditionalGeneration.from_pretrained(EMBEDDED)
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL)
     sizes = {name: getattr(model.config, name) for name in MODEL}
     dataset = open_dataset([sample(3, codebooks=model.config.num_codebooks)])
     padded = next(loader_of(dataset, max_length=7, **sizes))

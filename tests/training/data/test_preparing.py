@@ -22,7 +22,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.configs import tiny_mimi_config, tiny_moshi_config
-from tests.training.data.test_alignment import EMBEDDED
+from tests.random_model import RANDOM_MODEL
 from tests.training.data.test_prepared import assert_same
 from transformers_moshi_flax import FlaxMimiModel, audio_files
 from transformers_moshi_flax.checkpoints import writing
@@ -52,7 +52,7 @@ def mimi(tmp_path_factory: pytest.TempPathFactory) -> FlaxMimiModel:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(EMBEDDED)
+    return AutoTokenizer.from_pretrained(RANDOM_MODEL)
 
 
 @pytest.fixture
@@ -438,7 +438,7 @@ def test_killed_for_real(
     whole = run(tmp_path / "whole")
     environment = os.environ | keeping
     shards = 0
-    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(EMBEDDED)]
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(RANDOM_MODEL)]
     with subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as nursery:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 from transformers import PreTrainedTokenizerBase
@@ -325,7 +326,7 @@ def dialogue_figures(
 
 def evaluate(folder: Path, questions: int, dialogues: int, minutes: float, rows: int = 32) -> dict[str, Any]:
     """All figures of the model in ``folder``; so many questions are asked at once."""
-    model = FlaxMoshiForConditionalGeneration.from_pretrained(folder)
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(folder, dtype=jnp.float32)
     tokenizer = MoshiProcessor.from_pretrained(folder).tokenizer
     return {
         "known_voices": question_figures(model, tokenizer, questions, False, rows),

@@ -19,6 +19,7 @@ from transformers_moshi_flax.cli.audio import check_output, read_audio, write_au
 from transformers_moshi_flax.cli.checkpoints import (
     EMBEDDED_QUESTION,
     Dtype,
+    is_embedded,
     name_of,
     read_config,
     source_of,
@@ -173,6 +174,8 @@ class Speaker:
     def load(cls, source: str, dtype: Dtype | None) -> Speaker:
         """Load the checkpoint ``source``; PyTorch layout is converted in passing.
 
+        The embedded one is stored in 16 bits to be small, and computes in float32 unless ``dtype`` is given.
+
         Raises:
             UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
         """
@@ -180,6 +183,8 @@ class Speaker:
 
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
+        if dtype is None and is_embedded(source):
+            dtype = Dtype.float32
         with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
             model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype and dtype.to_jax())
         with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):

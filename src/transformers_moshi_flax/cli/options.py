@@ -23,7 +23,9 @@ TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Of the text; abo
 DepthTemperature = Annotated[float | None, typer.Option(min=0, help="Of the audio; 0 is greedy.")]
 DepthTopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Of the audio.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's; float32 of the embedded one.")
+]
 
 
 def sampling_options(

@@ -18,9 +18,9 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices embedded requirements wheel-check clean
 
-demo: $(VENV)/.core  ## a WAV and a transcript from the embedded clip and (random) checkpoint
+demo: $(VENV)/.demo  ## three recorded questions, answered by the embedded model: printed, as a WAV and as a picture
 	@mkdir -p outputs
-	$(BIN)/moshi-flax generate --output outputs/demo.wav --max-new-frames 50
+	$(BIN)/moshi-flax demo --output outputs/demo.wav --picture outputs/demo.png --overwrite
 
 # a file's tests stay in one process, where they share what they compile
 test: $(VENV)/.test  ## every test, the equivalence with PyTorch included
@@ -63,7 +63,7 @@ bench-training: $(VENV)/.test  ## time and memory of the training step next to P
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 	$(BIN)/mkdocs build --strict --quiet
 
-assets: $(VENV)/.test  ## rebuild the embedded checkpoint and clip; needs espeak-ng
+assets: $(VENV)/.test  ## rebuild the random checkpoint of the tests, and its clip; needs espeak-ng
 	$(BIN)/python utils/build_assets.py
 
 voices:  ## the Debian packages that examples/converse speaks with; needs root
@@ -95,6 +95,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: setup.py pyproject.toml requirements/tested.txt requirements/peers.txt | $(VENV)/bin/python
 	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.core
+	$(PIP) -e ".[picture]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core

@@ -1,4 +1,4 @@
-"""Build the files under ``src/transformers_moshi_flax/assets``: a small **random** Moshi checkpoint and a speech clip.
+"""Build the files under ``tests/assets``: a small **random** Moshi checkpoint and a speech clip.
 
 Run it only to rebuild them (needs the ``torch`` extra and ``espeak-ng``)::
 
@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ASSETS = Path(__file__).resolve().parents[1] / "src" / "transformers_moshi_flax" / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets"
 CHECKPOINT = ASSETS / "moshi-tiny-random"
 CLIP = ASSETS / "user.flac"
 CLIP_TEXT = "Hello! Could you tell me how the weather is today, and whether I should take an umbrella?"

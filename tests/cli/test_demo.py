@@ -1,4 +1,4 @@
-"""``moshi-flax demo`` and the other defaults with the model that ships: both sides of a dialogue that means something."""
+"""``moshi-flax demo`` and other defaults with the model that ships: both sides of a dialogue that means something."""
 
 from __future__ import annotations
 

@@ -87,6 +87,10 @@ def test_gradients_go_straight_through() -> None:
     np.testing.assert_allclose(jax.grad(through)(latents), jax.grad(linear)(latents), rtol=1e-4, atol=1e-4)
 
 
+def books(branch: dict[str, Any]) -> list[dict[str, Any]]:
+    return [layer["codebook"] for layer in branch["layers"].values()]
+
+
 def test_statistics_and_commitment_equal_numpy() -> None:
     quantizer, latents = draw_quantizer(), draw_latents()
     found = quantize(quantizer, jnp.asarray(latents), CONFIG, PLAIN, jax.random.key(0))
@@ -94,7 +98,9 @@ def test_statistics_and_commitment_equal_numpy() -> None:
     counts, sums, commitment, number = [], [], 0.0, 0
     for branch in BRANCHES:
         residual = latents @ quantizer[branch]["input_proj"]["kernel"][0]
-        width = np.square(residual - residual.mean(axis=(0, 1))).sum(axis=-1).mean()
+        entries = [book["embed_sum"] / book["cluster_usage"][:, None] for book in books(quantizer[branch])]
+        shares = [book["cluster_usage"] / book["cluster_usage"].sum() for book in books(quantizer[branch])]
+        width = sum(np.cov(each.T, aweights=share, ddof=0).trace() for each, share in zip(entries, shares))
         for layer in quantizer[branch]["layers"].values():
             book = layer["codebook"]
             hits = codes[:, number].ravel()

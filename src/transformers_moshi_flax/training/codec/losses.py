@@ -32,7 +32,7 @@ class LossConfig:
         log_mel: of the mean absolute difference of logarithms of mel bands, averaged over ``windows``.
         magnitude: of the mean absolute difference of magnitudes, averaged over ``windows``.
         waveform_l1, waveform_l2: of the mean absolute and the mean squared difference of samples.
-        commitment: of the distance of latents from their entries, as a share of the latents' variance.
+        commitment: of the distance of latents from their entries, as a share of the variance that the entries have.
         adversarial: of the discriminators' opinion (hinge).
         feature_matching: of the discriminators' features, each as a share of its own size.
         distillation: of the cosine distance between codebook 0 and a teacher's features.

@@ -141,6 +141,8 @@ def quantize(
         projected = project(parts, "input_proj", latents)
         active = jnp.asarray(numbers) < number[:, None]
         found, distance, counted = _residual(codebooks_of(parts, wide), projected, active, branch_key)
+        # committed to as far as the latents are wide: else the encoder could shrink them
+        distance = distance / (known_variance(parts, wide) * len(numbers))
         passed = projected + lax.stop_gradient(found - projected)
         branches.append(passed)
         passed = jnp.where(bypasses[:, None, None], projected, passed)
@@ -195,9 +197,27 @@ def project(parts: Mapping[str, Any], name: str, x: Float[Array, "*shape feature
 
 def codebooks_of(parts: Mapping[str, Any], dtype: Any) -> list[Float[Array, "entries dim"]]:
     """The entries of a branch's codebooks, without gradient."""
-    layers = [parts["layers"][name]["codebook"] for name in sorted(parts["layers"], key=int)]
-    usage = [jnp.maximum(layer["cluster_usage"].astype(dtype), EPSILON)[:, None] for layer in layers]
-    return [lax.stop_gradient(layer["embed_sum"].astype(dtype) / each) for layer, each in zip(layers, usage)]
+    return [lax.stop_gradient(book["embed_sum"].astype(dtype) / _usage(book, dtype)) for book in _buffers_of(parts)]
+
+
+def known_variance(parts: Mapping[str, Any], dtype: Any) -> Float[Array, ""]:
+    """The latents' variance as a branch's codebooks know it: each explains a part of what those before it leave.
+
+    It is the same for all micro-batches of a step, so that their losses add up to that of the batch.
+    """
+    variance: Any = 0.0
+    for entries, book in zip(codebooks_of(parts, dtype), _buffers_of(parts)):
+        shares = _usage(book, dtype) / jnp.sum(_usage(book, dtype))
+        variance = variance + jnp.sum(shares * jnp.square(entries - jnp.sum(shares * entries, axis=0)))
+    return lax.stop_gradient(jnp.maximum(variance, EPSILON))
+
+
+def _buffers_of(parts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [parts["layers"][name]["codebook"] for name in sorted(parts["layers"], key=int)]
+
+
+def _usage(book: Mapping[str, Any], dtype: Any) -> Float[Array, "entries 1"]:
+    return jnp.maximum(book["cluster_usage"].astype(dtype), EPSILON)[:, None]
 
 
 def nearest(entries: Float[Array, "entries dim"], x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
@@ -212,11 +232,8 @@ def _residual(
     active: Bool[Array, "batch codebooks"],
     key: Array,
 ) -> tuple[Array, Array, Statistics]:
-    """The sum of the entries, the commitment of every row, and the statistics of a branch."""
+    """The sum of the entries, the squared distances of every row, and the statistics of a branch."""
     constant = lax.stop_gradient(projected)
-    flat = constant.reshape(-1, constant.shape[-1])
-    # what is committed to is as far as the latents are wide: else the encoder could shrink them
-    width = jnp.maximum(jnp.mean(jnp.sum(jnp.square(flat - flat.mean(axis=0)), axis=-1)), EPSILON)
     distance: Any = 0.0
     found, counted = jnp.zeros_like(constant), []
     for place, (entries, key_) in enumerate(zip(tables, jax.random.split(key, len(tables)))):
@@ -225,7 +242,7 @@ def _residual(
         uses = active[:, place, None].astype(residual.dtype)
         chosen = entries[codes] * uses[..., None]
         left = jnp.sum(jnp.square(projected - found - chosen), axis=-1)
-        distance = distance + jnp.mean(left * uses, axis=1) / (width * len(tables))
+        distance = distance + jnp.mean(left * uses, axis=1)
         found = found + chosen
         hits = jax.nn.one_hot(codes.reshape(-1), len(entries), dtype=residual.dtype)
         hits = hits * jnp.broadcast_to(uses, codes.shape).reshape(-1, 1)

@@ -100,14 +100,27 @@ class Assembler:
 
     def listening(self, name: str, draw: np.random.Generator) -> Conversation:
         """Questions that are written down."""
-        row = _Row()
-        voice = str(draw.choice(self._voices, p=self._shares))
-        topics, now = self._questions[voice], draw.uniform(0.3, 1.5)
+        row, question = _Row(), self._asking(draw)
+        now = draw.uniform(0.3, 1.5)
         while now < (LISTENED - 40) * SECONDS:
-            question = self._any(draw, topics[str(draw.choice(sorted(topics)))])
-            now = row.put(USER, question, now) + draw.uniform(0.5, 1.0)
+            now = row.put(USER, question(), now) + draw.uniform(0.5, 1.0)
         row.words = [Word(word.text, word.end + DELAY, word.end + DELAY, MOSHI) for word in row.words]
         return self._conversation(name, row, now, draw)
+
+    def answering(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Questions that are answered without a voice."""
+        row, question = _Row(), self._asking(draw)
+        now = draw.uniform(0.3, 1.5)
+        while now < (LISTENED - 80) * SECONDS:
+            asked = question()
+            now = self._exchange(row, asked, self._answers[asked[0].text], now, draw) + draw.uniform(0.5, 1.0)
+        row.placed = [each for each in row.placed if each[0] == USER]
+        return self._conversation(name, row, now, draw)
+
+    def _asking(self, draw: np.random.Generator) -> Callable[[], tuple[Piece, Codes]]:
+        """Draws one question after another of one voice."""
+        topics = self._questions[str(draw.choice(self._voices, p=self._shares))]
+        return lambda: self._any(draw, topics[str(draw.choice(sorted(topics)))])
 
     @staticmethod
     def _any(draw: np.random.Generator, found: Sequence[tuple[Piece, Codes]]) -> tuple[Piece, Codes]:

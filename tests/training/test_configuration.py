@@ -158,6 +158,7 @@ def test_assignments_replace_values(file: Path) -> None:
         ("model.freeze=decoder", ["model.freeze", "a list"]),
         ("data.swap_moshi_user=1.5", ["data.swap_moshi_user", "1.5"]),
         ("data.user_code_noise=-0.1", ["data.user_code_noise", "-0.1"]),
+        ("data.moshi_code_noise=1.1", ["data.moshi_code_noise", "1.1"]),
         ("data.buckets=[512, 256]", ["data.buckets", "ascending"]),
         ("data.buckets=[128, 256]", ["data.buckets", "512"]),
         ("data.min_length=600", ["data.min_length", "512"]),

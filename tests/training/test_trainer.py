@@ -417,11 +417,12 @@ def test_held_out_data_that_are_damaged_cost_no_steps(
     assert RunCheckpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [1]
 
 
-def test_noise_in_the_codes_of_the_user_is_for_training_alone(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["user_code_noise", "moshi_code_noise"])
+def test_noise_in_codes_is_for_training_alone(inputs: Path, tmp_path: Path, name: str) -> None:
     options = {"data__evaluation": str(inputs / "held-out"), "run__steps": 1, "optimizer__learning_rate": 0.0}
     runs = [tmp_path / "without", tmp_path / "with"]
     for run, noise in zip(runs, (0.0, 0.9)):
-        train(inputs, **options, run__output_dir=str(run), data__user_code_noise=noise)
+        train(inputs, **options, run__output_dir=str(run), **{f"data__{name}": noise})
     trained_on, evaluated = ([losses_of(run, split)[1] for run in runs] for split in ("train", "evaluation"))
     assert trained_on[0] != trained_on[1]
     assert evaluated[0] == evaluated[1]

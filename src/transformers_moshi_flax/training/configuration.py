@@ -133,6 +133,8 @@ class DataConfig:
         swap_moshi_user: the share of chunks in which Moshi and the user change their roles.
         user_code_noise: the largest share of a chunk's user codes that are replaced by random ones, so that little
             data is not learned by heart; drawn for each chunk, in every epoch anew.
+        moshi_code_noise: the same of Moshi's own codes as it remembers them, not of those that it is to say: else what
+            it is about to say can be told by how its voice sounds, where there is little of it.
         workers: processes that make batches; 0 makes them in a thread of this one.
     """
 
@@ -145,6 +147,7 @@ class DataConfig:
     shuffle: bool = True
     swap_moshi_user: float = 0.0
     user_code_noise: float = 0.0
+    moshi_code_noise: float = 0.0
     workers: int = 0
 
     def problems(self) -> Iterator[str]:
@@ -156,10 +159,9 @@ class DataConfig:
             yield f"`buckets`: {list(self.buckets)} must be ascending lengths of 2 or more"
         elif self.buckets and self.buckets[-1] != self.max_length:
             yield f"`buckets`: the last of {list(self.buckets)} must be max_length = {self.max_length}"
-        if not 0 <= self.swap_moshi_user <= 1:
-            yield f"`swap_moshi_user`: {self.swap_moshi_user} is no share; give 0 to 1"
-        if not 0 <= self.user_code_noise <= 1:
-            yield f"`user_code_noise`: {self.user_code_noise} is no share; give 0 to 1"
+        for name in ("swap_moshi_user", "user_code_noise", "moshi_code_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"`{name}`: {getattr(self, name)} is no share; give 0 to 1"
 
 
 @dataclass(frozen=True)

@@ -353,6 +353,7 @@ class Trainer:
             shuffle=settings.shuffle and trains,
             swap_moshi_user=settings.swap_moshi_user if trains else 0.0,
             user_code_noise=settings.user_code_noise if trains else 0.0,
+            moshi_code_noise=settings.moshi_code_noise if trains else 0.0,
             epochs=epochs,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -126,6 +126,18 @@ def test_noise_in_the_codes_of_the_user() -> None:
     assert (swapped["user_audio_codes"] != without["user_audio_codes"]).any()
 
 
+def test_noise_in_what_moshi_remembers() -> None:
+    """What it is to say is as it was, and the user's noise is the same with it."""
+    dataset = dataset_of([24] * 64)
+    options = {"batch_size": 64, "shuffle": False, "max_length": 25, "user_code_noise": 0.5}
+    plain, noisy = next(loader_of(dataset, **options)), next(loader_of(dataset, **options, moshi_code_noise=0.8))
+    assert_equal({**noisy, "moshi_audio_codes": plain["moshi_audio_codes"]}, plain)
+    codes = noisy["moshi_audio_codes"]
+    np.testing.assert_array_equal(codes == START_CODE, plain["moshi_audio_codes"] == START_CODE)
+    changed = (codes != plain["moshi_audio_codes"]).mean((1, 2))
+    assert 0.25 < changed.mean() < 0.5 and changed.min() < 0.1 and 0.55 < changed.max() < 0.85
+
+
 def test_padding_has_no_weight() -> None:
     """The model's losses are the same, whatever stands in the padding."""
     model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL)
@@ -204,6 +216,7 @@ def test_fingerprints_are_of_numbers_not_of_their_types() -> None:
     noisy = plan_of([6], batch_size=2, user_code_noise=0.5).fingerprint
     assert noisy != plan_of([6], batch_size=2).fingerprint
     assert noisy == plan_of([6], batch_size=2, user_code_noise=np.float64(0.5)).fingerprint
+    assert noisy != plan_of([6], batch_size=2, moshi_code_noise=0.5).fingerprint
 
 
 def test_batches_are_of_like_length() -> None:
@@ -375,6 +388,7 @@ def test_an_error_in_the_thread_arrives() -> None:
         ({"seed": -1}, "`seed` is -1"),
         ({"swap_moshi_user": 1.5}, "`swap_moshi_user` is 1.5"),
         ({"user_code_noise": -0.5}, "`user_code_noise` is -0.5"),
+        ({"moshi_code_noise": 1.5}, "`moshi_code_noise` is 1.5"),
         ({"swap_moshi_user": 0.5}, "1 conversations have no `user_text_tokens`, 'sample 1' is the first"),
         ({"process_count": 3}, "`batch_size` is 2, which 3 processes cannot share"),
         ({"process_index": 1}, "`process_index` is 1"),

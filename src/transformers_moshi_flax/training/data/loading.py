@@ -29,7 +29,7 @@ IGNORED = -100
 
 Batch = dict[str, Int[np.ndarray, "rows *shape"]]
 
-_ORDER, _SWAPS, _NOISE = 0, 1, 2
+_ORDER, _SWAPS, USER_NOISE, MOSHI_NOISE = 0, 1, 2, 3
 
 _GUARD = 'if __name__ == "__main__":'
 
@@ -80,6 +80,7 @@ class BatchPlan:
         shuffle: bool = True,
         swap_moshi_user: float = 0.0,
         user_code_noise: float = 0.0,
+        moshi_code_noise: float = 0.0,
     ):
         """Plan batches.
 
@@ -94,6 +95,7 @@ class BatchPlan:
             swap_moshi_user: the probability that the two streams of a chunk change places.
             user_code_noise: the largest share of the codes of a row's user that are replaced by others; the share is
                 drawn for each row from 0 to this.
+            moshi_code_noise: the same of what Moshi remembers of its own codes; what it is to say next stays.
 
         Raises:
             ValueError: a number that makes no sense, no chunks, or a swap where the user's text lacks.
@@ -111,8 +113,9 @@ class BatchPlan:
             raise ValueError(f"`seed` is {seed}, but must not be negative")
         if not 0 <= swap_moshi_user <= 1:
             raise ValueError(f"`swap_moshi_user` is {swap_moshi_user}, but must be a probability")
-        if not 0 <= user_code_noise <= 1:
-            raise ValueError(f"`user_code_noise` is {user_code_noise}, but must be a share, from 0 to 1")
+        for name, noise in (("user_code_noise", user_code_noise), ("moshi_code_noise", moshi_code_noise)):
+            if not 0 <= noise <= 1:
+                raise ValueError(f"`{name}` is {noise}, but must be a share, from 0 to 1")
         if swap_moshi_user and dataset.without_user_text:
             raise ValueError(
                 f"`swap_moshi_user` is {swap_moshi_user}, but {len(dataset.without_user_text)} conversations have no "
@@ -120,7 +123,8 @@ class BatchPlan:
                 "or set it to 0"
             )
         self.batch_size, self._buckets, self._seed = batch_size, np.array(buckets), seed
-        self._shuffle, self._swap, self._noise = shuffle, swap_moshi_user, user_code_noise
+        self._shuffle, self._swap = shuffle, swap_moshi_user
+        self._noises = {USER_NOISE: user_code_noise, MOSHI_NOISE: moshi_code_noise}
         size, lengths = max_length - 1, dataset.lengths
         whole, tails = lengths // size, lengths % size
         kept = tails >= min_length
@@ -144,8 +148,10 @@ class BatchPlan:
         # the same for equal numbers of other types
         sizes = [int(number) for number in (batch_size, max_length, min_length, *buckets, seed)]
         settings = (sizes, bool(shuffle), float(swap_moshi_user))
-        if user_code_noise:  # runs that have none go on as ever
+        if user_code_noise or moshi_code_noise:  # runs that have none go on as ever
             settings = (*settings, float(user_code_noise))
+        if moshi_code_noise:
+            settings = (*settings, float(moshi_code_noise))
         self.fingerprint = hashlib.sha256(f"{dataset.fingerprint} {settings}".encode()).hexdigest()
         self._epoch: tuple[int, Int[np.ndarray, "batches rows"], Bool[np.ndarray, "chunks"]] | None = None
 
@@ -165,13 +171,13 @@ class BatchPlan:
         return int(self._buckets[np.searchsorted(self._buckets, longest)]), rows, swaps[rows] & (rows >= 0)
 
     def noisy(
-        self, codes: Int[np.ndarray, "codebooks frames"], number: int, row: int, audio_vocab_size: int
+        self, codes: Int[np.ndarray, "codebooks frames"], whose: int, number: int, row: int, audio_vocab_size: int
     ) -> Int[np.ndarray, "codebooks frames"]:
-        """The codes of the user in that row of that batch, some of them replaced."""
-        if not self._noise:
+        """Codes of that row of that batch, some of them replaced; ``whose`` is ``USER_NOISE`` or ``MOSHI_NOISE``."""
+        if not self._noises[whose]:
             return codes
-        rng = np.random.default_rng([self._seed, number, row, _NOISE])
-        replaced = rng.random(codes.shape) < rng.uniform(0, self._noise)
+        rng = np.random.default_rng([self._seed, number, row, whose])
+        replaced = rng.random(codes.shape) < rng.uniform(0, self._noises[whose])
         return np.where(replaced, rng.integers(audio_vocab_size, size=codes.shape), codes)
 
     def _order(self, epoch: int) -> Int[np.ndarray, "batches rows"]:
@@ -235,7 +241,7 @@ class BatchMaker:
         rows = self.rows[1] - self.rows[0]
         text = np.full((rows, length), self.pad_token_id, np.int32)
         mask = np.zeros((rows, length), np.int32)
-        codes = np.full((2, rows, self.num_codebooks, length), self.audio_vocab_size, np.int32)
+        codes = np.full((3, rows, self.num_codebooks, length), self.audio_vocab_size, np.int32)
         for row, (chunk, swap) in enumerate(zip(chunks[mine], swaps[mine])):
             if chunk < 0:
                 continue
@@ -246,16 +252,18 @@ class BatchMaker:
             text[row, 1:end] = part.user_text_tokens if swap else part.moshi_text_tokens
             sides = [side[: self.num_codebooks] for side in (part.moshi_audio_tokens, part.user_audio_tokens)]
             spoken, heard = sides[::-1] if swap else sides
-            codes[0, row, :, 1:end] = spoken
-            codes[1, row, :, 1:end] = self.plan.noisy(heard, number, self.rows[0] + row, self.audio_vocab_size)
+            place = number, self.rows[0] + row, self.audio_vocab_size
+            codes[0, row, :, 1:end] = self.plan.noisy(heard, USER_NOISE, *place)
+            codes[1, row, :, 1:end] = self.plan.noisy(spoken, MOSHI_NOISE, *place)
+            codes[2, row, :, 1:end] = spoken
         real = mask.astype(bool)
         text_labels = np.where(real, text, IGNORED).astype(np.int32)
         text_labels[:, 0] = IGNORED
-        moshi, user = codes
+        user, remembered, moshi = codes
         # the delay moves the last codes of a row into its padding
         delayed = [
             np.where(real[:, None], delay(stream, self.audio_vocab_size), self.audio_vocab_size).astype(np.int32)
-            for stream in (user, moshi)
+            for stream in (user, remembered)
         ]
         return {
             "input_ids": text,
@@ -402,6 +410,7 @@ def make_loader(
     shuffle: bool = True,
     swap_moshi_user: float = 0.0,
     user_code_noise: float = 0.0,
+    moshi_code_noise: float = 0.0,
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -424,7 +433,8 @@ def make_loader(
     Args:
         dataset: as :func:`~transformers_moshi_flax.training.data.prepared.open_dataset` gives it.
         batch_size: rows of a batch over all processes.
-        max_length, min_length, buckets, seed, shuffle, swap_moshi_user, user_code_noise: as in :class:`BatchPlan`.
+        max_length, min_length, buckets, seed, shuffle, swap_moshi_user, user_code_noise, moshi_code_noise: as in
+            :class:`BatchPlan`.
         vocab_size, audio_vocab_size, num_codebooks: of the model. Further codebooks of the data are left.
         epochs: after how many the batches end; None goes on for ever.
         process_index, process_count: of this process, which gets its share of the rows.
@@ -457,6 +467,7 @@ def make_loader(
         shuffle=shuffle,
         swap_moshi_user=swap_moshi_user,
         user_code_noise=user_code_noise,
+        moshi_code_noise=moshi_code_noise,
     )
     share = batch_size // process_count
     rows = (process_index * share, (process_index + 1) * share)

@@ -1,11 +1,13 @@
 """Dialogues for training, put together of encoded sentences (``pieces.py``), as ``moshi-flax prepare`` lays them. ::
 
-    python -m examples.converse.assembling PIECES MODEL DIRECTORY --dialogues 30000 --listening 20000
+    python -m examples.converse.assembling PIECES MODEL DIRECTORY --dialogues 24000 --listening 12500 --answering 24500
 
-- ``dialogues``: as those that are recorded, with the same pauses and interruptions;
 - ``listening``: questions one after another, which Moshi's text writes down as it hears them. What a model learns of
   it first, it need not learn from answers, which say much less of what was asked;
-- ``listening-held-out``: the same, of renderings that are in neither.
+- ``answering``: questions that Moshi's text answers, while its voice is silent: with a voice, of which there are few
+  renderings, how a word sounds tells the next one, and a model need not listen;
+- ``dialogues``: as those that are recorded, with the same pauses and interruptions;
+- ``listening-held-out``, ``answering-held-out``: the same, of renderings that are in none of these.
 """
 
 from __future__ import annotations
@@ -183,8 +185,10 @@ def write_dataset(
     write_index(folder, {"assembled": True}, shard)
 
 
-def write_assembled(pieces_folder: Path, model: Path, folder: Path, dialogues: int, listening: int) -> None:
-    """Write the three datasets, for the tokenizer of ``model``."""
+def write_assembled(
+    pieces_folder: Path, model: Path, folder: Path, dialogues: int, listening: int, answering: int
+) -> None:
+    """Write the datasets, so many rows of each, for the tokenizer of ``model``."""
     tokenizer = MoshiProcessor.from_pretrained(model).tokenizer
     known: dict[str, list[int]] = {}
 
@@ -198,11 +202,12 @@ def write_assembled(pieces_folder: Path, model: Path, folder: Path, dialogues: i
     others = [piece for piece in pieces if piece[0].kind != "question"]
     held_out = questions[::HELD_OUT]
     del questions[::HELD_OUT]
-    assembler = Assembler([*questions, *others], encode)
+    assembler, of_others = (Assembler([*each, *others], encode) for each in (questions, held_out))
     write_dataset(folder / "dialogues", assembler.dialogue, dialogues, (SEED, 0))
     write_dataset(folder / "listening", assembler.listening, listening, (SEED, 1))
-    others_listening = Assembler([*held_out, *others], encode).listening
-    write_dataset(folder / "listening-held-out", others_listening, HELD_OUT_ROWS, (SEED, 2))
+    write_dataset(folder / "listening-held-out", of_others.listening, HELD_OUT_ROWS, (SEED, 2))
+    write_dataset(folder / "answering", assembler.answering, answering, (SEED, 3))
+    write_dataset(folder / "answering-held-out", of_others.answering, HELD_OUT_ROWS, (SEED, 4))
 
 
 def main() -> None:
@@ -210,10 +215,11 @@ def main() -> None:
     parser.add_argument("pieces", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--dialogues", type=int, default=30_000)
-    parser.add_argument("--listening", type=int, default=20_000)
+    parser.add_argument("--dialogues", type=int, default=24_000)
+    parser.add_argument("--listening", type=int, default=12_500)
+    parser.add_argument("--answering", type=int, default=24_500)
     given = parser.parse_args()
-    write_assembled(given.pieces, given.model, given.directory, given.dialogues, given.listening)
+    write_assembled(given.pieces, given.model, given.directory, given.dialogues, given.listening, given.answering)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from .questions import write_questions
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "transformers_moshi_flax" / "assets" / "moshi-converse"
 MOST_BYTES = 12_500_000
+RUNS = ("autoencoder", "codebooks", "codec", "listening", "answering", "moshi")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Size:
     Attributes:
         dialogues, utterances, held_out: of the corpus that is recorded.
         sentences: of users that are encoded by themselves.
-        assembled, listening: dialogues of these, and rows of questions to listen to.
+        assembled, listening, answering: dialogues of these, rows of questions to listen to, and to answer.
         questions, rows, minutes, long_dialogues: of the evaluation.
         settings: replaced values of the YAML files, by their names.
     """
@@ -66,8 +67,9 @@ class Size:
     utterances: int = 4000
     held_out: int = 100
     sentences: int = 40_000
-    assembled: int = 30_000
-    listening: int = 20_000
+    assembled: int = 24_000
+    listening: int = 12_500
+    answering: int = 24_500
     questions: int = 300
     rows: int = 32
     minutes: float = 10.0
@@ -92,7 +94,7 @@ def moshi_flax(*arguments: str | Path) -> None:
 def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
     """All stages, in their order, for a folder of runs and one of what ships."""
     corpus, moshi = folder / "corpus", folder / "moshi"
-    runs = {name: folder / f"{name}-run" for name in ("autoencoder", "codebooks", "codec", "listening", "moshi")}
+    runs = {name: folder / f"{name}-run" for name in RUNS}
     assembled = folder / "assembled"
     utterances = (
         f"data.train={corpus}/utterances/train/all.jsonl",
@@ -162,8 +164,10 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
         ),
         Stage(
             "dialogues",
-            assembled / "listening-held-out" / "index.json",
-            lambda: write_assembled(folder / "pieces", moshi, assembled, size.assembled, size.listening),
+            assembled / "answering-held-out" / "index.json",
+            lambda: write_assembled(
+                folder / "pieces", moshi, assembled, size.assembled, size.listening, size.answering
+            ),
         ),
         Stage(
             "listening",
@@ -178,13 +182,25 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
             ),
         ),
         Stage(
+            "answering",
+            runs["answering"] / "export" / "config.json",
+            lambda: train(
+                "train",
+                "moshi-answering",
+                "answering",
+                f"model.path={runs['listening']}/export",
+                f"data.train={assembled}/answering",
+                f"data.evaluation={assembled}/answering-held-out",
+            ),
+        ),
+        Stage(
             "moshi",
             runs["moshi"] / "export" / "config.json",
             lambda: train(
                 "train",
                 "moshi",
                 "moshi",
-                f"model.path={runs['listening']}/export",
+                f"model.path={runs['answering']}/export",
                 f"data.train={assembled}/dialogues",
                 f"data.evaluation={folder}/prepared/held-out",
             ),

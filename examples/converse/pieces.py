@@ -202,7 +202,7 @@ class _Encoder:
         return found
 
 
-def write_pieces(codec: Path, folder: Path, questions: int, answers: int = 2, seed: int = 30) -> None:
+def write_pieces(codec: Path, folder: Path, questions: int, answers: int = 6, seed: int = 30) -> None:
     """Speak and encode, a part at a time; see :func:`draw_rows`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = draw_rows(seed, questions, answers)

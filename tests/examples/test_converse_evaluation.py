@@ -118,6 +118,7 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
         sentences=40,
         assembled=4,
         listening=4,
+        answering=4,
         questions=1,
         minutes=0.4,
         long_dialogues=1,
@@ -127,6 +128,7 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
             ("codec-codebooks", (*codec, "quantizer.kmeans_batches=30")),
             ("codec-decoder", codec),
             ("moshi-listening", moshi),
+            ("moshi-answering", moshi),
             ("moshi", moshi),
         ),
     )
@@ -146,4 +148,4 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
     (assets / "figures.json").unlink()
     make_embedded(folder, assets, size)
     told = capfd.readouterr().out
-    assert told.count("done") == 11 and told.count("begins") == 1 and "assets: begins" in told
+    assert told.count("done") == 12 and told.count("begins") == 1 and "assets: begins" in told

@@ -18,7 +18,7 @@ from transformers_moshi_flax.training.data.prepared import open_dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.converse import pieces as module
-from examples.converse.assembling import Assembler, write_dataset
+from examples.converse.assembling import LISTENED, Assembler, write_dataset
 from examples.converse.pieces import AFTER, DROPPED, FRAME, Row, draw_rows, read_pieces, spoken_row, write_pieces
 from examples.converse.sentences import all_words, exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
@@ -215,3 +215,14 @@ def test_pieces_fit_into_silence() -> None:
         same = recorded == assembled
         behind = 60 + last - first
         assert same[:, 20:60].all() and same[:, 60:behind].mean() > 0.95 and same[:, behind:].mean() > 0.98
+
+
+def test_questions_are_answered_without_a_voice(folder: Path) -> None:
+    assembler = Assembler(read_pieces(folder / "pieces"), encode)
+    answers = {tuple(encode(word)[0] for word in each.answer.split()) for each in exchanges()}
+    for seed in range(5):
+        made = assembler.answering("one", np.random.default_rng(seed))
+        written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
+        assert any(written[: len(answer)] == answer for answer in answers)
+        assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1
+        assert made.frames <= LISTENED

@@ -1,4 +1,7 @@
-"""The model that ships with the package: what it answers, and that upstream and Kyutai's package say the same."""
+"""A trained model that ships with the package: what it answers, and that upstream and Kyutai's package say the same.
+
+There is none yet: the tests wait for its figures, which ``examples/converse/embedded.py`` writes beside it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,10 @@ from examples.converse.dialogues import in_a_room
 from examples.converse.evaluate import Asked, live, texts_of, turn_counts, utterances
 from examples.converse.sentences import exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
+
+pytestmark = pytest.mark.skipif(
+    not (EMBEDDED_MODEL / "figures.json").exists(), reason="the embedded model is random as yet"
+)
 
 FRAME = 1920
 KNOWN_VOICE = Voice("espeak:en-us+m3")

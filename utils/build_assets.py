@@ -1,6 +1,6 @@
-"""Build the files under ``tests/assets``: a small **random** Moshi checkpoint and a speech clip.
+"""Build ``moshi-tiny-random`` under ``src/transformers_moshi_flax/assets``: a small **random** Moshi checkpoint.
 
-Run it only to rebuild them (needs the ``torch`` extra and ``espeak-ng``)::
+Run it only to rebuild it (needs the ``torch`` extra and ``espeak-ng``)::
 
     python utils/build_assets.py
 
@@ -35,9 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "src" / "transformers_moshi_flax" / "assets"
 CHECKPOINT = ASSETS / "moshi-tiny-random"
-CLIP = ASSETS / "user.flac"
 CLIP_TEXT = "Hello! Could you tell me how the weather is today, and whether I should take an umbrella?"
 SAMPLING_RATE = 24_000
 SEED = 0
@@ -204,10 +203,10 @@ def main() -> None:
     if shutil.which("espeak-ng") is None:
         sys.exit("espeak-ng is needed to render the clip: install it (apt-get install espeak-ng)")
     torch.manual_seed(SEED)
-    clip = render_clip()
-    ASSETS.mkdir(exist_ok=True)
-    soundfile.write(CLIP, clip, SAMPLING_RATE, subtype="PCM_16")
-    audio = torch.from_numpy(soundfile.read(CLIP, dtype="float32")[0])[None, None]
+    clip = io.BytesIO()
+    soundfile.write(clip, render_clip(), SAMPLING_RATE, format="WAV", subtype="PCM_16")
+    clip.seek(0)
+    audio = torch.from_numpy(soundfile.read(clip, dtype="float32")[0])[None, None]
 
     tokenizer = train_tokenizer()
     config = make_config(len(tokenizer))

@@ -39,8 +39,8 @@ HELD_OUT, HELD_OUT_ROWS = 40, 100
 LISTENED = 170
 """Frames of a row in which questions are written down."""
 
-DELAY = 0.16
-"""Seconds from the end of a word until it is written down."""
+DELAY, PACE = 0.16, 0.24
+"""Seconds from the end of a word until it is written down, and from word to word of a question that is repeated."""
 
 
 class Assembler:
@@ -107,6 +107,20 @@ class Assembler:
         while now < (LISTENED - 40) * SECONDS:
             now = row.put(USER, question(), now) + draw.uniform(0.5, 1.0)
         row.words = [Word(word.text, word.end + DELAY, word.end + DELAY, MOSHI) for word in row.words]
+        return self._conversation(name, row, now, draw)
+
+    def repeating(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Questions that are said again, word by word, without a voice."""
+        row, question = _Row(), self._asking(draw)
+        now, words = draw.uniform(0.3, 1.5), []
+        while now < (LISTENED - 60) * SECONDS:
+            asked = question()
+            now = row.put(USER, asked, now) + draw.uniform(0.3, 0.7)
+            for word in asked[0].text.split():
+                words.append(Word(word, now, now, MOSHI))
+                now += PACE
+            now += draw.uniform(0.3, 0.8)
+        row.words = words
         return self._conversation(name, row, now, draw)
 
     def answering(self, name: str, draw: np.random.Generator) -> Conversation:

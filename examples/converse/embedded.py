@@ -28,7 +28,6 @@ from .corpus import make_corpus
 from .evaluate import evaluate
 from .moshi import write_moshi
 from .pieces import DONE, write_pieces
-from .questions import write_questions
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "transformers_moshi_flax" / "assets" / "moshi-converse"
@@ -126,7 +125,6 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
             parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
         write_text(folder / "assets" / "README.md", card_of(figures, parameters))
         shutil.copytree(folder / "assets", assets, dirs_exist_ok=True)
-        write_questions(assets.parent)
         # last, as it tells that all is there
         write_text(assets / "figures.json", (folder / "figures.json").read_text("utf-8"))
 

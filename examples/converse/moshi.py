@@ -65,15 +65,15 @@ def write_tokenizer(path: Path) -> None:
 
 
 def moshi_config(vocab_size: int, codec: MimiConfig) -> MoshiConfig:
-    """A backbone of 192 x 4 that sees 16 s, and a depth decoder of 96 x 2."""
+    """A backbone of 192 x 6 that sees 16 s, and a depth decoder of 96 x 2."""
     codebooks = codec.num_quantizers
     return MoshiConfig(
         vocab_size=vocab_size,
         hidden_size=192,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=4,
-        ffn_dim=768,
+        ffn_dim=512,
         max_position_embeddings=200,
         sliding_window=200,
         num_codebooks=codebooks,
@@ -85,7 +85,7 @@ def moshi_config(vocab_size: int, codec: MimiConfig) -> MoshiConfig:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
-            "ffn_dim": 192,
+            "ffn_dim": 128,
             "initializer_range": 0.05,
             "max_position_embeddings": codebooks + 1,
             "sliding_window": codebooks + 1,

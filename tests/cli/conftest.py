@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.random_model import RANDOM_MODEL
-from transformers_moshi_flax.cli import checkpoints, generate, live, main, train
-
-
-@pytest.fixture(autouse=True)
-def random_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of options have the small random model as default; ``test_demo.py`` has the shipped one."""
-    monkeypatch.setattr(checkpoints, "EMBEDDED_MODEL", RANDOM_MODEL)
+from transformers_moshi_flax.cli import generate, live, main, train
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,7 @@
-"""``moshi-flax demo`` and other defaults with the model that ships: both sides of a dialogue that means something."""
+"""``moshi-flax demo``: both sides of a dialogue with the recorded user, printed, as sound and as a picture."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,48 +10,31 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_moshi_flax.cli import checkpoints
-from transformers_moshi_flax.cli.checkpoints import ASSETS, EMBEDDED_QUESTION, EMBEDDED_USER, NOTICE
+from transformers_moshi_flax.cli.checkpoints import EMBEDDED_QUESTION, EMBEDDED_USER, NOTICE
 from transformers_moshi_flax.cli.demo import words_of
 from transformers_moshi_flax.cli.transcript import Timed
 
-ANSWERS = ("three plus six is nine", "after tuesday comes wednesday", "the opposite of dark is light")
 
-
-@pytest.fixture(autouse=True)
-def shipped_model(random_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default of users, not that of the other tests."""
-    monkeypatch.setattr(checkpoints, "EMBEDDED_MODEL", ASSETS / "moshi-converse")
-
-
-def test_three_questions_are_answered(moshi_flax, tmp_path: Path) -> None:
+def test_both_sides_are_shown(moshi_flax, tmp_path: Path) -> None:
     output, picture = tmp_path / "demo.wav", tmp_path / "demo.png"
     result = moshi_flax("demo", "--output", output, "--picture", picture)
     assert result.code == 0, result.err
     lines = [re.fullmatch(r" *([\d.]+) s  (you  |Moshi)  (.*)", line).groups() for line in result.out.splitlines()]
     questions = [" ".join(word.text for word in each) for each in sentences()]
-    assert [said for _, _, said in lines] == [said for pair in zip(questions, ANSWERS) for said in pair]
-    assert [speaker.strip() for _, speaker, _ in lines] == ["you", "Moshi"] * 3
-    answered = [float(time) for time, _, _ in lines[1::2]]
-    for words, begin in zip(sentences(), answered):
-        assert -0.2 < begin - words[-1].end < 1.2
+    # the model is random, and speaks whenever it likes
+    assert " ".join(said for _, speaker, said in lines if speaker == "you  ").split() == " ".join(questions).split()
+    assert any(speaker == "Moshi" for _, speaker, _ in lines)
+    begins = {said.split()[0]: float(time) for time, speaker, said in lines if speaker == "you  "}
+    assert begins["what"] == pytest.approx(sentences()[-1][0].start, abs=0.06)
     written, rate = soundfile.read(output)
     user, _ = soundfile.read(EMBEDDED_USER)
     assert rate == 24_000 and written.shape == (len(user), 2)
     assert np.abs(written[:, 1] - user).max() < 2**-14
-    for words, begin in zip(sentences(), answered):
-        asked = written[round(words[0].start * rate) : round(words[-1].end * rate), 0]
-        assert loudness(written[round(begin * rate) : round((begin + 1) * rate), 0]) > 10 * loudness(asked)
+    assert loudness(written[:, 0]) > 1e-3
     assert matplotlib.image.imread(picture).shape[1] > 1000
     assert NOTICE in result.err and str(picture) in result.err
     again = moshi_flax("demo", "--output", output)
     assert again.code == 2 and "--overwrite" in again.err
-
-
-def test_a_question_is_answered_at_its_end(moshi_flax, tmp_path: Path) -> None:
-    result = moshi_flax("generate", "--output", tmp_path / "answer.wav", "--max-new-frames", 50)
-    assert result.code == 0 and result.out.strip() == ANSWERS[0]
-    assert json.loads((tmp_path / "answer.json").read_text("utf-8"))["model"] == "moshi-converse"
 
 
 def test_recordings_have_their_words() -> None:

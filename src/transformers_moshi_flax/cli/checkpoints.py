@@ -11,12 +11,12 @@ from typing import Any
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 ASSETS = Path(str(resources.files("transformers_moshi_flax") / "assets"))
-EMBEDDED_MODEL = ASSETS / "moshi-converse"
+EMBEDDED_MODEL = ASSETS / "moshi-tiny-random"
 EMBEDDED_QUESTION = ASSETS / "question.flac"
 EMBEDDED_USER = ASSETS / "user.flac"
 """A single question, and a user who asks three and waits for the answers; what is said, with times, is beside them."""
 
-NOTICE = "a small demo model, synthetic voices only"
+NOTICE = "random weights: what it says is noise"
 """What is said of the embedded checkpoint wherever it speaks."""
 
 DEFAULT_ARCHITECTURES = {"moshi": "MoshiForConditionalGeneration", "mimi": "MimiModel"}

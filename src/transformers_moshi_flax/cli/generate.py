@@ -174,8 +174,6 @@ class Speaker:
     def load(cls, source: str, dtype: Dtype | None) -> Speaker:
         """Load the checkpoint ``source``; PyTorch layout is converted in passing.
 
-        The embedded one is stored in 16 bits to be small, and computes in float32 unless ``dtype`` is given.
-
         Raises:
             UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
         """
@@ -183,8 +181,6 @@ class Speaker:
 
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
-        if dtype is None and is_embedded(source):
-            dtype = Dtype.float32
         with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
             model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype and dtype.to_jax())
         with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
@@ -301,6 +297,7 @@ def _turn(
     frames = len(reply.text_ids)
     record = {
         "model": name_of(speaker.source),
+        "random": is_embedded(speaker.source),
         "text": reply.text,
         "text_ids": reply.text_ids.tolist(),
         "audio_codes": reply.audio_codes.tolist(),

@@ -101,6 +101,50 @@ def batched_dot(
     return jnp.stack([product(rows[:, row], matrices) for row in range(2)], axis=1)
 
 
+# ------------------------------------------------------------------------------------- products with quantized matrices
+
+TILE_BYTES = 2 * 1024 * 1024
+"""Of a tile in float32, which is to stay in the processor's cache."""
+
+
+def tiled_dot(
+    x: Float[Array, "*shape inputs"],
+    codes: Shaped[Array, "rows outputs"],
+    scales: Float[Array, "groups outputs"],
+    planes: Callable[[Array, Array], list[Array]],
+) -> Float[Array, "*shape outputs"]:
+    """One tile of rows after another is dequantized and multiplied. As a whole, the matrix would be written to memory
+    and read again as floats; and XLA would do so before a loop that it is used in, for all matrices at once.
+
+    Args:
+        x: in float32 at least is multiplied, so that bfloat16 costs no more.
+        codes, scales, planes: as of ``ops.quantization``; of one group, all rows have its scales.
+    """
+    rows, outputs = codes.shape
+    groups, inputs = scales.shape[0], x.shape[-1]
+    tiles = tile_count(rows if groups == 1 else groups, 4 * inputs * outputs)
+    wide = at_least_float32(x.dtype)
+    left = x.astype(wide).reshape(-1, tiles, inputs // tiles).swapaxes(0, 1)
+
+    def add_tile(total: Array, tile: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
+        left, codes, own_scales = tile
+        matrices = planes(codes, scales if own_scales is None else own_scales)
+        for plane, matrix in enumerate(matrices):
+            total = total + batched_dot(left[None, :, plane :: len(matrices)], matrix[None].astype(wide))[0]
+        return total, None
+
+    own_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    tile_rows = left, codes.reshape(tiles, -1, outputs), own_scales
+    total, _ = lax.scan(add_tile, jnp.zeros((left.shape[1], outputs), wide), tile_rows)
+    return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def tile_count(units: int, size: int) -> int:
+    """Into how many tiles of rows a matrix of ``size`` bytes is cut: a power of 2 that divides its ``units`` of rows,
+    and at least 2 where one does, as XLA takes a loop of one step for none."""
+    return math.gcd(2 ** max(1, math.ceil(math.log2(max(size / TILE_BYTES, 1)))), units)
+
+
 # ------------------------------------------------------------------------------------------ largest numbers
 
 BLOCK_SIZE = 16

@@ -54,8 +54,8 @@ from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
-from .nn.linear import KERNEL, SCALES
 from .model_card import check_card_fields, is_generated, model_card
+from .nn.linear import KERNEL, SCALES
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
 from .quantization.config import QuantizationConfig
@@ -620,10 +620,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
-                file in place of the directory, ``to_pt`` without ``safe_serialization`` or of quantized weights, options
-                of the upload without ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or repository) with a
-                checkpoint in Kyutai's format, or with weights in the other layout of another configuration, as all
-                share ``config.json``.
+                file in place of the directory, ``to_pt`` without ``safe_serialization`` or of quantized weights,
+                options of the upload without ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or
+                repository) with a checkpoint in Kyutai's format, or with weights in the other layout of another
+                configuration, as all share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:

@@ -125,7 +125,9 @@ def check_config_sizes(config_class: type[PreTrainedConfig], values: Mapping[str
 def _bad_sizes(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     problems = []
     for name, value in values.items():
-        if name.endswith("_config") and isinstance(value, Mapping):
+        if name == "quantization_config" and not isinstance(value, Mapping | None):
+            problems.append(f"{prefix}{name} must be an object of JSON, but is {value!r:.50}")
+        elif name.endswith("_config") and isinstance(value, Mapping):
             problems += _bad_sizes(value, f"{prefix}{name}.")
         elif name in _SIZES and value is not None and not (is_whole(value) and value >= _SIZES[name]):
             problems.append(f"{prefix}{name} must be a whole number, at least {_SIZES[name]}, but is {value!r:.50}")

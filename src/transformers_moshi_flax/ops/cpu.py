@@ -101,41 +101,51 @@ def batched_dot(
     return jnp.stack([product(rows[:, row], matrices) for row in range(2)], axis=1)
 
 
-# ------------------------------------------------------------------------------------- products with quantized matrices
+# -------------------------------------------------------------------------------------- products of quantized matrices
 
-TILE_BYTES = 2 * 1024 * 1024
+TILE_BYTES = 4 * 1024 * 1024
 """Of a tile in float32, which is to stay in the processor's cache."""
+
+FEW_ROWS = 4
+"""So many rows of outputs are fewer numbers to scale than the weights of a group."""
 
 
 def tiled_dot(
     x: Float[Array, "*shape inputs"],
     codes: Shaped[Array, "rows outputs"],
     scales: Float[Array, "groups outputs"],
-    planes: Callable[[Array, Array], list[Array]],
+    numbers: Callable[[Array], list[Array]],
 ) -> Float[Array, "*shape outputs"]:
-    """One tile of rows after another is dequantized and multiplied. As a whole, the matrix would be written to memory
+    """One tile of rows after another is made floats and multiplied. As a whole, the matrix would be written to memory
     and read again as floats; and XLA would do so before a loop that it is used in, for all matrices at once.
 
     Args:
-        x: in float32 at least is multiplied, so that bfloat16 costs no more.
-        codes, scales, planes: as of ``ops.quantization``; of one group, all rows have its scales.
+        x: is multiplied in float32 at least, so that bfloat16 costs no more.
+        codes, scales, numbers: as of ``ops.quantization``; of one group, all rows have its scales.
     """
-    rows, outputs = codes.shape
-    groups, inputs = scales.shape[0], x.shape[-1]
-    tiles = tile_count(rows if groups == 1 else groups, 4 * inputs * outputs)
-    wide = at_least_float32(x.dtype)
+    outputs, inputs = codes.shape[1], x.shape[-1]
+    groups, wide = scales.shape[0], at_least_float32(x.dtype)
+    tiles = tile_count(codes.shape[0] if groups == 1 else groups, 4 * inputs * outputs)
     left = x.astype(wide).reshape(-1, tiles, inputs // tiles).swapaxes(0, 1)
+    rows = left.shape[1]
 
     def add_tile(total: Array, tile: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
-        left, codes, own_scales = tile
-        matrices = planes(codes, scales if own_scales is None else own_scales)
-        for plane, matrix in enumerate(matrices):
-            total = total + batched_dot(left[None, :, plane :: len(matrices)], matrix[None].astype(wide))[0]
+        left, codes, tile_scales = tile
+        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
+        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        for place, matrix in enumerate(matrices):
+            own = left[:, place :: len(matrices)]
+            if rows <= FEW_ROWS:
+                products = batched_dot(own.reshape(rows, len(factors), -1).swapaxes(0, 1), matrix)
+                total = total + jnp.sum(products * factors, axis=0)
+            else:
+                total = total + own @ (matrix * factors).reshape(-1, outputs)
         return total, None
 
-    own_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
-    tile_rows = left, codes.reshape(tiles, -1, outputs), own_scales
-    total, _ = lax.scan(add_tile, jnp.zeros((left.shape[1], outputs), wide), tile_rows)
+    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    total, _ = lax.scan(
+        add_tile, jnp.zeros((rows, outputs), wide), (left, codes.reshape(tiles, -1, outputs), tile_scales)
+    )
     return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 

@@ -13,6 +13,8 @@ Codes of 4 bits lie two in a byte, that of the row with the even number in the l
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -74,26 +76,20 @@ def dequantize(
     codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
 ) -> Float32[Array, "dequantized outputs"]:
     """The matrix that codes and scales stand for."""
-    rows = planes(codes, scales, kind)
-    return jnp.stack(rows, axis=1).reshape(-1, codes.shape[1])
-
-
-def planes(
-    codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
-) -> list[Float32[Array, "dequantized outputs"]]:
-    """The matrix in pieces that no byte is taken apart for: the whole of it, or the rows with even and with odd
-    numbers."""
-    if BITS[kind] == 8:
-        numbers = [codes.astype(jnp.float32)]
-    else:
-        # by way of int8, as XLA's CPU backend makes floats of unsigned numbers at half the speed
-        halves = [half.astype(jnp.int8) for half in (codes & jnp.uint8(15), codes >> jnp.uint8(4))]
-        if kind == "nf4":
-            numbers = [jnp.asarray(NF4, jnp.float32)[half] for half in halves]
-        else:
-            numbers = [half.astype(jnp.float32) - jnp.float32(8) for half in halves]
     groups, outputs = scales.shape
-    return [(each.reshape(groups, -1, outputs) * scales[:, None]).reshape(-1, outputs) for each in numbers]
+    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs)
+    return (matrix * scales[:, None]).reshape(-1, outputs)
+
+
+def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
+    """What codes stand for before it is scaled; of those with 4 bits the rows with even and those with odd numbers."""
+    if BITS[kind] == 8:
+        return [codes.astype(jnp.float32)]
+    # by way of int8, as XLA's CPU backend makes floats of unsigned numbers at half the speed
+    halves = [half.astype(jnp.int8) for half in (codes & jnp.uint8(15), codes >> jnp.uint8(4))]
+    if kind == "nf4":
+        return [jnp.asarray(NF4, jnp.float32)[half] for half in halves]
+    return [half.astype(jnp.float32) - jnp.float32(8) for half in halves]
 
 
 def quantized_dot(
@@ -107,6 +103,6 @@ def quantized_dot(
         return x @ dequantize(codes, scales, kind).astype(x.dtype)
 
     def twin(x: Array, codes: Array, scales: Array) -> Array:
-        return cpu.tiled_dot(x, codes, scales, lambda codes, scales: planes(codes, scales, kind))
+        return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind))
 
     return for_cpu(definition, twin, x, codes, scales)

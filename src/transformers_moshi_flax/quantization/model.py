@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from jax.typing import DTypeLike
 from transformers import PreTrainedConfig
@@ -34,7 +34,7 @@ class FlaxQuantizationMixin:
         """What the names of the parameters begin with in the whole of Moshi."""
         return self.checkpoint_prefixes[-1]
 
-    def quantize(self, quantization: QuantizationConfig | str) -> Self:
+    def quantize(self, quantization: QuantizationConfig | str) -> Any:
         """Quantize the linear layers, in place; an adapter stays beside them.
 
         ``from_pretrained(quantization=)`` does so while it reads, without ever holding all of the floats.
@@ -60,7 +60,7 @@ class FlaxQuantizationMixin:
         self.params = params
         return self
 
-    def dequantize(self, dtype: DTypeLike | None = None) -> Self:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Any:
         """Turn quantized layers into floats, in place.
 
         Args:

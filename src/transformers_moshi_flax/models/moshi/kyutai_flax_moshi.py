@@ -32,6 +32,7 @@ from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
+from ...quantization.config import QuantizationConfig
 from ..mimi.kyutai_flax_mimi import (
     CODEBOOKS,
     KYUTAI_MIMI,
@@ -40,7 +41,6 @@ from ..mimi.kyutai_flax_mimi import (
     mimi_config_from_kyutai,
     mimi_config_to_kyutai,
 )
-from ...quantization.config import QuantizationConfig
 from .kyutai_config_flax_moshi import (
     KYUTAI_MOSHI,
     generation_config_from_kyutai,

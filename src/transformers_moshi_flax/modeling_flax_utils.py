@@ -861,9 +861,8 @@ def _load(
         if quantization is None or name != KERNEL or layer not in layers:
             return {path: to_device(leaf, None if name == SCALES else dtype, shardings.get(path))}
         leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization.kind, layers[layer])
-        return {
-            path: jax.block_until_ready(jax.device_put(leaf, shardings.get(path))) for path, leaf in leaves.items()
-        }
+        # finished, or the floats of several layers would be there at once
+        return {own: jax.block_until_ready(jax.device_put(each, shardings.get(own))) for own, each in leaves.items()}
 
     with Transfers() as transfers:
         loaded, surplus = weights.fit(model, lambda path, leaf: transfers.start(placed, path, leaf))

@@ -320,3 +320,12 @@ def test_quantized_weights_in_other_layouts(moshi_flax, moshi: dict, tmp_path: P
     for options in (("--to", "pt"), ("--to", "kyutai"), ("--quantize", "int8")):
         result = moshi_flax("convert", tmp_path / "int8", tmp_path / "new", *options)
         assert result.code == 2 and "the weights are quantized" in " ".join(result.err.split())
+
+
+def test_a_quantized_checkpoint_runs_without_an_option(moshi_flax, tmp_path: Path):
+    assert moshi_flax("convert", RANDOM_MODEL, tmp_path / "int8", "--quantize", "int8").code == 0
+    greedy = ("--max-new-frames", 3, "--temperature", 0, "--depth-temperature", 0)
+    result = moshi_flax("generate", "--model", tmp_path / "int8", "--output", tmp_path / "reply.wav", *greedy)
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "reply.json").read_text("utf-8"))
+    assert len(record["text_ids"]) == 3 and np.array(record["audio_codes"]).shape == (8, 2)

@@ -138,6 +138,18 @@ def test_in_memory_or_while_reading(folder: Path, model: Model, kind: str) -> No
     assert part.required_params == model.required_params
 
 
+@pytest.mark.parametrize("options", [("pt", "nf4"), ("nf4", None)])
+def test_on_a_mesh(folder: Path, options: tuple[str, str | None]) -> None:
+    """Codes lie as kernels would; of a checkpoint of floats, and of a quantized one."""
+    source, kind = options
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    model = Model.from_pretrained(folder / source, sharding=mesh, quantization=None if kind is None else grouped(kind))
+    same(model.params, Model.from_pretrained(folder / "nf4").params)
+    lies = model.params["decoder"]["lm_head"]
+    assert lies["kernel_nf4"].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert lies["scales"].sharding.spec == jax.sharding.PartitionSpec()
+
+
 def test_what_is_quantized(model: Model, floats: Model, kind: str) -> None:
     """All linear layers, no other leaf; the bytes are those of codes and scales."""
     before, after = flatten_dict(floats.params, sep="/"), flatten_dict(model.params, sep="/")

@@ -223,6 +223,7 @@ class Trainer:
             model = FlaxMoshiForConditionalGeneration(
                 load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
             )
+            model._refuse_quantized("training")
             shardings = param_shardings(self._mesh, model.params_shape_tree)
             return model, jax.tree.map(placed, model.init_weights(model.key), shardings), source
 

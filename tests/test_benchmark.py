@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the sides, is not installed")
-from utils.benchmark import first_call, generate, limit, steadiness, streaming, train, training_sides
+from utils.benchmark import first_call, generate, limit, quantized, steadiness, streaming, train, training_sides
 from utils.benchmark.checkpoints import write_checkpoint
 from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
 from utils.benchmark.streams import HANDOVER, HOST
@@ -54,6 +54,15 @@ def test_sides_agree(capsys: pytest.CaptureFixture) -> None:
     assert all(0 < float(run["ms a frame, min"]) <= float(run["median"]) for run in runs if run["runs"])
     # two programs of each setting
     assert sum(line[1] in ("start", "advance") for line in lines) == 4
+
+
+def test_widths_of_weights() -> None:
+    arguments = "--size tiny --widths bfloat16 int8 --repeats 2 --threads 1"
+    report = quantized.measure(quantized.parse_arguments(arguments.split()))
+    _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "| 0." in line]
+    assert [row[0] for row in rows] == ["bfloat16", "int8"]
+    assert float(rows[0][5]) == 0.5 and 0.25 < float(rows[1][5]) < 0.4
+    assert all(0 < float(error) < 0.05 for row in rows for error in row[-2:])
 
 
 def test_what_a_frame_reads(tmp_path: Path) -> None:

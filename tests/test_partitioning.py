@@ -17,8 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from tests.configs import tiny_moshi_config
 from tests.random_model import RANDOM_MODEL
-from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration, QuantizationConfig
 from transformers_moshi_flax.partitioning import PARTITION_RULES, param_shardings, resolve_shardings
+from transformers_moshi_flax.quantization.tree import quantized_shapes
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,18 @@ def test_every_large_matrix_of_moshi_is_split(shapes: dict):
         path for path, spec in specs.items() if spec == PartitionSpec() and path.endswith(("kernel", "embedding"))
     ]
     assert all("conv" in path or ("_proj/" in path and "quantizer" in path) for path in whole), whole
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_codes_lie_as_kernels_do(shapes: dict, kind: str):
+    mesh = one_device("data", "fsdp", "tensor")
+    floats = flatten_dict(param_shardings(mesh, shapes), sep="/")
+    quantized = quantized_shapes(shapes, QuantizationConfig(kind, group_size=4), "")
+    for path, sharding in flatten_dict(param_shardings(mesh, quantized), sep="/").items():
+        if path.endswith("/scales"):
+            assert sharding.spec == PartitionSpec()
+        else:
+            assert sharding.spec == floats[path.replace(f"kernel_{kind}", "kernel")].spec
 
 
 def test_every_rule_is_used(shapes: dict):

@@ -16,6 +16,7 @@ _PUBLIC = {
         "FlaxAutoModelForCausalLM",
     ],
     "adapters.config": ["LoraConfig"],
+    "quantization.config": ["QuantizationConfig"],
     "modeling_flax_utils": ["FlaxPreTrainedModel"],
     "generation": [
         "FlaxGenerationMixin",

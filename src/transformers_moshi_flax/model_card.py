@@ -184,6 +184,7 @@ def _origin(model: Any) -> str:
 def _usage(model: Any, repo_id: str, to_pt: bool) -> list[str]:
     """How to load it, here and in PyTorch."""
     name = type(model).__name__
+    to_floats = "" if model.quantization is None else " --quantize none"
     in_torch = name.removeprefix("Flax")
     return [
         "## Load it",
@@ -196,7 +197,7 @@ def _usage(model: Any, repo_id: str, to_pt: bool) -> list[str]:
         "",
         "In PyTorch:" if to_pt else "In PyTorch, after a conversion:",
         "",
-        *([] if to_pt else ["```sh", f"moshi-flax convert {repo_id} converted --to pt", "```", ""]),
+        *([] if to_pt else ["```sh", f"moshi-flax convert {repo_id} converted --to pt{to_floats}", "```", ""]),
         "```python",
         f"from transformers import {in_torch}",
         "",

@@ -47,7 +47,7 @@ from .checkpoints.files import FLAX_MSGPACK, FLAX_WEIGHTS, LAYOUTS, PT_WEIGHTS, 
 from .checkpoints.fitting import Weights
 from .checkpoints.formats import parse_json
 from .checkpoints.keywords import one_name, one_token, understood
-from .checkpoints.loading import Transfers, main_dtype
+from .checkpoints.loading import Transfers, main_dtype, to_device
 from .checkpoints.own_code import own_code
 from .checkpoints.uploading import Repository, check_upload
 from .checkpoints.verifying import refuse_damage
@@ -55,15 +55,19 @@ from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
+from .nn.linear import KERNEL, SCALES
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
+from .quantization.config import QuantizationConfig
+from .quantization.model import FlaxQuantizationMixin
+from .quantization.tree import quantized, quantized_layers, quantized_leaves, quantized_shapes
 
 logger = logging.get_logger(__name__)
 
 Params = dict[str, Any] | FrozenDict
 
 
-class FlaxPreTrainedModel(FlaxAdapterMixin):
+class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     """Base of the model classes.
 
     Class attributes that a model sets:
@@ -139,8 +143,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
         self._fields_of_generation = fields_of_model_config(config)
         self._is_initialized = _do_init
-        self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(seed)))
-        self._required_params = set(flatten_dict(self._params_shape_tree))
+        self._find_shapes()
         self.name_or_path: str | None = None
         self.hub_id: str | None = None
         if _do_init:
@@ -180,7 +183,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         """
         parts = vars(self).setdefault("_parts", {})
         if name not in parts:
-            model_class, config = self._part_classes()[name]
+            model_class, config = self._class_of_part(name)
             part = model_class(config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
             part._whole, part._name_in_whole, part._is_initialized = self, name, self._is_initialized
             parts[name] = part
@@ -195,12 +198,25 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         return self._part(self.base_model_prefix) if self.base_model_prefix in self._part_classes() else self
 
     def _rebuild(self, config: PreTrainedConfig) -> None:
-        """Take on another configuration, whose parameters have the same names."""
+        """Take on another configuration, of the same layers."""
         self._config = config
         self._module = self._build_module()
-        self._params_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
+        self._find_shapes()
         for name, part in vars(self).get("_parts", {}).items():
-            part._rebuild(self._part_classes()[name][1])
+            part._rebuild(self._class_of_part(name)[1])
+
+    def _class_of_part(self, name: str) -> tuple[type[FlaxPreTrainedModel], PreTrainedConfig]:
+        """As of :meth:`_part_classes`; the configuration tells how the whole is quantized."""
+        model_class, config = self._part_classes()[name]
+        if config is not self.config and (whole := self.quantization) is not None:
+            config = override_config(config, {"quantization_config": whole.to_dict()})
+        return model_class, config
+
+    def _find_shapes(self) -> None:
+        """What the parameters are by the configuration."""
+        self._float_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
+        self._params_shape_tree = self._quantized_shapes()
+        self._required_params = set(flatten_dict(self._params_shape_tree))
 
     @classmethod
     def _module_fields(cls) -> set[str]:
@@ -296,11 +312,11 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         return cls._generates
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the parameters are, without adapters; with ``only_trainable`` those of the active adapters,
-        where there are some."""
+        """How many numbers the parameters are, quantized or not, without adapters; with ``only_trainable`` those of
+        the active adapters, where there are some."""
         if only_trainable and self.peft_config:
             return self.num_adapter_parameters()
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params_shape_tree))
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self._float_shape_tree))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; outputs stay the same."""
@@ -326,7 +342,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
     def init_weights(
         self, rng: jax.Array, input_shape: tuple[int, ...] | None = None, params: Params | None = None
     ) -> dict[str, Any]:
-        """Random float32 parameters.
+        """Random float32 parameters, quantized where the configuration says so.
 
         Args:
             rng: a PRNG key.
@@ -337,13 +353,15 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
             The parameter tree.
         """
         drawn = _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
+        if self.quantization is not None:
+            drawn = quantized(drawn, self.quantization, self._name_in_moshi)
         if params is None:
             return drawn
         kept = flatten_dict(unfreeze(params))
         return unflatten_dict({**{p: leaf for p, leaf in flatten_dict(drawn).items() if p not in kept}, **kept})
 
     def to_bf16(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
-        """A copy of ``params`` with floating leaves in bfloat16.
+        """A copy of ``params`` with floating leaves in bfloat16, but for the scales of quantized layers.
 
         Args:
             params: a parameter tree.
@@ -386,6 +404,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         _do_init: bool = True,
         sharding: Any | None = None,
         verify: bool = False,
+        quantization: QuantizationConfig | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Make a model from a checkpoint.
@@ -413,6 +432,9 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
                 ``Sharding`` for all, or a tree of them. Each device's slice is read onto that device alone.
             verify: also read every tensor of the files beforehand, compare its checksum, if the file has one, and
                 look for numbers that are not finite.
+            quantization: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`QuantizationConfig`: quantize the linear
+                layers of a checkpoint of floats while it is read, leaf by leaf, from the values that it has. A
+                quantized checkpoint loads as it is, without this option.
             **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change
                 (of one of its parts by a dict, such as ``audio_encoder_config={"num_quantizers": 8}``). Keywords of
                 ``transformers`` that ask for nothing here (``trust_remote_code=False``, ``device_map=None``,
@@ -424,7 +446,8 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         Raises:
             CheckpointNotFoundError: (an ``OSError`` and a ``ValueError``) a file is missing.
             ValueError: damaged files, another model's checkpoint, weights that are missing, mismatched, too many or
-                not floating-point, all of them listed; a mesh that does not fit; unknown keywords.
+                not floating-point, all of them listed; a mesh that does not fit; unknown keywords; a ``quantization``
+                that is none, does not fit the layers, or of weights that are quantized already.
         """
         given = understood(dtype, param_dtype, token, kwargs)
         dtype, param_dtype, kwargs = given.dtype, given.param_dtype, given.rest
@@ -473,6 +496,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
             _do_init=_do_init,
             sharding=sharding,
             verify=verify,
+            quantization=quantization,
             **model_kwargs,
         )
 
@@ -490,25 +514,32 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
         _do_init: bool,
         sharding: Any | None,
         verify: bool,
+        quantization: QuantizationConfig | str | None,
         **model_kwargs: Any,
     ) -> Any:
         """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
-        shardings = {} if sharding is None else resolve_shardings(sharding, model.params_shape_tree)
+        chosen = None if quantization is None else model._checked_quantization(quantization)
+        shapes = model.params_shape_tree
+        if chosen is not None:
+            shapes = quantized_shapes(shapes, chosen, model._name_in_moshi)
+        shardings = {} if sharding is None else resolve_shardings(sharding, shapes)
         if verify:
             for file in weights.files:
                 refuse_damage(file)
         stored = param_dtype if param_dtype is not None else dtype
-        loaded = _load(model, weights, stored, shardings, ignore_mismatched_sizes)
+        loaded = _load(model, weights, stored, shardings, ignore_mismatched_sizes, chosen)
+        if chosen is not None:
+            model._rebuild(model._config_with(chosen))
+        params = unflatten_dict(loaded.params, sep="/")
         model.name_or_path = weights.name
         model.hub_id = weights.name if weights.is_on_hub else None
         if dtype is None:
-            model.dtype = main_dtype(loaded.params)
+            model.dtype = main_dtype(flatten_dict(params))
             model._module = model._build_module()
         if generation_config is not None:
             model.generation_config = generation_config
-        params = unflatten_dict(loaded.params, sep="/")
 
         result: tuple[Any, ...] = (model, params)
         if _do_init:
@@ -581,7 +612,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
             token: for the upload.
             safe_serialization: False writes msgpack (``flax.serialization``), which has no checksums.
             to_pt: False writes ``flax_model.safetensors``, True the ``model.safetensors`` that the PyTorch classes of
-                ``transformers`` load.
+                ``transformers`` load, which has no quantized weights.
             repo_id: where to upload to, the name of the directory if None.
             commit_message, commit_description, private, revision, create_pr, **card: of the upload, as in
                 :meth:`push_to_hub`.
@@ -589,14 +620,16 @@ class FlaxPreTrainedModel(FlaxAdapterMixin):
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays, a
-                file in place of the directory, ``to_pt`` without ``safe_serialization``, options of the upload
-                without ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or repository) with a
-                checkpoint in Kyutai's format, or with weights in the other layout of another configuration, as all
-                share ``config.json``.
+                file in place of the directory, ``to_pt`` without ``safe_serialization`` or of quantized weights,
+                options of the upload without ``push_to_hub``, a ``max_shard_size`` that is none, a directory (or
+                repository) with a checkpoint in Kyutai's format, or with weights in the other layout of another
+                configuration, as all share ``config.json``.
             OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
         """
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
+        if to_pt:
+            self._refuse_quantized("to_pt=True")
         upload = {
             "private": private,
             "commit_message": commit_message,
@@ -816,12 +849,25 @@ def _load(
     dtype: DTypeLike | None,
     shardings: Mapping[str, jax.sharding.Sharding],
     ignore_mismatched_sizes: bool,
+    quantization: QuantizationConfig | None,
 ) -> tables.ReadResult:
-    """Read the leaves of a model, and raise if the checkpoint does not fit it."""
+    """Read the leaves of a model, quantize them if that is asked for, and raise if the checkpoint does not fit it."""
+    prefix = model._name_in_moshi
+    layers = {} if quantization is None else quantized_layers(model.params_shape_tree, quantization, prefix)
+
+    def placed(path: str, leaf: np.ndarray) -> dict[str, jax.Array]:
+        """The leaf where it is to lie, or those that stand for it, by path."""
+        layer, _, name = path.rpartition("/")
+        if quantization is None or name != KERNEL or layer not in layers:
+            return {path: to_device(leaf, None if name == SCALES else dtype, shardings.get(path))}
+        leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization.kind, layers[layer])
+        # finished, or the floats of several layers would be there at once
+        return {own: jax.block_until_ready(jax.device_put(each, shardings.get(own))) for own, each in leaves.items()}
 
     with Transfers() as transfers:
-        loaded, surplus = weights.fit(model, lambda path, leaf: transfers.start(leaf, dtype, shardings.get(path)))
-        loaded.params = {path: transfer.result() for path, transfer in loaded.params.items()}
+        loaded, surplus = weights.fit(model, lambda path, leaf: transfers.start(placed, path, leaf))
+        transferred = [transfer.result() for transfer in loaded.params.values()]
+        loaded.params = {path: leaf for leaves in transferred for path, leaf in leaves.items()}
     name = weights.name
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     paths = flatten_dict(model.params_shape_tree, sep="/")
@@ -875,12 +921,13 @@ def check_float_dtype(name: str, dtype: Any) -> None:
 def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, Any]:
     params = unfreeze(params)
 
-    def cast(leaf: Any, chosen: bool) -> Any:
-        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    def cast(path: Any, leaf: Any, chosen: bool = True) -> Any:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1].key != SCALES
+        return leaf.astype(dtype) if chosen and floating else leaf
 
     if mask is None:
-        return jax.tree.map(lambda leaf: cast(leaf, True), params)
+        return jax.tree_util.tree_map_with_path(cast, params)
     mask = unfreeze(mask)
     if jax.tree.structure(mask) != jax.tree.structure(params):
         raise ValueError("mask must be a tree of booleans with the structure of params")
-    return jax.tree.map(cast, params, mask)
+    return jax.tree_util.tree_map_with_path(cast, params, mask)

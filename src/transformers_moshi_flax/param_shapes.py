@@ -76,8 +76,10 @@ def refuse_unsavable(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> No
         elif leaf.shape != wanted[path].shape:
             problems.append(f"{name} has the shape {leaf.shape} instead of {wanted[path].shape}")
             replicated |= leaf.shape[1:] == wanted[path].shape
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+        elif jnp.issubdtype(wanted[path].dtype, jnp.floating) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             problems.append(f"{name} is {leaf.dtype.name} instead of floating-point")
+        elif not jnp.issubdtype(wanted[path].dtype, jnp.floating) and leaf.dtype != wanted[path].dtype:
+            problems.append(f"{name} is {leaf.dtype.name} instead of {wanted[path].dtype.name}")
     if problems:
         remedy = "give arrays with the paths and shapes of params_shape_tree"
         if replicated:

@@ -2,7 +2,8 @@
 
 The mesh axes are ``data``, ``fsdp`` and ``tensor``; axes that a mesh lacks count as size 1. Linear layers that fan out
 are split by their columns over ``tensor``, those that fan in by their rows, embeddings by their features; the other
-large axis goes to ``fsdp``. Norms, biases, convolutions and codebooks are small and lie on every device.
+large axis goes to ``fsdp``. Norms, biases, convolutions, codebooks and the scales of quantized layers are small and
+lie on every device.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from jax.typing import ArrayLike
 from .input_checks import shortened
 
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel", PartitionSpec("fsdp", "tensor")),
-    (r"(?:.*/)?(?:o_proj|fc2)/(?:.*/)?kernel", PartitionSpec("tensor", "fsdp")),
-    (r"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?", PartitionSpec("fsdp", "tensor")),
+    (r"(?:.*/)?(?:o_proj|fc2)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?", PartitionSpec("tensor", "fsdp")),
+    (
+        r"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/kernel(?:_int8|_int4|_nf4)?",
+        PartitionSpec("fsdp", "tensor"),
+    ),
     (r"(?:.*/)?(?:text_)?embed_tokens/(?:\d+/)?embedding", PartitionSpec(None, ("fsdp", "tensor"))),
     (r".*", PartitionSpec()),
 )

@@ -1,6 +1,6 @@
 """Loads a checkpoint and prints what it took, as JSON; run as a fresh process by the memory test and the benchmark.
 
-``python measure_loading.py FOLDER [DTYPE]``
+``python measure_loading.py FOLDER [DTYPE] [QUANTIZATION]``
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
 
-def main(folder: str, dtype: str | None = None) -> None:
+def main(folder: str, dtype: str | None = None, quantization: str | None = None) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -43,7 +43,7 @@ def main(folder: str, dtype: str | None = None) -> None:
     baseline, peak = anonymous_bytes(), Peak()
     peak.start()
     start, worked = time.perf_counter(), time.process_time()
-    model = model_class.from_pretrained(folder, dtype=dtype and jnp.dtype(dtype))
+    model = model_class.from_pretrained(folder, dtype=dtype and jnp.dtype(dtype), quantization=quantization)
     jax.block_until_ready(model.params)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     peak.going = False

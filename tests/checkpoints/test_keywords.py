@@ -46,7 +46,7 @@ REFUSED = {
     "proxies": ({"https": "http://proxy:3128"}, "HTTPS_PROXY"),
     "device_map": ("auto", "sharding="),
     "attn_implementation": ("flash_attention_2", "only 'eager' and 'sdpa'"),
-    "load_in_4bit": (True, "quantized"),
+    "load_in_4bit": (True, "quantization='nf4'"),
     "from_tf": (True, "TensorFlow"),
     "variant": ("fp16", "rename it"),
     "torch_dtype": ("int8", "dtype must be a floating dtype"),

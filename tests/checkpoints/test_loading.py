@@ -49,17 +49,18 @@ def test_double_is_never_cut_in_silence():
 
 def test_transfers_follow_the_settings_of_the_caller():
     with jax.enable_x64(True), Transfers() as transfers:
-        started = [transfers.start(np.arange(4.0).reshape(2, 2).T, dtype, None) for dtype in (None, jnp.bfloat16)]
+        leaf = np.arange(4.0).reshape(2, 2).T
+        started = [transfers.start(to_device, leaf, dtype, None) for dtype in (None, jnp.bfloat16)]
         double, half = (transfer.result() for transfer in started)
         assert double.dtype == jnp.float64 and half.dtype == jnp.bfloat16
         assert (double == np.array([[0, 2], [1, 3]])).all()
     with Transfers() as transfers, pytest.raises(ValueError, match="float64: enable jax_enable_x64"):
-        transfers.start(np.ones(3), None, None).result()
+        transfers.start(to_device, np.ones(3), None, None).result()
 
 
 def test_main_dtype_is_that_of_most_numbers():
-    params = {"a": np.ones(3, np.float32), "b": np.ones(9, np.float16), "c": np.ones(99, np.int32)}
-    assert main_dtype(params) == np.float16
+    params = {("a",): np.ones(3, np.float32), ("b",): np.ones(9, np.float16), ("c",): np.ones(99, np.int32)}
+    assert main_dtype(params | {("b", "scales"): np.ones(99, np.float32)}) == np.float16
     assert main_dtype({}) == np.float32
 
 
@@ -82,11 +83,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_second_copy_in_memory(checkpoint: Path, dtype: str):
+def taken_by(checkpoint: Path, *options: str) -> dict[str, float]:
+    """What loading takes in a fresh process."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoints.measure_loading", str(checkpoint), dtype],
+        [sys.executable, "-m", "tests.checkpoints.measure_loading", str(checkpoint), *options],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -94,9 +95,24 @@ def test_no_second_copy_in_memory(checkpoint: Path, dtype: str):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    taken = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_second_copy_in_memory(checkpoint: Path, dtype: str):
+    taken = taken_by(checkpoint, dtype)
     size = (checkpoint / "model.safetensors").stat().st_size
     assert size > 190e6
     assert taken["parameters"] == pytest.approx(size * (1 if dtype == "float32" else 0.5), rel=0.01)
     # the bound of a 2 GB checkpoint leaves 200 MB for programs and buffers; here they would hide a second copy
     assert taken["peak"] <= 1.15 * taken["parameters"] + 60e6, taken
+
+
+def test_never_all_floats_of_what_is_quantized(checkpoint: Path):
+    """The floats of the two layers that are read at a time, twice each, come on top of what stays."""
+    taken = taken_by(checkpoint, "bfloat16", "int4")
+    size = (checkpoint / "model.safetensors").stat().st_size
+    embedding, head = 8001 * 1024, 8000 * 1024
+    layers = size / 4 - embedding - head
+    assert taken["parameters"] == pytest.approx(2 * embedding + (layers + head) * (1 / 2 + 4 / 32), rel=0.01)
+    assert taken["peak"] <= 1.15 * taken["parameters"] + 2 * 2 * 4 * head + 20e6, taken

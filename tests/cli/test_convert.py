@@ -271,3 +271,61 @@ def test_mimi_alone(moshi_flax, tmp_path: Path, architecture: str | None):
     result = moshi_flax("convert", source, tmp_path / "flax")
     assert result.code == 0, result.err
     assert "FlaxMimiModel" in result.err
+
+
+def test_quantize(moshi_flax, moshi: dict, tmp_path: Path):
+    """To int8 and to floats again; no option is needed to run it, ``inspect`` and ``verify`` tell what it is."""
+    result = moshi_flax("convert", moshi["pt"], tmp_path / "int8", "--quantize", "int8")
+    assert result.code == 0 and "Flax layout, int8 (8 bits, a scale for each output)" in result.err
+    shown = moshi_flax("inspect", tmp_path / "int8")
+    assert shown.code == 0 and "93 layers, int8 (8 bits, a scale for each output)" in " ".join(shown.out.split())
+    report = json.loads(moshi_flax("inspect", tmp_path / "int8", "--json").out)
+    quantization = {"kind": "int8", "bits": 8, "group_size": None, "skip": [], "layers": 93}
+    assert report["quantization"] == quantization and report["fits"] is True
+    assert json.loads(moshi_flax("inspect", moshi["pt"], "--json").out)["quantization"] is None
+
+    assert moshi_flax("convert", moshi["flax"], tmp_path / "again", "--quantize", "int8").code == 0
+    assert moshi_flax("verify", tmp_path / "int8", tmp_path / "again").code == 0
+    tensors = load_file(tmp_path / "again" / "flax_model.safetensors")
+    tensors["decoder.lm_head.kernel_int8"][0, 0] ^= 1
+    save_file(tensors, tmp_path / "again" / "flax_model.safetensors", metadata={"format": "flax"})
+    found = json.loads(moshi_flax("verify", tmp_path / "int8", tmp_path / "again", "--no-outputs", "--json").out)
+    assert [difference["path"] for difference in found["differences"]] == ["decoder/lm_head/kernel_int8"]
+
+    assert moshi_flax("convert", tmp_path / "int8", tmp_path / "pt", "--to", "pt", "--quantize", "none").code == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (moshi["pt"], tmp_path / "pt"))
+    assert before.keys() == after.keys()
+    key = "decoder.lm_head.weight"
+    steps = np.abs(before[key]).max(axis=1, keepdims=True) / 127
+    assert (np.abs(before[key] - after[key]) <= 0.501 * steps).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quantize", "int8", "--to", "pt"), "--quantize int8: not with --to pt"),
+        (("--quantize", "nf4"), "`group_size`=32 does not divide the inputs of"),
+        (("--quantize", "none"), "the weights of this model are not quantized"),
+        (("--quantize", "int3"), "int3"),
+    ],
+)
+def test_quantize_is_refused(moshi_flax, moshi: dict, tmp_path: Path, options: tuple, message: str):
+    result = moshi_flax("convert", moshi["flax"], tmp_path / "new", *options)
+    assert result.code == 2 and message in " ".join(result.err.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_quantized_weights_in_other_layouts(moshi_flax, moshi: dict, tmp_path: Path):
+    assert moshi_flax("convert", moshi["flax"], tmp_path / "int8", "--quantize", "int8").code == 0
+    for options in (("--to", "pt"), ("--to", "kyutai"), ("--quantize", "int8")):
+        result = moshi_flax("convert", tmp_path / "int8", tmp_path / "new", *options)
+        assert result.code == 2 and "the weights are quantized" in " ".join(result.err.split())
+
+
+def test_a_quantized_checkpoint_runs_without_an_option(moshi_flax, tmp_path: Path):
+    assert moshi_flax("convert", RANDOM_MODEL, tmp_path / "int8", "--quantize", "int8").code == 0
+    greedy = ("--max-new-frames", 3, "--temperature", 0, "--depth-temperature", 0)
+    result = moshi_flax("generate", "--model", tmp_path / "int8", "--output", tmp_path / "reply.wav", *greedy)
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "reply.json").read_text("utf-8"))
+    assert len(record["text_ids"]) == 3 and np.array(record["audio_codes"]).shape == (8, 2)

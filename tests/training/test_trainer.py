@@ -516,6 +516,18 @@ def test_a_model_configuration_has_its_name(inputs: Path, tmp_path: Path) -> Non
         train(inputs, run__output_dir=str(tmp_path / "run"), model__config=str(other))
 
 
+def test_quantized_weights_are_not_trained(inputs: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "int8"
+    FlaxMoshiForConditionalGeneration(smaller_config()).quantize("int8").save_pretrained(quantized)
+    for key, options in (
+        ("path", {"model__path": str(quantized), "model__config": None}),
+        ("config", {"model__config": str(quantized)}),
+    ):
+        message = rf"`model\.{key}`: training: the weights are quantized, int8 .*--quantize none"
+        with pytest.raises(ConfigurationError, match=message):
+            train(inputs, run__output_dir=str(tmp_path / key), **options)
+
+
 def test_the_folder_is_looked_at_again_when_it_is_locked(whole: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     late = Trainer(run_config(inputs, run__output_dir=str(run), run__seed=1), quiet())

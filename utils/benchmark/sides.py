@@ -66,12 +66,13 @@ class Side(Protocol):
 
 
 class Ours:
-    """This library: the two programs of ``generate``, of which the loop is timed."""
+    """This library: the two programs of ``generate``, of which the loop is timed; ``loading`` are options of
+    ``from_pretrained``."""
 
     name = "this library"
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.model = FlaxMoshiForConditionalGeneration.from_pretrained(checkpoint.folder)
+    def __init__(self, checkpoint: Checkpoint, **loading: Any):
+        self.model = FlaxMoshiForConditionalGeneration.from_pretrained(checkpoint.folder, **loading)
         self.costs: dict[Setting, tuple[ProgramCost, ProgramCost]] = {}
 
     @contextmanager

@@ -42,7 +42,7 @@ load with any. Its configuration has none then; outside of training that changes
 
 
 def write_adapter(
-    folder: Path, adapter: Adapter, rules: tuple[Rule, ...], params: Mapping[str, Any], readme: str
+    folder: Path, adapter: Adapter, rules: tuple[Rule, ...], params: Mapping[str, Any] | None, readme: str
 ) -> list[str]:
     """Write an adapter's files into ``folder``, which is made, or replaced as a whole if it has an adapter.
 
@@ -50,7 +50,7 @@ def write_adapter(
         folder: what other files it has are left.
         adapter: what is written.
         rules: the model's table of the PyTorch layout.
-        params: of the model that it is for.
+        params: of the model that it is for; None leaves out their checksum.
         readme: the text of ``README.md``.
 
     Returns:
@@ -65,7 +65,7 @@ def write_adapter(
         "exclude_modules": None,
     }
     files = (WEIGHTS, CONFIG, "README.md")
-    notes = {BASE_CHECKSUM: base_checksum(adapter.layers, params)}
+    notes = {} if params is None else {BASE_CHECKSUM: base_checksum(adapter.layers, params)}
     if by_codebook and adapter.config.lora_dropout:
         notes[DROPOUT_HERE] = json.dumps(adapter.config.lora_dropout)
         config["lora_dropout"] = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_ as _is
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,6 +91,9 @@ class FlaxAdapterMixin:
     hub_id: str | None
     _is_initialized: bool
     _whole: Any
+    _float_shape_tree: dict[str, Any]
+    quantization: Any
+    _refuse_quantized: Callable[[str], None]
 
     # names in the order in which they came, and what is active; made when the first adapter comes
     _adapters: dict[str, Adapter]
@@ -138,7 +141,11 @@ class FlaxAdapterMixin:
             raise ValueError(f"{what}: adapters are merged into the weights; unmerge_adapter first")
 
     def _linear_layers(self) -> dict[str, Linear]:
-        return linear_layers(self.params_shape_tree, self.checkpoint_rules)
+        return linear_layers(self._float_shape_tree, self.checkpoint_rules)
+
+    def _checked_base(self) -> Any:
+        """The parameters that an adapter's checksum is of; None for a quantized base, whose floats are not known."""
+        return self.params if self.quantization is None and self._is_initialized else None
 
     # ------------------------------------------------------------------------------------- coming, going, being active
 
@@ -158,9 +165,11 @@ class FlaxAdapterMixin:
             raise ValueError(f"adapter_config must be a LoraConfig, but is {type(adapter_config).__name__}")
         layers = targeted(adapter_config, self._linear_layers())
         leaves = new_leaves(adapter_config, layers, jax.random.key(seed))
-        whole = saved_whole(adapter_config, self.params_shape_tree, self.checkpoint_rules)
+        whole = saved_whole(adapter_config, self._float_shape_tree, self.checkpoint_rules)
         if whole:
             flat = flatten_dict(self.params, sep="/")
+            if not flat.keys() >= set(whole):
+                self._refuse_quantized(f"`modules_to_save`={adapter_config.modules_to_save!r}")
             leaves |= {path: flat[path] for path in whole}
         if adapter_config.base_model_name_or_path is None:
             adapter_config.base_model_name_or_path = self.hub_id or self.name_or_path
@@ -194,7 +203,8 @@ class FlaxAdapterMixin:
             peft_model_id: a directory, or an id on the Hub; of Kyutai's also the file of the weights.
             adapter_name: its name; ``"default"`` if None.
             revision, token, subfolder: as in ``from_pretrained``.
-            verify_base: refuse an adapter that :meth:`save_adapter` has written for other weights.
+            verify_base: refuse an adapter that :meth:`save_adapter` has written for other weights; of a quantized
+                model that cannot be told.
 
         Raises:
             CheckpointNotFoundError: there is no adapter.
@@ -205,9 +215,9 @@ class FlaxAdapterMixin:
         if is_of_kyutai(source):
             adapter = self._read_kyutai_adapter(source, verify_base)
         else:
-            params = self.params if verify_base and self._is_initialized else None
+            params = self._checked_base() if verify_base else None
             adapter = read_adapter(
-                source, self._linear_layers(), self.checkpoint_rules, self.params_shape_tree, params
+                source, self._linear_layers(), self.checkpoint_rules, self._float_shape_tree, params
             )
         adapter.leaves = {path: jnp.asarray(leaf) for path, leaf in adapter.leaves.items()}
         self._keep_adapter(name, adapter)
@@ -348,7 +358,7 @@ class FlaxAdapterMixin:
     def print_trainable_parameters(self) -> None:
         """Print how many numbers are trained, and of how many; PEFT's line."""
         trained = self.num_adapter_parameters()
-        total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params_shape_tree))
+        total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self._float_shape_tree))
         total += sum(parameter_count(adapter.leaves) for adapter in self._all_adapters().values())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
@@ -361,9 +371,10 @@ class FlaxAdapterMixin:
             adapter_names: the active ones if None.
 
         Raises:
-            ValueError: a name that is none, or adapters are merged already.
+            ValueError: a name that is none, adapters are merged already, or the weights are quantized.
         """
         self._need_adapters()
+        self._refuse_quantized("merge_adapter")
         self._refuse_merged("merge_adapter")
         names = self._active if adapter_names is None else self._named(adapter_names)
         changed = merged_kernels(self.params, [self._all_adapters()[name] for name in names])
@@ -403,9 +414,11 @@ class FlaxAdapterMixin:
     def _write_adapter(self, folder: Path, adapter_name: str | None, format: str) -> list[str]:
         if format not in FORMATS:
             raise ValueError(f"format={format!r} is none of {', '.join(map(repr, FORMATS))}")
-        adapter, params = self._one_adapter(adapter_name), self.params
+        adapter, params = self._one_adapter(adapter_name), self._checked_base()
+        if format == "kyutai":
+            self._refuse_quantized("format='kyutai'")
         if self._before_merge is not None:
-            params = with_leaves(params, self._before_merge)
+            params = with_leaves(self.params, self._before_merge)
         if format == "kyutai":
             return self._write_kyutai_adapter(folder, adapter, params)
         return write_adapter(folder, adapter, self.checkpoint_rules, params, adapter_card(adapter))

@@ -22,7 +22,7 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
     """The configuration of ``config_class`` in a checkpoint; ``from_pt`` as the weights are read with.
 
     If the checkpoint is of a larger model that contains this part (Moshi contains Mimi and the depth decoder), the
-    part's configuration is taken out of the whole's.
+    part's configuration is taken out of the whole's, and says how that is quantized.
 
     Raises:
         CheckpointNotFoundError: no ``config.json``.
@@ -33,8 +33,11 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
     if model_type == config_class.model_type:
         return build_config(config_class, values)
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
-        found = _find_part(build_config(CONFIG_MAPPING[model_type], values), config_class)
+        whole = build_config(CONFIG_MAPPING[model_type], values)
+        found = _find_part(whole, config_class)
         if found is not None:
+            if (quantization := getattr(whole, "quantization_config", None)) is not None:
+                found.quantization_config = quantization
             return found
     raise ValueError(
         f"config.json of {source.name!r} has model_type={model_type!r}, which neither is nor contains "
@@ -122,7 +125,9 @@ def check_config_sizes(config_class: type[PreTrainedConfig], values: Mapping[str
 def _bad_sizes(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     problems = []
     for name, value in values.items():
-        if name.endswith("_config") and isinstance(value, Mapping):
+        if name == "quantization_config" and not isinstance(value, Mapping | None):
+            problems.append(f"{prefix}{name} must be an object of JSON, but is {value!r:.50}")
+        elif name.endswith("_config") and isinstance(value, Mapping):
             problems += _bad_sizes(value, f"{prefix}{name}.")
         elif name in _SIZES and value is not None and not (is_whole(value) and value >= _SIZES[name]):
             problems.append(f"{prefix}{name} must be a whole number, at least {_SIZES[name]}, but is {value!r:.50}")

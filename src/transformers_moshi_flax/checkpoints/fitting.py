@@ -10,6 +10,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from ..nn.linear import SCALES
 from .files import Source
 from .formats import ShardedFiles, TensorFile
 from .rules import ReadResult, choose_renaming, flax_slots, read_slots, table_slots
@@ -70,9 +71,14 @@ def fit(
         series of which it has the first (``checkpoint_series``).
 
     Raises:
-        ValueError: no tensor belongs to the model.
+        ValueError: no tensor belongs to the model, or it is quantized and the layout PyTorch's.
     """
     template = flatten_dict(model.params_shape_tree, sep="/")
+    if layout == "pt" and any(path.endswith(f"/{SCALES}") for path in template):
+        raise ValueError(
+            "the configuration tells of quantized weights (quantization_config), which the PyTorch layout has not: "
+            "take the config.json that belongs to these weights"
+        )
     slots = table_slots(template, model.checkpoint_rules) if layout == "pt" else flax_slots(template)
     base = model.base_model_prefix if model.base_model_prefix in model.params_shape_tree else ""
     prefix, rename = choose_renaming(slots, tensors, model.checkpoint_prefixes, base)

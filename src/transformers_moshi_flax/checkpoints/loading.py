@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
+
+from ..nn.linear import SCALES
 
 
 def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
@@ -49,7 +51,7 @@ def _put(leaf: np.ndarray, dtype: np.dtype, place: jax.sharding.Sharding | None)
 
 
 class Transfers:
-    """Runs :func:`to_device` for two leaves at a time, with the JAX settings of the thread that makes it.
+    """Runs what places a leaf for two leaves at a time, with the JAX settings of the thread that makes it.
 
     XLA leaves most of the work on one leaf to the thread that asks for it, and more than two at a time would hold
     more copies than the bound on memory allows, where leaves are cast.
@@ -66,21 +68,19 @@ class Transfers:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def start(
-        self, leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None
-    ) -> Future[jax.Array]:
-        """The result to come of ``to_device``, errors included."""
-        return self._pool.submit(self._run, leaf, dtype, sharding)
+    def start(self, place: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """The result to come of ``place(*arguments)``, such as of :func:`to_device`, errors included."""
+        return self._pool.submit(self._run, place, *arguments)
 
-    def _run(self, *arguments: Any) -> jax.Array:
+    def _run(self, place: Callable[..., Any], *arguments: Any) -> Any:
         with jax.enable_x64(self._x64), jax.default_device(self._device):
-            return to_device(*arguments)
+            return place(*arguments)
 
 
-def main_dtype(params: Mapping[Any, Any]) -> jnp.dtype:
-    """The floating dtype that most of the numbers have."""
+def main_dtype(params: Mapping[tuple[str, ...], Any]) -> jnp.dtype:
+    """The floating dtype that most of the numbers have, without the scales of quantized layers."""
     sizes: dict[jnp.dtype, int] = {}
-    for leaf in params.values():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+    for path, leaf in params.items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1] != SCALES:
             sizes[jnp.dtype(leaf.dtype)] = sizes.get(jnp.dtype(leaf.dtype), 0) + leaf.size
     return max(sizes, key=sizes.__getitem__) if sizes else jnp.dtype(jnp.float32)

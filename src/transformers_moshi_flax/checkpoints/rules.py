@@ -231,6 +231,9 @@ def read_slots(
         tensors: key -> array.
         rename: from :func:`choose_renaming`.
         convert: called on every path and leaf, a view of the tensor (for a cast, a transfer to the device).
+
+    Raises:
+        ValueError: a tensor is to be of whole numbers (of a quantized layer) and has another dtype.
     """
     result = ReadResult({}, [], [], [], [])
 
@@ -252,8 +255,12 @@ def read_slots(
         if tensor.shape != expected:
             result.mismatched.append((name, tuple(tensor.shape), expected))
             continue
-        floating = jnp.issubdtype(tensor.dtype, jnp.floating)
-        if not floating and jnp.issubdtype(template[group[0].path].dtype, jnp.floating):
+        wanted = template[group[0].path].dtype
+        if not jnp.issubdtype(wanted, jnp.floating) and tensor.dtype != wanted:
+            raise ValueError(
+                f"{name} is {tensor.dtype.name} in the file, but {wanted.name} by the config: save it again"
+            )
+        if jnp.issubdtype(wanted, jnp.floating) and not jnp.issubdtype(tensor.dtype, jnp.floating):
             result.not_floating.append((name, tensor.dtype.name))
             continue
         start = 0

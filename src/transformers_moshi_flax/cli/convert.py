@@ -22,6 +22,15 @@ class Layout(enum.StrEnum):
     kyutai = "kyutai"
 
 
+class Quantization(enum.StrEnum):
+    """Kinds of quantized weights, and none."""
+
+    int8 = "int8"
+    int4 = "int4"
+    nf4 = "nf4"
+    none = "none"
+
+
 class SourceLayout(enum.StrEnum):
     """Layouts a checkpoint may be read in."""
 
@@ -44,6 +53,10 @@ def convert(
     ] = SourceLayout.auto,
     to: Annotated[Layout, typer.Option(help="Layout to write.")] = Layout.flax,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: the checkpoint's.")] = None,
+    quantize: Annotated[
+        Quantization | None,
+        typer.Option(help="Quantize the linear layers; none turns quantized ones into floats. Default: as in SRC."),
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="The most a weight file may hold, such as 500MB. Default: 5GB.")
     ] = None,
@@ -57,20 +70,25 @@ def convert(
 ) -> None:
     """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai."""
     _check_destination(source, destination, overwrite)
-    _check_options(to, max_shard_size, push_to_hub, private)
+    _check_options(to, quantize, max_shard_size, push_to_hub, private)
     model_class = _class_to_load(source, from_)
     if to is Layout.kyutai and not hasattr(model_class, "save_kyutai"):
         raise UserMistake(f"--to kyutai: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
     with as_mistake(f"SRC: cannot load {source!r}", *hub_errors(), ValueError), slow(f"loading {source}"):
         options: dict[str, Any] = {"dtype": dtype and dtype.to_jax()}
+        if quantize not in (None, Quantization.none):
+            options["quantization"] = quantize.value
         if from_ is SourceLayout.kyutai:
             model = model_class.from_kyutai(source, **options)
         else:
             model = model_class.from_pretrained(source, from_pt=FROM_PT[from_], **options)
+        if quantize is Quantization.none:
+            model.dequantize()
     with as_mistake(f"DST: cannot write {str(destination)!r}", OSError, ValueError), slow(f"writing {destination}"):
         tokenizer, from_kyutai = _tokenizer(source, from_), from_ is SourceLayout.kyutai
         written = _write(model, source, destination, to, max_shard_size, tokenizer, from_kyutai)
-    typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout", err=True)
+    quantized = f", {model.quantization}" if model.quantization else ""
+    typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout{quantized}", err=True)
     if push_to_hub is not None:
         _upload(model, destination, written, push_to_hub, private)
 
@@ -106,7 +124,11 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
         raise UserMistake(f"DST: {str(destination)!r} is not empty; give another directory, or --overwrite")
 
 
-def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | None, private: bool) -> None:
+def _check_options(
+    to: Layout, quantize: Quantization | None, max_shard_size: str | None, push_to_hub: str | None, private: bool
+) -> None:
+    if to is not Layout.flax and quantize not in (None, Quantization.none):
+        raise UserMistake(f"--quantize {quantize}: not with --to {to}, a layout without such weights; leave out --to")
     if private and push_to_hub is None:
         raise UserMistake("--private: no effect without --push-to-hub; leave it out, or give a repository")
     if to is Layout.kyutai:

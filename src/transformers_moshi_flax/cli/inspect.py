@@ -86,6 +86,7 @@ def describe(checkpoint: Checkpoint, tensors: list[Tensor]) -> dict[str, Any]:
         "numbers": dtypes.total(),
         "bytes": sum(file["bytes"] for file in files),
         "dtypes": dict(dtypes.most_common()),
+        "quantization": None,
         "files": files,
         "config": {},
         "fits": None,
@@ -106,6 +107,7 @@ def describe(checkpoint: Checkpoint, tensors: list[Tensor]) -> dict[str, Any]:
     return {
         **report,
         "class": model_class.__name__,
+        "quantization": quantization_summary(model),
         "config": config_summary(model.config),
         "fits": fits(result),
         "missing": result.missing,
@@ -113,6 +115,19 @@ def describe(checkpoint: Checkpoint, tensors: list[Tensor]) -> dict[str, Any]:
         "mismatched": mismatched,
         "not_floating": [{"name": name, "found": dtype} for name, dtype in result.not_floating],
     }
+
+
+def quantization_summary(model: Any) -> dict[str, Any] | None:
+    """How the layers of a model are quantized, and how many; None if they are not."""
+    from flax.traverse_util import flatten_dict
+
+    from transformers_moshi_flax.nn.linear import SCALES
+
+    quantization = model.quantization
+    if quantization is None:
+        return None
+    layers = sum(path[-1] == SCALES for path in flatten_dict(model.params_shape_tree))
+    return {**dataclasses.asdict(quantization), "layers": layers}
 
 
 def config_summary(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -137,6 +152,11 @@ def _show(report: dict[str, Any], root: Part) -> None:
     facts.add_row("numbers", f"{report['numbers']:,}")
     facts.add_row("bytes", f"{report['bytes']:,} ({readable_bytes(report['bytes'])})")
     facts.add_row("types", ", ".join(f"{dtype} ({size:,})" for dtype, size in report["dtypes"].items()))
+    if report["quantization"]:
+        from transformers_moshi_flax import QuantizationConfig
+
+        fields = dict(report["quantization"])
+        facts.add_row("quantized", f"{fields.pop('layers')} layers, {QuantizationConfig(**fields)}")
     console.print(facts)
 
     files = Table("file", "tensors", "bytes", "format", "checksums")

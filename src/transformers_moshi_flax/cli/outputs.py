@@ -114,7 +114,7 @@ def _run_flax(checkpoint: Checkpoint, model_class: type[Any]) -> dict[str, np.nd
             depth = model.get_depth_decoder()
             depth_inputs = _depth_inputs(config.depth_decoder_config)
             outputs["audio_logits"] = _compiled(depth, params["depth_decoder"], depth_inputs)[0]
-            mimi, params = FlaxMimiModel(config.audio_encoder_config, _do_init=False), params["audio_encoder"]
+            mimi, params = model.audio_encoder, params["audio_encoder"]
         inputs = _mimi_inputs(mimi.config)
         outputs["audio_codes"] = mimi.encode(inputs["input_values"], params=params).audio_codes[0]
         outputs["audio_values"] = mimi.decode(inputs["audio_codes"], params=params).audio_values[0, 0]

@@ -1,7 +1,8 @@
-"""The linear layer, of which every model's are made, and what an adapter adds to it.
+"""The linear layer, of which every model's are made; its quantized kernel, and what an adapter adds to it.
 
-A layer has an adapter (LoRA, Hu et al., 2021) where its parameters hold one beside the kernel; the layer itself has no
-setting for it. So everything that takes a tree of parameters takes one with adapters.
+A layer is quantized where its parameters hold codes and scales instead of the kernel, and has an adapter (LoRA, Hu et
+al., 2021) where they hold one beside it; the layer itself has no setting for either. So everything that takes a tree
+of parameters takes one with quantized kernels and adapters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..ops.linear import dot_general
+from ..ops.quantization import BITS, quantized_dot
+
+KERNEL, SCALES = "kernel", "scales"
+CODES = {kind: f"kernel_{kind}" for kind in BITS}
+"""Names of a kernel, ``(inputs, outputs)``, and of what may be there instead of it: scales, ``(groups, outputs)``
+float32, and codes, whose name says their kind (:mod:`~transformers_moshi_flax.ops.quantization`)."""
 
 LORA_A, LORA_B, SCALING, ROWS, DROPOUT = "lora_A", "lora_B", "lora_scaling", "lora_rows", "lora_dropout"
 """Names of an adapter's leaves: ``(inputs, rank)``, ``(rank, outputs)``, a number; of several adapters, ``(adapters,
@@ -26,7 +33,8 @@ LEAVES = (LORA_A, LORA_B, SCALING, ROWS, DROPOUT)
 
 
 class Dense(nn.Module):
-    """``x @ kernel (+ bias)`` computed in ``dtype``, as ``flax.linen.Dense``, with an adapter where there is one."""
+    """``x @ kernel (+ bias)`` computed in ``dtype``, as ``flax.linen.Dense``, with a quantized kernel or an adapter
+    where there is one."""
 
     features: int
     kernel_init: Any
@@ -35,11 +43,16 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... inputs"]) -> Float[Array, "... features"]:
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
         inputs = inputs.astype(self.dtype)
-        outputs = product(inputs, jnp.asarray(kernel, self.dtype))
-        if bias is not None:
+        kind = quantized_kind(self)
+        if kind is None:
+            kernel = self.param(KERNEL, self.kernel_init, (inputs.shape[-1], self.features), jnp.float32)
+            outputs = product(inputs, jnp.asarray(kernel, self.dtype))
+        else:
+            codes, scales = (jnp.asarray(self.get_variable("params", name)) for name in (CODES[kind], SCALES))
+            outputs = quantized_dot(inputs, codes, scales, kind)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             outputs = outputs + jnp.asarray(bias, self.dtype)
         leaves = adapter_of(self)
         return outputs if leaves is None else outputs + adapted(self, inputs, leaves)
@@ -48,6 +61,18 @@ class Dense(nn.Module):
 def dense(features: int, kernel_init: Any, dtype: DTypeLike, use_bias: bool = False, name: str | None = None) -> Dense:
     """``x @ kernel (+ bias)``, ``(..., inputs)`` to ``(..., features)``, computed in ``dtype``."""
     return Dense(features, kernel_init, dtype, use_bias, name=name)
+
+
+def quantized_kind(layer: nn.Module) -> str | None:
+    """The kind of the quantized kernel that a bound layer has, None where it has a kernel of floats, or none yet."""
+    if layer.has_variable("params", KERNEL):  # such as an adapter brings along instead of the model's
+        return None
+    return next((kind for kind, name in CODES.items() if layer.has_variable("params", name)), None)
+
+
+def is_kernel_alone(layer: nn.Module) -> bool:
+    """Whether a bound layer without a bias is nothing but its kernel of floats."""
+    return quantized_kind(layer) is None and adapter_of(layer) is None
 
 
 def adapter_of(layer: nn.Module) -> dict[str, Array] | None:

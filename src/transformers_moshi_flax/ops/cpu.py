@@ -101,6 +101,60 @@ def batched_dot(
     return jnp.stack([product(rows[:, row], matrices) for row in range(2)], axis=1)
 
 
+# -------------------------------------------------------------------------------------- products of quantized matrices
+
+TILE_BYTES = 4 * 1024 * 1024
+"""Of a tile in float32, which is to stay in the processor's cache."""
+
+FEW_ROWS = 4
+"""So many rows of outputs are fewer numbers to scale than the weights of a group."""
+
+
+def tiled_dot(
+    x: Float[Array, "*shape inputs"],
+    codes: Shaped[Array, "rows outputs"],
+    scales: Float[Array, "groups outputs"],
+    numbers: Callable[[Array], list[Array]],
+) -> Float[Array, "*shape outputs"]:
+    """One tile of rows after another is made floats and multiplied. As a whole, the matrix would be written to memory
+    and read again as floats; and XLA would do so before a loop that it is used in, for all matrices at once.
+
+    Args:
+        x: is multiplied in float32 at least, so that bfloat16 costs no more.
+        codes, scales, numbers: as of ``ops.quantization``; of one group, all rows have its scales.
+    """
+    outputs, inputs = codes.shape[1], x.shape[-1]
+    groups, wide = scales.shape[0], at_least_float32(x.dtype)
+    tiles = tile_count(codes.shape[0] if groups == 1 else groups, 4 * inputs * outputs)
+    left = x.astype(wide).reshape(-1, tiles, inputs // tiles).swapaxes(0, 1)
+    rows = left.shape[1]
+
+    def add_tile(total: Array, tile: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
+        left, codes, tile_scales = tile
+        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
+        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        for place, matrix in enumerate(matrices):
+            own = left[:, place :: len(matrices)]
+            if rows <= FEW_ROWS:
+                products = batched_dot(own.reshape(rows, len(factors), -1).swapaxes(0, 1), matrix)
+                total = total + jnp.sum(products * factors, axis=0)
+            else:
+                total = total + own @ (matrix * factors).reshape(-1, outputs)
+        return total, None
+
+    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    total, _ = lax.scan(
+        add_tile, jnp.zeros((rows, outputs), wide), (left, codes.reshape(tiles, -1, outputs), tile_scales)
+    )
+    return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def tile_count(units: int, size: int) -> int:
+    """Into how many tiles of rows a matrix of ``size`` bytes is cut: a power of 2 that divides its ``units`` of rows,
+    and at least 2 where one does, as XLA takes a loop of one step for none."""
+    return math.gcd(2 ** max(1, math.ceil(math.log2(max(size / TILE_BYTES, 1)))), units)
+
+
 # ------------------------------------------------------------------------------------------ largest numbers
 
 BLOCK_SIZE = 16

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from ..ops.precision import at_least_float32
+from ..quantization.tree import is_quantized
 from .optimizer import path_rules, warn_of_narrow
 
 NEVER_TRAINED = "audio_encoder/"
@@ -87,8 +88,11 @@ def split_params(params: Mapping[str, Any], freeze: Sequence[str] = ()) -> tuple
         Two nested dicts without common paths.
 
     Raises:
-        ValueError: an expression is wrong or matches no path, or all that can be trained is frozen.
+        ValueError: an expression is wrong or matches no path, all that can be trained is frozen, or weights are
+            quantized.
     """
+    if is_quantized(params):
+        raise ValueError("params hold quantized weights, which are not trained: call dequantize() of the model first")
     flat = flatten_dict(params, sep="/")
     rules = path_rules("freeze", freeze, flat)
     trainable: dict[str, Any] = {}

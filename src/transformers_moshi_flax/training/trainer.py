@@ -214,6 +214,7 @@ class Trainer:
                 model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
                     config.path, dtype=dtype, param_dtype=param_dtype, sharding=self._mesh, _do_init=False
                 )
+                model._refuse_quantized("training")
                 return model, params, Source.locate(config.path)
             path = Path(config.config)
             if path.is_file() and path.name != "config.json":
@@ -222,6 +223,7 @@ class Trainer:
             model = FlaxMoshiForConditionalGeneration(
                 load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
             )
+            model._refuse_quantized("training")
             shardings = param_shardings(self._mesh, model.params_shape_tree)
             return model, jax.tree.map(placed, model.init_weights(model.key), shardings), source
 

@@ -105,21 +105,27 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         self._set_table(self.input_tables[0], getattr(value, "weight", value))
 
     def get_output_embeddings(self) -> FlaxMoshiTextHead | None:
-        """The head for text, None without one."""
+        """The head for text, None without one; ValueError if it is quantized."""
         if self.output_table is None:
             return None
+        self._refuse_quantized_head("get_output_embeddings")
         return FlaxMoshiTextHead(flatten_dict(self.params, sep="/")[self.output_table], self.dtype)
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Puts another head in its place: one, or its weight as in PyTorch, ``(vocab_size, hidden_size)``.
 
         Raises:
-            ValueError: another shape, or a model without a head.
+            ValueError: another shape, a model without a head, or one that is quantized.
         """
         if self.output_table is None:
             raise ValueError(f"{type(self).__name__} has no head for text, so none can be set")
+        self._refuse_quantized_head("set_output_embeddings")
         is_head = isinstance(new_embeddings, FlaxMoshiTextHead)
         self._set_table(self.output_table, new_embeddings.kernel if is_head else jnp.asarray(new_embeddings).T)
+
+    def _refuse_quantized_head(self, what: str) -> None:
+        if self.output_table is not None and tuple(self.output_table.split("/")) not in self.required_params:
+            self._refuse_quantized(what)
 
     def _set_table(self, path: str, table: ArrayLike) -> None:
         flat = flatten_dict(self.params, sep="/")
@@ -152,8 +158,8 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
             As :meth:`get_input_embeddings`.
 
         Raises:
-            ValueError: no whole number of at least 1, a part of a larger model, or parameters on a mesh over which
-                the new rows cannot be spread.
+            ValueError: no whole number of at least 1, a part of a larger model, a quantized head, or parameters on a
+                mesh over which the new rows cannot be spread.
         """
         for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None and (not is_whole(value) or value < 1):
@@ -167,6 +173,7 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         new = int(old if new_num_tokens is None else new_num_tokens)
         new = -(-new // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
         if new != old:
+            self._refuse_quantized_head("resize_token_embeddings")
             self._resize(old, new, mean_resizing)
         return self.get_input_embeddings()
 

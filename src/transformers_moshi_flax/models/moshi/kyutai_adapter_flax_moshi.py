@@ -451,8 +451,8 @@ class KyutaiAdapterMixin(KyutaiCheckpointMixin):
             self.config,
             self._linear_layers(),
             self.checkpoint_rules,
-            self.params_shape_tree,
-            self.params if self._is_initialized else None,
+            self._float_shape_tree,
+            self._checked_base(),
             verify_base,
         )
         adapter.config.base_model_name_or_path = self.hub_id or self.name_or_path

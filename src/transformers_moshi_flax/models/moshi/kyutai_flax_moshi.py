@@ -32,6 +32,7 @@ from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
+from ...quantization.config import QuantizationConfig
 from ..mimi.kyutai_flax_mimi import (
     CODEBOOKS,
     KYUTAI_MIMI,
@@ -377,6 +378,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         _do_init: bool = True,
         sharding: Any | None = None,
         verify: bool = False,
+        quantization: QuantizationConfig | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Make a model from a checkpoint in Kyutai's format, such as ``kyutai/moshiko-pytorch-bf16``.
@@ -385,8 +387,8 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
 
         Args:
             name_or_path: a directory or a Hub id.
-            dtype, param_dtype, ignore_mismatched_sizes, output_loading_info, _do_init, sharding, verify: as of
-                :meth:`from_pretrained`.
+            dtype, param_dtype, ignore_mismatched_sizes, output_loading_info, _do_init, sharding, verify, quantization:
+                as of :meth:`from_pretrained`.
             revision, token, cache_dir, local_files_only, force_download: of the Hub, as in ``transformers``.
             **kwargs: ``seed``, ``input_shape``, fields of the module, or attributes of the configuration to change, as
                 of :meth:`from_pretrained`.
@@ -424,6 +426,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
                 _do_init=_do_init,
                 sharding=sharding,
                 verify=verify,
+                quantization=quantization,
                 **model_kwargs,
             )
         except ValueError as error:
@@ -449,6 +452,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a
-                configuration that the format cannot express.
+                configuration that the format cannot express; quantized weights.
         """
+        self._refuse_quantized("save_kyutai")
         write_kyutai(self.config, self._savable_params(params), directory, tokenizer)

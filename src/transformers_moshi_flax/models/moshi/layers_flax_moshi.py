@@ -25,7 +25,7 @@ from ...nn.activations import ACT2FN
 from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, Steps
 from ...nn.initializers import normal
-from ...nn.linear import DROPOUT, adapter_of, dense
+from ...nn.linear import DROPOUT, KERNEL, dense, is_kernel_alone
 from ...nn.norm import RMSNorm
 from ...ops.precision import at_least_float32
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
@@ -85,12 +85,12 @@ class FlaxMoshiFlexibleLinear(nn.Module):
             for codebook in codebooks.values():
                 codebook(x[:, :1])
         if traced:
-            if any(adapter_of(codebook) for codebook in codebooks.values()):
+            if not all(is_kernel_alone(codebook) for codebook in codebooks.values()):
                 # rare: every codebook's outputs, of which each position takes those of its own
                 outputs = jnp.stack([codebook(x) for codebook in codebooks.values()])
                 positions = jnp.arange(length)
                 return outputs[jnp.broadcast_to(layer_idx, (length,)), :, positions].swapaxes(0, 1)
-            kernels = jnp.stack([codebook.variables["params"]["kernel"] for codebook in codebooks.values()])
+            kernels = jnp.stack([codebook.variables["params"][KERNEL] for codebook in codebooks.values()])
             chosen = kernels[jnp.broadcast_to(layer_idx, (length,))]
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
         if (layer_idx == layer_idx[0]).all():

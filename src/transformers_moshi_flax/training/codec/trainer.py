@@ -121,8 +121,10 @@ class CodecTrainer(Trainer):
                 model, params = FlaxMimiModel.from_pretrained(
                     config.path, dtype=self._codec.dtype, param_dtype=jnp.float32, sharding=self._mesh, _do_init=False
                 )
+                model._refuse_quantized("training")
                 return model, dict(params), source
             model = FlaxMimiModel(mimi, seed=self.config.run.seed, dtype=self._codec.dtype, _do_init=False)
+            model._refuse_quantized("training")
             drawn = dict(model.init_weights(model.key))
             drawn["quantizer"] = unstarted(drawn["quantizer"])
             shardings = param_shardings(self._mesh, model.params_shape_tree)

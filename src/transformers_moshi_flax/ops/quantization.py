@@ -1,0 +1,108 @@
+"""Matrices in 8 or 4 bits a number: how they are made, what they stand for, products with them.
+
+A matrix ``(inputs, outputs)`` is kept as codes and scales. Each column is cut into groups of equally many inputs, and
+every group has a scale, a number ``s``:
+
+* ``int8``: ``s`` is the largest magnitude over 127, a code ``q`` is a whole number of [-127, 127] and stands for
+  ``s q`` (symmetric "absmax" quantization, as LLM.int8, Dettmers et al., 2022, has it for weights).
+* ``int4``: the same with 7 instead of 127.
+* ``nf4``: ``s`` is the largest magnitude, a code is the place of one of :data:`NF4` and stands for ``s NF4[code]``.
+
+Codes of 4 bits lie two in a byte, that of the row with the even number in the low half; those of ``int4`` plus 8.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, UInt8
+
+from . import cpu
+from .dispatch import for_cpu
+
+BITS = {"int8": 8, "int4": 4, "nf4": 4}
+"""Kind -> bits of a code."""
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""NormalFloat with 4 bits: quantiles of the normal distribution in [-1, 1], zero among them (QLoRA, Dettmers et al.,
+2023, appendix E)."""
+
+_LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
+
+Codes = Int8[Array, "inputs outputs"] | UInt8[Array, "bytes outputs"]
+
+
+def quantize(
+    matrix: Float[Array, "inputs outputs"], kind: str, groups: int
+) -> tuple[Codes, Float32[Array, "{groups} outputs"]]:
+    """The codes and scales that stand for a matrix best.
+
+    Args:
+        matrix: computed with in float32.
+        kind: a key of :data:`BITS`.
+        groups: of each column; they divide ``inputs``, with 4 bits into an even number.
+
+    Returns:
+        ``(inputs, outputs)`` int8, or ``(inputs / 2, outputs)`` uint8, and the scales. Groups of zeros have the scale
+        0, groups with a number that is not finite a scale that is not.
+    """
+    inputs, outputs = matrix.shape
+    grouped = matrix.astype(jnp.float32).reshape(groups, -1, outputs)
+    scales = jnp.max(jnp.abs(grouped), axis=1) / _LARGEST[kind]
+    scaled = grouped / jnp.where(scales == 0, jnp.ones_like(scales), scales)[:, None]
+    if kind == "nf4":
+        between = np.convolve(NF4, (0.5, 0.5), "valid").astype(np.float32)
+        codes = jnp.searchsorted(jnp.asarray(between), scaled, method="compare_all").astype(jnp.uint8)
+    else:
+        codes = jnp.round(scaled).astype(jnp.int8)
+    codes = codes.reshape(inputs, outputs)
+    if BITS[kind] == 4:
+        if kind == "int4":
+            codes = (codes + jnp.int8(8)).astype(jnp.uint8)
+        pairs = codes.reshape(-1, 2, outputs)
+        codes = pairs[:, 0] | (pairs[:, 1] << jnp.uint8(4))
+    return codes, scales
+
+
+def dequantize(
+    codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
+) -> Float32[Array, "dequantized outputs"]:
+    """The matrix that codes and scales stand for."""
+    groups, outputs = scales.shape
+    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs)
+    return (matrix * scales[:, None]).reshape(-1, outputs)
+
+
+def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
+    """What codes stand for before it is scaled; of those with 4 bits the rows with even and those with odd numbers."""
+    if BITS[kind] == 8:
+        return [codes.astype(jnp.float32)]
+    # by way of int8, as XLA's CPU backend makes floats of unsigned numbers at half the speed
+    halves = [half.astype(jnp.int8) for half in (codes & jnp.uint8(15), codes >> jnp.uint8(4))]
+    if kind == "nf4":
+        return [jnp.asarray(NF4, jnp.float32)[half] for half in halves]
+    return [half.astype(jnp.float32) - jnp.float32(8) for half in halves]
+
+
+def quantized_dot(
+    x: Float[Array, "*shape inputs"], codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
+) -> Float[Array, "*shape outputs"]:
+    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes and scales."""
+
+    def definition(x: Array, codes: Array, scales: Array) -> Array:
+        # of codes that come with every x anew, XLA does not keep floats beside a loop, all weights of a model
+        x, codes = lax.optimization_barrier((x, codes))
+        return x @ dequantize(codes, scales, kind).astype(x.dtype)
+
+    def twin(x: Array, codes: Array, scales: Array) -> Array:
+        return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind))
+
+    return for_cpu(definition, twin, x, codes, scales)

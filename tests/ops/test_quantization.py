@@ -1,0 +1,169 @@
+"""Quantized matrices: equal to independent constructions; products, the same on CPUs and elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from transformers_moshi_flax.ops.cpu import tile_count
+from transformers_moshi_flax.ops.quantization import BITS, NF4, dequantize, quantize, quantized_dot
+
+LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
+
+
+def drawn(inputs: int, outputs: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((inputs, outputs)).astype(np.float32)
+
+
+def independent(matrix: np.ndarray, kind: str, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each number becomes, one group after another: codes, not packed, scales, and what they stand for."""
+    inputs, outputs = matrix.shape
+    size = inputs // groups
+    codes = np.zeros((inputs, outputs), int)
+    scales, values = np.zeros((groups, outputs), np.float32), np.zeros((inputs, outputs), np.float32)
+    for group in range(groups):
+        rows = slice(group * size, (group + 1) * size)
+        for column in range(outputs):
+            numbers = matrix[rows, column]
+            scale = np.abs(numbers).max() / np.float32(LARGEST[kind])
+            scaled = numbers / scale if scale else numbers
+            if kind == "nf4":
+                codes[rows, column] = np.abs(scaled[:, None] - np.float32(NF4)).argmin(axis=1)
+                values[rows, column] = np.float32(NF4)[codes[rows, column]] * scale
+            else:
+                codes[rows, column] = np.rint(scaled)
+                values[rows, column] = codes[rows, column].astype(np.float32) * scale
+            scales[group, column] = scale
+    return codes, scales, values
+
+
+def unpacked(codes: np.ndarray, kind: str) -> np.ndarray:
+    if BITS[kind] == 8:
+        return codes.astype(int)
+    rows = np.zeros((2 * len(codes), codes.shape[1]), int)
+    rows[0::2], rows[1::2] = codes % 16, codes // 16
+    return rows - 8 if kind == "int4" else rows
+
+
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 3, 1), (12, 5, 3), (64, 7, 2)])
+def test_equals_an_independent_construction(kind: str, inputs: int, outputs: int, groups: int) -> None:
+    matrix = drawn(inputs, outputs)
+    codes, scales = quantize(jnp.asarray(matrix), kind, groups)
+    expected_codes, expected_scales, values = independent(matrix, kind, groups)
+    assert codes.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
+    np.testing.assert_array_equal(unpacked(np.asarray(codes), kind), expected_codes)
+    # XLA divides by 127 and 7 as a product with their reciprocals, rounded once more
+    np.testing.assert_allclose(scales, expected_scales, rtol=2e-7)
+    np.testing.assert_allclose(dequantize(codes, scales, kind), values, rtol=2e-7)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    kind=st.sampled_from([*BITS]),
+    half=st.integers(1, 20),
+    groups=st.integers(1, 4),
+    outputs=st.integers(1, 9),
+    rows=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(kind: str, half: int, groups: int, outputs: int, rows: int, seed: int) -> None:
+    """Half a step is the most that a number is off; products are those of the dequantized matrix."""
+    inputs = 2 * half * groups
+    matrix, x = jnp.asarray(drawn(inputs, outputs, seed)), jnp.asarray(drawn(rows, inputs, seed + 1))
+    codes, scales = quantize(matrix, kind, groups)
+    values = dequantize(codes, scales, kind)
+    step = np.diff(NF4).max() if kind == "nf4" else 1
+    bound = np.repeat(scales, inputs // groups, axis=0) * step / 2
+    assert (np.abs(values - matrix) <= bound * 1.0001).all()
+    product = quantized_dot(x, codes, scales, kind)
+    expected = np.asarray(x, np.float64) @ np.asarray(values, np.float64)
+    assert np.abs(product - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-6
+
+
+def test_int8_is_torchs_formula() -> None:
+    matrix = drawn(48, 10)
+    weight = torch.from_numpy(matrix.T.copy())  # (out, in)
+    scb = weight.abs().amax(dim=1, keepdim=True)
+    expected = torch.round(weight / (scb / 127)).to(torch.int8)
+    codes, scales = quantize(jnp.asarray(matrix), "int8", 1)
+    np.testing.assert_array_equal(codes, expected.numpy().T)
+    np.testing.assert_allclose(scales[0], (scb / 127)[:, 0].numpy(), rtol=2e-7)
+
+
+def test_nf4_is_the_table_of_bitsandbytes() -> None:
+    """As its ``create_normal_map`` makes it: quantiles on both sides of 0, scaled to [-1, 1]."""
+    offset = 0.9677083
+    positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    table = np.sort(np.concatenate([positive, [0.0], negative]))
+    np.testing.assert_allclose(NF4, table / table.max(), atol=2e-7)
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_zeros_and_numbers_that_are_not_finite(kind: str) -> None:
+    matrix = np.zeros((8, 3), np.float32)
+    matrix[1, 1], matrix[2, 2] = np.nan, np.inf
+    values = dequantize(*quantize(jnp.asarray(matrix), kind, 1), kind)
+    np.testing.assert_array_equal(values[:, 0], 0)
+    assert not np.isfinite(values[:, 1:]).all(axis=0).any()
+
+
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((), "float32"), ((2, 1), "float32"), ((5,), "float32"), ((1,), "bfloat16")]
+)
+def test_cpus_compute_the_definition(kind: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Of a matrix of several tiles; what other platforms run is the product with the dequantized one."""
+    codes, scales = quantize(jnp.asarray(drawn(2048, 1200)), kind, 1 if kind == "int8" else 64)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((*shape, 2048)), dtype)
+    found = jax.jit(quantized_dot, static_argnums=3)(x, codes, scales, kind)
+    assert found.dtype == x.dtype and found.shape == (*shape, 1200)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(codes, scales, kind), np.float64)
+    tolerance = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
+
+
+def program(kind: str, platform: str) -> str:
+    codes, scales = quantize(jnp.asarray(drawn(64, 32)), kind, 2)
+    exported = jax.export.export(jax.jit(quantized_dot, static_argnums=3), platforms=[platform])
+    return exported(jnp.zeros((1, 64)), codes, scales, kind).mlir_module()
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_tiles_are_for_cpus_only(kind: str) -> None:
+    assert "stablehlo.while" in program(kind, "cpu")
+    for platform in ("cuda", "tpu"):
+        text = program(kind, platform)
+        assert "stablehlo.while" not in text and "optimization_barrier" in text
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
+    """XLA would make floats of all matrices before the loop; the temporaries stay far below a matrix of floats."""
+    layers = [quantize(jnp.asarray(drawn(512, 512, seed)), kind, 16) for seed in range(8)]
+
+    def frames(x: jax.Array, layers: Any) -> jax.Array:
+        def frame(_: int, x: jax.Array) -> jax.Array:
+            for codes, scales in layers:
+                x = x + quantized_dot(x, codes, scales, kind)
+            return x
+
+        return jax.lax.fori_loop(0, 10, frame, x)
+
+    compiled = jax.jit(frames).lower(jnp.zeros((1, 512)), layers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
+
+
+def test_tiles() -> None:
+    assert [tile_count(1024, 4 * 1024 * outputs) for outputs in (512, 5632, 32000)] == [2, 8, 32]
+    assert tile_count(1, 10**9) == 1 and tile_count(7, 10**9) == 1

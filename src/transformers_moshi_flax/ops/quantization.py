@@ -98,7 +98,7 @@ def quantized_dot(
     """``x @ matrix`` in the dtype of ``x``, with the matrix as codes and scales."""
 
     def definition(x: Array, codes: Array, scales: Array) -> Array:
-        # of codes that come with every x anew, XLA does not keep floats beside a loop, all weights of a model
+        # tied to x, the codes are others in every step of a loop: XLA does not make floats of them once, before it
         x, codes = lax.optimization_barrier((x, codes))
         return x @ dequantize(codes, scales, kind).astype(x.dtype)
 

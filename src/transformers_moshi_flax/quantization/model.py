@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jax.typing import DTypeLike
@@ -21,6 +22,7 @@ class FlaxQuantizationMixin:
     params: Any
     _whole: Any
     _before_merge: dict[str, Any] | None
+    _rebuild: Callable[[PreTrainedConfig], None]
     # the shapes of the parameters as floats, whatever they are
     _float_shape_tree: dict[str, Any]
 

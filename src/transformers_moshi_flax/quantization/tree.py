@@ -69,11 +69,11 @@ def _is_within(layer: str, names: list[str], prefix: str) -> bool:
 
 def quantized_shapes(shapes: Mapping[str, Any], config: QuantizationConfig, prefix: str) -> dict[str, Any]:
     """The shapes of the parameters with quantized layers; arguments and errors as of :func:`quantized_layers`."""
-    flat = flatten_dict(dict(shapes), sep="/")
+    flat, kind = flatten_dict(dict(shapes), sep="/"), str(config.kind)
     for layer, groups in quantized_layers(shapes, config, prefix).items():
         leaf = flat.pop(f"{layer}/{KERNEL}")
-        codes, scales = jax.eval_shape(partial(quantize, kind=config.kind, groups=groups), leaf)
-        flat |= {f"{layer}/{CODES[config.kind]}": codes, f"{layer}/{SCALES}": scales}
+        codes, scales = jax.eval_shape(partial(quantize, kind=kind, groups=groups), leaf)
+        flat |= {f"{layer}/{CODES[kind]}": codes, f"{layer}/{SCALES}": scales}
     return unflatten_dict(flat, sep="/")
 
 
@@ -86,9 +86,9 @@ def quantized_leaves(layer: str, kernel: jax.Array, kind: str, groups: int) -> d
 def quantized(params: Mapping[str, Any], config: QuantizationConfig, prefix: str) -> dict[str, Any]:
     """Parameters of floats with quantized layers; errors as of :func:`quantized_layers`."""
     layers = quantized_layers(params, config, prefix)
-    flat = flatten_dict(dict(params), sep="/")
+    flat, kind = flatten_dict(dict(params), sep="/"), str(config.kind)
     for layer, groups in layers.items():
-        flat |= quantized_leaves(layer, jnp.asarray(flat.pop(f"{layer}/{KERNEL}")), config.kind, groups)
+        flat |= quantized_leaves(layer, jnp.asarray(flat.pop(f"{layer}/{KERNEL}")), kind, groups)
     return unflatten_dict(flat, sep="/")
 
 

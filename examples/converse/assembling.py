@@ -1,11 +1,11 @@
 """Dialogues for training, put together of encoded sentences (``pieces.py``), as ``moshi-flax prepare`` lays them. ::
 
-    python -m examples.converse.assembling PIECES MODEL DIRECTORY --dialogues 24000 --listening 12500 --answering 24500
+    python -m examples.converse.assembling PIECES MODEL DIRECTORY --dialogues 24000 --listening 12500 --answering 32000
 
 - ``listening``: questions one after another, which Moshi's text writes down as it hears them. What a model learns of
   it first, it need not learn from answers, which say much less of what was asked;
-- ``answering``: questions that Moshi's text answers, while its voice is silent: with a voice, of which there are few
-  renderings, how a word sounds tells the next one, and a model need not listen;
+- ``answering``: questions that Moshi's text answers, or says again, while its voice is silent: with a voice, of which
+  there are few renderings, how a word sounds tells the next one, and a model need not listen;
 - ``dialogues``: as those that are recorded, with the same pauses and interruptions;
 - ``listening-held-out``, ``answering-held-out``: the same, of renderings that are in none of these.
 """
@@ -38,6 +38,9 @@ HELD_OUT, HELD_OUT_ROWS = 40, 100
 
 LISTENED = 170
 """Frames of a row in which questions are written down."""
+
+REPEATED = 0.35
+"""Share of the rows without a voice in which questions are said again: every word of them has to be heard for that."""
 
 DELAY, PACE = 0.16, 0.24
 """Seconds from the end of a word until it is written down, and from word to word of a question that is repeated."""
@@ -108,6 +111,10 @@ class Assembler:
             now = row.put(USER, question(), now) + draw.uniform(0.5, 1.0)
         row.words = [Word(word.text, word.end + DELAY, word.end + DELAY, MOSHI) for word in row.words]
         return self._conversation(name, row, now, draw)
+
+    def without_voice(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Questions that are answered, or, in a share of the rows, said again."""
+        return (self.repeating if draw.random() < REPEATED else self.answering)(name, draw)
 
     def repeating(self, name: str, draw: np.random.Generator) -> Conversation:
         """Questions that are said again, word by word, without a voice."""
@@ -220,7 +227,7 @@ def write_assembled(
     write_dataset(folder / "dialogues", assembler.dialogue, dialogues, (SEED, 0))
     write_dataset(folder / "listening", assembler.listening, listening, (SEED, 1))
     write_dataset(folder / "listening-held-out", of_others.listening, HELD_OUT_ROWS, (SEED, 2))
-    write_dataset(folder / "answering", assembler.answering, answering, (SEED, 3))
+    write_dataset(folder / "answering", assembler.without_voice, answering, (SEED, 3))
     write_dataset(folder / "answering-held-out", of_others.answering, HELD_OUT_ROWS, (SEED, 4))
 
 
@@ -231,7 +238,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dialogues", type=int, default=24_000)
     parser.add_argument("--listening", type=int, default=12_500)
-    parser.add_argument("--answering", type=int, default=24_500)
+    parser.add_argument("--answering", type=int, default=32_000)
     given = parser.parse_args()
     write_assembled(given.pieces, given.model, given.directory, given.dialogues, given.listening, given.answering)
 

@@ -68,7 +68,7 @@ class Size:
     sentences: int = 40_000
     assembled: int = 24_000
     listening: int = 12_500
-    answering: int = 24_500
+    answering: int = 32_000
     questions: int = 300
     rows: int = 32
     minutes: float = 10.0

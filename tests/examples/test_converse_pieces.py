@@ -226,3 +226,22 @@ def test_questions_are_answered_without_a_voice(folder: Path) -> None:
         assert any(written[: len(answer)] == answer for answer in answers)
         assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1
         assert made.frames <= LISTENED
+
+
+def test_questions_are_said_again_in_a_share_of_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembler = Assembler(read_pieces(folder / "pieces"), encode)
+    questions = {tuple(encode(word)[0] for word in each.question.split()) for each in exchanges()}
+    made = assembler.repeating("one", np.random.default_rng(1))
+    written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
+    assert any(written[: len(question)] == question for question in questions)
+    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1 and made.frames <= LISTENED
+    kinds = {"repeating": 0, "answering": 0}
+    for kind in kinds:
+
+        def count(name: str, draw: np.random.Generator, kind: str = kind) -> None:
+            kinds[kind] += 1
+
+        monkeypatch.setattr(assembler, kind, count)
+    for seed in range(200):
+        assembler.without_voice("one", np.random.default_rng(seed))
+    assert 50 < kinds["repeating"] < 90 and sum(kinds.values()) == 200

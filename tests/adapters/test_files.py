@@ -253,6 +253,21 @@ def test_to_the_hub_and_back(model: Model, folder: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_base_that_others_have_not_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = Model.from_pretrained(folder)
+    model.add_adapter(adapter(target_modules="all-linear"))
+    with hub_server() as hub, hub.client(tmp_path / "home"):
+        for base in ({}, {"base_model_name_or_path": "./elsewhere"}):
+            with pytest.raises(
+                ValueError, match=r"is a directory, which others have not: pass base_model_"
+            ):
+                model.push_adapter_to_hub("tester/adapter", token=hub.token, **base)
+        assert not HfApi().repo_exists("tester/adapter")
+        model.push_adapter_to_hub("tester/adapter", token=hub.token, base_model_name_or_path="tester/base")
+        read = Path(HfApi().hf_hub_download("tester/adapter", CONFIG)).read_text()
+    assert json.loads(read)["base_model_name_or_path"] == "tester/base" and str(folder) not in read
+
+
 def test_loading_needs_no_copy_of_the_folder(written: Path, folder: Path, tmp_path: Path) -> None:
     """The arrays are the model's own: what happens to the files later is of no concern."""
     model = Model.from_pretrained(folder)

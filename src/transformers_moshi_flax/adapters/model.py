@@ -435,6 +435,7 @@ class FlaxAdapterMixin:
         adapter_name: str | None = None,
         *,
         format: str = "peft",
+        base_model_name_or_path: str | None = None,
         commit_message: str | None = None,
         token: str | bool | None = None,
         private: bool | None = None,
@@ -447,12 +448,25 @@ class FlaxAdapterMixin:
             repo_id: the repository, made if it is not there.
             adapter_name: which one; the active one if None.
             format: as in :meth:`save_adapter`.
+            base_model_name_or_path: the id of the base model on the Hub, which the adapter tells from now on; needed
+                where the model was loaded from a directory.
             commit_message, token, private, revision, create_pr: as in ``push_to_hub``.
 
         Returns:
             The ``CommitInfo`` of ``huggingface_hub``.
+
+        Raises:
+            ValueError: as :meth:`save_adapter`, or the base model is a directory, which others have not.
         """
         check_upload(private=private, revision=revision)
+        config = self._one_adapter(adapter_name).config
+        base = base_model_name_or_path or config.base_model_name_or_path
+        if base is not None and (Path(base).exists() or base.count("/") > 1 or base.startswith((".", "/", "~"))):
+            raise ValueError(
+                f"base_model_name_or_path={base!r} is a directory, which others have not: pass "
+                "base_model_name_or_path= with the id of the base model on the Hub"
+            )
+        config.base_model_name_or_path = base
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             names = self._write_adapter(folder, adapter_name, format)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -58,6 +58,8 @@ class Assembler:
         self._encode = encode
         self._answers = {each.question: each.answer for each in exchanges()}
         topics = {each.question: each.topic for each in exchanges()}
+        # more of topics that have more to learn
+        self._sizes = {topic: math.sqrt(number) for topic, number in Counter(topics.values()).items()}
         self._questions: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
         self._said: dict[tuple[str, str], list] = defaultdict(list)
         for piece, codes in pieces:
@@ -84,8 +86,7 @@ class Assembler:
             if last is not None and draw.random() < AGAIN_SHARE and self._said["again", voice]:
                 now = self._exchange(row, self._any(draw, self._said["again", voice]), last, now, draw)
                 now += draw.uniform(0.5, pause)
-            topics = self._questions[voice]
-            question = self._any(draw, topics[str(draw.choice(sorted(topics)))])
+            question = self._question(draw, voice)
             answer = self._answers[question[0].text]
             stopped = draw.random() < STOPPED and self._said["stop", voice]
             interrupted = place + 1 < count and draw.random() < INTERRUPTED
@@ -142,8 +143,13 @@ class Assembler:
 
     def _asking(self, draw: np.random.Generator) -> Callable[[], tuple[Piece, Codes]]:
         """Draws one question after another of one voice."""
-        topics = self._questions[str(draw.choice(self._voices, p=self._shares))]
-        return lambda: self._any(draw, topics[str(draw.choice(sorted(topics)))])
+        voice = str(draw.choice(self._voices, p=self._shares))
+        return lambda: self._question(draw, voice)
+
+    def _question(self, draw: np.random.Generator, voice: str) -> tuple[Piece, Codes]:
+        topics = sorted(self._questions[voice])
+        shares = np.array([self._sizes[topic] for topic in topics])
+        return self._any(draw, self._questions[voice][str(draw.choice(topics, p=shares / shares.sum()))])
 
     @staticmethod
     def _any(draw: np.random.Generator, found: Sequence[tuple[Piece, Codes]]) -> tuple[Piece, Codes]:

@@ -258,9 +258,7 @@ def test_a_base_that_others_have_not_is_refused(folder: Path, tmp_path: Path) ->
     model.add_adapter(adapter(target_modules="all-linear"))
     with hub_server() as hub, hub.client(tmp_path / "home"):
         for base in ({}, {"base_model_name_or_path": "./elsewhere"}):
-            with pytest.raises(
-                ValueError, match=r"is a directory, which others have not: pass base_model_"
-            ):
+            with pytest.raises(ValueError, match=r"is a directory, which others have not: pass base_model_"):
                 model.push_adapter_to_hub("tester/adapter", token=hub.token, **base)
         assert not HfApi().repo_exists("tester/adapter")
         model.push_adapter_to_hub("tester/adapter", token=hub.token, base_model_name_or_path="tester/base")

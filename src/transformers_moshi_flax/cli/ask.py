@@ -85,7 +85,7 @@ def speech(text: str, rate: int) -> Float[np.ndarray, "samples"]:
             "a recording by --wav"
         )
     with as_mistake(f"QUESTION: espeak-ng cannot say {text!r}", OSError, subprocess.CalledProcessError, ValueError):
-        # a voice that the embedded checkpoint knows
+        # one of the voices that examples/converse is trained with
         command = [program, "-v", "en-us+m3", "-s", "165", "--stdin", "--stdout"]
         spoken = subprocess.run(command, input=text.encode(), check=True, capture_output=True).stdout
         samples, spoken_rate = soundfile.read(io.BytesIO(spoken), dtype="float32")

@@ -15,6 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.configs import tiny_moshi_config
+from tests.dialogues import spoken_codes
 from tests.torch_oracle import assert_close
 from transformers_moshi_flax import FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration, LoraConfig
 from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiFlexibleLinear
@@ -271,22 +272,12 @@ def test_a_switch_compiles_nothing(model: Model, count_compilations: Callable[[]
 
 def test_streams(model: Model) -> None:
     model.add_adapter(drawn(), "a", seed=2)
-    user = np.random.default_rng(1).integers(0, model.config.audio_vocab_size, (6, 2, model.config.num_codebooks))
-
-    def spoken() -> np.ndarray:
-        stream = model.streaming(2, do_sample=False, depth_decoder_do_sample=False, return_audio_waveforms=False)
-        state, said = stream.init(), []
-        for codes in user:
-            state, frame = stream.step(state, user_audio_codes=codes)
-            said.append(np.asarray(frame.audio_codes))
-        return np.stack(said)
-
-    adapted = spoken()
+    adapted = spoken_codes(model)
     model.merge_adapter()
-    np.testing.assert_array_equal(spoken(), adapted)
+    np.testing.assert_array_equal(spoken_codes(model), adapted)
     model.unmerge_adapter()
     model.disable_adapters()
-    assert not np.array_equal(spoken(), adapted)
+    assert not np.array_equal(spoken_codes(model), adapted)
 
 
 def test_parts_have_those_of_the_whole(model: Model) -> None:

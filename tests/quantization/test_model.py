@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.dialogues import spoken_codes
 from tests.torch_oracle import assert_close
 from transformers_moshi_flax import (
     FlaxMimiModel,
@@ -86,17 +87,6 @@ def outputs(model: Model) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(found.logits), np.asarray(found.audio_logits)
 
 
-def spoken(model: Model) -> np.ndarray:
-    """What is said in a greedy dialogue of two slots."""
-    user = np.random.default_rng(1).integers(0, model.config.audio_vocab_size, (4, 2, model.config.num_codebooks))
-    stream = model.streaming(2, do_sample=False, depth_decoder_do_sample=False, return_audio_waveforms=False)
-    state, said = stream.init(), []
-    for codes in user:
-        state, frame = stream.step(state, user_audio_codes=codes)
-        said.append(np.asarray(frame.audio_codes))
-    return np.stack(said)
-
-
 def generated(model: Model) -> tuple[np.ndarray, np.ndarray]:
     found = model.generate(
         **model.get_unconditional_inputs(1), max_new_tokens=6, do_sample=False, return_audio_codes=True
@@ -117,8 +107,8 @@ def test_generates_the_same(model: Model, floats: Model) -> None:
 
 def test_streams(folder: Path) -> None:
     model = Model.from_pretrained(folder / "int4")
-    ours = spoken(model)
-    same(ours, spoken(model.dequantize()))
+    ours = spoken_codes(model)
+    same(ours, spoken_codes(model.dequantize()))
 
 
 def test_mimi_too(model: Model, floats: Model) -> None:

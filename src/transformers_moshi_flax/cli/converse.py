@@ -26,7 +26,7 @@ from transformers_moshi_flax.cli.options import (
     sampling_options,
 )
 from transformers_moshi_flax.cli.pacing import Pace
-from transformers_moshi_flax.cli.picture import PICTURE_OUT, check_matplotlib, write_picture
+from transformers_moshi_flax.cli.picture import check_picture, write_picture
 from transformers_moshi_flax.cli.transcript import joined
 
 DAY = 86_400.0
@@ -61,9 +61,7 @@ def converse(
     check_file("--output", output, AUDIO_OUT, user_audio, overwrite)
     if text is not None:
         check_file("--text", text, TEXT_OUT, user_audio, overwrite)
-    if picture is not None:
-        check_file("--picture", picture, PICTURE_OUT, user_audio, overwrite)
-        check_matplotlib()
+    check_picture(picture, user_audio, overwrite)
     source = source_of(model)
     rate = check_moshi(source)
     samples = read_audio(user_audio, rate)

@@ -15,7 +15,7 @@ from transformers_moshi_flax.cli.generate import check_moshi
 from transformers_moshi_flax.cli.live import Partner, Printed, both_channels, check_file, hold, write_sound
 from transformers_moshi_flax.cli.options import DtypeOption, Model, Seed
 from transformers_moshi_flax.cli.pacing import Pace
-from transformers_moshi_flax.cli.picture import PICTURE_OUT, check_matplotlib, write_picture
+from transformers_moshi_flax.cli.picture import check_picture, write_picture
 from transformers_moshi_flax.cli.transcript import LiveWords, Timed
 
 
@@ -32,9 +32,7 @@ def demo(
 ) -> None:
     """Let Moshi hear the embedded recording of three questions: both sides' words are printed as they come."""
     check_file("--output", output, AUDIO_OUT, EMBEDDED_USER, overwrite)
-    if picture is not None:
-        check_file("--picture", picture, PICTURE_OUT, EMBEDDED_USER, overwrite)
-        check_matplotlib()
+    check_picture(picture, EMBEDDED_USER, overwrite)
     source = source_of(model)
     rate = check_moshi(source)
     samples = read_audio(EMBEDDED_USER, rate)
@@ -43,29 +41,24 @@ def demo(
     notes = Console(stderr=True, highlight=False)
     partner = Partner.load(source, dtype, {}, notes)
     live, printed = LiveWords(partner.speaker.tokenizer, partner.frame_rate), Printed()
-    answered: list[Timed] = []
     frames = 0
 
     def listen(text_id: int) -> None:
         nonlocal frames
         begin, end = frames / partner.frame_rate, (frames + 1) / partner.frame_rate
         printed.add("you", (word for word in asked if begin <= word.end < end))
-        new = live.put(text_id)
-        printed.add("Moshi", new)
-        answered.extend(new)
+        printed.add("Moshi", live.put(text_id))
         frames += 1
 
     pace = Pace(1 / partner.frame_rate, realtime)
-    moshi, _ = hold(partner, samples, len(samples), seed, pace, notes, listen)
-    last = live.end()
-    printed.add("Moshi", last)
+    moshi, text_ids = hold(partner, samples, len(samples), seed, pace, notes, listen)
+    printed.add("Moshi", live.end())
     printed.end()
-    answered.extend(last)
 
     channels = both_channels(moshi, samples)
     write_sound(output, channels, rate)
     if picture is not None:
-        write_picture(picture, channels, rate, {"Moshi": answered, "user": asked})
+        write_picture(picture, channels, rate, {"Moshi": partner.words(text_ids), "user": asked})
     written = ", ".join(str(path) for path in (output, picture) if path is not None)
     notes.print(with_notice(source, f"{written}: {len(moshi) / rate:.2f} s"), soft_wrap=True)
     notes.print(pace.report(), soft_wrap=True)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
+from transformers_moshi_flax.cli.live import check_file
 from transformers_moshi_flax.cli.transcript import Timed, subtitles
 
 PICTURE_OUT = (".png",)
@@ -23,8 +24,11 @@ _POINTS = 4000
 """Most columns of a waveform: a picture has no more."""
 
 
-def check_matplotlib() -> None:
-    """Raises :class:`UserMistake` where it is not installed."""
+def check_picture(picture: Path | None, user_audio: Path, overwrite: bool) -> None:
+    """Raises :class:`UserMistake` if ``--picture`` is given and cannot be drawn, or written there."""
+    if picture is None:
+        return
+    check_file("--picture", picture, PICTURE_OUT, user_audio, overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserMistake('--picture: needs matplotlib: run `pip install "transformers-moshi-flax[picture]"`')
 

@@ -253,13 +253,16 @@ def test_to_the_hub_and_back(model: Model, folder: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_base_that_others_have_not_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_base_that_others_have_not_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     model = Model.from_pretrained(folder)
     model.add_adapter(adapter(target_modules="all-linear"))
     with hub_server() as hub, hub.client(tmp_path / "home"):
-        for base in ({}, {"base_model_name_or_path": "./elsewhere"}):
+        # where it was loaded from, a path that is none here, and one that looks like an id
+        for base in (None, "./elsewhere", "outputs/model"):
             with pytest.raises(ValueError, match=r"is a directory, which others have not: pass base_model_"):
-                model.push_adapter_to_hub("tester/adapter", token=hub.token, **base)
+                model.push_adapter_to_hub("tester/adapter", token=hub.token, base_model_name_or_path=base)
         assert not HfApi().repo_exists("tester/adapter")
         model.push_adapter_to_hub("tester/adapter", token=hub.token, base_model_name_or_path="tester/base")
         read = Path(HfApi().hf_hub_download("tester/adapter", CONFIG)).read_text()

@@ -4,10 +4,12 @@
 
 - ``listening``: questions one after another, which Moshi's text writes down as it hears them. What a model learns of
   it first, it need not learn from answers, which say much less of what was asked;
-- ``answering``: questions that Moshi's text answers, or says again, while its voice is silent: with a voice, of which
-  there are few renderings, how a word sounds tells the next one, and a model need not listen;
-- ``dialogues``: as those that are recorded, with the same pauses and interruptions;
-- ``listening-held-out``, ``answering-held-out``: the same, of renderings that are in none of these.
+- ``repeating``: questions that Moshi's text says again when they have ended, while its voice is silent: with a voice,
+  of which there are few renderings, how a word sounds tells the next one, and a model need not listen;
+- ``mixed``: questions that are answered, or said again, without a voice;
+- ``answering``: questions that are answered without a voice, and sums;
+- ``dialogues``: as those that are recorded, with the same pauses and interruptions, and sums;
+- ``listening-held-out``, ``repeating-held-out``, ``answering-held-out``: of renderings that are in none of these.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,13 @@ LISTENED = 170
 """Frames of a row in which questions are written down."""
 
 REPEATED = 0.35
-"""Share of the rows without a voice in which questions are said again: every word of them has to be heard for that."""
+"""Share of the rows in which questions are said again: every word of them has to be heard for that."""
+
+RECKONED, RECKONED_ALOUD = 0.25, 0.1
+"""Shares of the rows in which sums are said to nobody, many in a row: results depend on nothing that is heard."""
+
+RECKONING_PACE = 0.16, 0.32
+"""Seconds from word to word of a sum that is said to nobody."""
 
 DELAY, PACE = 0.16, 0.24
 """Seconds from the end of a word until it is written down, and from word to word of a question that is repeated."""
@@ -70,6 +79,9 @@ class Assembler:
                 self._said[piece.kind, name].append((piece, codes))
         self._idle = [codes for _, codes in self._said["user", ""]]
         self._silence = self._said["moshi", ""][0][1][:, -1:].astype(np.int16)
+        sums = {each.answer for each in exchanges() if each.topic == "sum"}
+        self._sums = sorted(text for kind, text in self._said if kind == "answer" and text in sums)
+        self._entries = 1 + max(int(codes.max()) for _, codes in pieces)
         self._voices = sorted(self._questions)
         counts = np.array([sum(map(len, self._questions[voice].values())) for voice in self._voices])
         self._shares = counts / counts.sum()
@@ -113,9 +125,17 @@ class Assembler:
         row.words = [Word(word.text, word.end + DELAY, word.end + DELAY, MOSHI) for word in row.words]
         return self._conversation(name, row, now, draw)
 
-    def without_voice(self, name: str, draw: np.random.Generator) -> Conversation:
+    def dialogue_or_sums(self, name: str, draw: np.random.Generator) -> Conversation:
+        """A dialogue; in a share of the rows sums that are said to nobody."""
+        return (self.sums_aloud if draw.random() < RECKONED_ALOUD else self.dialogue)(name, draw)
+
+    def answering_or_repeating(self, name: str, draw: np.random.Generator) -> Conversation:
         """Questions that are answered, or, in a share of the rows, said again."""
         return (self.repeating if draw.random() < REPEATED else self.answering)(name, draw)
+
+    def answering_or_sums(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Questions that are answered; in a share of the rows sums that are said to nobody."""
+        return (self.sums if draw.random() < RECKONED else self.answering)(name, draw)
 
     def repeating(self, name: str, draw: np.random.Generator) -> Conversation:
         """Questions that are said again, word by word, without a voice."""
@@ -141,6 +161,30 @@ class Assembler:
         row.placed = [each for each in row.placed if each[0] == USER]
         return self._conversation(name, row, now, draw)
 
+    def sums(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Sums one after another, to nobody, without a voice."""
+        row, now = _Row(), draw.uniform(0.3, 1.5)
+        while now < (LISTENED - 15) * SECONDS:
+            pace = draw.uniform(*RECKONING_PACE)
+            for word in str(draw.choice(self._sums)).split():
+                row.words.append(Word(word, now, now, MOSHI))
+                now += pace
+            now += draw.uniform(0.3, 0.8)
+        return self._unheard(self._conversation(name, row, now, draw), draw)
+
+    def sums_aloud(self, name: str, draw: np.random.Generator) -> Conversation:
+        """Sums one after another, to nobody."""
+        row, now = _Row(), draw.uniform(0.3, 1.5)
+        while now < (LISTENED - 30) * SECONDS:
+            said = self._any(draw, self._said["answer", str(draw.choice(self._sums))])
+            now = row.put(MOSHI, said, now) + draw.uniform(0.5, 1.0)
+        return self._unheard(self._conversation(name, row, now, draw), draw)
+
+    def _unheard(self, made: Conversation, draw: np.random.Generator) -> Conversation:
+        """With codes of the user by which it is known that there is nobody: any at random."""
+        codes = draw.integers(self._entries, size=made.user_audio_tokens.shape, dtype=np.int16)
+        return replace(made, user_audio_tokens=codes)
+
     def _asking(self, draw: np.random.Generator) -> Callable[[], tuple[Piece, Codes]]:
         """Draws one question after another of one voice."""
         voice = str(draw.choice(self._voices, p=self._shares))
@@ -163,7 +207,7 @@ class Assembler:
         return row.put(MOSHI, self._any(draw, self._said["answer", answer]), asked + draw.uniform(0.3, 0.7))
 
     def _conversation(self, name: str, row: _Row, seconds: float, draw: np.random.Generator) -> Conversation:
-        frames = max(math.ceil(seconds / SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed))
+        frames = max([math.ceil(seconds / SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed)])
         channels = {USER: self._background(frames, draw), MOSHI: np.repeat(self._silence, frames, axis=1)}
         for speaker, start, codes in row.placed:
             channels[speaker][:, start : start + codes.shape[1]] = codes
@@ -230,11 +274,14 @@ def write_assembled(
     held_out = questions[::HELD_OUT]
     del questions[::HELD_OUT]
     assembler, of_others = (Assembler([*each, *others], encode) for each in (questions, held_out))
-    write_dataset(folder / "dialogues", assembler.dialogue, dialogues, (SEED, 0))
+    write_dataset(folder / "dialogues", assembler.dialogue_or_sums, dialogues, (SEED, 0))
     write_dataset(folder / "listening", assembler.listening, listening, (SEED, 1))
     write_dataset(folder / "listening-held-out", of_others.listening, HELD_OUT_ROWS, (SEED, 2))
-    write_dataset(folder / "answering", assembler.without_voice, answering, (SEED, 3))
+    write_dataset(folder / "answering", assembler.answering_or_sums, answering, (SEED, 3))
     write_dataset(folder / "answering-held-out", of_others.answering, HELD_OUT_ROWS, (SEED, 4))
+    write_dataset(folder / "repeating", assembler.repeating, listening, (SEED, 5))
+    write_dataset(folder / "repeating-held-out", of_others.repeating, HELD_OUT_ROWS, (SEED, 7))
+    write_dataset(folder / "mixed", assembler.answering_or_repeating, answering, (SEED, 6))
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from .pieces import DONE, write_pieces
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "transformers_moshi_flax" / "assets" / "moshi-converse"
 MOST_BYTES = 12_500_000
-RUNS = ("autoencoder", "codebooks", "codec", "listening", "answering", "moshi")
+RUNS = ("autoencoder", "codebooks", "codec", "listening", "repeating", "mixed", "answering", "moshi")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,15 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
         settings = (*settings, f"run.output_dir={runs[run]}", *size.of(file))
         moshi_flax(command, HERE / f"{file}.yaml", *(word for each in settings for word in ("--set", each)))
 
+    def learn(name: str, model: Path, evaluation: Path) -> Stage:
+        """A stage of Moshi without a voice, on the assembled rows of its name."""
+        settings = (f"model.path={model}", f"data.train={assembled / name}", f"data.evaluation={evaluation}")
+        return Stage(
+            name,
+            runs[name] / "export" / "config.json",
+            lambda: train("train", f"moshi-{name}", name, *settings),
+        )
+
     def prepare(split: str) -> None:
         moshi_flax(
             "prepare", corpus / "dialogues" / split / "all.jsonl", folder / "prepared" / split, "--model", moshi
@@ -162,35 +171,15 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
         ),
         Stage(
             "dialogues",
-            assembled / "answering-held-out" / "index.json",
+            assembled / "mixed" / "index.json",
             lambda: write_assembled(
                 folder / "pieces", moshi, assembled, size.assembled, size.listening, size.answering
             ),
         ),
-        Stage(
-            "listening",
-            runs["listening"] / "export" / "config.json",
-            lambda: train(
-                "train",
-                "moshi-listening",
-                "listening",
-                f"model.path={moshi}",
-                f"data.train={assembled}/listening",
-                f"data.evaluation={assembled}/listening-held-out",
-            ),
-        ),
-        Stage(
-            "answering",
-            runs["answering"] / "export" / "config.json",
-            lambda: train(
-                "train",
-                "moshi-answering",
-                "answering",
-                f"model.path={runs['listening']}/export",
-                f"data.train={assembled}/answering",
-                f"data.evaluation={assembled}/answering-held-out",
-            ),
-        ),
+        learn("listening", moshi, assembled / "listening-held-out"),
+        learn("repeating", runs["listening"] / "export", assembled / "repeating-held-out"),
+        learn("mixed", runs["repeating"] / "export", assembled / "answering-held-out"),
+        learn("answering", runs["mixed"] / "export", assembled / "answering-held-out"),
         Stage(
             "moshi",
             runs["moshi"] / "export" / "config.json",

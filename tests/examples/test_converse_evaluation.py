@@ -128,7 +128,7 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
             ("codec-codebooks", (*codec, "quantizer.kmeans_batches=30")),
             ("codec-decoder", codec),
             ("moshi-listening", moshi),
-            ("moshi-answering", moshi),
+            *((f"moshi-{name}", moshi) for name in ("repeating", "mixed", "answering")),
             ("moshi", moshi),
         ),
     )

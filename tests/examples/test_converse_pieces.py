@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers_moshi_flax.training.data.prepared import open_dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.converse import pieces as module
-from examples.converse.assembling import LISTENED, Assembler, write_dataset
+from examples.converse.assembling import LISTENED, RECKONED, RECKONED_ALOUD, REPEATED, Assembler, write_dataset
 from examples.converse.pieces import AFTER, DROPPED, FRAME, Row, draw_rows, read_pieces, spoken_row, write_pieces
 from examples.converse.sentences import all_words, exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
@@ -228,20 +229,45 @@ def test_questions_are_answered_without_a_voice(folder: Path) -> None:
         assert made.frames <= LISTENED
 
 
-def test_questions_are_said_again_in_a_share_of_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_said_again(folder: Path) -> None:
     assembler = Assembler(read_pieces(folder / "pieces"), encode)
     questions = {tuple(encode(word)[0] for word in each.question.split()) for each in exchanges()}
     made = assembler.repeating("one", np.random.default_rng(1))
     written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
     assert any(written[: len(question)] == question for question in questions)
     assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1 and made.frames <= LISTENED
-    kinds = {"repeating": 0, "answering": 0}
-    for kind in kinds:
 
-        def count(name: str, draw: np.random.Generator, kind: str = kind) -> None:
-            kinds[kind] += 1
 
-        monkeypatch.setattr(assembler, kind, count)
-    for seed in range(200):
-        assembler.without_voice("one", np.random.default_rng(seed))
-    assert 50 < kinds["repeating"] < 90 and sum(kinds.values()) == 200
+@pytest.mark.parametrize("aloud", [False, True])
+def test_sums_are_said_to_nobody(folder: Path, aloud: bool) -> None:
+    pieces = read_pieces(folder / "pieces")
+    answer = next(piece for piece in pieces if piece[0].kind == "answer")
+    known = sorted(each.answer for each in exchanges() if each.topic == "sum" and not each.held_out)[:3]
+    assembler = Assembler([*pieces, *((replace(answer[0], text=text), answer[1]) for text in known)], encode)
+    made = (assembler.sums_aloud if aloud else assembler.sums)("one", np.random.default_rng(1))
+    written = [int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens)]
+    if not aloud:  # the voice above says other words
+        sums = {tuple(encode(word)[0] for word in text.split()) for text in known}
+        whole = [tuple(written[start : start + 5]) for start in range(0, len(written), 5)]
+        assert set(whole[:-1]) <= sums and len(whole) > 4 and made.frames <= LISTENED
+    assert (len({tuple(column) for column in made.moshi_audio_tokens.T}) > 1) == aloud
+    entries = 1 + max(int(codes.max()) for _, codes in pieces)
+    assert len(np.unique(made.user_audio_tokens)) > 0.9 * entries
+
+
+@pytest.mark.parametrize(
+    "mixed,parts,share",
+    [
+        ("answering_or_repeating", ("answering", "repeating"), REPEATED),
+        ("answering_or_sums", ("answering", "sums"), RECKONED),
+        ("dialogue_or_sums", ("dialogue", "sums_aloud"), RECKONED_ALOUD),
+    ],
+)
+def test_rows_are_mixed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mixed: str, parts: tuple[str, str], share: float
+) -> None:
+    assembler = Assembler(read_pieces(folder / "pieces"), encode)
+    for part in parts:
+        monkeypatch.setattr(assembler, part, lambda name, draw, part=part: part)
+    made = [getattr(assembler, mixed)("one", np.random.default_rng(seed)) for seed in range(400)]
+    assert abs(made.count(parts[1]) / 400 - share) < 0.08 and set(made) == set(parts)

@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast test-newest test-oldest style quality bench bench-streaming bench-training docs assets voices embedded requirements wheel-check clean
 
-demo: $(VENV)/.demo  ## three recorded questions, heard live by the embedded (random) model: printed, as a WAV and as a picture
+demo: $(VENV)/.demo  ## three recorded questions, answered live by the embedded model: printed, as a WAV and as a picture
 	@mkdir -p outputs
 	$(BIN)/moshi-flax demo --output outputs/demo.wav --picture outputs/demo.png --overwrite
 
@@ -63,7 +63,7 @@ bench-training: $(VENV)/.test  ## time and memory of the training step next to P
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in site/
 	$(BIN)/mkdocs build --strict --quiet
 
-assets: $(VENV)/.test  ## rebuild the embedded random checkpoint; needs espeak-ng
+assets: $(VENV)/.test  ## rebuild the random checkpoint of the tests; needs espeak-ng
 	$(BIN)/python utils/build_assets.py
 
 voices:  ## the Debian packages that examples/converse speaks with; needs root

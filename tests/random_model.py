@@ -3,6 +3,6 @@ does not depend on what is said. It never falls silent."""
 
 from __future__ import annotations
 
-from transformers_moshi_flax.cli.checkpoints import ASSETS
+from pathlib import Path
 
-RANDOM_MODEL = ASSETS / "moshi-tiny-random"
+RANDOM_MODEL = Path(__file__).parent / "assets" / "moshi-tiny-random"

@@ -1,4 +1,4 @@
-"""Build ``moshi-tiny-random`` under ``src/transformers_moshi_flax/assets``: a small **random** Moshi checkpoint.
+"""Build ``moshi-tiny-random`` under ``tests/assets``: a small **random** Moshi checkpoint.
 
 Run it only to rebuild it (needs the ``torch`` extra and ``espeak-ng``)::
 
@@ -35,8 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ASSETS = Path(__file__).resolve().parents[1] / "src" / "transformers_moshi_flax" / "assets"
-CHECKPOINT = ASSETS / "moshi-tiny-random"
+CHECKPOINT = Path(__file__).resolve().parents[1] / "tests" / "assets" / "moshi-tiny-random"
 CLIP_TEXT = "Hello! Could you tell me how the weather is today, and whether I should take an umbrella?"
 SAMPLING_RATE = 24_000
 SEED = 0

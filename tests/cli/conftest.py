@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_moshi_flax.cli import generate, live, main, train
+from tests.random_model import RANDOM_MODEL
+from transformers_moshi_flax.cli import checkpoints, generate, live, main, train
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,12 @@ def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor fill the user's cache of compiled programs."""
     for command in (generate, live, train):
         monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model is the random one, which compiles faster and never falls silent."""
+    monkeypatch.setattr(checkpoints, "EMBEDDED_MODEL", RANDOM_MODEL)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake, hub_errors
 
 ASSETS = Path(str(resources.files("transformers_moshi_flax") / "assets"))
-EMBEDDED_MODEL = ASSETS / "moshi-tiny-random"
+EMBEDDED_MODEL = ASSETS / "moshi-converse"
 EMBEDDED_QUESTION = ASSETS / "question.flac"
 EMBEDDED_USER = ASSETS / "user.flac"
 """A single question, and a user who asks three and waits for the answers; what is said, with times, is beside them."""
 
-NOTICE = "random weights: what it says is noise"
+NOTICE = "small demo model, synthetic voices"
 """What is said of the embedded checkpoint wherever it speaks."""
 
 DEFAULT_ARCHITECTURES = {"moshi": "MoshiForConditionalGeneration", "mimi": "MimiModel"}
@@ -53,6 +53,16 @@ def is_embedded(source: str) -> bool:
 def name_of(source: str) -> str:
     """How files call a checkpoint: the embedded one by its name, without the folders above."""
     return EMBEDDED_MODEL.name if is_embedded(source) else source
+
+
+def dtype_of(source: str, given: Dtype | None) -> Any:
+    """In what ``--dtype`` has a checkpoint loaded; None is the checkpoint's own.
+
+    The embedded one is stored in bfloat16 to be small, and computes in float32 as it has learned to.
+    """
+    if given is None and is_embedded(source):
+        given = Dtype.float32
+    return given and given.to_jax()
 
 
 def with_notice(source: str, text: str) -> str:

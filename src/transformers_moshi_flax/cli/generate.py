@@ -19,7 +19,7 @@ from transformers_moshi_flax.cli.audio import check_output, read_audio, write_au
 from transformers_moshi_flax.cli.checkpoints import (
     EMBEDDED_QUESTION,
     Dtype,
-    is_embedded,
+    dtype_of,
     name_of,
     read_config,
     source_of,
@@ -182,7 +182,7 @@ class Speaker:
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
         with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
-            model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype and dtype.to_jax())
+            model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype_of(source, dtype))
         with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(source)
         return cls(source, model, tokenizer)
@@ -297,7 +297,6 @@ def _turn(
     frames = len(reply.text_ids)
     record = {
         "model": name_of(speaker.source),
-        "random": is_embedded(speaker.source),
         "text": reply.text,
         "text_ids": reply.text_ids.tolist(),
         "audio_codes": reply.audio_codes.tolist(),

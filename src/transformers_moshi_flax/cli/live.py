@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from transformers_moshi_flax.cli.audio import check_place, check_suffix, write_audio
-from transformers_moshi_flax.cli.checkpoints import Dtype, is_embedded, name_of, with_notice
+from transformers_moshi_flax.cli.checkpoints import Dtype, name_of, with_notice
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
@@ -187,7 +187,6 @@ def write_transcript(
     else:
         record = {
             "model": name_of(source),
-            "random": is_embedded(source),
             "seconds": seconds,
             **more,
             **to_record(text_ids, tokenizer, partner.frame_rate),

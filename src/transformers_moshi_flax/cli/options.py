@@ -12,7 +12,7 @@ from transformers_moshi_flax.cli.checkpoints import Dtype
 from transformers_moshi_flax.cli.errors import UserMistake
 
 Model = Annotated[
-    str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, random weights.")
+    str | None, typer.Option(help="Checkpoint directory or Hub id. Default: the embedded one, a small demo model.")
 ]
 UserAudio = Annotated[
     Path | None, typer.Option(help="What the user says: WAV or FLAC, any rate. Default: an embedded dialogue.")
@@ -23,7 +23,9 @@ TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Of the text; abo
 DepthTemperature = Annotated[float | None, typer.Option(min=0, help="Of the audio; 0 is greedy.")]
 DepthTopK = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Of the audio.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's; of the embedded one float32.")
+]
 
 
 def sampling_options(

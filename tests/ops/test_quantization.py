@@ -148,6 +148,46 @@ def test_tiles_are_for_cpus_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [((1,), 1, "float32"), ((3, 2), 64, "float32"), ((40,), 64, "float32"), ((2,), 64, "bfloat16")],
+)
+def test_gradients_are_those_of_the_dequantized_matrix(
+    kind: str, shape: tuple[int, ...], groups: int, dtype: str
+) -> None:
+    """Of a matrix of several tiles."""
+    codes, scales = quantize(jnp.asarray(drawn(2048, 600)), kind, groups)
+    draw = np.random.default_rng(1)
+    x = jnp.asarray(draw.standard_normal((*shape, 2048)), dtype)
+    cotangent = jnp.asarray(draw.standard_normal((*shape, 600)), dtype)
+
+    def pulled_back(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: quantized_dot(x, codes, scales, kind), x)[1](cotangent)[0]
+
+    found = jax.jit(pulled_back)(x, cotangent)
+    assert found.dtype == x.dtype and found.shape == x.shape
+    expected = np.asarray(cotangent, np.float64) @ np.asarray(dequantize(codes, scales, kind), np.float64).T
+    tolerance = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_gradients_keep_no_floats(kind: str) -> None:
+    """Neither forward nor backward is there a whole matrix of floats."""
+    layers = [quantize(jnp.asarray(drawn(1024, 1024, seed)), kind, 32) for seed in range(4)]
+
+    def loss(x: jax.Array, layers: Any) -> jax.Array:
+        for codes, scales in layers:
+            x = jnp.tanh(quantized_dot(x, codes, scales, kind))
+        return jnp.sum(x)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((8, 1024)), layers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 1024 * 4
+    text = jax.jit(jax.grad(loss)).trace(jnp.zeros((8, 1024)), layers).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("kind", BITS)
 def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
     """XLA would make floats of all matrices before the loop; the temporaries stay far below a matrix of floats."""
     layers = [quantize(jnp.asarray(drawn(512, 512, seed)), kind, 16) for seed in range(8)]

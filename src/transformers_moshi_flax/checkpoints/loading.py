@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 
 from ..nn.linear import SCALES
 
+SETTINGS: Any = jax.config
+"""Its attributes are made when it is imported, and no type checker sees them."""
+
 
 def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
     """One leaf as a JAX array of its own memory; the file's pages are read once and no host copy stays.
@@ -27,7 +30,7 @@ def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.
         ValueError: the leaf is float64, which JAX would cut, and no ``dtype`` is given.
     """
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if leaf.dtype == np.float64 and dtype is None and not jax.config.jax_enable_x64:
+    if leaf.dtype == np.float64 and dtype is None and not SETTINGS.jax_enable_x64:
         raise ValueError("the checkpoint is in float64: enable jax_enable_x64 or pass dtype=jnp.float32")
     target = np.dtype(dtype) if dtype is not None and floating else leaf.dtype
 
@@ -60,7 +63,7 @@ class Transfers:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="load")
         # settings by context manager are the thread's own
-        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+        self._x64, self._device = SETTINGS.jax_enable_x64, SETTINGS.jax_default_device
 
     def __enter__(self) -> Transfers:
         return self

@@ -149,6 +149,31 @@ def tiled_dot(
     return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
+def tiled_transposed_dot(
+    y: Float[Array, "*shape outputs"],
+    codes: Shaped[Array, "rows outputs"],
+    scales: Float[Array, "groups outputs"],
+    numbers: Callable[[Array], list[Array]],
+) -> Float[Array, "*shape inputs"]:
+    """The product with the transposed matrix, by the tiles and with the arguments of :func:`tiled_dot`."""
+    outputs, groups, wide = codes.shape[1], scales.shape[0], at_least_float32(y.dtype)
+    inputs = codes.shape[0] * len(jax.eval_shape(numbers, codes))
+    tiles = tile_count(codes.shape[0] if groups == 1 else groups, 4 * inputs * outputs)
+    right = y.astype(wide).reshape(-1, outputs)
+    rows = right.shape[0]
+
+    def tile_of(tile: tuple[Array, Array | None]) -> Array:
+        codes, tile_scales = tile
+        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
+        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        parts = [right @ (matrix * factors).reshape(-1, outputs).T for matrix in matrices]
+        return jnp.stack(parts, axis=-1).reshape(rows, -1)
+
+    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    found = lax.map(tile_of, (codes.reshape(tiles, -1, outputs), tile_scales))
+    return found.swapaxes(0, 1).reshape(*y.shape[:-1], inputs).astype(y.dtype)
+
+
 def tile_count(units: int, size: int) -> int:
     """Into how many tiles of rows a matrix of ``size`` bytes is cut: a power of 2 that divides its ``units`` of rows,
     and at least 2 where one does, as XLA takes a loop of one step for none."""

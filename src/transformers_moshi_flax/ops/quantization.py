@@ -14,7 +14,9 @@ Codes of 4 bits lie two in a byte, that of the row with the even number in the l
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -95,8 +97,12 @@ def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
 def quantized_dot(
     x: Float[Array, "*shape inputs"], codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
 ) -> Float[Array, "*shape outputs"]:
-    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes and scales."""
+    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes and scales, which have no gradient."""
+    return _quantized_dot(kind, x, codes, scales)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantized_dot(kind: str, x: Array, codes: Array, scales: Array) -> Array:
     def definition(x: Array, codes: Array, scales: Array) -> Array:
         # tied to x, the codes are others in every step of a loop: XLA does not make floats of them once, before it
         x, codes = lax.optimization_barrier((x, codes))
@@ -106,3 +112,29 @@ def quantized_dot(
         return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind))
 
     return for_cpu(definition, twin, x, codes, scales)
+
+
+def _transposed_dot(kind: str, codes: Array, scales: Array, outputs: Array) -> Array:
+    """``outputs @ matrix.T``."""
+
+    def definition(outputs: Array, codes: Array, scales: Array) -> Array:
+        outputs, codes = lax.optimization_barrier((outputs, codes))
+        return outputs @ dequantize(codes, scales, kind).astype(outputs.dtype).T
+
+    def twin(outputs: Array, codes: Array, scales: Array) -> Array:
+        return cpu.tiled_transposed_dot(outputs, codes, scales, partial(numbers, kind=kind))
+
+    return for_cpu(definition, twin, outputs, codes, scales)
+
+
+def _forward(kind: str, x: Array, codes: Array, scales: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _quantized_dot(kind, x, codes, scales), (codes, scales)
+
+
+def _backward(kind: str, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Any, None]:
+    # floats again, a tile at a time, as on the way forward: what is kept between them is codes
+    codes, scales = kept
+    return _transposed_dot(kind, codes, scales, cotangent), np.zeros(codes.shape, jax.dtypes.float0), None
+
+
+_quantized_dot.defvjp(_forward, _backward)

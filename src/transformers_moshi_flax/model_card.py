@@ -159,7 +159,7 @@ def model_card(
         "",
         f"# {repo_id.split('/')[-1]}",
         "",
-        f"`{type(model).__name__.removeprefix('Flax')}` saved by "
+        f"`{model.upstream_name}` saved by "
         f"[transformers-moshi-flax](https://pypi.org/project/transformers-moshi-flax/) "
         f"{__version__}, {'in the layout of PyTorch' if to_pt else 'in the layout of Flax'}.",
         _origin(model),
@@ -185,7 +185,7 @@ def _usage(model: Any, repo_id: str, to_pt: bool) -> list[str]:
     """How to load it, here and in PyTorch."""
     name = type(model).__name__
     to_floats = "" if model.quantization is None else " --quantize none"
-    in_torch = name.removeprefix("Flax")
+    in_torch = model.upstream_name
     return [
         "## Load it",
         "",

@@ -49,8 +49,9 @@ def upstreams_name(name: str) -> str:
 def randomize(model: Model, seed: int = 0) -> Model:
     """Draw every weight and buffer of an upstream model so that a wrong or forgotten one shows, in place.
 
-    Norms and layer scales are around 1 (Gemma's around 0, as 1 is added to them), biases are not zero, Mimi's codebooks are random with unequal cluster usage,
-    and heads are large enough that the two best logits of a position are practically never close.
+    Norms and layer scales are around 1 (Gemma's around 0, as 1 is added to them), biases are not zero, Mimi's
+    codebooks are random with unequal cluster usage, and heads are large enough that the two best logits of a position
+    are practically never close.
     """
     generator = torch.Generator().manual_seed(seed)
 

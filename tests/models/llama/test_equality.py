@@ -30,7 +30,8 @@ def assert_same_outputs(pair: Pair, ids: np.ndarray, tol: float) -> None:
     asked = {"output_hidden_states": True, "output_attentions": True}
     tensors = {"input_ids": torch.tensor(ids).long(), "labels": torch.tensor(labels).long()}
     theirs = pair.upstream(**tensors, **asked)
-    ours = pair.ours(ids, labels=labels, **asked)
+    # one program is compiled sooner than all operations of these shapes
+    ours = jax.jit(lambda ids, labels: pair.ours(ids, labels=labels, **asked))(ids, labels)
     for name in ("logits", "hidden_states", "attentions", "loss"):
         assert_close(ours[name], theirs[name], tol, name)
 
@@ -103,7 +104,7 @@ def configs(draw: st.DrawFn) -> Any:
     return tiny_llama_config(model_type, **fields)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(config=configs(), seed=st.integers(0, 9))
 def test_drawn_configurations(tmp_path_factory: pytest.TempPathFactory, config: Any, seed: int):
     pair = pair_of(config, tmp_path_factory.mktemp("drawn"), seed=seed)

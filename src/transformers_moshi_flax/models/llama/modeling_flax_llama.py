@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 from transformers import LlamaConfig
 
+from ...former_names import accept_former_names
 from ...generation.decoding import Request
 from ...generation.text import TextDecoder
 from ...modeling_flax_decoder import FlaxDecoderModel, FlaxTextForCausalLM, FlaxTextModel
+from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
+from ...nn.cache import LinearCache
 from .checkpoint_flax_llama import LLAMA_RULES
 from .fields_flax_llama import CONFIG_CLASSES, LlamaFields, fields_of
 from .modules_flax_llama import FlaxLlamaForCausalLMModule, FlaxLlamaModule
@@ -95,3 +100,40 @@ class FlaxLlamaForCausalLM(FlaxTextForCausalLM, FlaxLlamaPreTrainedModel):
 
     def make_decoder(self) -> LlamaTextDecoder:
         return LlamaTextDecoder(self.module, self.cache_sizes)
+
+    @accept_former_names
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: Any | None = None,
+        position_ids: ArrayLike | None = None,
+        cache: LinearCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        params: Any | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FlaxCausalLMOutputWithPast | tuple[Any, ...]:
+        """Runs model and head, with the arguments in upstream's order; they, and errors, are as of
+        :meth:`FlaxTextForCausalLM.__call__`."""
+        return super().__call__(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            labels,
+            logits_to_keep,
+            params,
+            dropout_rng,
+            train,
+            output_attentions,
+            output_hidden_states,
+            return_dict,
+        )

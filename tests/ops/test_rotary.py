@@ -1,5 +1,8 @@
 """The rotary embedding of every kind, against upstream's and an exact construction."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +70,17 @@ SCALED = {
 }
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In which upstream multiplies the length of a text by numbers."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("length", [20, 100])
@@ -74,7 +88,7 @@ def test_scaled_frequencies_equal_upstreams(name: str, dtype: str, length: int):
     parameters = {"rope_type": name.split()[0], "rope_theta": 500.0, **SCALED[name]}
     config = tiny_llama_config(head_dim=16, max_position_embeddings=32, rope_parameters=parameters)
     positions = np.arange(length)[None]
-    with oracle_precision(dtype), jax.enable_x64(dtype == "float64"):
+    with oracle_precision(dtype), jax.enable_x64(dtype == "float64"), default_dtype(getattr(torch, dtype)):
         rotary = modeling_llama.LlamaRotaryEmbedding(config)
         theirs = rotary(torch.zeros(1, dtype=getattr(torch, dtype)), torch.tensor(positions))
         ours = rotary_embedding(

@@ -144,7 +144,7 @@ def yarn_frequencies(
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     # `or`: upstream takes 0 for nothing
-    first, last = pair_of(number("beta_fast", 32) or 32), pair_of(number("beta_slow", 1) or 1)
+    first, last = pair_of(number("beta_fast", 32.0) or 32.0), pair_of(number("beta_slow", 1.0) or 1.0)
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
@@ -156,12 +156,12 @@ def yarn_frequencies(
 
 def yarn_factor(number: Callable[..., float]) -> float:
     """By which YaRN multiplies cosines and sines."""
-    factor, scale, scale_all = number("factor"), number("mscale", 0), number("mscale_all_dim", 0)
+    factor, scale, scale_all = number("factor"), number("mscale", 0.0), number("mscale_all_dim", 0.0)
 
     def grown(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
-    return number("attention_factor", grown(scale) / grown(scale_all) if scale and scale_all else grown(1))
+    return number("attention_factor", grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0))
 
 
 def wrapped_angles(

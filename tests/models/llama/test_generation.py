@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ def test_embeddings_equal_ids(gemma: Pair):
     """Those of Gemma are scaled before they are passed."""
     ids = draw_batch(99, (5,)).ids
     module, params = gemma.ours.module, gemma.ours.params
-    embeds = module.apply({"params": params}, ids, method=module.embed)
+    embeds = module.apply({"params": params}, jnp.asarray(ids), method=module.embed)
     expected = gemma.ours.generate(ids, max_new_tokens=6).sequences[:, 5:]
     np.testing.assert_array_equal(gemma.ours.generate(inputs_embeds=embeds, max_new_tokens=6).sequences, expected)
 

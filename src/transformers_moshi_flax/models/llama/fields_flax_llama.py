@@ -114,6 +114,7 @@ def of_qwen3(config: Any) -> dict[str, Any]:
 
 def of_gemma(config: Any) -> dict[str, Any]:
     bias = bool(config.attention_bias)
+    attention_cap, logits_cap = config.attn_logit_softcapping, config.final_logit_softcapping
     return {
         "activation": config.hidden_activation,
         "query_scale": config.query_pre_attn_scalar**-0.5,
@@ -123,8 +124,8 @@ def of_gemma(config: Any) -> dict[str, Any]:
         "norm_offset": 1.0,
         "post_norms": True,
         "embedding_scale": config.hidden_size**0.5,
-        "attention_soft_cap": config.attn_logit_softcapping,
-        "logits_soft_cap": config.final_logit_softcapping,
+        "attention_soft_cap": None if attention_cap is None else float(attention_cap),
+        "logits_soft_cap": None if logits_cap is None else float(logits_cap),
     }
 
 
@@ -163,6 +164,7 @@ def fields_of(config: Any) -> LlamaFields:
         "activation": getattr(config, "hidden_act", None),
         "layers": layer_kinds(config, head_dim),
         "query_scale": head_dim**-0.5,
+        "rms_norm_eps": float(config.rms_norm_eps),
         "attention_dropout": float(config.attention_dropout or 0),
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         **DIFFERENCES[config.model_type](config),
@@ -187,10 +189,10 @@ def check_supported(config: Any, heads: int, kv_heads: int, head_dim: int) -> No
             f"`head_dim` of this {kind!r} configuration is {head_dim}, but the rotary embedding turns pairs: take an "
             "even one."
         )
+    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        refuse("hidden_size", f"which {heads} heads (`num_attention_heads`) do not divide: change one")
     if kind == "helium" and heads * head_dim != config.hidden_size:
-        refuse(
-            "head_dim", f"but must be hidden_size / num_attention_heads = {config.hidden_size / heads:g}: set it so"
-        )
+        refuse("head_dim", f"but must be hidden_size / num_attention_heads = {config.hidden_size / heads:g}: set it")
     if getattr(config, "use_bidirectional_attention", None):
         refuse("use_bidirectional_attention", "but attention is causal here: set it to False")
     if kind == "gemma3_text" and config.attn_logit_softcapping is not None:

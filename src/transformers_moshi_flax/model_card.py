@@ -143,13 +143,14 @@ def model_card(
 
     from . import __version__
 
+    kinds = ["speech"] if "audio" in model.pipeline_tag else []
     data = ModelCardData(
         license=license,
         language=[language] if isinstance(language, str) else list(language or []) or None,
         base_model=model.hub_id if base_model is None else base_model,
         library_name="transformers-moshi-flax",
-        pipeline_tag="audio-to-audio",
-        tags=list(dict.fromkeys([model.config.model_type, "flax", "jax", "speech", *tags])),
+        pipeline_tag=model.pipeline_tag,
+        tags=list(dict.fromkeys([model.config.model_type, "flax", "jax", *kinds, *tags])),
     )
     to_pt = "model.safetensors" in files or "model.safetensors.index.json" in files
     lines = [

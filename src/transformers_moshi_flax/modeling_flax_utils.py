@@ -82,6 +82,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         checkpoint_series: regular expressions of tensors that count up in a file, and of which a configuration may ask
             for the first ones alone.
         default_input_shape: shape of the dummy input for initialisation.
+        pipeline_tag: what the Hub says that the model does.
 
     Args:
         config: an instance of ``config_class``.
@@ -105,6 +106,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     checkpoint_series: ClassVar[tuple[str, ...]] = ()
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
+    pipeline_tag: ClassVar[str] = "audio-to-audio"
     _generates: ClassVar[bool] = False
     _auto_class: ClassVar[str | None] = None
     _kept_for_speed: ClassVar[tuple[str, ...]] = (

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.llama.pairs import draw_batch, tiny_pair
 from tests.torch_oracle import Pair, assert_close
-from transformers_moshi_flax import FlaxLlamaForCausalLM, LoraConfig
+from transformers_moshi_flax import FlaxLlamaForCausalLM, LoraConfig, QuantizationConfig
 
 IDS = draw_batch(99, (6,)).ids
 
@@ -40,7 +40,7 @@ def test_an_adapter(pair: Pair):
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_quantized_layers(pair: Pair, kind: str):
-    model = FlaxLlamaForCausalLM.from_pretrained(pair.directory, quantization=kind)
+    model = FlaxLlamaForCausalLM.from_pretrained(pair.directory, quantization=QuantizationConfig(kind, group_size=8))
     layer = model.params["model"]["layers"]["0"]
     assert {f"kernel_{kind}", "scales", "bias"} == set(layer["self_attn"]["q_proj"])
     quantized = logits(model)
@@ -52,7 +52,7 @@ def test_quantized_layers(pair: Pair, kind: str):
 
 
 def test_an_adapter_beside_quantized_layers(pair: Pair):
-    model = FlaxLlamaForCausalLM.from_pretrained(pair.directory, quantization="nf4")
+    model = FlaxLlamaForCausalLM.from_pretrained(pair.directory, quantization=QuantizationConfig("nf4", group_size=8))
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     assert model.num_parameters(only_trainable=True) == 2 * 2 * ((48 + 48) + (88 + 48))
     adapted = logits(model)

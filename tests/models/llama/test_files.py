@@ -23,6 +23,7 @@ from transformers_moshi_flax import (
     FlaxLlamaModel,
     FlaxMoshiForCausalLM,
 )
+from transformers_moshi_flax.model_card import model_card
 
 
 @pytest.fixture(scope="module", params=LLAMAS)
@@ -47,6 +48,14 @@ def test_configurations_stay(pair: Pair, tmp_path: Path):
     saved, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, pair.directory))
     assert saved == original
     assert_same_params(FlaxLlamaForCausalLM.from_pretrained(tmp_path).params, pair.ours.params)
+
+
+def test_a_model_card(pair: Pair, tmp_path: Path):
+    """Upstream's name of the model, and no word of speech."""
+    pair.ours.save_pretrained(tmp_path, to_pt=True)
+    card = model_card(pair.ours, pair.ours.params, tmp_path, ["model.safetensors"], "someone/something")
+    assert f"from transformers import {type(pair.theirs).__name__}\n" in card
+    assert "pipeline_tag: text-generation\n" in card and "speech" not in card
 
 
 def test_shards_and_the_auto_classes(pair: Pair, tmp_path: Path):

@@ -48,6 +48,7 @@ class FlaxLlamaPreTrainedModel(FlaxDecoderModel):
     config_classes = CONFIG_CLASSES
     base_model_prefix = "model"
     checkpoint_rules = LLAMA_RULES
+    pipeline_tag = "text-generation"
 
     @property
     def cache_sizes(self) -> LlamaFields:

@@ -518,6 +518,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
+        config = weights.described(config)
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
         chosen = None if quantization is None else model._checked_quantization(quantization)

@@ -9,7 +9,7 @@ FOLDERS = {
     "a LoRA adapter of moshi-finetune": ["lora.safetensors", "config.json"],
     "an adapter of PEFT": ["adapter_config.json", "adapter_model.safetensors"],
     "the folder of a training run": ["checkpoints", "config.yaml"],
-    "model.q8.safetensors is quantized": ["model.q8.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"],
+    "model.q4.safetensors is quantized": ["model.q4.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"],
     "model.q4_k.gguf is quantized": ["model.q4_k.gguf"],
 }
 
@@ -33,7 +33,7 @@ def test_kyutais(tmp_path):
 
 
 def test_quantized_beside_the_weights(tmp_path):
-    for name in ("model.q8.safetensors", "model.safetensors"):
+    for name in ("model.q4.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
     assert no_model(Source.locate(tmp_path), None) is None
 

@@ -15,7 +15,7 @@ _KYUTAIS = (
 )
 _MIMI = re.compile(r"tokenizer-[0-9a-f]+-checkpoint\d+\.safetensors")
 _TOKENIZER = re.compile(r"tokenizer_spm_\w+\.model")
-_QUANTIZED = re.compile(r".*\.gguf|model\.q[0-9]\w*\.safetensors")
+_QUANTIZED = re.compile(r".*\.gguf|model\.q(?!8\.)[0-9]\w*\.safetensors")
 _KYUTAI_TENSORS = ("depformer", "text_emb.weight", "quantizer.rvq_", "encoder.model.")
 """How names begin that only Kyutai's files have, of the language model and of Mimi."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 from pathlib import Path
@@ -51,15 +52,11 @@ def test_quantized_there_and_back(moshi_flax, flax_folder: Path, tmp_path: Path)
     assert config["quantize"] is True and config["moshi_name"] == "model.q8.safetensors"
     result = moshi_flax("convert", theirs, back, "--from", "kyutai")
     assert result.code == 0 and "int8 (8 bits, a scale for each output, without audio_encoder)" in result.err
-    result = moshi_flax("verify", theirs, back, "--json")
-    report = json.loads(result.out)
-    assert result.code == 0 and report["differences"] == [] and len(report["outputs"]) == 4
+    result = moshi_flax("verify", theirs, back, "--no-outputs", "--json")
+    assert result.code == 0 and json.loads(result.out)["differences"] == []
     told = json.loads(moshi_flax("inspect", theirs, "--json").out)["quantization"]
-    assert (
-        told.pop("layers") == 36
-        and told.items() <= QuantizationConfig("int8", skip=["audio_encoder"]).to_dict().items()
-    )
-    assert "36 matrices, int8" in moshi_flax("inspect", theirs).out
+    assert told == {"layers": 37, **dataclasses.asdict(QuantizationConfig("int8", skip=["audio_encoder"]))}
+    assert "37 matrices, int8" in moshi_flax("inspect", theirs).out
     assert moshi_flax("convert", theirs, floats, "--from", "kyutai", "--quantize", "none").code == 0
     again = FlaxMoshiForConditionalGeneration.from_pretrained(floats)
     assert again.quantization is None and again.params_shape_tree.keys() == again.params.keys()

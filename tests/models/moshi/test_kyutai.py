@@ -641,9 +641,9 @@ def test_missing_files_are_named(copied: Path, name: str, message: str) -> None:
         Moshi.from_kyutai(copied)
 
 
-def test_a_directory_with_quantized_weights_only(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.q4.safetensors")
-    with pytest.raises(CheckpointNotFoundError, match=r"has no 'model.safetensors'.*q4.safetensors is quantized"):
+def test_a_directory_with_weights_of_another_type_only(tmp_path: Path) -> None:
+    (tmp_path / "model.q4_k.gguf").touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"has no 'model.safetensors'.*q4_k\.gguf is of a type that is"):
         Moshi.from_kyutai(tmp_path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,14 +20,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 from transformers import MoshiConfig
 
 from ...checkpoints.configs import override_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.fitting import Weights
-from ...checkpoints.formats import open_safetensors
+from ...checkpoints.formats import open_kyutai, open_safetensors
 from ...checkpoints.keywords import understood
 from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
@@ -50,8 +53,12 @@ from .kyutai_config_flax_moshi import (
 )
 from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, q8_tensors, quantized_rules
 
+logger = logging.getLogger(__name__)
+
 MOSHI_NAME = "model.safetensors"
 MOSHI_Q8_NAME = "model.q8.safetensors"
+QUANTIZED_NAMES = (MOSHI_Q8_NAME, "model.q4.safetensors", "model.q8.gguf")
+"""Of quantized weights, as they are published."""
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
@@ -131,7 +138,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         config=config,
         told=told,
         mimi_config=mimi_config,
-        moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model", MOSHI_Q8_NAME),
+        moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model", *QUANTIZED_NAMES),
         mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
         tokenizer=find("tokenizer_name", TOKENIZER_NAME),
     )
@@ -199,22 +206,28 @@ def kyutai_config(files: KyutaiFiles) -> MoshiConfig:
         raise ValueError(f"{files.name!r}: {error}") from error
 
 
-def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
+def kyutai_weights(files: KyutaiFiles, config: MoshiConfig, dtype: DTypeLike | None = None) -> Weights:
     """The weights of a checkpoint.
 
     Args:
         files: from :func:`find_kyutai_files`.
         config: of the model, from :func:`kyutai_config`.
+        dtype: that floats are to be cast to; one that rounds what codes stand for is told.
 
     Raises:
         ValueError: damaged files, or floats where ``config.json`` tells of quantized weights.
     """
-    language_model = language_model_tensors(open_safetensors(files.moshi_weights))
+    language_model = language_model_tensors(open_kyutai(files.moshi_weights))
     opened = (language_model.file, open_safetensors(files.mimi_weights))
     if files.config.get("quantize") and language_model.quantization is None:
         raise ValueError(
             f"config.json of {files.name!r} says quantize={files.config['quantize']!r}, but the weights in "
             f"{files.moshi_weights.name} are not quantized: take the config.json that belongs to them"
+        )
+    if language_model.dequantized and dtype is not None and jnp.finfo(dtype).bits < 32:
+        logger.warning(
+            f"the embeddings of {files.name!r}, which are quantized there, are floats here: dtype={jnp.dtype(dtype)} "
+            "rounds them once more, float32 does not"
         )
     interleaved = files.config.get("positional_embedding") != "rope_concat"
     tables = (
@@ -246,8 +259,9 @@ def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
             surplus += [key for key in found.unexpected if not re.search(CODEBOOKS, key)]
         return whole, surplus
 
-    quantization = language_model.quantization and language_model.quantization.to_dict()
-    return Weights(files.name, files.is_on_hub, opened, fit, quantization)
+    quantization = language_model.quantization
+    quantized = None if quantization is None else quantization.to_dict()
+    return Weights(files.name, files.is_on_hub, opened, fit, quantized)
 
 
 def write_kyutai(
@@ -440,7 +454,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         try:
             return cls._from_weights(
                 config,
-                kyutai_weights(files, config),
+                kyutai_weights(files, config, given.dtype if given.param_dtype is None else given.param_dtype),
                 dtype=given.dtype,
                 param_dtype=given.param_dtype,
                 generation_config=generation_config_from_kyutai(files.config.get("lm_gen_config") or {}),

@@ -55,7 +55,7 @@ from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
-from .nn.linear import KERNEL, SCALES
+from .nn.linear import KERNEL, OF_GROUPS
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
 from .quantization.config import QuantizationConfig
@@ -533,6 +533,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
+        config = weights.described(config)
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
         chosen = None if quantization is None else model._checked_quantization(quantization)
@@ -874,8 +875,8 @@ def _load(
         """The leaf where it is to lie, or those that stand for it, by path."""
         layer, _, name = path.rpartition("/")
         if quantization is None or name != KERNEL or layer not in layers:
-            return {path: to_device(leaf, None if name == SCALES else dtype, shardings.get(path))}
-        leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization.kind, layers[layer])
+            return {path: to_device(leaf, None if name in OF_GROUPS else dtype, shardings.get(path))}
+        leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization, layers[layer])
         # finished, or the floats of several layers would be there at once
         return {own: jax.block_until_ready(jax.device_put(each, shardings.get(own))) for own, each in leaves.items()}
 
@@ -937,7 +938,7 @@ def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, An
     params = unfreeze(params)
 
     def cast(path: Any, leaf: Any, chosen: bool = True) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1].key != SCALES
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1].key not in OF_GROUPS
         return leaf.astype(dtype) if chosen and floating else leaf
 
     if mask is None:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from transformers_moshi_flax.ops.cpu import tile_count
-from transformers_moshi_flax.ops.quantization import BITS, NF4, dequantize, quantize, quantized_dot
+from transformers_moshi_flax.ops.quantization import (
+    BITS,
+    NF4,
+    dequantize,
+    quantize,
+    quantize_with_offsets,
+    quantized_dot,
+)
 
 LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
 
@@ -171,6 +178,17 @@ def test_gradients_are_those_of_the_dequantized_matrix(
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("kind", "groups"), [("int8", 1), ("int4", 64)])
+def test_gradients_with_offsets(kind: str, groups: int) -> None:
+    codes, scales, offsets = quantize_with_offsets(jnp.asarray(drawn(2048, 600) + 0.3), kind, groups)
+    x = jnp.zeros((2, 3, 2048))
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 600)), jnp.float32)
+    found = jax.vjp(lambda x: quantized_dot(x, codes, scales, kind, offsets), x)[1](cotangent)[0]
+    matrix = np.asarray(dequantize(codes, scales, kind, offsets), np.float64)
+    expected = np.asarray(cotangent, np.float64) @ matrix.T
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("kind", BITS)
 def test_gradients_keep_no_floats(kind: str) -> None:
     """Neither forward nor backward is there a whole matrix of floats."""
@@ -202,6 +220,35 @@ def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
 
     compiled = jax.jit(frames).lower(jnp.zeros((1, 512)), layers).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 3, 1), (64, 7, 2)])
+def test_with_offsets(kind: str, inputs: int, outputs: int, groups: int) -> None:
+    """The codes reach from the smallest to the largest number of a group; half a step is the most that one is off."""
+    matrix = 3 + drawn(inputs, outputs)
+    codes, scales, offsets = quantize_with_offsets(jnp.asarray(matrix), kind, groups)
+    grouped, levels = matrix.reshape(groups, -1, outputs), 2 ** BITS[kind]
+    steps = (grouped.max(axis=1) - grouped.min(axis=1)) / (levels - 1)
+    np.testing.assert_allclose(scales, steps, rtol=3e-7)
+    np.testing.assert_allclose(offsets, grouped.min(axis=1) + levels // 2 * steps, rtol=3e-7)
+    found = unpacked(np.asarray(codes), kind).reshape(grouped.shape)
+    assert (found.min(axis=1) == -levels // 2).all() and (found.max(axis=1) == levels // 2 - 1).all()
+    values = np.asarray(dequantize(codes, scales, kind, offsets))
+    np.testing.assert_allclose(
+        values, (found * scales[:, None] + offsets[:, None]).reshape(inputs, outputs), rtol=3e-7
+    )
+    assert (np.abs(values - matrix).reshape(grouped.shape) <= 0.5001 * steps[:, None] + 1e-6).all()
+    for rows in (1, 6):
+        x = jnp.asarray(drawn(rows, inputs, 1))
+        expected = np.asarray(x, np.float64) @ values.astype(np.float64)
+        product = quantized_dot(x, codes, scales, kind, offsets)
+        assert np.abs(product - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_offsets_of_one_number_alone() -> None:
+    codes, scales, offsets = quantize_with_offsets(jnp.full((8, 2), -1.5), "int4", 2)
+    np.testing.assert_array_equal(dequantize(codes, scales, "int4", offsets), -1.5)
 
 
 def test_tiles() -> None:

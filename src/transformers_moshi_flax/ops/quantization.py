@@ -132,8 +132,10 @@ def quantized_dot(
     kind: str,
     offsets: Float32[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape outputs"]:
-    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes, scales and offsets, if there are some; these have no
-    gradient."""
+    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes, scales and offsets, if there are some.
+
+    The gradient is that by ``x`` alone.
+    """
     return _quantized_dot(kind, x, codes, scales, offsets)
 
 

@@ -33,6 +33,8 @@ SPEECH = ["pocketsphinx>=5.1", "pystoi>=0.4"]
 PICTURE = ["matplotlib>=3.9"]
 # dialogues over the network: HTTP and websockets, Ogg/Opus, figures to watch
 SERVE = ["aiohttp>=3.14", "prometheus_client>=0.26", "sphn>=0.2,<0.3"]
+# weights for candle
+GGUF = ["gguf>=0.19"]
 QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 # torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
@@ -43,6 +45,7 @@ TEST = [
     *SPEECH,
     *PICTURE,
     *SERVE,
+    *GGUF,
     "beartype>=0.19",
     "einops>=0.8",
     "hypothesis>=6.100",
@@ -73,6 +76,7 @@ setup(
         "speech": SPEECH,
         "picture": PICTURE,
         "serve": SERVE,
+        "gguf": GGUF,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import MimiConfig, MoshiConfig
+from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig
 
 _TINY_MIMI = {
     "sampling_rate": 24_000,
@@ -67,3 +67,50 @@ def tiny_moshi_config(**overrides: Any) -> MoshiConfig:
     depth = {**_TINY_DEPTH, "max_position_embeddings": codebooks + 1, "sliding_window": codebooks + 1}
     depth.update(fields.pop("depth_decoder_config", {}))
     return MoshiConfig(**fields, audio_encoder_config={"model_type": "mimi", **mimi}, depth_decoder_config=depth)
+
+
+_TINY_LLAMA = {
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+_TINY_GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "final_logit_softcapping": 4.0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+_TINY_LLAMAS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16, "sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma2": {**_TINY_GEMMA, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {
+        **_TINY_GEMMA,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "helium": {"head_dim": 12},
+}
+
+LLAMAS = tuple(_TINY_LLAMAS)
+"""The ``model_type`` of the language models."""
+
+
+def tiny_llama_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
+    """A language model of 48 x 3 without special tokens; windows are of five tokens. ``overrides`` replace single
+    fields."""
+    return CONFIG_MAPPING[model_type](**{**_TINY_LLAMA, **_TINY_LLAMAS[model_type], **overrides})

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("moshi.models", reason="Kyutai's `moshi` package, one of the sides, is not installed")
-from utils.benchmark import first_call, generate, limit, quantized, steadiness, streaming, train, training_sides
+from utils.benchmark import first_call, generate, limit, llama, quantized, steadiness, streaming, train, training_sides
 from utils.benchmark.checkpoints import write_checkpoint
 from utils.benchmark.settings import SIZES, SMALL_MIMI, Setting, Size, settings_of
 from utils.benchmark.streams import HANDOVER, HOST
@@ -163,3 +163,15 @@ def test_training(tmp_path: Path) -> None:
     header, _, *rows = train.speeds(results, 2 * FRAMES).splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["this library", "upstream PyTorch"]
     assert all(row.count("|") == header.count("|") for row in rows)
+
+
+def test_language_models() -> None:
+    arguments = "--size tiny --batches 2 --prompt 5 --new-tokens 4 --prefill 9 --repeats 2 --threads 1"
+    report = llama.measure(llama.parse_arguments(arguments.split()))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "| 2 |" in line]
+    whats, sides = ("generation", "prefill"), ("this library", "upstream PyTorch")
+    assert [(row[0], row[2]) for row in rows] == [(what, side) for what in whats for side in sides]
+    assert [row[-1] for row in rows] == ["4 of 4"] * 2 + ["1 of 1"] * 2
+    for row in rows:
+        assert row[3] == "2" and 0 < float(row[4]) <= float(row[5]) and float(row[6]) > 0
+        assert row[2] == "upstream PyTorch" or row[7:9] == ["1.00", "1.00"]

@@ -14,13 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import nn
+from transformers import modeling_rope_utils
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.helium import modeling_helium
+from transformers.models.llama import modeling_llama
 from transformers.models.mimi import modeling_mimi
+from transformers.models.mistral import modeling_mistral
 from transformers.models.moshi import modeling_moshi
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from transformers_moshi_flax.former_names import FORMER_NAMES
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 """Largest difference allowed, relative to the largest magnitude of the oracle's output."""
+
+MODELING = (
+    *(modeling_gemma2, modeling_gemma3, modeling_helium, modeling_llama, modeling_mistral, modeling_qwen2),
+    *(modeling_qwen3, modeling_mimi, modeling_moshi, modeling_rope_utils),
+)
+"""Upstream's files that force something to float32."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,8 +49,9 @@ def upstreams_name(name: str) -> str:
 def randomize(model: Model, seed: int = 0) -> Model:
     """Draw every weight and buffer of an upstream model so that a wrong or forgotten one shows, in place.
 
-    Norms and layer scales are around 1, biases are not zero, Mimi's codebooks are random with unequal cluster usage,
-    and heads are large enough that the two best logits of a position are practically never close.
+    Norms and layer scales are around 1 (Gemma's around 0, as 1 is added to them), biases are not zero, Mimi's
+    codebooks are random with unequal cluster usage, and heads are large enough that the two best logits of a position
+    are practically never close.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,8 +61,9 @@ def randomize(model: Model, seed: int = 0) -> Model:
     with torch.no_grad():
         for module_name, module in model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
-                if isinstance(module, modeling_moshi.MoshiRMSNorm | nn.LayerNorm) and name == "weight":
-                    normal(weight, 0.3, mean=1.0)
+                kind = type(module).__name__
+                if kind.endswith(("RMSNorm", "LayerNorm")) and name == "weight":
+                    normal(weight, 0.3, mean=0.0 if kind.startswith("Gemma") else 1.0)
                 elif name == "scale":
                     normal(weight, 0.3, mean=1.0)
                 elif name == "bias":
@@ -87,12 +103,14 @@ def double_oracle() -> Iterator[None]:
     """
     float_method = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double
-    modeling_moshi.torch = modeling_mimi.torch = _TorchInDouble()
+    for modeling in MODELING:
+        modeling.torch = _TorchInDouble()
     try:
         yield
     finally:
         torch.Tensor.float = float_method
-        modeling_moshi.torch = modeling_mimi.torch = torch
+        for modeling in MODELING:
+            modeling.torch = torch
 
 
 def to_double(model: Model) -> Model:
@@ -102,6 +120,10 @@ def to_double(model: Model) -> Model:
         for module in model.modules():
             if isinstance(module, modeling_moshi.MoshiRotaryEmbedding | modeling_mimi.MimiRotaryEmbedding):
                 module.inv_freq, _ = module.compute_default_rope_parameters(module.config)
+            elif type(module).__name__.endswith("RotaryEmbedding"):
+                vars(module).update(vars(type(module)(module.config)))
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale.fill_(module.scalar_embed_scale)
             if isinstance(module, modeling_mimi.MimiEuclideanCodebook):
                 module._embed = None
     return model

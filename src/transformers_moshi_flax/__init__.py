@@ -45,6 +45,7 @@ _PUBLIC = {
         "FlaxTopPLogitsWarper",
         "FlaxTypicalLogitsWarper",
     ],
+    "models.llama": ["FlaxLlamaForCausalLM", "FlaxLlamaModel", "FlaxLlamaPreTrainedModel"],
     "models.mimi": [
         "FlaxMimiDecoderModel",
         "FlaxMimiEncoderModel",

@@ -143,13 +143,14 @@ def model_card(
 
     from . import __version__
 
+    kinds = ["speech"] if "audio" in model.pipeline_tag else []
     data = ModelCardData(
         license=license,
         language=[language] if isinstance(language, str) else list(language or []) or None,
         base_model=model.hub_id if base_model is None else base_model,
         library_name="transformers-moshi-flax",
-        pipeline_tag="audio-to-audio",
-        tags=list(dict.fromkeys([model.config.model_type, "flax", "jax", "speech", *tags])),
+        pipeline_tag=model.pipeline_tag,
+        tags=list(dict.fromkeys([model.config.model_type, "flax", "jax", *kinds, *tags])),
     )
     to_pt = "model.safetensors" in files or "model.safetensors.index.json" in files
     lines = [
@@ -159,7 +160,7 @@ def model_card(
         "",
         f"# {repo_id.split('/')[-1]}",
         "",
-        f"`{type(model).__name__.removeprefix('Flax')}` saved by "
+        f"`{model.upstream_name}` saved by "
         f"[transformers-moshi-flax](https://pypi.org/project/transformers-moshi-flax/) "
         f"{__version__}, {'in the layout of PyTorch' if to_pt else 'in the layout of Flax'}.",
         _origin(model),
@@ -185,7 +186,7 @@ def _usage(model: Any, repo_id: str, to_pt: bool) -> list[str]:
     """How to load it, here and in PyTorch."""
     name = type(model).__name__
     to_floats = "" if model.quantization is None else " --quantize none"
-    in_torch = name.removeprefix("Flax")
+    in_torch = model.upstream_name
     return [
         "## Load it",
         "",

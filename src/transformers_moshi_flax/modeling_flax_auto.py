@@ -55,7 +55,8 @@ class FlaxModelMapping(Mapping[type[PreTrainedConfig], type[Any]]):
     def _pairs(self) -> dict[type[PreTrainedConfig], type[Any]]:
         package = importlib.import_module(PACKAGE)
         ours = (getattr(package, name) for name in self._names.values())
-        return {**{model_class.config_class: model_class for model_class in ours}, **self._registered}
+        pairs = {config_class: model_class for model_class in ours for config_class in model_class.known_configs()}
+        return {**pairs, **self._registered}
 
     def __getitem__(self, config_class: type[PreTrainedConfig]) -> type[Any]:
         return self._pairs()[config_class]
@@ -67,8 +68,12 @@ class FlaxModelMapping(Mapping[type[PreTrainedConfig], type[Any]]):
         return len(self._pairs())
 
 
+LLAMAS = ("gemma2", "gemma3_text", "helium", "llama", "mistral", "qwen2", "qwen3")
+"""The ``model_type`` of the language models that are one class here."""
+
 FLAX_MODEL_MAPPING = FlaxModelMapping(
     {
+        **dict.fromkeys(LLAMAS, "FlaxLlamaModel"),
         "mimi": "FlaxMimiModel",
         "mimi_decoder": "FlaxMimiDecoderModel",
         "mimi_encoder": "FlaxMimiEncoderModel",
@@ -76,7 +81,9 @@ FLAX_MODEL_MAPPING = FlaxModelMapping(
         "moshi_depth": "FlaxMoshiDepthDecoder",
     }
 )
-FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping({"moshi": "FlaxMoshiForCausalLM"})
+FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(
+    {**dict.fromkeys(LLAMAS, "FlaxLlamaForCausalLM"), "moshi": "FlaxMoshiForCausalLM"}
+)
 
 
 class _FlaxAutoModelClass:
@@ -166,11 +173,11 @@ class _FlaxAutoModelClass:
         Raises:
             ValueError: another ``config_class``, or there is a class already.
         """
-        own = getattr(model_class, "config_class", config_class)
-        if own is not config_class:
+        own = model_class.known_configs() if hasattr(model_class, "known_configs") else (config_class,)
+        if config_class not in own:
             raise ValueError(
-                f"{model_class.__name__} has the config_class {own.__name__}, not {config_class.__name__}: register "
-                "it with its own"
+                f"{model_class.__name__} has the config_class {own[0].__name__}, not {config_class.__name__}: "
+                "register it with its own"
             )
         cls._model_mapping.register(config_class, model_class, exist_ok)
 

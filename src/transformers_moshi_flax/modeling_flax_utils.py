@@ -55,7 +55,7 @@ from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
-from .nn.linear import KERNEL, SCALES
+from .nn.linear import KERNEL, OF_GROUPS
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
 from .quantization.config import QuantizationConfig
@@ -72,6 +72,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     Class attributes that a model sets:
         config_class: the configuration class of ``transformers``.
+        config_classes: all of them, where there are several.
         base_model_prefix: name of the base model in the parameter tree of a class with a head; what lies outside it is
             the head, which may be missing from a checkpoint.
         main_input_name: name of the first input.
@@ -81,6 +82,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         checkpoint_series: regular expressions of tensors that count up in a file, and of which a configuration may ask
             for the first ones alone.
         default_input_shape: shape of the dummy input for initialisation.
+        pipeline_tag: what the Hub says that the model does.
 
     Args:
         config: an instance of ``config_class``.
@@ -96,6 +98,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
+    config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     base_model_prefix: ClassVar[str] = ""
     main_input_name: ClassVar[str] = "input_ids"
     module_class: ClassVar[type[nn.Module]]
@@ -103,6 +106,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     checkpoint_series: ClassVar[tuple[str, ...]] = ()
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
+    pipeline_tag: ClassVar[str] = "audio-to-audio"
     _generates: ClassVar[bool] = False
     _auto_class: ClassVar[str | None] = None
     _kept_for_speed: ClassVar[tuple[str, ...]] = (
@@ -126,8 +130,9 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         _do_init: bool = True,
         **kwargs: Any,
     ):
-        if not isinstance(config, self.config_class):
-            raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        if not isinstance(config, self.known_configs()):
+            names = " or ".join(known.__name__ for known in self.known_configs())
+            raise ValueError(f"config must be a {names}, got {type(config).__name__}")
         check_config_sizes(type(config), config.to_dict())
         for name in kwargs:
             if name not in self._module_fields():
@@ -307,6 +312,16 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         return self._required_params
 
     @classmethod
+    def known_configs(cls) -> tuple[type[PreTrainedConfig], ...]:
+        """The classes of the configurations that there are models of."""
+        return cls.config_classes or (cls.config_class,)
+
+    @property
+    def upstream_name(self) -> str:
+        """The name of upstream's class of this model."""
+        return type(self).__name__.removeprefix("Flax")
+
+    @classmethod
     def can_generate(cls) -> bool:
         """Whether the class has ``generate``."""
         return cls._generates
@@ -474,9 +489,9 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
             )
         source = Source.locate(name_or_path, subfolder or "", use_safetensors=use_safetensors, **hub)
         if config is None:
-            config = load_config(cls.config_class, source, from_pt)
+            config = load_config(cls.known_configs(), source, from_pt)
         elif not isinstance(config, PreTrainedConfig):
-            config = load_config(cls.config_class, Source.locate(config, **hub))
+            config = load_config(cls.known_configs(), Source.locate(config, **hub))
         model_kwargs, config_kwargs = cls._split_kwargs(config, kwargs)
         config = override_config(config, config_kwargs)
 
@@ -518,6 +533,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Make a model of weights in any format; the rest as of :meth:`from_pretrained`."""
+        config = weights.described(config)
         # float32 stands in until the weights are read: the shapes do not depend on it.
         model = cls(config, dtype=jnp.float32 if dtype is None else dtype, _do_init=False, **model_kwargs)
         chosen = None if quantization is None else model._checked_quantization(quantization)
@@ -818,7 +834,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     def _config_json(self, params: Params, auto_map: Mapping[str, str]) -> str:
         """The configuration as upstream writes it: architecture under its PyTorch name, dtype of the weights."""
         values = json.loads(self.config.to_json_string(use_diff=True))
-        values["architectures"] = [type(self).__name__.removeprefix("Flax")]
+        values["architectures"] = [self.upstream_name]
         values["dtype"] = main_dtype(flatten_dict(params)).name
         if auto_map:
             values["auto_map"] = {**values.get("auto_map", {}), **auto_map}
@@ -859,8 +875,8 @@ def _load(
         """The leaf where it is to lie, or those that stand for it, by path."""
         layer, _, name = path.rpartition("/")
         if quantization is None or name != KERNEL or layer not in layers:
-            return {path: to_device(leaf, None if name == SCALES else dtype, shardings.get(path))}
-        leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization.kind, layers[layer])
+            return {path: to_device(leaf, None if name in OF_GROUPS else dtype, shardings.get(path))}
+        leaves = quantized_leaves(layer, to_device(leaf, jnp.float32), quantization, layers[layer])
         # finished, or the floats of several layers would be there at once
         return {own: jax.block_until_ready(jax.device_put(each, shardings.get(own))) for own, each in leaves.items()}
 
@@ -922,7 +938,7 @@ def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, An
     params = unfreeze(params)
 
     def cast(path: Any, leaf: Any, chosen: bool = True) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1].key != SCALES
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1].key not in OF_GROUPS
         return leaf.astype(dtype) if chosen and floating else leaf
 
     if mask is None:

@@ -1,4 +1,4 @@
-"""How parameters lie on a mesh: a table over parameter paths, for Moshi and Mimi.
+"""How parameters lie on a mesh: a table over parameter paths, for all models.
 
 The mesh axes are ``data``, ``fsdp`` and ``tensor``; axes that a mesh lacks count as size 1. Linear layers that fan out
 are split by their columns over ``tensor``, those that fan in by their rows, embeddings by their features; the other
@@ -20,11 +20,16 @@ from jax.typing import ArrayLike
 
 from .input_checks import shortened
 
+_KERNEL = r"kernel(?:_int8|_int4|_nf4)?"
+
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?", PartitionSpec("fsdp", "tensor")),
-    (r"(?:.*/)?(?:o_proj|fc2)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?", PartitionSpec("tensor", "fsdp")),
     (
-        r"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/kernel(?:_int8|_int4|_nf4)?",
+        r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1|gate_proj|up_proj)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?",
+        PartitionSpec("fsdp", "tensor"),
+    ),
+    (rf"(?:.*/)?(?:o_proj|fc2|down_proj)/(?:.*/)?{_KERNEL}", PartitionSpec("tensor", "fsdp")),
+    (
+        rf"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/{_KERNEL}",
         PartitionSpec("fsdp", "tensor"),
     ),
     (r"(?:.*/)?(?:text_)?embed_tokens/(?:\d+/)?embedding", PartitionSpec(None, ("fsdp", "tensor"))),

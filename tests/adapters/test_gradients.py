@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import MoshiForConditionalGeneration
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.test_losses import draw, upstream_losses
 from tests.torch_oracle import Pair, assert_close, double_oracle, make_pair, numpy
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, LoraConfig
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, LoraConfig, QuantizationConfig
 from transformers_moshi_flax.adapters.files import PREFIX, adapter_tensors
 from transformers_moshi_flax.adapters.lora import Adapter
 
@@ -59,6 +60,28 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pair.ours.save_adapter(folder / "adapter")
         theirs = peft.PeftModel.from_pretrained(pair.theirs, str(folder / "adapter"), is_trainable=True).eval()
         yield Pair(theirs, pair.ours, folder, request.param)
+
+
+@pytest.fixture(scope="module", params=["int8", "int4", "nf4"])
+def quantized_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same adapter beside our quantized weights, and beside theirs that are the floats these stand for."""
+    folder: Path = tmp_path_factory.mktemp("quantized")
+    ours = make_pair(
+        MoshiForConditionalGeneration, FlaxMoshiForConditionalGeneration, tiny_moshi_config(), folder / "base", seed=2
+    ).ours
+    ours.quantize(QuantizationConfig(request.param, group_size=4))
+    ours.add_adapter(dataclasses.replace(CONFIG))
+    ours.save_adapter(folder / "adapter")
+    ours.save_pretrained(folder / "codes")
+    plain = FlaxMoshiForConditionalGeneration.from_pretrained(folder / "codes").dequantize()
+    plain.save_pretrained(folder / "floats", to_pt=True)
+    theirs = MoshiForConditionalGeneration.from_pretrained(folder / "floats", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(theirs, str(folder / "adapter"), is_trainable=True).eval()
+    return Pair(theirs, ours, folder, "float32")
+
+
+def test_beside_quantized_weights_they_are_pefts(quantized_pair: Pair) -> None:
+    test_loss_and_gradients_are_pefts(quantized_pair)
 
 
 def test_loss_and_gradients_are_pefts(pair: Pair) -> None:

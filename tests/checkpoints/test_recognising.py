@@ -9,8 +9,10 @@ FOLDERS = {
     "a LoRA adapter of moshi-finetune": ["lora.safetensors", "config.json"],
     "an adapter of PEFT": ["adapter_config.json", "adapter_model.safetensors"],
     "the folder of a training run": ["checkpoints", "config.yaml"],
-    "model.q8.safetensors is quantized": ["model.q8.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"],
-    "model.q4_k.gguf is quantized": ["model.q4_k.gguf"],
+    "model.q4_k.gguf is of a type that is not read": [
+        "model.q4_k.gguf",
+        "tokenizer-e351c8d8-checkpoint125.safetensors",
+    ],
 }
 
 
@@ -33,9 +35,17 @@ def test_kyutais(tmp_path):
 
 
 def test_quantized_beside_the_weights(tmp_path):
-    for name in ("model.q8.safetensors", "model.safetensors"):
+    for name in ("model.q4_k.gguf", "model.safetensors"):
         (tmp_path / name).touch()
     assert no_model(Source.locate(tmp_path), None) is None
+
+
+@pytest.mark.parametrize("name", ["model.q8.safetensors", "model.q4.safetensors", "model.q8.gguf"])
+def test_quantized_alone(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "model.q4_k.gguf").touch()
+    assert no_model(Source.locate(tmp_path), None) is None
+    assert "from_kyutai" in foreign(Source.locate(tmp_path), None)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 import soundfile
 
 from tests.random_model import RANDOM_MODEL
-from transformers_moshi_flax.cli import checkpoints, generate, live, main, train
+from transformers_moshi_flax.cli import checkpoints, complete, generate, live, main, train
 
 
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor fill the user's cache of compiled programs."""
-    for command in (generate, live, train):
+    for command in (complete, generate, live, train):
         monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tests.hub_server import UPLOAD_WARNING, hub_server
+from tests.models.llama.pairs import tiny_pair
 from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax.cli import main
 
@@ -329,3 +330,18 @@ def test_a_quantized_checkpoint_runs_without_an_option(moshi_flax, tmp_path: Pat
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "reply.json").read_text("utf-8"))
     assert len(record["text_ids"]) == 3 and np.array(record["audio_codes"]).shape == (8, 2)
+
+
+def test_a_language_model_there_and_back(moshi_flax, tmp_path: Path):
+    """One class reads all of them; upstream's name of the model stays."""
+    tiny_pair("qwen3", tmp_path / "pt")
+    for source, made, to in (("pt", "flax", "flax"), ("flax", "back", "pt")):
+        result = moshi_flax("convert", tmp_path / source, tmp_path / made, "--to", to)
+        assert result.code == 0, result.err
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pt", "back"))
+    assert before.keys() == after.keys()
+    assert all(after[key].tobytes() == value.tobytes() for key, value in before.items())
+    result = moshi_flax("inspect", tmp_path / "flax", "--json")
+    told = json.loads(result.out)
+    assert result.code == 0 and told["fits"] is True
+    assert json.loads((tmp_path / "flax/config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 from pathlib import Path
@@ -12,7 +13,7 @@ import soundfile
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor, QuantizationConfig
 from transformers_moshi_flax.training.data.prepared import open_dataset
 
 
@@ -41,6 +42,26 @@ def test_there_and_back(moshi_flax, flax_folder: Path, tmp_path: Path):
     assert result.code == 0 and report["differences"] == [] and len(report["outputs"]) == 4
     assert all(entry["checksums"] == entry["tensors"] > 0 for entry in report["checkpoints"])
     assert json.loads(moshi_flax("inspect", tmp_path / "kyutai", "--json").out)["layout"] == "kyutai"
+
+
+def test_quantized_there_and_back(moshi_flax, flax_folder: Path, tmp_path: Path):
+    """Kyutai's q8: codes as the package here makes them, of all but Mimi."""
+    theirs, back, floats = (tmp_path / name for name in ("theirs", "back", "floats"))
+    assert moshi_flax("convert", flax_folder, theirs, "--to", "kyutai", "--quantize", "int8").code == 0
+    config = json.loads((theirs / "config.json").read_text())
+    assert config["quantize"] is True and config["moshi_name"] == "model.q8.safetensors"
+    result = moshi_flax("convert", theirs, back, "--from", "kyutai")
+    assert result.code == 0 and "int8 (8 bits, a scale for each output, without audio_encoder)" in result.err
+    result = moshi_flax("verify", theirs, back, "--no-outputs", "--json")
+    assert result.code == 0 and json.loads(result.out)["differences"] == []
+    told = json.loads(moshi_flax("inspect", theirs, "--json").out)["quantization"]
+    assert told == {"layers": 37, **dataclasses.asdict(QuantizationConfig("int8", skip=["audio_encoder"]))}
+    assert "37 matrices, int8" in moshi_flax("inspect", theirs).out
+    assert moshi_flax("convert", theirs, floats, "--from", "kyutai", "--quantize", "none").code == 0
+    again = FlaxMoshiForConditionalGeneration.from_pretrained(floats)
+    assert again.quantization is None and again.params_shape_tree.keys() == again.params.keys()
+    result = moshi_flax("convert", flax_folder, tmp_path / "new", "--to", "kyutai", "--quantize", "int4")
+    assert result.code == 2 and "--quantize int4: not with --to kyutai" in " ".join(result.err.split())
 
 
 def test_differences_are_found(moshi_flax, flax_folder: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,6 +77,22 @@ def test_attention_without_weights_is_the_same() -> None:
     with_weights, none = (attention.attention(query, key, value, mask, output_weights=w) for w in (True, False))
     assert none[1] is None
     np.testing.assert_allclose(none[0], with_weights[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("options", [{"scale": 0.2}, {"soft_cap": 0.5}, {"scale": 2.0, "soft_cap": 1.5}])
+def test_scaled_and_capped_scores(options: dict[str, float], weights: bool) -> None:
+    """As written out."""
+    query, key, value = normal(1, 3, 4, 8), normal(1, 5, 2, 8, seed=1), normal(1, 5, 2, 8, seed=2)
+    mask = np.tril(np.ones((3, 5), bool), 2)[None]
+    scores = np.einsum("bqhd,bshd->bhqs", query, np.repeat(key, 2, axis=2)) * options.get("scale", 8**-0.5)
+    if "soft_cap" in options:
+        scores = options["soft_cap"] * np.tanh(scores / options["soft_cap"])
+    shares = np.where(mask[:, None], np.exp(scores), 0)
+    mixed = np.einsum("bhqs,bshd->bqhd", shares / shares.sum(-1, keepdims=True), np.repeat(value, 2, axis=2))
+    capped = partial(attention.attention, output_weights=weights, **options)
+    for found in both(lambda *args: capped(*args), query, key, value, jnp.asarray(mask)):
+        np.testing.assert_allclose(found[0], mixed, rtol=0, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_attends_all_alike() -> None:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from transformers_moshi_flax.ops.cpu import tile_count
-from transformers_moshi_flax.ops.quantization import BITS, NF4, dequantize, quantize, quantized_dot
+from transformers_moshi_flax.ops.quantization import (
+    BITS,
+    NF4,
+    dequantize,
+    quantize,
+    quantize_with_offsets,
+    quantized_dot,
+)
 
 LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
 
@@ -148,6 +155,57 @@ def test_tiles_are_for_cpus_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [((1,), 1, "float32"), ((3, 2), 64, "float32"), ((40,), 64, "float32"), ((2,), 64, "bfloat16")],
+)
+def test_gradients_are_those_of_the_dequantized_matrix(
+    kind: str, shape: tuple[int, ...], groups: int, dtype: str
+) -> None:
+    """Of a matrix of several tiles."""
+    codes, scales = quantize(jnp.asarray(drawn(2048, 600)), kind, groups)
+    draw = np.random.default_rng(1)
+    x = jnp.asarray(draw.standard_normal((*shape, 2048)), dtype)
+    cotangent = jnp.asarray(draw.standard_normal((*shape, 600)), dtype)
+
+    def pulled_back(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: quantized_dot(x, codes, scales, kind), x)[1](cotangent)[0]
+
+    found = jax.jit(pulled_back)(x, cotangent)
+    assert found.dtype == x.dtype and found.shape == x.shape
+    expected = np.asarray(cotangent, np.float64) @ np.asarray(dequantize(codes, scales, kind), np.float64).T
+    tolerance = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("int8", 1), ("int4", 64)])
+def test_gradients_with_offsets(kind: str, groups: int) -> None:
+    codes, scales, offsets = quantize_with_offsets(jnp.asarray(drawn(2048, 600) + 0.3), kind, groups)
+    x = jnp.zeros((2, 3, 2048))
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 600)), jnp.float32)
+    found = jax.vjp(lambda x: quantized_dot(x, codes, scales, kind, offsets), x)[1](cotangent)[0]
+    matrix = np.asarray(dequantize(codes, scales, kind, offsets), np.float64)
+    expected = np.asarray(cotangent, np.float64) @ matrix.T
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_gradients_keep_no_floats(kind: str) -> None:
+    """Neither forward nor backward is there a whole matrix of floats."""
+    layers = [quantize(jnp.asarray(drawn(1024, 1024, seed)), kind, 32) for seed in range(4)]
+
+    def loss(x: jax.Array, layers: Any) -> jax.Array:
+        for codes, scales in layers:
+            x = jnp.tanh(quantized_dot(x, codes, scales, kind))
+        return jnp.sum(x)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((8, 1024)), layers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 1024 * 4
+    text = jax.jit(jax.grad(loss)).trace(jnp.zeros((8, 1024)), layers).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("kind", BITS)
 def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
     """XLA would make floats of all matrices before the loop; the temporaries stay far below a matrix of floats."""
     layers = [quantize(jnp.asarray(drawn(512, 512, seed)), kind, 16) for seed in range(8)]
@@ -162,6 +220,35 @@ def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
 
     compiled = jax.jit(frames).lower(jnp.zeros((1, 512)), layers).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 3, 1), (64, 7, 2)])
+def test_with_offsets(kind: str, inputs: int, outputs: int, groups: int) -> None:
+    """The codes reach from the smallest to the largest number of a group; half a step is the most that one is off."""
+    matrix = 3 + drawn(inputs, outputs)
+    codes, scales, offsets = quantize_with_offsets(jnp.asarray(matrix), kind, groups)
+    grouped, levels = matrix.reshape(groups, -1, outputs), 2 ** BITS[kind]
+    steps = (grouped.max(axis=1) - grouped.min(axis=1)) / (levels - 1)
+    np.testing.assert_allclose(scales, steps, rtol=3e-7)
+    np.testing.assert_allclose(offsets, grouped.min(axis=1) + levels // 2 * steps, rtol=3e-7)
+    found = unpacked(np.asarray(codes), kind).reshape(grouped.shape)
+    assert (found.min(axis=1) == -levels // 2).all() and (found.max(axis=1) == levels // 2 - 1).all()
+    values = np.asarray(dequantize(codes, scales, kind, offsets))
+    np.testing.assert_allclose(
+        values, (found * scales[:, None] + offsets[:, None]).reshape(inputs, outputs), rtol=3e-7
+    )
+    assert (np.abs(values - matrix).reshape(grouped.shape) <= 0.5001 * steps[:, None] + 1e-6).all()
+    for rows in (1, 6):
+        x = jnp.asarray(drawn(rows, inputs, 1))
+        expected = np.asarray(x, np.float64) @ values.astype(np.float64)
+        product = quantized_dot(x, codes, scales, kind, offsets)
+        assert np.abs(product - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_offsets_of_one_number_alone() -> None:
+    codes, scales, offsets = quantize_with_offsets(jnp.full((8, 2), -1.5), "int4", 2)
+    np.testing.assert_array_equal(dequantize(codes, scales, "int4", offsets), -1.5)
 
 
 def test_tiles() -> None:

@@ -21,6 +21,7 @@ from transformers_moshi_flax.quantization.tree import check_skip, quantized_laye
         ({"bits": 8}, ("int8", 8, None)),
         ({"bits": 4, "group_size": 64}, ("int4", 4, 64)),
         ({"bits": 4, "kind": "nf4"}, ("nf4", 4, 32)),
+        ({"bits": 8, "group_size": 64, "offsets": True}, ("int8", 8, 64)),
     ],
 )
 def test_what_is_left_out_follows(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -46,6 +47,8 @@ def test_what_is_left_out_follows(fields: dict[str, Any], expected: tuple[Any, .
         ({"kind": "nf4", "group_size": 7}, "`group_size`=7 must be even"),
         ({"kind": "int8", "skip": "lm_head"}, "`skip`='lm_head' must be a list"),
         ({"bits": 5, "group_size": -1}, "`bits`=5 .*; `group_size`=-1"),
+        ({"kind": "nf4", "offsets": True}, "`offsets`=True, but the numbers of 'nf4' lie around zero"),
+        ({"kind": "int4", "offsets": 1}, "`offsets`=1 must be True or False"),
     ],
 )
 def test_bad_values_are_named(fields: dict[str, Any], message: str) -> None:

@@ -218,6 +218,25 @@ def test_narrow_floats(folder: Path, tmp_path: Path) -> None:
     assert all(np.isfinite(output.astype(np.float32)).all() for output in outputs(again))
 
 
+def test_with_offsets(folder: Path, tmp_path: Path) -> None:
+    """Leaves beside the scales: saved and loaded to the bit, float32 whatever the others are, and computed with."""
+    quantization = QuantizationConfig("int4", group_size=4, offsets=True)
+    model = Model.from_pretrained(folder / "flax", quantization=quantization)
+    leaves = flatten_dict(model.params, sep="/")
+    lines = [path for path in leaves if path.endswith("/offsets")]
+    assert len(lines) == sum(path.endswith("/scales") for path in leaves) == 93
+    assert str(model.quantization) == "int4 (4 bits, groups of 4 with offsets)"
+    narrow = flatten_dict(model.to_bf16(model.params), sep="/")
+    assert narrow[lines[0]].dtype == jnp.float32
+    model.save_pretrained(tmp_path)
+    again = Model.from_pretrained(tmp_path, jnp.float32)
+    same(again.params, model.params)
+    found = outputs(model)
+    for ours, theirs in zip(found, outputs(again.dequantize())):
+        assert_close(ours, theirs, 1e-5)
+    assert again.quantization is None and not any("offsets" in path for path in flatten_dict(again.params, sep="/"))
+
+
 def test_new_weights_of_a_quantized_configuration(model: Model) -> None:
     assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), Model(model.config).params) == (
         model.params_shape_tree

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from tests.torch_oracle import assert_close
 from tests.training.runs import run_config, run_values, smaller_config, write_conversations
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, QuantizationConfig
 from transformers_moshi_flax.adapters.files import CONFIG, WEIGHTS
 from transformers_moshi_flax.cli import main
 from transformers_moshi_flax.training.configuration import ConfigurationError
@@ -184,9 +184,111 @@ def test_the_base_is_kept_in_the_dtype_of_the_computation(inputs: Path, tmp_path
     assert frozen["decoder/lm_head/kernel"].dtype.name == "bfloat16"
 
 
+def scaled_steps(**options: Any) -> dict[str, Any]:
+    """Few steps, by gradients as they are: Adam divides small ones by themselves."""
+    return {"run__steps": 3, "optimizer__eps": 1.0, "optimizer__schedule": "constant", **options}
+
+
+GROUP_SIZE = {"int8": None, "int4": 8, "nf4": 4}
+
+
+def quantized_by(kind: str) -> dict[str, Any]:
+    """Settings of a run."""
+    return {"model__quantization": kind, "model__quantization_group_size": GROUP_SIZE[kind]}
+
+
+@pytest.fixture(scope="module", params=["int8", "int4", "nf4"])
+def quantized(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A kind, the base in it, the base of the floats that this one computes with, and a run beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    size = GROUP_SIZE[request.param]
+    model = Model.from_pretrained(inputs / "base", quantization=QuantizationConfig(request.param, group_size=size))
+    model.save_pretrained(folder / "quantized")
+    model.dequantize().save_pretrained(folder / "floats")
+    train(inputs, folder / "run", **scaled_steps(**quantized_by(request.param)))
+    return request.param, folder
+
+
+def test_beside_quantized_weights(inputs: Path, quantized: Any) -> None:
+    """The adapter becomes what it becomes beside the floats that the codes stand for."""
+    kind, folder = quantized
+    found = load_file(folder / "run" / "export" / WEIGHTS)
+    run = train(inputs, folder / "plain", **scaled_steps(model__path=str(folder / "floats")))
+    for key, tensor in load_file(run / "export" / WEIGHTS).items():
+        assert_close(found[key], tensor, 1e-4, key)
+    # the weights that do not learn are codes in the folder as well, and no floats of these layers
+    frozen = flatten_dict(open_run(folder / "run").restore_frozen(), sep="/")
+    frozen = {path: leaf for path, leaf in frozen.items() if not path.endswith("/lora_scaling")}
+    ours = flatten_dict(Model.from_pretrained(folder / "quantized").params, sep="/")
+    assert frozen.keys() == ours.keys() and any(path.endswith(f"kernel_{kind}") for path in frozen)
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(frozen[path], leaf, err_msg=path)
+
+
+def test_a_base_that_is_quantized_already(inputs: Path, quantized: Any) -> None:
+    _, folder = quantized
+    run = train(inputs, folder / "already", **scaled_steps(model__path=str(folder / "quantized")))
+    for key, tensor in load_file(run / "export" / WEIGHTS).items():
+        np.testing.assert_array_equal(tensor, load_file(folder / "run" / "export" / WEIGHTS)[key], err_msg=key)
+
+
+def test_quantized_runs_go_on_to_the_bit(inputs: Path, quantized: Any) -> None:
+    kind, folder = quantized
+    for steps in (2, 3):
+        train(inputs, folder / "interrupted", **scaled_steps(**quantized_by(kind), run__steps=steps))
+    for path, leaf in trained_of(folder / "interrupted", 3).items():
+        np.testing.assert_array_equal(leaf, trained_of(folder / "run", 3)[path], err_msg=path)
+
+
+def test_merged_into_the_floats_of_quantized_weights(quantized: Any, tmp_path: Path) -> None:
+    _, folder = quantized
+    export_checkpoint(folder / "run", tmp_path / "merged", merges=True)
+    merged, expected = Model.from_pretrained(tmp_path / "merged"), Model.from_pretrained(folder / "floats")
+    assert merged.quantization is None
+    expected.load_adapter(folder / "run" / "export")
+    expected.merge_adapter()
+    jax.tree.map(np.testing.assert_array_equal, merged.params, expected.params)
+    # and the adapter alone goes beside the quantized weights
+    model = Model.from_pretrained(folder / "quantized")
+    model.load_adapter(folder / "run" / "export")
+    ids = np.ones((1, 4), np.int32)
+    # the depth decoder's layers and Mimi's are not run by this
+    found, wanted = (
+        each.decoder(ids, params=params["decoder"]).logits
+        for each, params in ((model, model.adapted_params()), (expected, expected.params))
+    )
+    assert_close(found, wanted, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_and_scanned_layers(inputs: Path, tmp_path: Path, kind: str) -> None:
+    options = scaled_steps(**quantized_by(kind), model__dtype="bfloat16")
+    folders = [
+        train(inputs, tmp_path / f"{scans}", model__scan_layers=scans, model__gradient_checkpointing=scans, **options)
+        for scans in (False, True)
+    ]
+    plain, scanned = (load_file(folder / "export" / WEIGHTS) for folder in folders)
+    for key, tensor in scanned.items():
+        assert_close(tensor, plain[key], 2e-2, key)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            {"adapter__r": None, "model__quantization": "nf4"},
+            "`model.quantization`: quantized weights are not trained; give adapter.r",
+        ),
+        ({"model__quantization": "nf5"}, "`model.quantization`"),
+        ({"model__quantization_group_size": 4}, "`model.quantization_group_size`: nothing is quantized"),
+        (
+            {"model__quantization": "nf4", "model__quantization_group_size": 3},
+            "`model.quantization_group_size`: .* must be even",
+        ),
+        (
+            {"model__quantization": "int8", "adapter__modules_to_save": ["decoder.lm_head"]},
+            "`modules_to_save`: decoder/lm_head/kernel is quantized",
+        ),
         ({"adapter__r": 0}, "`adapter.r` must be a whole number, at least 1"),
         ({"adapter__r": None, "adapter__lora_alpha": 3.0}, "`adapter.lora_alpha`: there is no adapter without a rank"),
         ({"adapter__lora_dropout": 1.0}, "`adapter.lora_dropout` must be"),
@@ -217,6 +319,8 @@ def test_meshes_and_accumulation(inputs: Path, tmp_path: Path) -> None:
     """Two devices that share rows or weights, and two micro-batches, end where one device does."""
     variants = {"one": {}, "data": {"mesh__data": 2}, "fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
     variants["parts"] = {"run__accumulation_steps": 2}
+    quantized = quantized_by("nf4")
+    variants |= {f"{name} quantized": {**variant, **quantized} for name, variant in variants.items()}
     paths = []
     for name, variant in variants.items():
         options = {"model__config": None, "model__path": str(inputs / "base"), "adapter__r": 2, "optimizer__eps": 1.0}
@@ -228,5 +332,6 @@ def test_meshes_and_accumulation(inputs: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ON_MESHES, *map(str, paths)], env=environment, check=True, timeout=600)
     found = {name: load_file(tmp_path / name / "export" / WEIGHTS) for name in variants}
     for name in variants:
-        for key, tensor in found["one"].items():
+        alone = "one quantized" if "quantized" in name else "one"
+        for key, tensor in found[alone].items():
             assert_close(found[name][key], tensor, 1e-4, f"{name} {key}")

@@ -1,7 +1,8 @@
 """One implementation's steps of training in a process of its own: seconds, processor seconds and memory.
 
 Run as a program, ``python -m utils.benchmark.training_sides SIDE FOLDER THREADS BATCH FRAMES STEPS``, it prints what
-it measured as JSON. Every side trains all of Moshi but Mimi, which it frees, in float32 with AdamW.
+it measured as JSON. Every side trains all of Moshi but Mimi, which it frees, in float32 with AdamW; those with LoRA an
+adapter of rank 16 of all linear layers but the heads.
 """
 
 from __future__ import annotations
@@ -26,10 +27,17 @@ SIDES = {
     "ours, recomputed": "this library, layers scanned and recomputed",
     "ours, accumulated": "this library, in two micro-batches",
     "ours, two batches": "this library, two such batches as micro-batches of one update, a batch",
+    "ours, lora": "this library, LoRA",
+    "ours, qlora": "this library, LoRA beside nf4",
     "upstream": "upstream PyTorch",
     "mended": "upstream, products mended",
     "mended, recomputed": "upstream, products mended, gradient checkpointing",
+    "mended, lora": "upstream, products mended, PEFT's LoRA",
 }
+QUANTIZED = ("ours, qlora",)
+"""Those whose losses are others."""
+
+RANK = 16
 
 
 @dataclasses.dataclass
@@ -81,13 +89,19 @@ def prepare_ours(side: str, folder: str, batch: int, frames: int) -> Callable[[]
     from transformers_moshi_flax.training.train_state import create_train_state, split_params
     from transformers_moshi_flax.training.train_step import make_train_step
 
-    model, params = FlaxMoshiForConditionalGeneration.from_pretrained(folder, _do_init=False)
+    quantization = "nf4" if side in QUANTIZED else None
+    model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
+        folder, quantization=quantization, _do_init=False
+    )
     recomputed = side == "ours, recomputed"
     module = model.module.clone(gradient_checkpointing=recomputed, scan_layers=recomputed)
-    params, _ = split_params(stack_layers(params) if recomputed else params)
+    if side.endswith("lora"):
+        params, frozen = with_adapter(model, params)
+    else:
+        params, frozen = split_params(stack_layers(params) if recomputed else params)[0], {}
     optimizer, schedule = make_optimizer(OptimizerConfig(schedule="constant", max_grad_norm=0.0), 1000, params)
-    state = create_train_state(params, {}, optimizer)
-    del params
+    state = create_train_state(params, frozen, optimizer)
+    del params, frozen
     objective = ObjectiveConfig(text_padding_weight=1.0)
     parts = 2 if side in ("ours, accumulated", "ours, two batches") else 1
     step = make_train_step(module, objective, optimizer, schedule, accumulation_steps=parts)
@@ -102,6 +116,25 @@ def prepare_ours(side: str, folder: str, batch: int, frames: int) -> Callable[[]
         return float(metrics["text_loss"])
 
     return run
+
+
+def with_adapter(model: Any, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of a new adapter, and the parameters beside them without Mimi's."""
+    import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from transformers_moshi_flax import LoraConfig
+    from transformers_moshi_flax.adapters.lora import new_leaves, trained_leaves
+    from transformers_moshi_flax.adapters.targets import linear_layers, targeted
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    layers = targeted(config, linear_layers(model._float_shape_tree, model.checkpoint_rules))
+    leaves = new_leaves(config, layers, jax.random.key(0))
+    trained = trained_leaves(leaves)
+    del params["audio_encoder"]
+    settings = {path: leaf for path, leaf in leaves.items() if path not in trained}
+    frozen = {**flatten_dict(params, sep="/"), **settings}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def prepare_upstream(side: str, folder: str, batch: int, frames: int) -> Callable[[], float]:
@@ -122,10 +155,13 @@ def prepare_upstream(side: str, folder: str, batch: int, frames: int) -> Callabl
     if "recomputed" in side:
         model.gradient_checkpointing_enable()
     model.audio_encoder = None
+    if side.endswith("lora"):
+        model = with_pefts_adapter(model)
     # a mask together with labels crashes upstream
     arrays = draw_training_batch(model.config, batch, frames)
     inputs = {name: torch.tensor(array).long() for name, array in arrays.items() if name != "attention_mask"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
     text_losses: list[float] = []
 
     def run() -> float:
@@ -140,6 +176,18 @@ def prepare_upstream(side: str, folder: str, batch: int, frames: int) -> Callabl
         return text_losses[0]
 
     return run
+
+
+def with_pefts_adapter(model: Any) -> Any:
+    """The same layers; weights of three dimensions are PEFT's parameters."""
+    import peft
+
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
+    names = [name for name in names if not name.endswith(("lm_head", "lm_heads"))]
+    by_codebook = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "lm_heads" not in name]
+    by_codebook = [name for name in by_codebook if "embed" not in name]
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, target_parameters=by_codebook)
+    return peft.get_peft_model(model, config)
 
 
 def memory(name: str) -> int:

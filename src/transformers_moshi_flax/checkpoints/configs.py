@@ -18,8 +18,12 @@ from .recognising import foreign, is_foreign_config, is_kyutai_config
 METADATA = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "model_type")
 
 
-def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: bool | None = None) -> PreTrainedConfig:
-    """The configuration of ``config_class`` in a checkpoint; ``from_pt`` as the weights are read with.
+def load_config(
+    config_class: type[PreTrainedConfig] | tuple[type[PreTrainedConfig], ...],
+    source: Source,
+    from_pt: bool | None = None,
+) -> PreTrainedConfig:
+    """The configuration of ``config_class``, or of one of them, in a checkpoint; ``from_pt`` as the weights are read.
 
     If the checkpoint is of a larger model that contains this part (Moshi contains Mimi and the depth decoder), the
     part's configuration is taken out of the whole's, and says how that is quantized.
@@ -29,19 +33,21 @@ def load_config(config_class: type[PreTrainedConfig], source: Source, from_pt: b
         ValueError: it is damaged, has bad values or is of a model that has no such part.
     """
     values = read_config(source, from_pt)
-    model_type = values.get("model_type", config_class.model_type)
-    if model_type == config_class.model_type:
-        return build_config(config_class, values)
+    config_classes = config_class if isinstance(config_class, tuple) else (config_class,)
+    known = {each.model_type: each for each in config_classes}
+    model_type = values.get("model_type", next(iter(known)))
+    if model_type in known:
+        return build_config(known[model_type], values)
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         whole = build_config(CONFIG_MAPPING[model_type], values)
-        found = _find_part(whole, config_class)
+        found = _find_part(whole, config_classes)
         if found is not None:
             if (quantization := getattr(whole, "quantization_config", None)) is not None:
                 found.quantization_config = quantization
             return found
     raise ValueError(
         f"config.json of {source.name!r} has model_type={model_type!r}, which neither is nor contains "
-        f"{config_class.model_type!r}; load the class that belongs to it or pass config="
+        f"{' or '.join(map(repr, known))}; load the class that belongs to it or pass config="
     )
 
 
@@ -176,14 +182,16 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     return build_config(type(config), values)
 
 
-def _find_part(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
-    """The configuration itself or the first of its parts, at any depth, that is a ``config_class``."""
-    if isinstance(config, config_class):
+def _find_part(
+    config: PreTrainedConfig, config_classes: tuple[type[PreTrainedConfig], ...]
+) -> PreTrainedConfig | None:
+    """The configuration itself or the first of its parts, at any depth, that is of one of the classes."""
+    if isinstance(config, config_classes):
         return config
     # Properties too: Mimi derives the configurations of its halves.
     names = [name for name in dir(config) if name.endswith("_config")]
     parts = [part for part in (getattr(config, name) for name in names) if isinstance(part, PreTrainedConfig)]
-    return next(filter(None, (_find_part(part, config_class) for part in parts)), None)
+    return next(filter(None, (_find_part(part, config_classes) for part in parts)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+from transformers import PreTrainedConfig
 
 from ..nn.linear import SCALES
+from .configs import override_config
 from .files import Source
 from .formats import ShardedFiles, TensorFile
 from .rules import ReadResult, choose_renaming, flax_slots, read_slots, table_slots
@@ -26,12 +28,20 @@ class Weights:
         files: that they lie in.
         fit: distributes them over the parameters of a model, as :func:`fit` does: ``(model, convert)`` -> what it
             returns.
+        quantization: the ``quantization_config`` of the model, where the files tell it and not the configuration.
     """
 
     name: str
     is_on_hub: bool
     files: tuple[TensorFile | ShardedFiles, ...]
     fit: Callable[[Any, Callable[[str, Any], Any]], tuple[ReadResult, list[str]]]
+    quantization: Mapping[str, Any] | None = None
+
+    def described(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of a model of these weights, which tells of their quantization."""
+        if self.quantization is None:
+            return config
+        return override_config(config, {"quantization_config": dict(self.quantization)})
 
     @classmethod
     def of(cls, source: Source, from_pt: bool | None = None) -> Weights:

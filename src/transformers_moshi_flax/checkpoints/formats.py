@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..input_checks import shortened
+
 CHECKSUMS = "checksums"
 """Key of the header metadata: a JSON object, tensor name -> CRC-32 of its bytes as 8 hexadecimal digits."""
 
@@ -140,6 +142,57 @@ def open_pickle(path: Path) -> TensorFile:
             f"{path} cannot be read as a PyTorch pickle of weights ({error}): download or save it again"
         ) from error
     return TensorFile(path, {}, _Torch(state))
+
+
+def open_gguf(path: Path) -> TensorFile:
+    """A GGUF file, memory-mapped, read by the ``gguf`` package.
+
+    A tensor ``X`` of the type Q8_0 is ``X``, its codes in blocks ``(..., blocks, 32)`` int8, and ``X.scales``,
+    ``(..., blocks)`` float16; other tensors are of floats.
+
+    Raises:
+        ValueError: ``gguf`` is not installed, the file is damaged, or has tensors of other types.
+    """
+    _refuse_pointer(path)
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a GGUF file, which is read by the package gguf: install the extra (pip install "
+            "'transformers-moshi-flax[gguf]')"
+        ) from error
+    try:
+        found = GGUFReader(path).tensors
+    except Exception as error:  # numpy and gguf raise all kinds for damaged bytes
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}): it is damaged, incomplete or of another format; download or "
+            "save it again"
+        ) from error
+    tensors: dict[str, np.ndarray] = {}
+    other = []
+    for tensor in found:
+        data, kind = np.asarray(tensor.data), tensor.tensor_type.name
+        if kind == "Q8_0":
+            blocks = data.reshape(*data.shape[:-1], -1, 34)  # a float16, then 32 codes
+            tensors[tensor.name] = blocks[..., 2:].view(np.int8)
+            tensors[f"{tensor.name}.scales"] = blocks[..., :2].view(np.float16)[..., 0]
+        elif kind in ("F32", "F16"):
+            tensors[tensor.name] = data
+        elif kind == "BF16":
+            tensors[tensor.name] = data.view(ml_dtypes.bfloat16)
+        else:
+            other.append(f"{tensor.name} ({kind})")
+    if other:
+        raise ValueError(
+            f"{path} has tensors of types that are not read: {shortened(other, 5, ', ')}; get a file of Q8_0, F32, "
+            "F16 and BF16"
+        )
+    return TensorFile(path, {}, tensors)
+
+
+def open_kyutai(path: Path) -> TensorFile:
+    """A weight file of Kyutai's packages: GGUF by its name, or safetensors; errors as of these."""
+    return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
 
 
 class _Torch(Mapping):

@@ -96,7 +96,7 @@ _REFUSED: Mapping[str, str] = {
     "quantization_config": "give quantization=, a kind or a QuantizationConfig",
     "state_dict": "save them as model.safetensors beside config.json and give the directory",
     "variant": "give the file itself, or rename it to model.safetensors",
-    "gguf_file": "GGUF is not read: get the safetensors",
+    "gguf_file": "from_kyutai reads the GGUF files of Moshi: give it their directory",
     "adapter_kwargs": "adapters are not read: merge them into the base model",
 }
 """Keywords without which something else would be loaded, with the remedy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from ..nn.linear import SCALES
+from ..nn.linear import OF_GROUPS
+
+SETTINGS: Any = jax.config
+"""Its attributes are made when it is imported, and no type checker sees them."""
 
 
 def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
@@ -27,7 +31,7 @@ def to_device(leaf: np.ndarray, dtype: DTypeLike | None, sharding: jax.sharding.
         ValueError: the leaf is float64, which JAX would cut, and no ``dtype`` is given.
     """
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if leaf.dtype == np.float64 and dtype is None and not jax.config.jax_enable_x64:
+    if leaf.dtype == np.float64 and dtype is None and not SETTINGS.jax_enable_x64:
         raise ValueError("the checkpoint is in float64: enable jax_enable_x64 or pass dtype=jnp.float32")
     target = np.dtype(dtype) if dtype is not None and floating else leaf.dtype
 
@@ -54,13 +58,15 @@ class Transfers:
     """Runs what places a leaf for two leaves at a time, with the JAX settings of the thread that makes it.
 
     XLA leaves most of the work on one leaf to the thread that asks for it, and more than two at a time would hold
-    more copies than the bound on memory allows, where leaves are cast.
+    more copies than the bound on memory allows, where leaves are cast. For the same reason few leaves wait, which may
+    be made and no views of the file.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="load")
+        self._places = threading.Semaphore(4)
         # settings by context manager are the thread's own
-        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+        self._x64, self._device = SETTINGS.jax_enable_x64, SETTINGS.jax_default_device
 
     def __enter__(self) -> Transfers:
         return self
@@ -70,17 +76,21 @@ class Transfers:
 
     def start(self, place: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """The result to come of ``place(*arguments)``, such as of :func:`to_device`, errors included."""
+        self._places.acquire()
         return self._pool.submit(self._run, place, *arguments)
 
     def _run(self, place: Callable[..., Any], *arguments: Any) -> Any:
-        with jax.enable_x64(self._x64), jax.default_device(self._device):
-            return place(*arguments)
+        try:
+            with jax.enable_x64(self._x64), jax.default_device(self._device):
+                return place(*arguments)
+        finally:
+            self._places.release()
 
 
 def main_dtype(params: Mapping[tuple[str, ...], Any]) -> jnp.dtype:
-    """The floating dtype that most of the numbers have, without the scales of quantized layers."""
+    """The floating dtype that most of the numbers have, without the scales and offsets of quantized layers."""
     sizes: dict[jnp.dtype, int] = {}
     for path, leaf in params.items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1] != SCALES:
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and path[-1] not in OF_GROUPS:
             sizes[jnp.dtype(leaf.dtype)] = sizes.get(jnp.dtype(leaf.dtype), 0) + leaf.size
     return max(sizes, key=sizes.__getitem__) if sizes else jnp.dtype(jnp.float32)

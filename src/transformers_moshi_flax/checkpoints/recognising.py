@@ -15,7 +15,8 @@ _KYUTAIS = (
 )
 _MIMI = re.compile(r"tokenizer-[0-9a-f]+-checkpoint\d+\.safetensors")
 _TOKENIZER = re.compile(r"tokenizer_spm_\w+\.model")
-_QUANTIZED = re.compile(r".*\.gguf|model\.q[0-9]\w*\.safetensors")
+_UNREAD = re.compile(r".*(?<!q8)\.gguf")
+_KYUTAI_FILES = (_MIMI, _TOKENIZER, re.compile(r"model\.q[48]\.(?:safetensors|gguf)"))
 _KYUTAI_TENSORS = ("depformer", "text_emb.weight", "quantizer.rvq_", "encoder.model.")
 """How names begin that only Kyutai's files have, of the language model and of Mimi."""
 
@@ -43,7 +44,7 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
     """
     values = values or {}
     names = source.filenames() if names is None else set(names)
-    weights = [name for name in names if name.endswith(".safetensors") and not _is_part(name)]
+    weights = [name for name in names if name.endswith((".safetensors", "q8.gguf")) and not _is_part(name)]
     if "lora.safetensors" in names and not weights:
         return (
             "holds a LoRA adapter of moshi-finetune, no whole model: load its base model, and then the adapter with "
@@ -58,9 +59,9 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
         return "is the folder of a training run: load its export/, or write one with moshi-flax export-checkpoint"
     if values.get("model_type") == "personaplex":
         return "is PersonaPlex, whose depth decoder makes the user's stream as well, which is not read"
-    quantized = sorted(name for name in names if _QUANTIZED.fullmatch(name))
-    if quantized and not weights:
-        return f"has no 'model.safetensors': {quantized[0]} is quantized, which is not read; get the bfloat16 weights"
+    unread = sorted(name for name in names if _UNREAD.fullmatch(name))
+    if unread and not weights:
+        return f"has no 'model.safetensors': {unread[0]} is of a type that is not read; get the bfloat16 weights"
     return None
 
 
@@ -69,7 +70,7 @@ def foreign(source: Source, values: Mapping[str, Any] | None) -> str | None:
     names = source.filenames()
     if known := no_model(source, values, names):
         return known
-    if is_kyutai_config(values) if values else any(_MIMI.fullmatch(n) or _TOKENIZER.fullmatch(n) for n in names):
+    if is_kyutai_config(values) if values else any(pattern.fullmatch(n) for n in names for pattern in _KYUTAI_FILES):
         return f"is in Kyutai's own format, which is {_KYUTAIS}"
     return None
 
@@ -86,4 +87,4 @@ def foreign_tensors(keys: Iterable[str]) -> str | None:
 
 def _is_part(name: str) -> bool:
     """Whether a file of weights is not the whole language model."""
-    return name == "lora.safetensors" or any(pattern.fullmatch(name) for pattern in (_QUANTIZED, _MIMI))
+    return name == "lora.safetensors" or bool(_MIMI.fullmatch(name))

@@ -13,7 +13,7 @@ import dataclasses
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,8 @@ class Rule:
             one codebook only). Reading takes both forms in any case.
         joined: the leaves of a tensor are joined along its first axis; otherwise codebooks have an axis of their own.
         part: orders the joined leaves of the same codebook.
-        other_key: template of a second key, for files that keep the leaves of each codebook apart; read, not written.
+        other_keys: templates of other keys, such as of files that keep the leaves of each codebook apart; read, not
+            written.
 
     Raises:
         ValueError: the transform is none of these.
@@ -90,7 +91,7 @@ class Rule:
     squeeze_single: bool = False
     joined: bool = False
     part: int = 0
-    other_key: str = ""
+    other_keys: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.transform, Transform) and self.transform not in _NAMED:
@@ -99,7 +100,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one leaf lies in a file: its key or ``other_key``, and which of the tensor's leaves it is.
+    """Where one leaf lies in a file: its key or one of ``other_keys``, and which of the tensor's leaves it is.
 
     Attributes:
         codebook: index along a leading axis of codebooks, None if there is no such axis.
@@ -112,7 +113,7 @@ class Slot:
     codebook: int | None = None
     squeeze_single: bool = False
     order: tuple[int, int] = (0, 0)
-    other_key: str = ""
+    other_keys: tuple[str, ...] = ()
 
     def file_shape(self, shape: Shape) -> Shape:
         """The shape of the rows of a leaf."""
@@ -122,6 +123,11 @@ class Slot:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The leaf in its rows of the tensor."""
         return self.transform.read(rows if self.codebook is None else rows[0])
+
+    def name_in(self, tensors: Container[str], rename: Callable[[str], str] = lambda key: key) -> str:
+        """Which of its keys a file has, the first if it has none."""
+        names = [rename(key) for key in (self.key, *self.other_keys)]
+        return next((name for name in names if name in tensors), names[0])
 
     def write(self, leaf: np.ndarray) -> np.ndarray:
         """The rows of a leaf."""
@@ -162,10 +168,11 @@ def table_slots(paths: Iterable[str], rules: tuple[Rule, ...]) -> list[Slot]:
             if match:
                 codebook = match.groupdict().get("codebook")
                 index = None if codebook is None or rule.joined else int(codebook)
-                key, other_key = (match.expand(template).replace("/", ".") for template in (rule.key, rule.other_key))
+                templates = (rule.key, *rule.other_keys)
+                key, *others = (match.expand(template).replace("/", ".") for template in templates)
                 transform = rule.transform if isinstance(rule.transform, Transform) else _NAMED[rule.transform]
                 order = (int(codebook or 0), rule.part)
-                slots.append(Slot(path, key, transform, index, rule.squeeze_single, order, other_key))
+                slots.append(Slot(path, key, transform, index, rule.squeeze_single, order, tuple(others)))
                 break
         else:
             raise ValueError(f"no rule of the checkpoint table matches the parameter {path!r}: add one")
@@ -236,12 +243,7 @@ def read_slots(
         ValueError: a tensor is to be of whole numbers (of a quantized layer) and has another dtype.
     """
     result = ReadResult({}, [], [], [], [])
-
-    def name_of(slot: Slot) -> str:
-        name = rename(slot.key)
-        return rename(slot.other_key) if slot.other_key and name not in tensors else name
-
-    groups = _grouped(slots, name_of)
+    groups = _grouped(slots, lambda slot: slot.name_in(tensors, rename))
     for name, group in groups.items():
         if name not in tensors:
             result.missing += [slot.path for slot in group]

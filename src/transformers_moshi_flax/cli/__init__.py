@@ -14,6 +14,7 @@ from transformers_moshi_flax.cli.errors import UserMistake, one_line
 
 SUBCOMMANDS = {
     "generate": "Answer a recording: writes Moshi's speech (WAV) and text, codes and timings (JSON), prints the text.",
+    "complete": "Complete a text with a language model: words are printed as they come, then tokens a second.",
     "converse": "Talk with a recording: Moshi hears it from its first frame on, and its reply has the same timeline.",
     "demo": "Let Moshi hear the embedded recording of three questions: both sides' words are printed as they come.",
     "ask": "Ask Moshi a question aloud: words are printed as they come, and both sides are written as a stereo file.",

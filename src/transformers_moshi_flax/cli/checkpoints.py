@@ -122,13 +122,18 @@ def flax_class(option: str, source: str, config: dict) -> type:
         UserMistake: the architecture is none of ours.
     """
     import transformers_moshi_flax
+    from transformers_moshi_flax.modeling_flax_auto import LLAMAS
 
-    architectures = config.get("architectures") or [DEFAULT_ARCHITECTURES.get(config.get("model_type", ""), "unknown")]
+    model_type = config.get("model_type", "")
+    default = "LlamaForCausalLM" if model_type in LLAMAS else DEFAULT_ARCHITECTURES.get(model_type, "unknown")
+    architectures = config.get("architectures") or [default]
     name = architectures[0].removeprefix("Flax")
+    if model_type in LLAMAS:  # one class for all of them
+        name = next((f"Llama{end}" for end in ("ForCausalLM", "Model") if name.endswith(end)), name)
     if f"Flax{name}" not in transformers_moshi_flax.__all__:
         raise UserMistake(
             f"{option}: {source!r} holds a {name} (model_type {config.get('model_type')!r}), which this package has "
-            "not; give a checkpoint of Moshi or Mimi"
+            "not; give a checkpoint of Moshi, Mimi or a language model"
         )
     return getattr(transformers_moshi_flax, f"Flax{name}")
 
@@ -170,4 +175,4 @@ class Checkpoint:
         from transformers_moshi_flax.checkpoints.configs import load_config
 
         with as_mistake(f"{option}: no {model_class.__name__} by the config of {self.name!r}", OSError, ValueError):
-            return model_class(load_config(model_class.config_class, self.source), _do_init=False)
+            return model_class(load_config(model_class.known_configs(), self.source), _do_init=False)

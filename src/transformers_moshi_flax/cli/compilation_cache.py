@@ -36,20 +36,21 @@ def use_compilation_cache() -> None:
     import jax
     from huggingface_hub.constants import HF_HOME
 
-    if not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # whose attributes no type checker sees
+    if not settings.jax_enable_compilation_cache:
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if settings.jax_compilation_cache_dir is None:
         # programs that are compressed by one package cannot be read where it is not installed
         name = "compiled" if _zstd() is None else "compiled-zstd"
         jax.config.update("jax_compilation_cache_dir", str(Path(HF_HOME) / "transformers_moshi_flax" / name))
     tell_once()
-    place = jax.config.jax_compilation_cache_dir
+    place = settings.jax_compilation_cache_dir
     if "://" in place:
         return
     folder = Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tidy(folder, limited=jax.config.jax_compilation_cache_max_size != -1)
+        tidy(folder, limited=settings.jax_compilation_cache_max_size != -1)
     except OSError as error:
         _tell(f"compiled programs are not kept: {error}; JAX_COMPILATION_CACHE_DIR names another folder")
         if not folder.is_dir():
@@ -129,7 +130,8 @@ def _checked(folder: Path) -> dict[str, list[int]]:
 
 def tell_once() -> None:
     """Show the first of JAX's warnings about the cache as one line, and no other."""
-    show, told = warnings.showwarning, []
+    show = warnings.showwarning
+    told: list[Any] = []
 
     def showwarning(message: Any, category: Any, *where: Any, **options: Any) -> None:
         if _PROBLEM not in str(message):

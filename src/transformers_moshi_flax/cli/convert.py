@@ -41,6 +41,8 @@ class SourceLayout(enum.StrEnum):
 
 
 LAYOUT_NAMES = {Layout.flax: "Flax", Layout.pt: "PyTorch", Layout.kyutai: "Kyutai's"}
+KYUTAIS = (Quantization.int8, Quantization.none)
+"""What Kyutai's layout has."""
 FROM_PT = {SourceLayout.auto: None, SourceLayout.flax: False, SourceLayout.pt: True}
 
 
@@ -77,7 +79,7 @@ def convert(
     with as_mistake(f"SRC: cannot load {source!r}", *hub_errors(), ValueError), slow(f"loading {source}"):
         options: dict[str, Any] = {"dtype": dtype and dtype.to_jax()}
         if quantize not in (None, Quantization.none):
-            options["quantization"] = quantize.value
+            options["quantization"] = _quantization(quantize, to)
         if from_ is SourceLayout.kyutai:
             model = model_class.from_kyutai(source, **options)
         else:
@@ -91,6 +93,15 @@ def convert(
     typer.echo(f"{destination}: {model_class.__name__} in {LAYOUT_NAMES[to]} layout{quantized}", err=True)
     if push_to_hub is not None:
         _upload(model, destination, written, push_to_hub, private)
+
+
+def _quantization(kind: Quantization, to: Layout) -> Any:
+    """What is asked for, as the layout has it."""
+    if to is not Layout.kyutai:
+        return kind.value
+    from transformers_moshi_flax.models.moshi.kyutai_quantized_flax_moshi import Q8
+
+    return Q8
 
 
 def _class_to_load(source: str, layout: SourceLayout) -> type[Any]:
@@ -127,7 +138,8 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
 def _check_options(
     to: Layout, quantize: Quantization | None, max_shard_size: str | None, push_to_hub: str | None, private: bool
 ) -> None:
-    if to is not Layout.flax and quantize not in (None, Quantization.none):
+    has = {Layout.flax: [*Quantization], Layout.pt: [Quantization.none], Layout.kyutai: [*KYUTAIS]}[to]
+    if quantize is not None and quantize not in has:
         raise UserMistake(f"--quantize {quantize}: not with --to {to}, a layout without such weights; leave out --to")
     if private and push_to_hub is None:
         raise UserMistake("--private: no effect without --push-to-hub; leave it out, or give a repository")

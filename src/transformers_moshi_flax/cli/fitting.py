@@ -35,8 +35,10 @@ def fit_kyutai(name: str) -> ReadResult:
     )
 
     files = find_kyutai_files(name)
-    model = FlaxMoshiForConditionalGeneration(kyutai_config(files), _do_init=False)
-    result, surplus = kyutai_weights(files, model.config).fit(model, lambda path, leaf: leaf)
+    config = kyutai_config(files)
+    weights = kyutai_weights(files, config)
+    model = FlaxMoshiForConditionalGeneration(weights.described(config), _do_init=False)
+    result, surplus = weights.fit(model, lambda path, leaf: leaf)
     return dataclasses.replace(result, unexpected=surplus)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def generate(
     notes.print(
         "Type words for Moshi to begin with, or the path of an audio file, which is heard from then on; quit ends."
     )
-    for turn, line in enumerate(_lines(notes), start=1):
+    for turn, line in enumerate(lines(notes), start=1):
         try:
             if Path(line).suffix.lower() in AUDIO_SUFFIXES:
                 samples, prompt = read_audio(Path(line), rate), text_prompt
@@ -114,7 +115,8 @@ def generate(
             notes.print(f"[red]{mistake}[/red]")
 
 
-def _lines(notes: Console):
+def lines(notes: Console) -> Iterator[str]:
+    """What is typed, line by line, until the end of input or ``quit``."""
     while True:
         notes.print("> ", end="")
         try:

@@ -57,11 +57,11 @@ def _is_of_kyutai(source: Any, config: dict | None) -> bool:
 
 def _weights_of_kyutai(source: Any) -> tuple[str, Any]:
     """The tensors of the language model and of Mimi, which lie in two files."""
-    from transformers_moshi_flax.checkpoints.formats import ShardedFiles, open_safetensors
+    from transformers_moshi_flax.checkpoints.formats import ShardedFiles, open_kyutai
     from transformers_moshi_flax.models.moshi.kyutai_flax_moshi import find_kyutai_files
 
     found = find_kyutai_files(source.name)
-    files = [open_safetensors(path) for path in (found.moshi_weights, found.mimi_weights)]
+    files = [open_kyutai(path) for path in (found.moshi_weights, found.mimi_weights)]
     return "pt", ShardedFiles(
         found.moshi_weights.parent / "config.json", {key: file for file in files for key in file}
     )

@@ -14,7 +14,7 @@ from rich.tree import Tree
 
 from transformers_moshi_flax.cli.checkpoints import Checkpoint, flax_class
 from transformers_moshi_flax.cli.console import report_console, slow
-from transformers_moshi_flax.cli.errors import UserMistake
+from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake
 from transformers_moshi_flax.cli.headers import open_checkpoint
 from transformers_moshi_flax.cli.parts import Part, Tensor, part_tree, readable_bytes, select
 
@@ -95,7 +95,9 @@ def describe(checkpoint: Checkpoint, tensors: list[Tensor]) -> dict[str, Any]:
         "mismatched": [],
         "not_floating": [],
     }
-    if checkpoint.is_kyutai or not checkpoint.config:
+    if checkpoint.is_kyutai:
+        return {**report, "quantization": kyutai_quantization_summary(checkpoint)}
+    if not checkpoint.config:
         return report
 
     from transformers_moshi_flax.cli.fitting import fit, fits
@@ -130,6 +132,24 @@ def quantization_summary(model: Any) -> dict[str, Any] | None:
     return {**dataclasses.asdict(quantization), "layers": layers}
 
 
+def kyutai_quantization_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """As :func:`quantization_summary`, of Kyutai's layout.
+
+    Raises:
+        BadCheckpoint: codes without scales, or scales without codes.
+    """
+    from transformers_moshi_flax.models.moshi.kyutai_quantized_flax_moshi import language_model_tensors
+
+    for file in checkpoint.files:
+        try:
+            tensors = language_model_tensors(file)
+        except ValueError as error:
+            raise BadCheckpoint(str(error)) from error
+        if tensors.quantization is not None:
+            return {**dataclasses.asdict(tensors.quantization), "layers": tensors.number_quantized}
+    return None
+
+
 def config_summary(config: Any, prefix: str = "") -> dict[str, Any]:
     """The fields that decide on the architecture, those of the parts under ``part.field``."""
     from transformers import PreTrainedConfig
@@ -156,7 +176,8 @@ def _show(report: dict[str, Any], root: Part) -> None:
         from transformers_moshi_flax import QuantizationConfig
 
         fields = dict(report["quantization"])
-        facts.add_row("quantized", f"{fields.pop('layers')} layers, {QuantizationConfig(**fields)}")
+        what = "matrices" if report["layout"] == "kyutai" else "layers"
+        facts.add_row("quantized", f"{fields.pop('layers')} {what}, {QuantizationConfig(**fields)}")
     console.print(facts)
 
     files = Table("file", "tensors", "bytes", "format", "checksums")

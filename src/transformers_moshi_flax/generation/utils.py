@@ -97,6 +97,7 @@ class FlaxGenerationMixin:
     # of the model
     config: Any
     module: Any
+    extra_input_ids: Any
     generation_defaults: Callable[..., GenerationConfig | None]
     whole_params: Callable[..., Any]
 
@@ -187,7 +188,7 @@ class FlaxGenerationMixin:
         """What :meth:`generate` is called with, checked and on the device."""
         config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
         given = on_host({**given, **inputs})
-        batch_size, length = check_prompt(self.config, given)
+        batch_size, length = check_prompt(self.config, self.config.vocab_size + self.extra_input_ids, given)
         input_ids, inputs_embeds = given["input_ids"], given.get("inputs_embeds")
         attention_mask = text_mask(config, given, batch_size, length, self.config.vocab_size)
         if input_ids is None:
@@ -293,7 +294,8 @@ class FlaxGenerationMixin:
             ValueError: as :meth:`generate`, or a size is below 1.
         """
         check_sizes(batch_size=batch_size, prompt_length=prompt_length)
-        ids = np.full((batch_size, prompt_length), self.config.vocab_size)
+        ids = np.zeros((batch_size, prompt_length), dtype=np.int32)
+        options = {"attention_mask": np.ones_like(ids), **options}
         options = one_token(options, batch_size, max_new_tokens)
         jax.block_until_ready(self.generate(ids, **options))
 
@@ -439,8 +441,9 @@ TEXT_INPUTS = ("attention_mask", "stop_lengths", "inputs_embeds", "logits_to_kee
 """Arguments of a prompt of text that are no fields of a generation configuration."""
 
 
-def check_prompt(config: Any, given: dict[str, Any]) -> tuple[int, int]:
-    """Batch size and length of a prompt of text; ValueError if it has a wrong shape, is empty or has unknown ids."""
+def check_prompt(config: Any, ids: int, given: dict[str, Any]) -> tuple[int, int]:
+    """Batch size and length of a prompt of text; ValueError if it has a wrong shape, is empty or has other than the
+    first ``ids`` ids."""
     if given["input_ids"] is None and given.get("inputs_embeds") is None:
         raise ValueError("`input_ids` is missing: pass the prompt's ids, (batch, length), or `inputs_embeds`.")
     keep = given.get("logits_to_keep")
@@ -448,7 +451,7 @@ def check_prompt(config: Any, given: dict[str, Any]) -> tuple[int, int]:
         raise ValueError(f"`logits_to_keep` must be a whole number of at least 0, but is {keep!r}.")
     axes = {"batch": None, "tokens": None}
     table = {
-        "input_ids": Input(axes, "ids", config.vocab_size + 1),
+        "input_ids": Input(axes, "ids", ids),
         "inputs_embeds": Input({**axes, "hidden_size": config.hidden_size}, "floats"),
         "attention_mask": Input(axes, "mask"),
     }

@@ -20,6 +20,8 @@ def attend(
     index: Any = 0,
     dropout: Callable[[Array], Array] | None = None,
     output_attentions: bool = True,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[
     Float[Array, "batch steps heads*head_dim"], Float[Array, "batch heads steps slots"] | None, LayerCache | None
 ]:
@@ -31,11 +33,12 @@ def attend(
         layer_cache: keys and values of this layer.
         dropout: of the weights.
         output_attentions: False returns None for the weights.
+        scale, soft_cap: of the scores, as of :func:`~transformers_moshi_flax.ops.attention.attention`.
 
     Returns:
         The mixed values, heads beside each other, the weights, and the updated cache of this layer.
     """
     if layer_cache is not None:
         layer_cache, key, value = written(layer_cache, key, value, index, slots=mask.shape[-1])
-    mixed, weights = attention(query, key, value, mask, dropout, output_attentions)
+    mixed, weights = attention(query, key, value, mask, dropout, output_attentions, scale, soft_cap)
     return mixed.reshape(*mixed.shape[:2], -1), weights, layer_cache

@@ -58,13 +58,13 @@ class Cache(Protocol):
     """Steps so far."""
 
     def next_steps(
-        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+        self, steps: int, window: Any, batch_size: int, attention_mask: Array | None = None
     ) -> tuple[Steps, Cache]:
         """The next ``steps``, and the cache after them, their keys and values not yet written.
 
         Args:
             steps: how many.
-            window: how many steps, its own included, a step may attend.
+            window: how many steps, its own included, a step may attend; None for all (but of a ring).
             batch_size: rows.
             attention_mask: True for steps that count, ``(batch, steps)``, or ``(batch, slots)`` for all of the cache.
         """
@@ -98,12 +98,15 @@ def layer_keys(cache: Cache, index: int, batch_size: int) -> tuple[Array, Array]
 
 
 def visible(
-    queries: Int[Array, "steps"], key_mask: Bool[Array, "#batch slots"], window: int
+    queries: Int[Array, "steps"], key_mask: Bool[Array, "#batch slots"], window: int | None
 ) -> Bool[Array, "#batch steps slots"]:
-    """Which slots each query may attend: unmasked, not later, and fewer than ``window`` back."""
+    """Which slots each query may attend: unmasked, not later, and fewer than ``window`` back if that is not None."""
     slots = jnp.arange(key_mask.shape[-1], dtype=jnp.int32)[None, :]
     distance = queries[:, None] - slots
-    return ((distance >= 0) & (distance < window))[None] & key_mask[:, None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return seen[None] & key_mask[:, None, :]
 
 
 class _Layers:
@@ -184,7 +187,7 @@ class LinearCache(_Linear):
         return jnp.zeros((), dtype=jnp.int32)
 
     def next_steps(
-        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+        self, steps: int, window: int | None, batch_size: int, attention_mask: Array | None = None
     ) -> tuple[Steps, LinearCache]:
         key_mask, after = self._next(steps, batch_size, attention_mask)
         slots = self.length + jnp.arange(steps, dtype=jnp.int32)
@@ -239,7 +242,7 @@ class StaticCache(_Linear):
         return 0
 
     def next_steps(
-        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+        self, steps: int, window: int | None, batch_size: int, attention_mask: Array | None = None
     ) -> tuple[Steps, StaticCache]:
         key_mask, after = self._next(steps, batch_size, attention_mask)
         slots = jnp.arange(self.length, after.length, dtype=jnp.int32)
@@ -335,7 +338,7 @@ class NoCache:
     length = 0
 
     def next_steps(
-        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+        self, steps: int, window: int | None, batch_size: int, attention_mask: Array | None = None
     ) -> tuple[Steps, NoCache]:
         slots = jnp.arange(steps, dtype=jnp.int32)
         if attention_mask is None:

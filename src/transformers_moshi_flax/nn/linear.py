@@ -19,10 +19,14 @@ from jaxtyping import Array, Float
 from ..ops.linear import dot_general
 from ..ops.quantization import BITS, quantized_dot
 
-KERNEL, SCALES = "kernel", "scales"
+KERNEL, SCALES, OFFSETS = "kernel", "scales", "offsets"
 CODES = {kind: f"kernel_{kind}" for kind in BITS}
 """Names of a kernel, ``(inputs, outputs)``, and of what may be there instead of it: scales, ``(groups, outputs)``
-float32, and codes, whose name says their kind (:mod:`~transformers_moshi_flax.ops.quantization`)."""
+float32, offsets alike or none, and codes, whose name says their kind
+(:mod:`~transformers_moshi_flax.ops.quantization`)."""
+
+OF_GROUPS = (SCALES, OFFSETS)
+"""Leaves that are float32 whatever the dtype of the others is."""
 
 LORA_A, LORA_B, SCALING, ROWS, DROPOUT = "lora_A", "lora_B", "lora_scaling", "lora_rows", "lora_dropout"
 """Names of an adapter's leaves: ``(inputs, rank)``, ``(rank, outputs)``, a number; of several adapters, ``(adapters,
@@ -50,7 +54,10 @@ class Dense(nn.Module):
             outputs = product(inputs, jnp.asarray(kernel, self.dtype))
         else:
             codes, scales = (jnp.asarray(self.get_variable("params", name)) for name in (CODES[kind], SCALES))
-            outputs = quantized_dot(inputs, codes, scales, kind)
+            offsets = (
+                jnp.asarray(self.get_variable("params", OFFSETS)) if self.has_variable("params", OFFSETS) else None
+            )
+            outputs = quantized_dot(inputs, codes, scales, kind, offsets)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             outputs = outputs + jnp.asarray(bias, self.dtype)

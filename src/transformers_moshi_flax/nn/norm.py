@@ -11,16 +11,23 @@ from ..ops.precision import at_least_float32
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich, 2019) in at least float32; upstream ``MoshiRMSNorm``."""
+    """Root mean square norm (Zhang & Sennrich, 2019) in at least float32; upstream ``...RMSNorm`` of all models.
+
+    Attributes:
+        eps: added to the mean square.
+        dtype: of the results.
+        offset: added to the scale; 1 in Gemma, whose scales are around 0.
+    """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, hidden_states: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
-        scale = self.param("scale", nn.initializers.ones, (hidden_states.shape[-1],), jnp.float32)
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (hidden_states.shape[-1],), jnp.float32)
         wide = at_least_float32(self.dtype)
         x = hidden_states.astype(wide)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(scale.astype(wide), tuple(range(x.ndim - 1)))
+        scale = jnp.expand_dims(scale.astype(wide) + self.offset, tuple(range(x.ndim - 1)))
         return (x * scale).astype(self.dtype)

@@ -32,6 +32,8 @@ def attention(
     mask: Bool[Array, "#batch queries slots"],
     dropout: Callable[[Array], Array] | None = None,
     output_weights: bool = True,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries slots"] | None]:
     """Scaled dot-product attention (Vaswani et al., 2017), softmax in at least float32.
 
@@ -41,6 +43,8 @@ def attention(
         mask: True where a query may attend a slot. A query that may attend none attends all alike.
         dropout: of the weights.
         output_weights: False returns None for the weights, and need not make them.
+        scale: of the scores, 1 / sqrt(head_dim) if None.
+        soft_cap: scaled scores are squeezed into (-soft_cap, soft_cap) by a tanh.
 
     Returns:
         The mixed values and the weights before the dropout, in the dtype of ``query``.
@@ -51,7 +55,10 @@ def attention(
     wide = at_least_float32(query.dtype)
 
     def weights_of(scores: Float[Array, "... queries slots"], mask: Bool[Array, "..."]) -> Array:
-        scores = jnp.where(mask, scores * (1 / math.sqrt(head_dim)), jnp.finfo(wide).min)
+        scores = scores * (1 / math.sqrt(head_dim) if scale is None else scale)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
         return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
     def with_weights(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Array]:
@@ -69,8 +76,10 @@ def attention(
         return for_cpu(with_weights, twin, query, key, value, mask)
 
     def definition(query: Array, key: Array, value: Array, mask: Array) -> Array:
+        if soft_cap is not None:
+            return with_weights(query, key, value, mask)[0]
         with jax.numpy_dtype_promotion("standard"):  # it masks in a way that the strict rules refuse
-            return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+            return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
 
     return for_cpu(definition, lambda *arrays: twin(*arrays)[0], query, key, value, mask), None
 

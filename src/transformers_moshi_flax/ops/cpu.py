@@ -115,6 +115,7 @@ def tiled_dot(
     codes: Shaped[Array, "rows outputs"],
     scales: Float[Array, "groups outputs"],
     numbers: Callable[[Array], list[Array]],
+    offsets: Float[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape outputs"]:
     """One tile of rows after another is made floats and multiplied. As a whole, the matrix would be written to memory
     and read again as floats; and XLA would do so before a loop that it is used in, for all matrices at once.
@@ -122,6 +123,7 @@ def tiled_dot(
     Args:
         x: is multiplied in float32 at least, so that bfloat16 costs no more.
         codes, scales, numbers: as of ``ops.quantization``; of one group, all rows have its scales.
+        offsets: too; they are multiplied with the sums of ``x`` in each group.
     """
     outputs, inputs = codes.shape[1], x.shape[-1]
     groups, wide = scales.shape[0], at_least_float32(x.dtype)
@@ -143,10 +145,39 @@ def tiled_dot(
         return total, None
 
     tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
-    total, _ = lax.scan(
-        add_tile, jnp.zeros((rows, outputs), wide), (left, codes.reshape(tiles, -1, outputs), tile_scales)
-    )
+    total = jnp.zeros((rows, outputs), wide)
+    if offsets is not None:
+        total = jnp.sum(x.astype(wide).reshape(rows, groups, -1), axis=-1) @ offsets.astype(wide)
+    total, _ = lax.scan(add_tile, total, (left, codes.reshape(tiles, -1, outputs), tile_scales))
     return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def tiled_transposed_dot(
+    y: Float[Array, "*shape outputs"],
+    codes: Shaped[Array, "rows outputs"],
+    scales: Float[Array, "groups outputs"],
+    numbers: Callable[[Array], list[Array]],
+    offsets: Float[Array, "groups outputs"] | None = None,
+) -> Float[Array, "*shape inputs"]:
+    """The product with the transposed matrix, by the tiles and with the arguments of :func:`tiled_dot`."""
+    outputs, groups, wide = codes.shape[1], scales.shape[0], at_least_float32(y.dtype)
+    inputs = codes.shape[0] * len(jax.eval_shape(numbers, codes))
+    tiles = tile_count(codes.shape[0] if groups == 1 else groups, 4 * inputs * outputs)
+    right = y.astype(wide).reshape(-1, outputs)
+    rows = right.shape[0]
+
+    def tile_of(tile: tuple[Array, Array | None]) -> Array:
+        codes, tile_scales = tile
+        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
+        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        parts = [right @ (matrix * factors).reshape(-1, outputs).T for matrix in matrices]
+        return jnp.stack(parts, axis=-1).reshape(rows, -1)
+
+    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    found = lax.map(tile_of, (codes.reshape(tiles, -1, outputs), tile_scales)).swapaxes(0, 1).reshape(rows, inputs)
+    if offsets is not None:
+        found = found + jnp.repeat(right @ offsets.astype(wide).T, inputs // groups, axis=1)
+    return found.reshape(*y.shape[:-1], inputs).astype(y.dtype)
 
 
 def tile_count(units: int, size: int) -> int:

@@ -8,13 +8,18 @@ every group has a scale, a number ``s``:
 * ``int4``: the same with 7 instead of 127.
 * ``nf4``: ``s`` is the largest magnitude, a code is the place of one of :data:`NF4` and stands for ``s NF4[code]``.
 
+``int8`` and ``int4`` may have an offset ``o`` for each group as well, so that codes stand for ``s q + o`` (asymmetric,
+or affine, quantization): then ``q`` are all whole numbers of 8 or 4 bits, from -128 or -8 on.
+
 Codes of 4 bits lie two in a byte, that of the row with the even number in the low half; those of ``int4`` plus 8.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -63,22 +68,50 @@ def quantize(
         codes = jnp.searchsorted(jnp.asarray(between), scaled, method="compare_all").astype(jnp.uint8)
     else:
         codes = jnp.round(scaled).astype(jnp.int8)
-    codes = codes.reshape(inputs, outputs)
-    if BITS[kind] == 4:
-        if kind == "int4":
-            codes = (codes + jnp.int8(8)).astype(jnp.uint8)
-        pairs = codes.reshape(-1, 2, outputs)
-        codes = pairs[:, 0] | (pairs[:, 1] << jnp.uint8(4))
-    return codes, scales
+    return _packed(codes.reshape(inputs, outputs), kind), scales
+
+
+def quantize_with_offsets(
+    matrix: Float[Array, "inputs outputs"], kind: str, groups: int
+) -> tuple[Codes, Float32[Array, "{groups} outputs"], Float32[Array, "{groups} outputs"]]:
+    """As :func:`quantize`, from the smallest to the largest number of each group.
+
+    Args:
+        matrix, groups: as there.
+        kind: ``int8`` or ``int4``.
+
+    Returns:
+        The codes, the scales and the offsets. Groups of one number have the scale 0.
+    """
+    inputs, outputs = matrix.shape
+    least_code = -(2 ** (BITS[kind] - 1))
+    grouped = matrix.astype(jnp.float32).reshape(groups, -1, outputs)
+    least = jnp.min(grouped, axis=1)
+    scales = (jnp.max(grouped, axis=1) - least) / (2 ** BITS[kind] - 1)
+    steps = (grouped - least[:, None]) / jnp.where(scales == 0, jnp.ones_like(scales), scales)[:, None]
+    codes = (jnp.round(steps) + least_code).astype(jnp.int8)
+    return _packed(codes.reshape(inputs, outputs), kind), scales, least - least_code * scales
+
+
+def _packed(codes: Array, kind: str) -> Codes:
+    if BITS[kind] == 8:
+        return codes
+    if kind == "int4":
+        codes = (codes + jnp.int8(8)).astype(jnp.uint8)
+    pairs = codes.reshape(-1, 2, codes.shape[1])
+    return pairs[:, 0] | (pairs[:, 1] << jnp.uint8(4))
 
 
 def dequantize(
-    codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
+    codes: Codes,
+    scales: Float32[Array, "groups outputs"],
+    kind: str,
+    offsets: Float32[Array, "groups outputs"] | None = None,
 ) -> Float32[Array, "dequantized outputs"]:
-    """The matrix that codes and scales stand for."""
+    """The matrix that codes, scales and offsets, if there are some, stand for."""
     groups, outputs = scales.shape
-    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs)
-    return (matrix * scales[:, None]).reshape(-1, outputs)
+    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs) * scales[:, None]
+    return (matrix if offsets is None else matrix + offsets[:, None]).reshape(-1, outputs)
 
 
 def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
@@ -93,16 +126,54 @@ def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
 
 
 def quantized_dot(
-    x: Float[Array, "*shape inputs"], codes: Codes, scales: Float32[Array, "groups outputs"], kind: str
+    x: Float[Array, "*shape inputs"],
+    codes: Codes,
+    scales: Float32[Array, "groups outputs"],
+    kind: str,
+    offsets: Float32[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape outputs"]:
-    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes and scales."""
+    """``x @ matrix`` in the dtype of ``x``, with the matrix as codes, scales and offsets, if there are some.
 
-    def definition(x: Array, codes: Array, scales: Array) -> Array:
+    The gradient is that by ``x`` alone.
+    """
+    return _quantized_dot(kind, x, codes, scales, offsets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantized_dot(kind: str, x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+    def definition(x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
         # tied to x, the codes are others in every step of a loop: XLA does not make floats of them once, before it
         x, codes = lax.optimization_barrier((x, codes))
-        return x @ dequantize(codes, scales, kind).astype(x.dtype)
+        return x @ dequantize(codes, scales, kind, offsets).astype(x.dtype)
 
-    def twin(x: Array, codes: Array, scales: Array) -> Array:
-        return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind))
+    def twin(x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+        return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind), offsets)
 
-    return for_cpu(definition, twin, x, codes, scales)
+    return for_cpu(definition, twin, x, codes, scales, offsets)
+
+
+def _transposed_dot(kind: str, y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+    """``y @ matrix.T``."""
+
+    def definition(y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+        y, codes = lax.optimization_barrier((y, codes))
+        return y @ dequantize(codes, scales, kind, offsets).astype(y.dtype).T
+
+    def twin(y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+        return cpu.tiled_transposed_dot(y, codes, scales, partial(numbers, kind=kind), offsets)
+
+    return for_cpu(definition, twin, y, codes, scales, offsets)
+
+
+def _forward(
+    kind: str, x: Array, codes: Array, scales: Array, offsets: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _quantized_dot(kind, x, codes, scales, offsets), (codes, scales, offsets)
+
+
+def _backward(kind: str, kept: tuple[Array, Array, Array | None], cotangent: Array) -> tuple[Array, Any, None, None]:
+    # floats again, a tile at a time, as on the way forward: what is kept between them is codes
+    return _transposed_dot(kind, cotangent, *kept), np.zeros(kept[0].shape, jax.dtypes.float0), None, None
+
+
+_quantized_dot.defvjp(_forward, _backward)

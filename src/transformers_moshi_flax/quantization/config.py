@@ -29,6 +29,8 @@ class QuantizationConfig:
             bits. None is the kind's own: 32, and with ``int8`` all of an output's.
         skip: names of modules whose layers stay as they are, such as ``"audio_encoder"``, ``"lm_head"`` or
             ``"decoder.model.layers.0"``: pieces of the names of parameters in the whole of Moshi.
+        offsets: whether a group has an offset beside its scale, so that its codes reach from its smallest number to
+            its largest; not with ``"nf4"``.
 
     Raises:
         ValueError: values that do not exist or contradict each other; all of them are listed.
@@ -38,6 +40,7 @@ class QuantizationConfig:
     bits: int | None = None
     group_size: int | None = None
     skip: list[str] = dataclasses.field(default_factory=list)
+    offsets: bool = False
 
     def __post_init__(self):
         problems = [*self._problems()]
@@ -64,6 +67,10 @@ class QuantizationConfig:
             yield f"`group_size`={self.group_size} must be even, as two weights of 4 bits share a byte"
         if isinstance(self.skip, str) or not all(isinstance(name, str) and name for name in self.skip):
             yield f"`skip`={self.skip!r} must be a list of names, such as ['audio_encoder']"
+        if not isinstance(self.offsets, bool):
+            yield f"`offsets`={self.offsets!r} must be True or False"
+        elif self.offsets and self.kind == "nf4":
+            yield "`offsets`=True, but the numbers of 'nf4' lie around zero; leave it out, or take 'int4'"
 
     @classmethod
     def of(cls, value: QuantizationConfig | str) -> QuantizationConfig:
@@ -107,6 +114,7 @@ class QuantizationConfig:
 
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.group_size else "a scale for each output"
+        groups += " with offsets" if self.offsets else ""
         skipped = f", without {', '.join(self.skip)}" if self.skip else ""
         return f"{self.kind} ({self.bits} bits, {groups}{skipped})"
 

@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..checkpoints.configs import did_you_mean
 from ..input_checks import shortened
-from ..nn.linear import CODES, KERNEL, SCALES
-from ..ops.quantization import dequantize, quantize
+from ..nn.linear import CODES, KERNEL, OFFSETS, SCALES
+from ..ops.quantization import dequantize, quantize, quantize_with_offsets
 from .config import QuantizationConfig
 
 _quantize = jax.jit(quantize, static_argnums=(1, 2))
+_quantize_with_offsets = jax.jit(quantize_with_offsets, static_argnums=(1, 2))
 _dequantize = jax.jit(dequantize, static_argnums=2)
 
 
@@ -69,26 +70,26 @@ def _is_within(layer: str, names: list[str], prefix: str) -> bool:
 
 def quantized_shapes(shapes: Mapping[str, Any], config: QuantizationConfig, prefix: str) -> dict[str, Any]:
     """The shapes of the parameters with quantized layers; arguments and errors as of :func:`quantized_layers`."""
-    flat, kind = flatten_dict(dict(shapes), sep="/"), str(config.kind)
+    flat = flatten_dict(dict(shapes), sep="/")
     for layer, groups in quantized_layers(shapes, config, prefix).items():
         leaf = flat.pop(f"{layer}/{KERNEL}")
-        codes, scales = jax.eval_shape(partial(quantize, kind=kind, groups=groups), leaf)
-        flat |= {f"{layer}/{CODES[kind]}": codes, f"{layer}/{SCALES}": scales}
+        flat |= jax.eval_shape(partial(quantized_leaves, layer, config=config, groups=groups), leaf)
     return unflatten_dict(flat, sep="/")
 
 
-def quantized_leaves(layer: str, kernel: jax.Array, kind: str, groups: int) -> dict[str, jax.Array]:
+def quantized_leaves(layer: str, kernel: jax.Array, config: QuantizationConfig, groups: int) -> dict[str, jax.Array]:
     """The leaves of a quantized layer by path, from its kernel."""
-    codes, scales = _quantize(kernel, kind, groups)
-    return {f"{layer}/{CODES[kind]}": codes, f"{layer}/{SCALES}": scales}
+    make = _quantize_with_offsets if config.offsets else _quantize
+    names = (CODES[str(config.kind)], SCALES, OFFSETS)
+    return {f"{layer}/{name}": leaf for name, leaf in zip(names, make(kernel, config.kind, groups))}
 
 
 def quantized(params: Mapping[str, Any], config: QuantizationConfig, prefix: str) -> dict[str, Any]:
     """Parameters of floats with quantized layers; errors as of :func:`quantized_layers`."""
     layers = quantized_layers(params, config, prefix)
-    flat, kind = flatten_dict(dict(params), sep="/"), str(config.kind)
+    flat = flatten_dict(dict(params), sep="/")
     for layer, groups in layers.items():
-        flat |= quantized_leaves(layer, jnp.asarray(flat.pop(f"{layer}/{KERNEL}")), kind, groups)
+        flat |= quantized_leaves(layer, jnp.asarray(flat.pop(f"{layer}/{KERNEL}")), config, groups)
     return unflatten_dict(flat, sep="/")
 
 
@@ -98,7 +99,8 @@ def dequantized(params: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str
     kinds = {name: kind for kind, name in CODES.items()}
     for path in [path for path in flat if path.rpartition("/")[2] in kinds]:
         layer, _, name = path.rpartition("/")
-        kernel = _dequantize(flat.pop(path), flat.pop(f"{layer}/{SCALES}"), kinds[name])
+        scales, offsets = flat.pop(f"{layer}/{SCALES}"), flat.pop(f"{layer}/{OFFSETS}", None)
+        kernel = _dequantize(flat.pop(path), scales, kinds[name], offsets)
         flat[f"{layer}/{KERNEL}"] = kernel.astype(dtype)
     return unflatten_dict(flat, sep="/")
 

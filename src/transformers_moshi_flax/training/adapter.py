@@ -16,6 +16,7 @@ from ..adapters.lora import Adapter, is_of_adapter, merged_kernels, new_leaves, 
 from ..adapters.model import adapter_card
 from ..adapters.targets import Linear, linear_layers, saved_whole, targeted
 from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..quantization.tree import dequantized, is_quantized
 from .configuration import TrainingConfig
 
 Model = FlaxMoshiForConditionalGeneration
@@ -40,8 +41,14 @@ class TrainedAdapter:
     def __init__(self, config: TrainingConfig, model: Model):
         self.config = config.adapter.lora_config(config.model.path)
         self._rules, self._seed = model.checkpoint_rules, config.run.seed
-        self.layers: list[Linear] = targeted(self.config, linear_layers(model.params_shape_tree, self._rules))
-        self.whole = set(saved_whole(self.config, model.params_shape_tree, self._rules))
+        shapes = model._float_shape_tree
+        self.layers: list[Linear] = targeted(self.config, linear_layers(shapes, self._rules))
+        self.whole = set(saved_whole(self.config, shapes, self._rules))
+        if quantized := sorted(self.whole - flatten_dict(dict(model.params_shape_tree), sep="/").keys()):
+            raise ValueError(
+                f"`modules_to_save`: {quantized[0]} is quantized, {model.quantization}, and cannot be trained as a "
+                "whole; leave it out"
+            )
 
     def new_leaves(self) -> dict[str, Any]:
         """Of the adapter as the run begins with it."""
@@ -68,9 +75,12 @@ class TrainedAdapter:
         adapter, base = self.apart(params)
         if dtype is not None:
             adapter.leaves = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in adapter.leaves.items()}
-        write_adapter(folder, adapter, self._rules, base, adapter_card(adapter))
+        # of floats that are not known there is no checksum
+        known = None if is_quantized(base) else base
+        write_adapter(folder, adapter, self._rules, known, adapter_card(adapter))
 
     def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters of the model, with the adapter in them."""
+        """The parameters of the model with the adapter in them, quantized ones as the floats that they stand for."""
         adapter, base = self.apart(params)
+        base = dequantized(base)
         return with_leaves(base, merged_kernels(base, [adapter]))

@@ -24,6 +24,7 @@ import yaml
 
 from ..adapters.config import ALL_LINEAR, LoraConfig
 from ..checkpoints.configs import did_you_mean
+from ..quantization.config import QuantizationConfig
 from .objective import ObjectiveConfig
 from .optimizer import OptimizerConfig, make_schedule
 
@@ -43,6 +44,10 @@ class ModelConfig:
             trained are float32 in any case.
         gradient_checkpointing: recompute the activations of every layer in the backward pass: less memory, more time.
         scan_layers: compile one layer and run it in a loop, which compiles sooner.
+        quantization: ``int8``, ``int4`` or ``nf4``: linear layers are quantized while the checkpoint is read, for an
+            adapter that is trained beside them; null takes the checkpoint as it is.
+        quantization_group_size: inputs of an output that share a scale; null is the kind's own, see
+            :class:`~transformers_moshi_flax.quantization.config.QuantizationConfig`.
         freeze: regular expressions that match whole paths of parameters, joined by "/", which are not trained.
     """
 
@@ -51,17 +56,31 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     scan_layers: bool = False
+    quantization: Literal["int8", "int4", "nf4"] | None = None
+    quantization_group_size: int | None = None
     freeze: tuple[str, ...] = ("audio_encoder/.*",)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, each as a sentence that begins with a key."""
         if (self.path is None) == (self.config is None):
             yield "`path`: give either `path` (a checkpoint to start from) or `config` (random weights)"
+        if self.quantization is None and self.quantization_group_size is not None:
+            yield "`quantization_group_size`: nothing is quantized; give `quantization`, or leave it out"
+        try:
+            self.quantization_config()
+        except ValueError as error:
+            yield f"`quantization_group_size`: {error}"
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
             except re.error as error:
                 yield f"`freeze`: {pattern!r} is no regular expression ({error})"
+
+    def quantization_config(self) -> QuantizationConfig | None:
+        """As ``from_pretrained`` takes it."""
+        if self.quantization is None:
+            return None
+        return QuantizationConfig(self.quantization, group_size=self.quantization_group_size)
 
 
 @dataclass(frozen=True)
@@ -252,12 +271,13 @@ class DistributedConfig:
         given = [value is not None for value in dataclasses.astuple(self)]
         if any(given) and not all(given):
             yield "`coordinator_address`: give `coordinator_address`, `num_processes` and `process_id`, or none"
-        elif all(given):
+        elif self.num_processes is not None and self.process_id is not None:
             yield from at_least(self, num_processes=1, process_id=0)
             if self.process_id >= self.num_processes:
                 yield f"`process_id`: {self.process_id} must be below num_processes = {self.num_processes}"
 
 
+@dataclass(frozen=True)
 class Configuration:
     """A whole configuration: a dataclass whose fields are the sections of the file."""
 
@@ -287,6 +307,8 @@ def _contradictions(config: TrainingConfig) -> Iterator[str]:
     yield from contradictions(config)
     if config.adapter.r is not None and config.model.freeze != ModelConfig.freeze:
         yield "`model.freeze`: with an adapter the whole model is frozen; leave it out"
+    if config.adapter.r is None and config.model.quantization is not None:
+        yield "`model.quantization`: quantized weights are not trained; give adapter.r, or leave it out"
     if config.adapter.r is not None and config.model.path is None:
         yield "`adapter`: an adapter of random weights is of no use; give model.path"
 
@@ -392,7 +414,7 @@ def build_configuration(
 
 def to_yaml(config: Configuration) -> str:
     """The whole configuration, defaults included, as YAML that :func:`load_configuration` reads."""
-    plain = {section.name: {} for section in dataclasses.fields(config)}
+    plain: dict[str, dict[str, Any]] = {section.name: {} for section in dataclasses.fields(config)}
     for section in plain:
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             plain[section][key] = list(value) if isinstance(value, tuple) else value
@@ -450,7 +472,7 @@ def changes_of_the_run(before: Configuration, now: Configuration) -> list[str]:
     for section in dataclasses.fields(now):
         old, new = getattr(before, section.name), getattr(now, section.name)
         allowed = set(MAY_CHANGE.get(section.name, ()))
-        if section.name == "run" and now.optimizer.schedule == "constant":
+        if section.name == "run" and vars(now)["optimizer"].schedule == "constant":
             allowed.add("steps")
         for key in (entry.name for entry in dataclasses.fields(old)):
             if key not in allowed and _comparable(getattr(old, key)) != _comparable(getattr(new, key)):
@@ -629,7 +651,8 @@ def _convert(value: Any, kind: Any) -> Any:
 def _convert_items(value: Any, container: type, kind: Any) -> list[Any]:
     if not isinstance(value, container):
         raise ValueError("a list")
+    items: Any = value
     try:
-        return [_convert(item, kind) for item in value]
+        return [_convert(item, kind) for item in items]
     except ValueError as error:
         raise ValueError(f"a list, each entry of it {error}") from error

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models.moshi.layers_flax_moshi import IGNORE_INDEX
+from ..nn.embedding import IGNORE_INDEX
 from ..ops.precision import at_least_float32
 from ..ops.selection import argmax
 

@@ -161,7 +161,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
         )
     sharding = batch_sharding(mesh)
     own = sharding.addressable_devices_indices_map((rows,)).values()
-    if len({row for part, *_ in own for row in range(*part.indices(rows))}) * processes != rows:
+    if len({row for index in own if index for row in range(*index[0].indices(rows))}) * processes != rows:
         raise ValueError(
             f"`mesh` has {devices} groups of rows (`data` x `fsdp`) for {processes} processes, each of which must "
             "have rows of its own; use more of them and a smaller `tensor`."

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..models.moshi.layers_flax_moshi import IGNORE_INDEX
 from ..models.moshi.modules_flax_moshi import next_frame_labels
+from ..nn.embedding import IGNORE_INDEX
 from ..nn.linear import dropout_rngs
 from .losses import audio_weights, divided, is_one_of, text_weights, token_losses, weighted_sum
 

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,7 @@ from ..checkpoints.replacing import remove_folder, whole_checkpoint
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
 from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..quantization.tree import is_quantized
 from .adapter import TrainedAdapter
 from .configuration import (
     Configuration,
@@ -148,7 +148,8 @@ class RunFolder:
             if tokenizer := sentencepiece_model(source):
                 with atomic_file(self.model / "tokenizer.model") as path:
                     path.write_bytes(tokenizer.read_bytes())
-        write_text(self.model / "generation_config.json", model.generation_config.to_json_string(use_diff=True))
+        generation_config: Any = model.generation_config
+        write_text(self.model / "generation_config.json", generation_config.to_json_string(use_diff=True))
         write_text(self.model / "config.json", model.config.to_json_string(use_diff=True))
 
     def load_model(self, **fields: Any) -> FlaxMoshiForConditionalGeneration:
@@ -160,7 +161,7 @@ class RunFolder:
         source = Source.locate(self.model)
         config = load_config(FlaxMoshiForConditionalGeneration.config_class, source)
         model = FlaxMoshiForConditionalGeneration(config, _do_init=False, **fields)
-        model.generation_config = load_generation_config(source.read_json("generation_config.json"))
+        model.generation_config = load_generation_config(source.read_json("generation_config.json") or {})
         return model
 
     def exported_step(self) -> int | None:
@@ -213,7 +214,7 @@ class RunFolder:
             return None
         return TrainedAdapter(config, self.load_model())
 
-    def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
+    def write_export(self, params: dict[str, Any], folder: Path, to_pt: bool = False) -> None:
         """Write a checkpoint that ``from_pretrained`` loads; it is there whole, tokenizer and all, or not at all.
 
         Args:
@@ -223,7 +224,10 @@ class RunFolder:
         """
         with whole_checkpoint(folder) as fresh:
             copy_companions(Source.locate(self.model), fresh)
-            self.load_model().save_pretrained(fresh, params=params, to_pt=to_pt)
+            model = self.load_model()
+            if model.quantization is not None and not is_quantized(params):
+                model = type(model)(model._config_with(None), _do_init=False)
+            model.save_pretrained(fresh, params=params, to_pt=to_pt)
 
 
 def export_checkpoint(
@@ -271,9 +275,11 @@ def export_checkpoint(
     if adapter is not None and not merges:
         adapter.write(params, Path(destination), dtype)
         return step
+    if adapter is not None:
+        params = adapter.merged(params)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    folder.write_export(params if adapter is None else adapter.merged(params), Path(destination), to_pt)
+    folder.write_export(params, Path(destination), to_pt)
     return step
 
 
@@ -290,7 +296,10 @@ def open_run(path: str | os.PathLike) -> RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions and git state: what else than the configuration a run depends on."""
-    versions = {"transformers_moshi_flax": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "transformers_moshi_flax": __version__,
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -346,7 +355,7 @@ def _restore_trained(folder: RunFolder, best_metric: str, step: int | None, best
         if not folder.checkpoints.is_dir():
             raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
         checkpoints = RunCheckpoints(folder.checkpoints, best_metric=best_metric, read_only=True)
-        chosen = step
+        chosen: int | None = step
         try:
             if best:
                 chosen = checkpoints.best_step()
@@ -358,6 +367,8 @@ def _restore_trained(folder: RunFolder, best_metric: str, step: int | None, best
                 chosen = max(checkpoints.steps(), default=None)
                 if chosen is None:
                     raise ValueError(f"{str(folder.path)!r} has no checkpoints yet; wait for the first")
+            else:
+                chosen = step
             target = checkpoints.host_target(chosen, PARAMS)
             return chosen, checkpoints.restore(chosen, {PARAMS: target}).arrays[PARAMS]
         except Exception:  # Orbax has many for files that vanish

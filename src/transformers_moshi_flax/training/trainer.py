@@ -212,9 +212,15 @@ class Trainer:
                 # beside an adapter the weights stay as they are
                 param_dtype = dtype if self.config.adapter.r is not None else jnp.float32
                 model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
-                    config.path, dtype=dtype, param_dtype=param_dtype, sharding=self._mesh, _do_init=False
+                    config.path,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    quantization=config.quantization_config(),
+                    sharding=self._mesh,
+                    _do_init=False,
                 )
-                model._refuse_quantized("training")
+                if self.config.adapter.r is None:
+                    model._refuse_quantized("training")
                 return model, params, Source.locate(config.path)
             path = Path(config.config)
             if path.is_file() and path.name != "config.json":
@@ -280,8 +286,8 @@ class Trainer:
     def _shapes(self, model: FlaxMoshiForConditionalGeneration) -> Mapping[str, Any]:
         if (adapter := self._adapter(model)) is None:
             return model.params_shape_tree
-        dtype = jnp.dtype(self.config.model.dtype)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.params_shape_tree)
+        casts = {"float32": model.to_fp32, "bfloat16": model.to_bf16, "float16": model.to_fp16}
+        shapes = jax.eval_shape(casts[self.config.model.dtype], model.params_shape_tree)
         return with_leaves(shapes, jax.eval_shape(adapter.new_leaves))
 
     def _optimizer(self, trained: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -484,7 +484,6 @@ REFUSED: dict[str, Any] = {
     "demux_second_text_stream": True,
     "conditioners": {"description": {"type": "lut"}},
     "fuser": {"sum": ["description"]},
-    "quantize": True,
     "lora": True,
     "lora_name": "lora.safetensors",
     "extra_heads_num_heads": 4,
@@ -520,10 +519,10 @@ def test_arguments_that_cannot_be_expressed(copied: Path, field: str) -> None:
 
 def test_all_arguments_are_listed(copied: Path) -> None:
     """Those that have one value only, and those that disagree."""
-    edit_config(copied, lora=True, quantize=True, delays=[0] * 7)
+    edit_config(copied, lora=True, causal=False, delays=[0] * 7)
     with pytest.raises(ValueError, match=r"cannot be expressed") as raised:
         Moshi.from_kyutai(copied)
-    assert all(part in str(raised.value) for part in ("lora=True", "quantize=True", "delays=[0, 0, 0, 0, 0, 0, 0]"))
+    assert all(part in str(raised.value) for part in ("lora=True", "causal=False", "delays=[0, 0, 0, 0, 0, 0, 0]"))
 
 
 @pytest.mark.parametrize(
@@ -642,17 +641,10 @@ def test_missing_files_are_named(copied: Path, name: str, message: str) -> None:
         Moshi.from_kyutai(copied)
 
 
-def test_a_directory_with_quantized_weights_only(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.q8.safetensors")
-    with pytest.raises(CheckpointNotFoundError, match=r"has no 'model.safetensors'.*q8.safetensors is quantized"):
+def test_a_directory_with_weights_of_another_type_only(tmp_path: Path) -> None:
+    (tmp_path / "model.q4_k.gguf").touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"has no 'model.safetensors'.*q4_k\.gguf is of a type that is"):
         Moshi.from_kyutai(tmp_path)
-
-
-def test_quantized_weights_are_refused(copied: Path) -> None:
-    tensors = load_file(copied / "moshi.safetensors")
-    save_file({**tensors, "text_linear.weight_scb": torch.zeros(50)}, copied / "moshi.safetensors")
-    with pytest.raises(ValueError, match=r"moshi\.safetensors holds weights quantized to int8"):
-        Moshi.from_kyutai(copied)
 
 
 def test_other_formats_are_told(copied: Path, tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def attention_rules(path: str, key: str, head_dim: int | None, per_codebook: boo
                 transform,
                 joined=True,
                 part=part,
-                other_key=rf"{key}.in_projs.{index}.weight",
+                other_keys=(rf"{key}.in_projs.{index}.weight", rf"{key}.in_proj.weight"),
             )
             for part, (name, transform) in enumerate(parts)
         ),
@@ -385,7 +385,7 @@ def attention_rules(path: str, key: str, head_dim: int | None, per_codebook: boo
             rf"{key}.out_proj.weight",
             REVERSED,
             joined=True,
-            other_key=rf"{key}.out_projs.{index}.weight",
+            other_keys=(rf"{key}.out_projs.{index}.weight",),
         ),
     )
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ...checkpoints.configs import override_config
 from ...input_checks import check_ids, is_whole
 from ...modeling_flax_utils import FlaxPreTrainedModel
-from .layers_flax_moshi import IGNORE_INDEX
+from ...nn.embedding import IGNORE_INDEX
 
 NOISE = 1e-9
 """Share of the covariance that new rows have around the mean of the old ones, as upstream."""

@@ -13,7 +13,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from transformers import GenerationConfig
 
@@ -22,6 +21,7 @@ from ...generation.buckets import SMALLEST
 from ...generation.configuration import resolve_nested_sampling, warn_without_effect
 from ...generation.decoding import UNFORCED, Request, State, take_rows, take_steps, write_step
 from ...generation.sampling import Sampling
+from ...generation.text import prompt_embeds
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...nn.cache import LinearCache
 from .delay_pattern import delay, undelay
@@ -171,54 +171,6 @@ def with_length(codes: Int[Array, "batch codebooks any"], length: int) -> Int[Ar
     """Cut, or with zeros behind it."""
     codes = codes[..., :length]
     return jnp.pad(codes, ((0, 0), (0, 0), (0, length - codes.shape[-1])))
-
-
-def prompt_embeds(
-    given: Float[Array, "batch capacity hidden"], request: Request, start: Int[Array, ""], length: int
-) -> tuple[Float[Array, "batch length hidden"], Bool[Array, "1 length 1"]]:
-    """The given embeddings of the steps from ``start`` on, and which of these are in the prompt."""
-    in_prompt = start + jnp.arange(length, dtype=jnp.int32) < request.prompt_length
-    return lax.dynamic_slice_in_dim(given, start, length, axis=1), in_prompt[None, :, None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TextDecoder:
-    """Text alone: a ``FlaxMoshiForCausalLMModule`` as a :class:`~transformers_moshi_flax.generation.decoding.Decoder`.
-
-    The request's ``streams`` are the prompt's embeddings, ``(batch, capacity, hidden_size)``, or None.
-
-    Attributes:
-        module: the module.
-    """
-
-    module: Any
-
-    def init_cache(self, batch_size: int, max_length: int) -> LinearCache:
-        return LinearCache.create(self.module.config, batch_size, max_length, self.module.dtype)
-
-    def init_streams(self, request: Request) -> None:
-        return None
-
-    def prefill(self, params, request: Request, state: State, start, length: int, output_attentions: bool = False):
-        input_ids, inputs = take_steps(state.sequences, start, length), {}
-        if request.streams is None:
-            inputs["input_ids"] = input_ids
-        else:
-            embedded = self.module.apply({"params": params}, input_ids, method=self.module.embed)
-            given, where = prompt_embeds(request.streams, request, start, length)
-            inputs["inputs_embeds"] = jnp.where(where, given.astype(embedded.dtype), embedded)
-        return self.module.apply(
-            {"params": params},
-            **inputs,
-            attention_mask=take_steps(request.attention_mask, start, length),
-            cache=state.cache,
-            logits_to_keep=1,
-            output_attentions=output_attentions,
-        )
-
-    def step(self, params, request: Request, state: State, choose, output_attentions: bool = False):
-        outputs = self.prefill(params, request, state, state.position - 1, 1, output_attentions)
-        return outputs, choose(outputs), None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,31 +11,13 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...generation.decoding import UNFORCED
 from ...input_checks import Input
+from ...modeling_flax_decoder import BATCH_FRAMES, IGNORED, embeddings, mask
 from ..mimi.topology import samples_per_frame
-from .layers_flax_moshi import IGNORE_INDEX
 
-BATCH_FRAMES: dict[str, None] = {"batch": None, "frames": None}
-IGNORED: dict[str, Any] = {"allowed": (IGNORE_INDEX,), "remedy": f"Use {IGNORE_INDEX} for labels to ignore."}
 FORCED: dict[str, Any] = {"allowed": (UNFORCED,), "remedy": f"{UNFORCED} leaves the choice to the model."}
 
 AUDIO = {"user_audio_codes": "user_input_values", "moshi_audio_codes": "moshi_input_values"}
 """The streams of audio as codes, which have priority, and as waveforms."""
-
-
-def text_inputs(config: MoshiConfig, slots: int | None = None) -> dict[str, Input]:
-    """Of the backbone, with and without a head.
-
-    Args:
-        config: of the model.
-        slots: of the cache, if there is one.
-    """
-    return {
-        "input_ids": Input(BATCH_FRAMES, "ids", config.vocab_size + 1, may_be_empty=True),
-        "inputs_embeds": embeddings(config, may_be_empty=True),
-        "attention_mask": mask(slots),
-        "position_ids": Input({"batch": (None, 1), "frames": None}, "ids", may_be_empty=True),
-        "labels": Input(BATCH_FRAMES, "ids", config.vocab_size, **IGNORED),
-    }
 
 
 def conversation_inputs(
@@ -103,16 +85,6 @@ def step_inputs(config: MoshiConfig, batch_size: int) -> dict[str, Input]:
         "forced_text_ids": Input(**text, called="one token for each slot", **FORCED),
         "forced_audio_codes": Input(**codes, **FORCED),
     }
-
-
-def embeddings(config: MoshiConfig, may_be_empty: bool = False) -> Input:
-    """In the place of ids."""
-    return Input({**BATCH_FRAMES, "hidden_size": config.hidden_size}, "floats", may_be_empty=may_be_empty)
-
-
-def mask(slots: int | None) -> Input:
-    """Of the frames of a call, or of all slots of its cache."""
-    return Input({"batch": None, "frames": (None, slots) if slots else None}, "mask", may_be_empty=True)
 
 
 def streams_that_count(given: Mapping[str, ArrayLike | None]) -> dict[str, ArrayLike]:

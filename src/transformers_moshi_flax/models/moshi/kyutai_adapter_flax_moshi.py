@@ -109,7 +109,7 @@ def _kyutai_layers(shapes: Mapping[str, Any], rules: tuple[Rule, ...]) -> list[_
     kernels = {path: leaf for path, leaf in _language_model(shapes).items() if path.endswith("/kernel")}
     joined: dict[str, list[Slot]] = {}
     for slot in table_slots(kernels, rules):
-        joined.setdefault((slot.other_key or slot.key).removesuffix(".weight"), []).append(slot)
+        joined.setdefault((slot.other_keys or (slot.key,))[0].removesuffix(".weight"), []).append(slot)
     layers = []
     for name, slots in joined.items():
         slots.sort(key=lambda slot: slot.order)

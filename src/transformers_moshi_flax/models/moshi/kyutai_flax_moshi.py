@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,20 +20,23 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 from transformers import MoshiConfig
 
 from ...checkpoints.configs import override_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.fitting import Weights
-from ...checkpoints.formats import open_safetensors
+from ...checkpoints.formats import open_kyutai, open_safetensors
 from ...checkpoints.keywords import understood
 from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
 from ...quantization.config import QuantizationConfig
+from ...quantization.tree import is_quantized, quantized_layers
 from ..mimi.kyutai_flax_mimi import (
     CODEBOOKS,
     KYUTAI_MIMI,
@@ -47,8 +51,14 @@ from .kyutai_config_flax_moshi import (
     moshi_config_from_kyutai,
     moshi_config_to_kyutai,
 )
+from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, q8_tensors, quantized_rules
+
+logger = logging.getLogger(__name__)
 
 MOSHI_NAME = "model.safetensors"
+MOSHI_Q8_NAME = "model.q8.safetensors"
+QUANTIZED_NAMES = (MOSHI_Q8_NAME, "model.q4.safetensors", "model.q8.gguf")
+"""Of quantized weights, as they are published."""
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
@@ -107,10 +117,10 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
     def find(field: str, default: str) -> Path | None:
         return find_named_file(source, hub, field, config.get(field, default))
 
-    def require(field: str, default: str, role: str) -> Path:
-        path = find(field, default)
-        if path is not None:
-            return path
+    def require(field: str, default: str, role: str, *other_defaults: str) -> Path:
+        for name in (default, *other_defaults) if field not in config else (default,):
+            if (path := find(field, name)) is not None:
+                return path
         name = config.get(field, default)
         if unseen := source.absence(name):
             raise CheckpointNotFoundError(unseen)
@@ -128,7 +138,7 @@ def find_kyutai_files(name_or_path: str | os.PathLike, **hub: Any) -> KyutaiFile
         config=config,
         told=told,
         mimi_config=mimi_config,
-        moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model"),
+        moshi_weights=require("moshi_name", MOSHI_NAME, "the weights of the language model", *QUANTIZED_NAMES),
         mimi_weights=require("mimi_name", MIMI_NAME, "the weights of Mimi"),
         tokenizer=find("tokenizer_name", TOKENIZER_NAME),
     )
@@ -196,33 +206,47 @@ def kyutai_config(files: KyutaiFiles) -> MoshiConfig:
         raise ValueError(f"{files.name!r}: {error}") from error
 
 
-def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
+def kyutai_weights(files: KyutaiFiles, config: MoshiConfig, dtype: DTypeLike | None = None) -> Weights:
     """The weights of a checkpoint.
 
     Args:
         files: from :func:`find_kyutai_files`.
         config: of the model, from :func:`kyutai_config`.
+        dtype: that floats are to be cast to; one that rounds what codes stand for is told.
 
     Raises:
-        ValueError: damaged or quantized files.
+        ValueError: damaged files, or floats where ``config.json`` tells of quantized weights.
     """
-    opened = [open_safetensors(path) for path in (files.moshi_weights, files.mimi_weights)]
-    for tensors in opened:
-        if any(key.endswith("_scb") for key in tensors):
-            raise ValueError(
-                f"{tensors.path} holds weights quantized to int8, which are not read: get the bfloat16 weights"
-            )
+    language_model = language_model_tensors(open_kyutai(files.moshi_weights))
+    opened = (language_model.file, open_safetensors(files.mimi_weights))
+    if files.config.get("quantize") and language_model.quantization is None:
+        raise ValueError(
+            f"config.json of {files.name!r} says quantize={files.config['quantize']!r}, but the weights in "
+            f"{files.moshi_weights.name} are not quantized: take the config.json that belongs to them"
+        )
+    if language_model.dequantized and dtype is not None and jnp.finfo(dtype).bits < 32:
+        logger.warning(
+            f"the embeddings of {files.name!r}, which are quantized there, are floats here: dtype={jnp.dtype(dtype)} "
+            "rounds them once more, float32 does not"
+        )
     interleaved = files.config.get("positional_embedding") != "rope_concat"
-    tables = (kyutai_moshi_rules(config, interleaved), kyutai_mimi_rules(config.audio_encoder_config))
+    tables = (
+        quantized_rules(kyutai_moshi_rules(config, interleaved)),
+        kyutai_mimi_rules(config.audio_encoder_config),
+    )
 
     def fit(model: FlaxPreTrainedModel, convert: Callable[[str, np.ndarray], Any]) -> tuple[ReadResult, list[str]]:
         moshi = dict(model.params_shape_tree)
         mimi = moshi.pop("audio_encoder")
         whole, surplus = ReadResult({}, [], [], [], []), []
-        for tree, rules, tensors, start in zip((moshi, mimi), tables, opened, ("", "audio_encoder/")):
+        sources = (language_model, opened[1])
+        for tree, rules, tensors, start in zip((moshi, mimi), tables, sources, ("", "audio_encoder/")):
             template = flatten_dict(tree, sep="/")
+            slots = table_slots(template, rules)
+            if tensors is language_model:
+                language_model.refuse_floats(slots)
             found = read_slots(
-                table_slots(template, rules),
+                slots,
                 template,
                 tensors,
                 convert=partial(lambda start, path, leaf: convert(start + path, leaf), start),
@@ -235,7 +259,9 @@ def kyutai_weights(files: KyutaiFiles, config: MoshiConfig) -> Weights:
             surplus += [key for key in found.unexpected if not re.search(CODEBOOKS, key)]
         return whole, surplus
 
-    return Weights(files.name, files.is_on_hub, tuple(opened), fit)
+    quantization = language_model.quantization
+    quantized = None if quantization is None else quantization.to_dict()
+    return Weights(files.name, files.is_on_hub, opened, fit, quantized)
 
 
 def write_kyutai(
@@ -267,6 +293,8 @@ def write_kyutai(
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
     values = {"model_type": "moshi", **moshi_config_to_kyutai(config)}
     moshi_rules, mimi_rules = kyutai_moshi_rules(config), kyutai_mimi_rules(config.audio_encoder_config)
+    quantized = is_quantized(params)
+    values |= {"quantize": True} if quantized else {}
     lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
     if lacking:
         raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
@@ -296,8 +324,13 @@ def write_kyutai(
             _clear(folder, _named_files(replaced) | kept)
         try:
             moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-            values["moshi_name"] = _write_weights(free(MOSHI_NAME), moshi, moshi_rules)
-            values["mimi_name"] = _write_weights(free(MIMI_NAME), params["audio_encoder"], mimi_rules)
+            if quantized:
+                tensors = q8_tensors(moshi, quantized_rules(moshi_rules))
+            else:
+                tensors = _tensors(moshi, moshi_rules)
+            values["moshi_name"] = _write_weights(free(MOSHI_Q8_NAME if quantized else MOSHI_NAME), tensors)
+            del tensors
+            values["mimi_name"] = _write_weights(free(MIMI_NAME), _tensors(params["audio_encoder"], mimi_rules))
             if tokenizer is not None:
                 values["tokenizer_name"] = Path(tokenizer).name
                 there = folder / values["tokenizer_name"]
@@ -322,8 +355,11 @@ def write_kyutai(
         _clear(folder, _named_files(values) | kept)
 
 
-def _write_weights(path: Path, params: Mapping[str, Any], rules: tuple[Rule, ...]) -> str:
-    tensors = {tensor.key: tensor.build() for tensor in table_tensors(params, rules)}
+def _tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
+    return {tensor.key: tensor.build() for tensor in table_tensors(params, rules)}
+
+
+def _write_weights(path: Path, tensors: dict[str, np.ndarray]) -> str:
     write_safetensors(path, tensors, "pt")
     return path.name
 
@@ -352,7 +388,7 @@ def _clear(folder: Path, kept: Set[str]) -> None:
 
 _ID = "-[0-9a-f]{8}"
 _OURS = re.compile(
-    rf"({Path(MOSHI_NAME).stem}|{Path(MIMI_NAME).stem})({_ID})?\.safetensors"
+    rf"({Path(MOSHI_NAME).stem}({_ID})?(\.q8)?|{Path(MIMI_NAME).stem}({_ID})?)\.safetensors"
     rf"|{Path(MIMI_CONFIG_NAME).stem}({_ID})?\.json|tokenizer.*{_ID}\.model"
 )
 """Names that :func:`write_kyutai` gives."""
@@ -383,7 +419,8 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
     ) -> Any:
         """Make a model from a checkpoint in Kyutai's format, such as ``kyutai/moshiko-pytorch-bf16``.
 
-        It samples as Kyutai's generation does (``generation_config``).
+        It samples as Kyutai's generation does (``generation_config``). Weights that are quantized in the files
+        (``kyutai/moshiko-pytorch-q8``) stay so: the model has quantized layers of the same codes.
 
         Args:
             name_or_path: a directory or a Hub id.
@@ -417,7 +454,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         try:
             return cls._from_weights(
                 config,
-                kyutai_weights(files, config),
+                kyutai_weights(files, config, given.dtype if given.param_dtype is None else given.param_dtype),
                 dtype=given.dtype,
                 param_dtype=given.param_dtype,
                 generation_config=generation_config_from_kyutai(files.config.get("lm_gen_config") or {}),
@@ -452,7 +489,19 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a
-                configuration that the format cannot express; quantized weights.
+                configuration that the format cannot express; weights that are quantized in another way than the
+                format has, which is ``QuantizationConfig("int8", skip=["audio_encoder"])``.
         """
-        self._refuse_quantized("save_kyutai")
+        self._refuse_other_than_q8()
         write_kyutai(self.config, self._savable_params(params), directory, tokenizer)
+
+    def _refuse_other_than_q8(self) -> None:
+        quantization = self.quantization
+        if quantization is None:
+            return
+        ours, theirs = (quantized_layers(self._float_shape_tree, each, "") for each in (quantization, Q8))
+        if quantization.kind != Q8.kind or ours != theirs:
+            raise ValueError(
+                f"save_kyutai: the weights are quantized, {quantization}, but Kyutai's format has {Q8} only; load "
+                f"floats with quantization=QuantizationConfig({Q8.kind!r}, skip={Q8.skip}), or call dequantize() first"
+            )

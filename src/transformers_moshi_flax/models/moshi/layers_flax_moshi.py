@@ -1,4 +1,4 @@
-"""The parts of Moshi's two decoders: linears, attention, layers, embeddings, cross-entropy.
+"""The parts of Moshi's two decoders: linears, attention, layers, embeddings.
 
 Names and parameter paths follow ``transformers.models.moshi.modeling_moshi``. Three things depart from it, see
 ``docs/differences.md``: state is explicit (caches are passed in and returned), what upstream forces to float32 is
@@ -14,24 +14,22 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
-from ...input_checks import is_traced, is_tracing
+from ...input_checks import is_traced
 from ...nn.activations import ACT2FN
 from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, Steps
+from ...nn.embedding import embed, embedding_table
 from ...nn.initializers import normal
+from ...nn.layers import run_layers
 from ...nn.linear import DROPOUT, KERNEL, dense, is_kernel_alone
 from ...nn.norm import RMSNorm
-from ...ops.precision import at_least_float32
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
-from ...partitioning import STACKED, gathered_table, split_rows
-
-IGNORE_INDEX = -100
+from ...partitioning import STACKED, split_rows
 
 
 class FlaxMoshiFlexibleLinear(nn.Module):
@@ -325,22 +323,14 @@ class FlaxMoshiLayers(nn.Module):
                 )
             hidden_states, inputs, attentions = self.scan(hidden_states, steps, position_ids, flags)
             return hidden_states, cache, inputs, attentions
-        inputs, attentions, layer_caches = [], [], []
-
-        def layer(block: nn.Module, *arrays: Any) -> tuple[Array, Array | None, LayerCache | None]:
-            return block(*arrays, *flags)
-
-        if cache.layer(0) is not None and may_share_traces(self):
-            layer = nn.jit(layer)
-        for number, block in enumerate(self.blocks):
-            hidden_states = split_rows(hidden_states)
-            inputs.append(hidden_states)
-            hidden_states, weights, layer_cache = layer(
-                block, hidden_states, steps.mask, position_ids, cache.layer(number), steps.index
-            )
-            attentions.append(weights)
-            layer_caches.append(layer_cache)
-        return split_rows(hidden_states), cache.with_layers(layer_caches), tuple(inputs), tuple(attentions)
+        return run_layers(
+            self,
+            self.blocks,
+            hidden_states,
+            cache,
+            lambda number: (steps.mask, position_ids, cache.layer(number), steps.index),
+            flags,
+        )
 
     def scan(
         self, hidden_states: Array, steps: Steps, position_ids: Array | None, flags: tuple[Any, ...]
@@ -365,15 +355,6 @@ class FlaxMoshiLayers(nn.Module):
         return split_rows(hidden_states), tuple(inputs), attentions
 
 
-def may_share_traces(module: nn.Module) -> bool:
-    """Whether submodules that are called in the same way may share a trace, which spares two thirds of the tracing.
-
-    Not outside of ``jax.jit``, where it would compile them; nor if they may draw numbers or methods are intercepted,
-    as both can depend on a module's path.
-    """
-    return is_tracing() and not module.scope.rngs and not nn.module._global_interceptor_stack
-
-
 class FlaxMoshiEmbeddings(nn.Module):
     """A numbered list of embedding tables of one size (upstream's ``nn.ModuleList`` of embeddings)."""
 
@@ -391,27 +372,3 @@ class FlaxMoshiEmbeddings(nn.Module):
 
     def __call__(self, index: int, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
         return embed(self.tables[index], ids)
-
-
-def embedding_table(num_embeddings: int, features: int, initializer_range: float, dtype, name=None) -> nn.Embed:
-    return nn.Embed(num_embeddings, features, dtype=dtype, embedding_init=normal(initializer_range), name=name)
-
-
-def embed(table: nn.Embed, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-    """Looks ids up; ``IGNORE_INDEX`` gives a zero embedding, as the original's token id -1."""
-    gathered, known = gathered_table(table.embedding), jnp.maximum(ids, 0)
-    if gathered is None:
-        embedded = table(known)
-    else:
-        embedded = split_rows(jnp.take(gathered.astype(table.dtype), known, axis=0))
-    return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), embedded.dtype), embedded)
-
-
-def cross_entropy(
-    logits: Float[Array, "*shape vocab"], labels: Int[Array, "*shape"], ignored: Bool[Array, "*shape"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy in at least float32 over the labels that are not ignored (NaN if all are, as in PyTorch)."""
-    logits = logits.astype(at_least_float32(logits.dtype))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(ignored, 0, labels))
-    kept = ~ignored
-    return jnp.sum(jnp.where(kept, losses, 0)) / jnp.sum(kept).astype(losses.dtype)

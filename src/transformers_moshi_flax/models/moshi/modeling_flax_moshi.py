@@ -17,7 +17,7 @@ from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
 from ...former_names import accept_former_names
 from ...generation import FlaxGenerationMixin
-from ...generation.arrays import cut, on_device, on_host, on_one_device
+from ...generation.arrays import cut, on_device, on_host
 from ...generation.buckets import bucket
 from ...generation.configuration import merge_generation_config, resolve_max_length
 from ...generation.utils import one_token
@@ -28,30 +28,33 @@ from ...input_checks import (
     check_inputs,
     check_sizes,
     is_traced,
-    is_tracing,
-    refuse_params,
 )
-from ...modeling_flax_outputs import FlaxBaseModelOutputWithPast, FlaxCausalLMOutputWithPast
+from ...modeling_flax_decoder import (
+    FlaxDecoderModel,
+    FlaxTextForCausalLM,
+    FlaxTextModel,
+    as_array,
+    as_int32,
+    check_cache,
+    check_cache_kind,
+)
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
-from ...nn.linear import dropout_rngs
+from ...nn.embedding import IGNORE_INDEX
 from ..mimi.checkpoint_flax_mimi import CODEBOOKS
 from ..mimi.modeling_flax_mimi import FlaxMimiModel
 from ..mimi.topology import samples_per_frame
-from .calls import in_bucket
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
 from .embeddings_flax_moshi import FlaxMoshiEmbeddingsMixin
 from .generation_flax_moshi import (
     FlaxMoshiGenerateOutput,
     FrameDecoder,
-    TextDecoder,
     decode_audio,
     decoded_frames,
 )
-from .inputs_flax_moshi import conversation_inputs, depth_inputs, streams_that_count, text_inputs
+from .inputs_flax_moshi import conversation_inputs, depth_inputs, streams_that_count
 from .kyutai_adapter_flax_moshi import KyutaiAdapterMixin
-from .layers_flax_moshi import IGNORE_INDEX
 from .modules_flax_moshi import (
     FlaxMoshiConditionalGenerationOutputWithPast,
     FlaxMoshiDepthDecoderModule,
@@ -65,108 +68,14 @@ from .preparing_flax_moshi import encode, finish, padding_before, prepare, start
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
-class FlaxMoshiPreTrainedModel(FlaxMoshiEmbeddingsMixin):
-    """What the Moshi classes share: the call around ``module.apply`` and the cache."""
+class FlaxMoshiPreTrainedModel(FlaxDecoderModel, FlaxMoshiEmbeddingsMixin):
+    """What the Moshi classes share."""
 
     config_class = MoshiConfig
     base_model_prefix = "model"
     checkpoint_rules = MOSHI_RULES
     checkpoint_series = (CODEBOOKS,)
-    cache_class = LinearCache
-    rounds_lengths = True
-
-    def init_cache(self, batch_size: int, max_length: int) -> LinearCache | StaticCache:
-        """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
-
-        Raises:
-            ValueError: if either size is no whole number of at least 1.
-        """
-        check_sizes(batch_size=batch_size, max_length=max_length)
-        return self.cache_class.create(self.config, batch_size, max_length, self.dtype)
-
-    def _cache_for(self, cache, use_cache: bool | None, batch_size: int, max_length: int):
-        """``use_cache=True`` without a cache starts one for the whole context of the configuration."""
-        if cache is None and use_cache:
-            return self.init_cache(batch_size, max_length)
-        return cache
-
-    def _finish(self, outputs, use_cache, output_attentions, output_hidden_states, return_dict):
-        """Leaves out what was not asked for."""
-        config = self.config
-        asked = {
-            "attentions": config.output_attentions if output_attentions is None else output_attentions,
-            "hidden_states": config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            "cache": use_cache is not False,
-        }
-        dropped = {
-            field: None
-            for field in vars(outputs)
-            for name, wanted in asked.items()
-            if field in (name, f"depth_{name}") and not wanted
-        }
-        outputs = outputs.replace(**dropped)
-        return_dict = config.return_dict if return_dict is None else return_dict
-        return outputs if return_dict else outputs.to_tuple()
-
-    def _apply(self, params, dropout_rng, train: bool, output_attentions: bool | None, batch_size: int, **inputs):
-        """Runs the module with ``params`` (default: the model's own)."""
-        inputs["output_attentions"] = bool(
-            self.config.output_attentions if output_attentions is None else output_attentions
-        )
-        if train and dropout_rng is None:
-            if self.config.attention_dropout > 0:
-                raise ValueError(
-                    "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
-                )
-            if params is None and self.adapters_drop():
-                raise ValueError(
-                    "`train=True` with an adapter's `lora_dropout` > 0 needs `dropout_rng`: pass a key of "
-                    "`jax.random.key`."
-                )
-        rngs = dropout_rngs(dropout_rng) if train and dropout_rng is not None else {}
-        params = self.whole_params(params, batch_size)
-
-        def run(inputs: dict[str, Any]) -> Any:
-            return self.module.apply({"params": params}, **inputs, deterministic=not train, rngs=rngs)
-
-        # operation by operation, every new length would compile programs
-        if self.rounds_lengths and not train and not is_tracing(params, inputs) and on_one_device(params, inputs):
-            return in_bucket(run, inputs)
-        return run(inputs)
-
-
-def check_cache_kind(cache) -> None:
-    """Raises ``ValueError`` for what is no cache at all."""
-    refuse_params(cache=cache)
-    if not isinstance(cache, LinearCache | StaticCache | None):
-        raise ValueError(f"`cache` must be a cache of `init_cache`, but is a {type(cache).__name__}.")
-
-
-def check_cache(cache, config, batch_size: int, length: int) -> None:
-    """Raises ``ValueError`` if a call of ``length`` frames does not fit into the cache."""
-    check_cache_kind(cache)
-    if cache is None:
-        return
-    if len(cache.keys) != config.num_hidden_layers or cache.mask.shape[0] != batch_size:
-        raise ValueError(
-            f"`cache` is a cache of {len(cache.keys)} layers for a batch of {cache.mask.shape[0]}, but "
-            f"the model has {config.num_hidden_layers} and the batch is {batch_size}: make one with `init_cache`."
-        )
-    if not is_traced(cache.length) and int(cache.length) + length > cache.max_length:
-        raise ValueError(
-            f"`cache` has {cache.max_length} slots, {int(cache.length)} of them used, and cannot take "
-            f"{length} more frames: make a larger one with `init_cache(batch_size, max_length)`."
-        )
-
-
-def check_decoder_inputs(config: MoshiConfig, cache: Any, given: dict[str, Any]) -> tuple[int, int]:
-    """Checks what the backbone is called with; returns batch size and frames."""
-    check_cache_kind(cache)
-    if (given["input_ids"] is None) == (given["inputs_embeds"] is None):
-        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-    sizes = check_inputs(text_inputs(config, None if cache is None else cache.max_length), given)
-    check_cache(cache, config, sizes["batch"], sizes["frames"])
-    return sizes["batch"], sizes["frames"]
+    extra_input_ids = 1
 
 
 def check_padding_of(waveforms: dict[str, Any], mask: Any) -> None:
@@ -179,87 +88,15 @@ def check_padding_of(waveforms: dict[str, Any], mask: Any) -> None:
         check_input("audio_encoder_padding_mask", mask, Input({"batch": batch_size, "samples": samples}, "mask"))
 
 
-def as_int32(ids):
-    """On the device; without a program for every shape, which ``jnp.asarray`` may compile."""
-    return ids if ids is None else ids.astype(jnp.int32) if isinstance(ids, jax.Array) else on_device(ids, np.int32)
-
-
-def as_array(array):
-    return array if array is None or isinstance(array, jax.Array) else on_device(array)
-
-
-class FlaxMoshiModel(FlaxMoshiPreTrainedModel):
+class FlaxMoshiModel(FlaxTextModel, FlaxMoshiPreTrainedModel):
     """The backbone without a head; upstream ``MoshiModel``."""
 
     module_class = FlaxMoshiModule
     input_tables = ("embed_tokens/embedding",)
     checkpoint_prefixes = ("", "model.", "decoder.model.")
 
-    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
 
-    @accept_former_names
-    def __call__(
-        self,
-        input_ids: ArrayLike | None = None,
-        attention_mask: Any | None = None,
-        position_ids: ArrayLike | None = None,
-        cache: LinearCache | None = None,
-        inputs_embeds: ArrayLike | None = None,
-        use_cache: bool | None = None,
-        params: Any | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> FlaxBaseModelOutputWithPast | tuple[Any, ...]:
-        """Runs the backbone.
-
-        Args:
-            input_ids: text ids in ``[0, vocab_size]``; ``vocab_size`` is the start token.
-            attention_mask: 1 for frames to attend, 0 for padding; ``(batch, frames)`` for this call's frames, or
-                ``(batch, max_length)`` for all slots of the cache.
-            position_ids: positions of the rotary embedding; by default the frames are counted from the cache's length.
-            cache: a cache of :meth:`init_cache`; it is returned updated, never changed in place. Its former name is
-                ``past_key_values``.
-            inputs_embeds: instead of ``input_ids``.
-            use_cache: True without ``cache`` starts a cache of ``max_position_embeddings`` frames; False
-                does not return the cache.
-            params: the parameters (default: the model's own).
-            dropout_rng: key of the dropout, needed with ``train=True`` where ``attention_dropout`` > 0.
-            train: applies dropout.
-            output_attentions, output_hidden_states, return_dict: as in ``transformers``.
-
-        Raises:
-            ValueError: for wrong shapes, ids outside the vocabulary (where the ids are traced: only under
-                ``checkify``, otherwise JAX clamps them) and more frames than the cache has room for.
-        """
-        config = self.config
-        given = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        batch_size, length = check_decoder_inputs(config, cache, given)
-        cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
-        outputs = self._apply(
-            params,
-            dropout_rng,
-            train,
-            output_attentions,
-            batch_size,
-            input_ids=as_int32(input_ids),
-            attention_mask=as_array(attention_mask),
-            position_ids=as_int32(position_ids),
-            cache=cache,
-            inputs_embeds=as_array(inputs_embeds),
-        )
-        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
-
-
-class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
+class FlaxMoshiForCausalLM(FlaxTextForCausalLM, FlaxMoshiPreTrainedModel):
     """The backbone with the text head, usable for text alone; upstream ``MoshiForCausalLM``."""
 
     module_class = FlaxMoshiForCausalLMModule
@@ -274,66 +111,6 @@ class FlaxMoshiForCausalLM(FlaxGenerationMixin, FlaxMoshiPreTrainedModel):
     def model(self) -> FlaxMoshiModel:
         """The backbone as a model of its own, on the same parameters."""
         return self._part("model")
-
-    def make_decoder(self) -> TextDecoder:
-        return TextDecoder(self.module)
-
-    def dummy_inputs(self, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"input_ids": jnp.zeros(input_shape, dtype=jnp.int32)}
-
-    @accept_former_names
-    def __call__(
-        self,
-        input_ids: ArrayLike | None = None,
-        attention_mask: Any | None = None,
-        position_ids: ArrayLike | None = None,
-        cache: LinearCache | None = None,
-        inputs_embeds: ArrayLike | None = None,
-        use_cache: bool | None = None,
-        labels: ArrayLike | None = None,
-        logits_to_keep: int = 0,
-        params: Any | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> FlaxCausalLMOutputWithPast | tuple[Any, ...]:
-        """Runs backbone and head. Arguments and errors as :meth:`FlaxMoshiModel.__call__`, and:
-
-        Args:
-            labels: ids in ``[0, vocab_size)``, or -100 to ignore; shifted inside, so pass ``input_ids``.
-            logits_to_keep: logits and ``last_hidden_state`` of the last frames only, 0 for all. Not with ``labels``.
-        """
-        config = self.config
-        given = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-        }
-        batch_size, length = check_decoder_inputs(config, cache, given)
-        if labels is not None and logits_to_keep:
-            raise ValueError("`logits_to_keep` cannot be used with `labels`, which need all logits.")
-        if logits_to_keep < 0:
-            raise ValueError(f"`logits_to_keep` must not be negative, but is {logits_to_keep}.")
-        cache = self._cache_for(cache, use_cache, batch_size, max(length, config.max_position_embeddings))
-        outputs = self._apply(
-            params,
-            dropout_rng,
-            train,
-            output_attentions,
-            batch_size,
-            input_ids=as_int32(input_ids),
-            attention_mask=as_array(attention_mask),
-            position_ids=as_int32(position_ids),
-            cache=cache,
-            inputs_embeds=as_array(inputs_embeds),
-            labels=as_int32(labels),
-            logits_to_keep=logits_to_keep,
-        )
-        return self._finish(outputs, use_cache, output_attentions, output_hidden_states, return_dict)
 
 
 def check_depth_inputs(config: MoshiDepthConfig, cache: Any, given: dict[str, Any]) -> tuple[int, tuple[int, ...]]:

@@ -23,21 +23,19 @@ from ...modeling_flax_outputs import (
     FlaxModelOutput,
 )
 from ...nn.cache import Cache, LinearCache, NoCache, StaticCache
+from ...nn.embedding import IGNORE_INDEX, embed, embedding_table
 from ...nn.initializers import normal
 from ...nn.linear import dense
+from ...nn.loss import cross_entropy
 from ...nn.norm import RMSNorm
 from ..mimi.modules_flax_mimi import FlaxMimiModule
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
 from ..mimi.topology import samples_per_frame
 from .delay_pattern import build_delay_pattern_mask
 from .layers_flax_moshi import (
-    IGNORE_INDEX,
     FlaxMoshiEmbeddings,
     FlaxMoshiFlexibleLinear,
     FlaxMoshiLayers,
-    cross_entropy,
-    embed,
-    embedding_table,
 )
 
 # ------------------------------------------------------------------------------------------------- the backbone

@@ -147,7 +147,7 @@ class BatchPlan:
         )
         # the same for equal numbers of other types
         sizes = [int(number) for number in (batch_size, max_length, min_length, *buckets, seed)]
-        settings = (sizes, bool(shuffle), float(swap_moshi_user))
+        settings: tuple[Any, ...] = (sizes, bool(shuffle), float(swap_moshi_user))
         if user_code_noise or moshi_code_noise:  # runs that have none go on as ever
             settings = (*settings, float(user_code_noise))
         if moshi_code_noise:
@@ -249,7 +249,8 @@ class BatchMaker:
             end = part.frames + 1
             mask[row, :end] = 1
             text[row, 0] = self.vocab_size
-            text[row, 1:end] = part.user_text_tokens if swap else part.moshi_text_tokens
+            said: Any = part.user_text_tokens if swap else part.moshi_text_tokens
+            text[row, 1:end] = said
             sides = [side[: self.num_codebooks] for side in (part.moshi_audio_tokens, part.user_audio_tokens)]
             spoken, heard = sides[::-1] if swap else sides
             place = number, self.rows[0] + row, self.audio_vocab_size
@@ -478,6 +479,7 @@ def make_loader(
 def _end_with_parent(worker: int, workers: int) -> None:
     """In a worker: see to it that it ends with its parent, also one that is killed and can tell nobody."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def wait() -> None:
         multiprocessing.connection.wait([parent.sentinel])

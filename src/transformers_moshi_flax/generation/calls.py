@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...generation.arrays import cut, on_device, padded
-from ...generation.buckets import small_bucket
-from .layers_flax_moshi import IGNORE_INDEX
+from ..nn.embedding import IGNORE_INDEX
+from .arrays import cut, on_device, padded
+from .buckets import small_bucket
 
 FRAME_AXES = {
     "input_ids": 1,

@@ -1,0 +1,60 @@
+"""A stack of decoder layers, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from ..input_checks import is_tracing
+from ..partitioning import split_rows
+from .cache import Cache, LayerCache
+
+
+def run_layers(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    hidden_states: Float[Array, "batch seq hidden"],
+    cache: Cache,
+    arrays_of: Callable[[int], tuple[Any, ...]],
+    flags: tuple[Any, ...],
+) -> tuple[Float[Array, "batch seq hidden"], Cache, tuple[Array, ...], tuple[Array | None, ...]]:
+    """Runs the layers of a decoder, each writing the next steps into its part of the cache.
+
+    Args:
+        module: that they belong to.
+        blocks: the layers, ``(hidden_states, *arrays, *flags)`` -> hidden states, attention weights and the updated
+            cache of the layer.
+        hidden_states: inputs.
+        cache: of ``cache.next_steps``.
+        arrays_of: the other arrays of a layer, by its number.
+        flags: Python values that all layers get.
+
+    Returns:
+        The last hidden state, the updated cache, the input of every layer and all attention weights.
+    """
+    inputs, attentions, layer_caches = [], [], []
+
+    def layer(block: nn.Module, *arrays: Any) -> tuple[Array, Array | None, LayerCache | None]:
+        return block(*arrays, *flags)
+
+    if cache.layer(0) is not None and may_share_traces(module):
+        layer = nn.jit(layer)
+    for number, block in enumerate(blocks):
+        hidden_states = split_rows(hidden_states)
+        inputs.append(hidden_states)
+        hidden_states, weights, layer_cache = layer(block, hidden_states, *arrays_of(number))
+        attentions.append(weights)
+        layer_caches.append(layer_cache)
+    return split_rows(hidden_states), cache.with_layers(layer_caches), tuple(inputs), tuple(attentions)
+
+
+def may_share_traces(module: nn.Module) -> bool:
+    """Whether submodules that are called in the same way may share a trace, which spares two thirds of the tracing.
+
+    Not outside of ``jax.jit``, where it would compile them; nor if they may draw numbers or methods are intercepted,
+    as both can depend on a module's path.
+    """
+    return is_tracing() and not module.scope.rngs and not nn.module._global_interceptor_stack

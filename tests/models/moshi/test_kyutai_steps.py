@@ -320,6 +320,18 @@ def test_gguf_that_is_cut_off(source: Checkpoint, folder: Path, kept: int) -> No
         Moshi.from_kyutai(folder)
 
 
+def test_gguf_with_tensors_in_one_place(source: Checkpoint, folder: Path) -> None:
+    gguf_file(source.lm, folder / "model.q8.gguf")
+    import gguf
+
+    reader = gguf.GGUFReader(folder / "model.q8.gguf", "r+")
+    first, second = reader.tensors[:2]
+    second.field.parts[5][0] = first.field.parts[5][0]
+    reader.data.flush()
+    with pytest.raises(ValueError, match=rf"cannot be read as GGUF \(({first.name}|{second.name}) and .* overlap\)"):
+        Moshi.from_kyutai(folder)
+
+
 def test_gguf_of_other_types(source: Checkpoint, folder: Path) -> None:
     gguf_file(source.lm, folder / "model.q8.gguf", {"text_linear.weight": "Q4_0"})
     with pytest.raises(

@@ -1,7 +1,4 @@
-"""A trained model that ships with the package: what it answers, and that upstream and Kyutai's package say the same.
-
-There is none yet: the tests wait for its figures, which ``examples/converse/embedded.py`` writes beside it.
-"""
+"""The trained model that ships: what it answers, and that upstream and Kyutai's package say the same with it."""
 
 from __future__ import annotations
 
@@ -22,7 +19,8 @@ from transformers import MoshiForConditionalGeneration
 from tests.torch_oracle import assert_close, numpy
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiProcessor
 from transformers_moshi_flax.cli.audio import read_audio
-from transformers_moshi_flax.cli.checkpoints import ASSETS, EMBEDDED_MODEL, EMBEDDED_QUESTION
+from transformers_moshi_flax.cli.checkpoints import ASSETS, EMBEDDED_MODEL, EMBEDDED_QUESTION, Dtype
+from transformers_moshi_flax.cli.generate import Speaker
 from transformers_moshi_flax.cli.transcript import PAD
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,10 +30,6 @@ from examples.converse.dialogues import in_a_room
 from examples.converse.evaluate import Asked, live, texts_of, turn_counts, utterances
 from examples.converse.sentences import exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
-
-pytestmark = pytest.mark.skipif(
-    not (EMBEDDED_MODEL / "figures.json").exists(), reason="the embedded model is random as yet"
-)
 
 FRAME = 1920
 KNOWN_VOICE = Voice("espeak:en-us+m3")
@@ -84,6 +78,14 @@ def test_it_is_small_and_in_the_layout_of_pytorch() -> None:
         assert file.metadata()["format"] == "pt"
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
     assert kinds == {"BF16"}
+
+
+def test_the_command_line_computes_in_float32() -> None:
+    """As it has learned to; it is stored in bfloat16 to be small."""
+    loaded = Speaker.load(str(EMBEDDED_MODEL), None).model
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"float32"} and loaded.dtype == jnp.float32
+    narrow = Speaker.load(str(EMBEDDED_MODEL), Dtype.bfloat16).model
+    assert narrow.dtype == jnp.bfloat16
 
 
 def test_the_card_has_the_figures_that_were_measured(model: FlaxMoshiForConditionalGeneration) -> None:

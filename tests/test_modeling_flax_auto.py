@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from transformers import AutoProcessor, BertConfig, MoshiConfig
 from transformers.models.auto import processing_auto
 
-from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.configs import LLAMAS, tiny_mimi_config, tiny_moshi_config
 from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import (
     FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -61,8 +61,9 @@ def test_classes_by_model_type() -> None:
         assert type(model).__name__ == name and model.dtype == jnp.bfloat16 and model.config is config
     assert FLAX_MODEL_MAPPING[MoshiConfig] is FlaxMoshiModel and MoshiConfig in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
     # as scripts of `transformers` list what they can train
-    assert [config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.keys()] == ["moshi"]
-    assert len(FLAX_MODEL_MAPPING) == 5
+    kinds = {config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.keys()}
+    assert kinds == {"moshi", *LLAMAS} == set(FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.model_types)
+    assert len(FLAX_MODEL_MAPPING) == 5 + len(LLAMAS)
 
 
 def test_from_pretrained(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_from_pretrained(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"FlaxAutoModel\.from_pretrained"):
         FlaxAutoModel()
-    with pytest.raises(ValueError, match=r"'mimi'.*FlaxAutoModelForCausalLM.*knows moshi"):
+    with pytest.raises(ValueError, match=r"'mimi'.*FlaxAutoModelForCausalLM.*knows gemma2, .*moshi"):
         FlaxAutoModelForCausalLM.from_config(tiny_mimi_config())
     with pytest.raises(OSError, match=r"no config\.json"):
         FlaxAutoModel.from_pretrained(tmp_path)

@@ -314,7 +314,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     @classmethod
     def known_configs(cls) -> tuple[type[PreTrainedConfig], ...]:
         """The classes of the configurations that there are models of."""
-        return cls.config_classes or (cls.config_class,)
+        return cls.config_classes if cls.config_class in cls.config_classes else (cls.config_class,)
 
     @property
     def upstream_name(self) -> str:

@@ -7,6 +7,7 @@ need the ``torch`` extra.
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -162,7 +163,13 @@ def open_gguf(path: Path) -> TensorFile:
             "'transformers-moshi-flax[gguf]')"
         ) from error
     try:
-        found = GGUFReader(path).tensors
+        reader = GGUFReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its byte order is not this machine's")
+        found = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+        for tensor, following in itertools.pairwise(found):
+            if tensor.data_offset + tensor.n_bytes > following.data_offset:
+                raise ValueError(f"{tensor.name} and {following.name} overlap")
     except Exception as error:  # numpy and gguf raise all kinds for damaged bytes
         raise ValueError(
             f"{path} cannot be read as GGUF ({error}): it is damaged, incomplete or of another format; download or "

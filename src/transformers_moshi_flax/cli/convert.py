@@ -20,6 +20,7 @@ class Layout(enum.StrEnum):
     flax = "flax"
     pt = "pt"
     kyutai = "kyutai"
+    mlx = "mlx"
 
 
 class Quantization(enum.StrEnum):
@@ -40,9 +41,16 @@ class SourceLayout(enum.StrEnum):
     kyutai = "kyutai"
 
 
-LAYOUT_NAMES = {Layout.flax: "Flax", Layout.pt: "PyTorch", Layout.kyutai: "Kyutai's"}
-KYUTAIS = (Quantization.int8, Quantization.none)
-"""What Kyutai's layout has."""
+LAYOUT_NAMES = {Layout.flax: "Flax", Layout.pt: "PyTorch", Layout.kyutai: "Kyutai's", Layout.mlx: "Kyutai's MLX"}
+PACKAGES = {Layout.kyutai: "moshi", Layout.mlx: "mlx"}
+"""Of Kyutai, that load what is written."""
+QUANTIZATIONS = {
+    Layout.flax: [*Quantization],
+    Layout.pt: [Quantization.none],
+    Layout.kyutai: [Quantization.int8, Quantization.none],
+    Layout.mlx: [Quantization.int8, Quantization.int4, Quantization.none],
+}
+"""What a layout has."""
 FROM_PT = {SourceLayout.auto: None, SourceLayout.flax: False, SourceLayout.pt: True}
 
 
@@ -70,12 +78,12 @@ def convert(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
-    """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai."""
+    """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch, Kyutai or its MLX."""
     _check_destination(source, destination, overwrite)
     _check_options(to, quantize, max_shard_size, push_to_hub, private)
     model_class = _class_to_load(source, from_)
-    if to is Layout.kyutai and not hasattr(model_class, "save_kyutai"):
-        raise UserMistake(f"--to kyutai: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
+    if to in PACKAGES and not hasattr(model_class, "save_kyutai"):
+        raise UserMistake(f"--to {to}: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
     with as_mistake(f"SRC: cannot load {source!r}", *hub_errors(), ValueError), slow(f"loading {source}"):
         options: dict[str, Any] = {"dtype": dtype and dtype.to_jax()}
         if quantize not in (None, Quantization.none):
@@ -97,11 +105,12 @@ def convert(
 
 def _quantization(kind: Quantization, to: Layout) -> Any:
     """What is asked for, as the layout has it."""
-    if to is not Layout.kyutai:
+    if to not in PACKAGES:
         return kind.value
-    from transformers_moshi_flax.models.moshi.kyutai_quantized_flax_moshi import Q8
+    from transformers_moshi_flax.models.moshi import kyutai_flax_moshi
 
-    return Q8
+    grids = kyutai_flax_moshi.PACKAGES[PACKAGES[to]].values()
+    return next(grid for grid in grids if grid.kind == kind.value)
 
 
 def _class_to_load(source: str, layout: SourceLayout) -> type[Any]:
@@ -138,15 +147,14 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
 def _check_options(
     to: Layout, quantize: Quantization | None, max_shard_size: str | None, push_to_hub: str | None, private: bool
 ) -> None:
-    has = {Layout.flax: [*Quantization], Layout.pt: [Quantization.none], Layout.kyutai: [*KYUTAIS]}[to]
-    if quantize is not None and quantize not in has:
+    if quantize is not None and quantize not in QUANTIZATIONS[to]:
         raise UserMistake(f"--quantize {quantize}: not with --to {to}, a layout without such weights; leave out --to")
     if private and push_to_hub is None:
         raise UserMistake("--private: no effect without --push-to-hub; leave it out, or give a repository")
-    if to is Layout.kyutai:
+    if to in PACKAGES:
         for option, value in (("--max-shard-size", max_shard_size), ("--push-to-hub", push_to_hub)):
             if value is not None:
-                raise UserMistake(f"{option}: not with --to kyutai, whose layout has neither shards nor a model card")
+                raise UserMistake(f"{option}: not with --to {to}, whose layout has neither shards nor a model card")
     if max_shard_size is not None:
         from transformers_moshi_flax.checkpoints.writing import shard_bytes
 
@@ -202,8 +210,8 @@ def _write(
     from transformers_moshi_flax.checkpoints.replacing import whole_checkpoint
 
     with whole_checkpoint(destination) as fresh:
-        if to is Layout.kyutai:
-            model.save_kyutai(fresh, tokenizer=tokenizer)
+        if to in PACKAGES:
+            model.save_kyutai(fresh, tokenizer=tokenizer, package=PACKAGES[to])
         else:
             copy_companions(Source.locate(source), fresh)
             if tokenizer is not None:

@@ -57,4 +57,5 @@ def may_share_traces(module: nn.Module) -> bool:
     Not outside of ``jax.jit``, where it would compile them; nor if they may draw numbers or methods are intercepted,
     as both can depend on a module's path.
     """
-    return is_tracing() and not module.scope.rngs and not nn.module._global_interceptor_stack
+    scope = module.scope
+    return is_tracing() and scope is not None and not scope.rngs and not nn.module._global_interceptor_stack

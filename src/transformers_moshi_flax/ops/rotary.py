@@ -98,9 +98,10 @@ def inverse_frequencies(
 
     def number(name: str, default: float | None = None) -> float:
         value = rope_parameters.get(name)
-        if value is None and default is None:
+        value = default if value is None else value
+        if value is None:
             raise ValueError(f"`rope_parameters` of rope_type={rope_type!r} has no {name!r}: give a number.")
-        return float(default if value is None else value)
+        return float(value)
 
     if number("partial_rotary_factor", 1.0) != 1:
         raise ValueError(

@@ -225,9 +225,7 @@ def test_the_package_computes_with_what_we_write(tiny: Checkpoint, model: Moshi,
 )
 def test_other_grids_are_not_written(tiny: Checkpoint, tmp_path: Path, quantization: QuantizationConfig) -> None:
     model = Moshi.from_kyutai(tiny.directory).dequantize().quantize(quantization)
-    with pytest.raises(
-        ValueError, match=r"save_kyutai: the weights are quantized, .* but Kyutai's format has int8 .*"
-    ):
+    with pytest.raises(ValueError, match=r"save_kyutai: the weights are quantized, .* but 'moshi' has int8 .*"):
         model.save_kyutai(tmp_path)
     assert not list(tmp_path.iterdir())
 

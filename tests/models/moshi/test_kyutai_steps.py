@@ -7,6 +7,7 @@ MLX's are built here by their definition, and made by the package itself where i
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.torch_oracle import assert_close
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, QuantizationConfig
@@ -319,6 +320,18 @@ def test_gguf_that_is_cut_off(source: Checkpoint, folder: Path, kept: int) -> No
         Moshi.from_kyutai(folder)
 
 
+def test_gguf_with_tensors_in_one_place(source: Checkpoint, folder: Path) -> None:
+    gguf_file(source.lm, folder / "model.q8.gguf")
+    import gguf
+
+    reader = gguf.GGUFReader(folder / "model.q8.gguf", "r+")
+    first, second = reader.tensors[:2]
+    second.field.parts[5][0] = first.field.parts[5][0]
+    reader.data.flush()
+    with pytest.raises(ValueError, match=rf"cannot be read as GGUF \(({first.name}|{second.name}) and .* overlap\)"):
+        Moshi.from_kyutai(folder)
+
+
 def test_gguf_of_other_types(source: Checkpoint, folder: Path) -> None:
     gguf_file(source.lm, folder / "model.q8.gguf", {"text_linear.weight": "Q4_0"})
     with pytest.raises(
@@ -341,3 +354,88 @@ def test_gguf_without_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"is a GGUF file, .*\(pip install 'transformers-moshi-flax\[gguf\]'"):
         Moshi.from_kyutai(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- writing MLX's
+
+# inner widths by the rule of `moshi_mlx`, which groups of 32 divide
+WIDE = {**LM, "dim": 128, "hidden_scale": 4.125, "num_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: Any) -> Checkpoint:
+    """A checkpoint of floats. Not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("kyutai") / "wide", WIDE, TINY_MIMI, seed=12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_mlx_there_and_back(wide: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: Any) -> None:
+    """The layers to the bit; embeddings are quantized anew, which is told."""
+    folder = Path(shutil.copytree(wide.directory, tmp_path / "copied"))
+    theirs, _ = mlx_file(wide.lm, 4, 32, dtype)
+    save_file(theirs, folder / "moshi.safetensors")
+    model = Moshi.from_kyutai(folder)
+    model.save_kyutai(tmp_path / "written", package="mlx")
+    assert "moshi_mlx has quantized embeddings: they are rounded to int4 (4 bits, groups of 32 with off" in caplog.text
+    ours = load_file(tmp_path / "written" / "model.q4.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].shape == tensor.shape, key
+        if "emb" not in key:
+            # float32 rounds the way to the offset and back
+            tolerance = 4e-6 if key.endswith("biases") and dtype is np.float32 else 0
+            np.testing.assert_allclose(
+                ours[key].astype(float), tensor.astype(float), rtol=0, atol=tolerance, err_msg=key
+            )
+    again = Moshi.from_kyutai(tmp_path / "written")
+    assert again.quantization == model.quantization
+    before, after = (flatten_dict(each.params, sep="/") for each in (model, again))
+    for path, leaf in before.items():
+        if "emb" in path:  # off by half a step at most
+            steps = (leaf.max(axis=-1) - leaf.min(axis=-1)) / 15
+            assert (np.abs(after[path] - leaf).max(axis=-1) <= 0.51 * steps + 1e-3).all(), path
+        else:
+            np.testing.assert_allclose(after[path], leaf, atol=1e-6 if path.endswith("offsets") else 0, err_msg=path)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_the_mlx_package_loads_what_is_written(wide: Checkpoint, tmp_path: Path, bits: int | None) -> None:
+    pytest.importorskip("moshi_mlx", reason="Kyutai's package for MLX, the oracle, is not installed")
+    import mlx.nn
+    from mlx.utils import tree_flatten
+    from moshi_mlx.models.lm import Lm, LmConfig
+
+    quantization = bits and QuantizationConfig("int4", group_size=32, skip=["audio_encoder"], offsets=True)
+    model = Moshi.from_kyutai(wide.directory, quantization=quantization)
+    model.save_kyutai(tmp_path / "written", package="mlx")
+    values = json.loads((tmp_path / "written" / "config.json").read_text())
+    theirs = Lm(LmConfig.from_config_dict(values))
+    if bits:
+        mlx.nn.quantize(theirs, bits=4, group_size=32)
+    theirs.load_weights(str(tmp_path / "written" / values["moshi_name"]), strict=True)
+    expected = states(wide.lm)
+    for path, module in tree_flatten(theirs.leaf_modules(), is_leaf=mlx.nn.Module.is_module):
+        (key,) = [key for key in expected if f"{path}.weight" in names_of(key, True)]
+        parts = {name: np.array(value) for name, value in module.parameters().items()}
+        if "scales" in parts:
+            found = mlx.core.dequantize(module.weight, module.scales, module.biases, group_size=32, bits=4)
+            steps = np.repeat(parts["scales"], 32, axis=1)
+            assert (np.abs(np.array(found) - expected[key]) <= 0.51 * steps + 1e-6).all(), key
+        else:
+            np.testing.assert_array_equal(parts["weight"].reshape(expected[key].shape), expected[key], err_msg=key)
+
+
+def test_what_mlx_cannot_express(source: Checkpoint, tmp_path: Path) -> None:
+    model = Moshi.from_kyutai(source.directory)
+    with pytest.raises(
+        ValueError, match=r"moshi_mlx cannot express this configuration of Moshi: ffn_dim=256 \(only 352"
+    ):
+        model.save_kyutai(tmp_path / "new", package="mlx")
+    with pytest.raises(ValueError, match=r"package='jax' must be one of 'moshi', 'mlx'"):
+        model.save_kyutai(tmp_path / "new", package="jax")
+    model.quantize(QuantizationConfig("int4", group_size=16, skip=["audio_encoder"], offsets=True))
+    with pytest.raises(
+        ValueError, match=r"groups of 16 .* but 'mlx' has int4 \(4 bits, groups of 32 with off.*, or int8"
+    ):
+        model.save_kyutai(tmp_path / "new", package="mlx")
+    assert not (tmp_path / "new").exists()

@@ -103,7 +103,7 @@ class FlaxLlamaForCausalLM(FlaxTextForCausalLM, FlaxLlamaPreTrainedModel):
         return LlamaTextDecoder(self.module, self.cache_sizes)
 
     @accept_former_names
-    def __call__(
+    def __call__(  # type: ignore[override]  # upstream's order is another one here than in Moshi
         self,
         input_ids: ArrayLike | None = None,
         attention_mask: Any | None = None,

@@ -300,8 +300,16 @@ class FlaxLlamaModule(nn.Module):
             context_length: how long the text is that the tokens belong to, as far as they do not go beyond it; by
                 default it ends with the last of them. Only ``dynamic`` rotary embeddings depend on it.
             deterministic, output_attentions: as of :class:`FlaxLlamaAttention`.
+
+        Raises:
+            ValueError: neither ids nor embeddings.
         """
-        hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        if inputs_embeds is not None:
+            hidden_states = inputs_embeds.astype(self.dtype)
+        elif input_ids is not None:
+            hidden_states = self.embed(input_ids)
+        else:
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         hidden_states, past, inputs, attentions = self.layers(
             hidden_states,
             NoCache() if cache is None else cache,

@@ -35,8 +35,9 @@ from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
 from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
+from ...nn.linear import CODES
 from ...quantization.config import QuantizationConfig
-from ...quantization.tree import is_quantized, quantized_layers
+from ...quantization.tree import quantized_layers
 from ..mimi.kyutai_flax_mimi import (
     CODEBOOKS,
     KYUTAI_MIMI,
@@ -51,6 +52,7 @@ from .kyutai_config_flax_moshi import (
     moshi_config_from_kyutai,
     moshi_config_to_kyutai,
 )
+from .kyutai_mlx_flax_moshi import GRIDS, check_widths, mlx_tensors
 from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, q8_tensors, quantized_rules
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ MOSHI_NAME = "model.safetensors"
 MOSHI_Q8_NAME = "model.q8.safetensors"
 QUANTIZED_NAMES = (MOSHI_Q8_NAME, "model.q4.safetensors", "model.q8.gguf")
 """Of quantized weights, as they are published."""
+PACKAGES = {"moshi": {MOSHI_Q8_NAME: Q8}, "mlx": GRIDS}
+"""Packages that files are written for -> what they call weights that are quantized, and how these are."""
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
@@ -269,6 +273,7 @@ def write_kyutai(
     params: Mapping[str, Any],
     directory: str | os.PathLike,
     tokenizer: str | os.PathLike | None = None,
+    package: str = "moshi",
 ) -> None:
     """Write a model in Kyutai's format; replacing ``config.json``, which names the files, is the one commit.
 
@@ -283,18 +288,23 @@ def write_kyutai(
         directory: made if it is not there.
         tokenizer: a SentencePiece model to copy into it. Kyutai's loader wants one; without it, it must be told where
             to find another.
+        package: that is to load it, ``"moshi"`` or ``"mlx"``.
 
     Raises:
-        ValueError: the configuration cannot be expressed in that format, ``directory`` is a file or holds a checkpoint
-            of ``transformers``, incomplete ``params``.
+        ValueError: there is no such package, the configuration cannot be expressed in its format, ``directory`` is a
+            file or holds a checkpoint of ``transformers``, incomplete ``params``.
         CheckpointNotFoundError: ``tokenizer`` is no file.
         OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
     """
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
     values = {"model_type": "moshi", **moshi_config_to_kyutai(config)}
     moshi_rules, mimi_rules = kyutai_moshi_rules(config), kyutai_mimi_rules(config.audio_encoder_config)
-    quantized = is_quantized(params)
-    values |= {"quantize": True} if quantized else {}
+    if package not in PACKAGES:
+        raise ValueError(f"package={package!r} must be one of {', '.join(map(repr, PACKAGES))}")
+    if package == "mlx":
+        check_widths(config, values["depformer_dim_feedforward"])
+    name = _name_of_weights(params, package)
+    values |= {"quantize": True} if name == MOSHI_Q8_NAME and package == "moshi" else {}
     lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
     if lacking:
         raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
@@ -324,11 +334,13 @@ def write_kyutai(
             _clear(folder, _named_files(replaced) | kept)
         try:
             moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-            if quantized:
-                tensors = q8_tensors(moshi, quantized_rules(moshi_rules))
-            else:
+            if package == "mlx":
+                tensors = mlx_tensors(moshi, moshi_rules, config.num_codebooks)
+            elif name == MOSHI_NAME:
                 tensors = _tensors(moshi, moshi_rules)
-            values["moshi_name"] = _write_weights(free(MOSHI_Q8_NAME if quantized else MOSHI_NAME), tensors)
+            else:
+                tensors = q8_tensors(moshi, quantized_rules(moshi_rules))
+            values["moshi_name"] = _write_weights(free(name), tensors)
             del tensors
             values["mimi_name"] = _write_weights(free(MIMI_NAME), _tensors(params["audio_encoder"], mimi_rules))
             if tokenizer is not None:
@@ -353,6 +365,12 @@ def write_kyutai(
         for name in _named_files(replaced, tokenizer=False) - _named_files(values):
             (folder / name).unlink(missing_ok=True)
         _clear(folder, _named_files(values) | kept)
+
+
+def _name_of_weights(params: Mapping[str, Any], package: str) -> str:
+    kinds = {path[-1] for path in flatten_dict(dict(params))} & {*CODES.values()}
+    names = (name for name, grid in PACKAGES[package].items() if CODES[str(grid.kind)] in kinds)
+    return next(names, MOSHI_NAME)
 
 
 def _tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
@@ -388,7 +406,7 @@ def _clear(folder: Path, kept: Set[str]) -> None:
 
 _ID = "-[0-9a-f]{8}"
 _OURS = re.compile(
-    rf"({Path(MOSHI_NAME).stem}({_ID})?(\.q8)?|{Path(MIMI_NAME).stem}({_ID})?)\.safetensors"
+    rf"({Path(MOSHI_NAME).stem}({_ID})?(\.q[48])?|{Path(MIMI_NAME).stem}({_ID})?)\.safetensors"
     rf"|{Path(MIMI_CONFIG_NAME).stem}({_ID})?\.json|tokenizer.*{_ID}\.model"
 )
 """Names that :func:`write_kyutai` gives."""
@@ -479,29 +497,41 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         directory: str | os.PathLike,
         params: Mapping[str, Any] | None = None,
         tokenizer: str | os.PathLike | None = None,
+        package: str = "moshi",
     ) -> None:
         """Write the model in Kyutai's format, as :func:`write_kyutai` does.
+
+        Weights may be quantized as the package has them: for ``moshi``
+        ``QuantizationConfig("int8", skip=["audio_encoder"])``, for ``moshi_mlx``
+        ``QuantizationConfig("int4", group_size=32, skip=["audio_encoder"], offsets=True)``, or ``"int8"`` and 64.
+        Codes are copied; embeddings are quantized for MLX, which rounds them.
 
         Args:
             directory: made if it is not there.
             params: the parameters to write, the model's own if None.
             tokenizer: a SentencePiece model to copy into it.
+            package: of Kyutai's that is to load it, ``"moshi"`` or ``"mlx"``.
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a
                 configuration that the format cannot express; weights that are quantized in another way than the
-                format has, which is ``QuantizationConfig("int8", skip=["audio_encoder"])``.
+                package has.
         """
-        self._refuse_other_than_q8()
-        write_kyutai(self.config, self._savable_params(params), directory, tokenizer)
+        self._refuse_other_grids(package)
+        write_kyutai(self.config, self._savable_params(params), directory, tokenizer, package)
 
-    def _refuse_other_than_q8(self) -> None:
-        quantization = self.quantization
+    def _refuse_other_grids(self, package: str) -> None:
+        quantization, shapes = self.quantization, self._float_shape_tree
         if quantization is None:
             return
-        ours, theirs = (quantized_layers(self._float_shape_tree, each, "") for each in (quantization, Q8))
-        if quantization.kind != Q8.kind or ours != theirs:
-            raise ValueError(
-                f"save_kyutai: the weights are quantized, {quantization}, but Kyutai's format has {Q8} only; load "
-                f"floats with quantization=QuantizationConfig({Q8.kind!r}, skip={Q8.skip}), or call dequantize() first"
-            )
+        theirs = [*PACKAGES.get(package, {}).values()]
+        for grid in theirs:
+            alike = (quantization.kind, quantization.offsets) == (grid.kind, grid.offsets)
+            if alike and quantized_layers(shapes, quantization, "") == quantized_layers(shapes, grid, ""):
+                return
+        listed = ", or ".join(map(str, theirs))
+        raise ValueError(
+            f"save_kyutai: the weights are quantized, {quantization}, but {package!r} has {listed} only; call "
+            "dequantize() first (of files: moshi-flax convert SRC DST --quantize none), or load floats with such a "
+            "QuantizationConfig"
+        )

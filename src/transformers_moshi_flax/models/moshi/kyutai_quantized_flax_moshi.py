@@ -168,7 +168,8 @@ def _published_name(key: str) -> str:
     return key
 
 
-def _is_embedding(name: str) -> bool:
+def is_embedding(name: str) -> bool:
+    """Whether a tensor of the published floats is one of embeddings."""
     return name.partition(".")[0].endswith("emb")
 
 
@@ -194,7 +195,7 @@ def _of_steps(file: TensorFile) -> LanguageModelTensors:
             makers[name] = partial(_norm, file, key)
         elif not grid.holds(file, key):
             makers[name] = partial(file.__getitem__, key)
-        elif _is_embedding(name):
+        elif is_embedding(name):
             grid.check(file, key)
             makers[name], dequantized = partial(grid.floats, file, key), True
         else:

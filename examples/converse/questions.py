@@ -23,7 +23,9 @@ from .sentences import exchanges
 from .voices import SAMPLING_RATE, Voice
 
 VOICE = Voice("flite:rms")
-QUESTIONS = ("what is three plus six", "which day comes after tuesday", "what is the opposite of dark")
+QUESTIONS = ("what is three plus six", "which day comes after tuesday", "tell me the colour of a tomato")
+"""Of those that the model that ships answers right."""
+
 BEFORE, THINKING, PAUSE = 0.5, 0.5, 1.8
 """Seconds before the first question, until Moshi answers, and after its answer."""
 

@@ -14,7 +14,7 @@ from transformers_moshi_flax.cli.checkpoints import EMBEDDED_QUESTION, EMBEDDED_
 from transformers_moshi_flax.cli.demo import words_of
 from transformers_moshi_flax.cli.transcript import Timed
 
-ANSWERS = ["three plus six is nine", "after tuesday comes wednesday", "the opposite of dark is light"]
+ANSWERS = ["three plus six is nine", "after tuesday comes wednesday", "a tomato is red"]
 
 
 @pytest.fixture(autouse=True)

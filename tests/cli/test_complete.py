@@ -93,7 +93,7 @@ def test_moshis_backbone(moshi_flax):
         ((), "--prompt, --interactive: give one of them"),
         (("--prompt", "a", "--interactive"), "--prompt, --interactive: give one of them"),
         (("--prompt", ""), "--prompt: '' has no tokens; give some words"),
-        (("--prompt", "w1", "--temperature", "nan"), "--temperature: nan is no temperature"),
+        (("--prompt", "w1", "--temperature", "inf"), "--temperature: inf is no temperature"),
         (("--prompt", "w1", "--temperature", 0, "--top-k", 3), "--top-k: no effect with --temperature 0"),
     ],
 )

@@ -36,7 +36,7 @@ def load_config(
     config_classes = config_class if isinstance(config_class, tuple) else (config_class,)
     known = {each.model_type: each for each in config_classes}
     model_type = values.get("model_type", next(iter(known)))
-    if model_type in known:
+    if isinstance(model_type, str) and model_type in known:
         return build_config(known[model_type], values)
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         whole = build_config(CONFIG_MAPPING[model_type], values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ def pair(tmp_path: Path) -> Pair:
 
 
 def logits(model: FlaxLlamaForCausalLM) -> np.ndarray:
-    return np.asarray(model(IDS).logits)
+    return np.asarray(jax.jit(lambda ids: model(ids).logits)(IDS))
 
 
 def test_an_adapter(pair: Pair):
@@ -44,11 +45,10 @@ def test_quantized_layers(pair: Pair, kind: str):
     layer = model.params["model"]["layers"]["0"]
     assert {f"kernel_{kind}", "scales", "bias"} == set(layer["self_attn"]["q_proj"])
     quantized = logits(model)
-    tokens = model.generate(IDS, max_new_tokens=3).sequences
+    assert model.generate(IDS, max_new_tokens=2).sequences[0, 6] == quantized[0, -1].argmax()
     assert 0 < np.abs(quantized - logits(pair.ours)).max()
     model.dequantize()
     assert_close(quantized, logits(model), 1e-5)
-    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=3).sequences, tokens)
 
 
 def test_an_adapter_beside_quantized_layers(pair: Pair):

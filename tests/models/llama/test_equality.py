@@ -41,26 +41,31 @@ def test_equals_upstream(pair: Pair):
     assert_same_outputs(pair, draw_batch(pair.ours.config.vocab_size, (LENGTH, LENGTH)).ids, 1e-5)
 
 
-def test_padded_rows(pair: Pair):
-    """As upstream's, and as each row alone."""
+def logits_of(pair: Pair, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.jit(lambda ids, mask: pair.ours(ids, mask).logits)(ids, mask))
+
+
+def test_padded_and_cached(pair: Pair):
+    """Rows with padding before them, at once and step by step."""
     batch = draw_batch(pair.ours.config.vocab_size, (LENGTH, 7, 9))
-    ours = pair.ours(batch.ids, batch.mask).logits
-    theirs = pair.upstream(**batch.for_torch).logits
-    assert_close(np.asarray(ours)[batch.counts], theirs.numpy()[batch.counts], 1e-5)
-    alone = pair.ours(batch.ids[2:, -9:]).logits
-    assert_close(ours[2, -9:], alone[0], 1e-5)
-
-
-def test_cached_equals_uncached(pair: Pair):
-    batch = draw_batch(pair.ours.config.vocab_size, (LENGTH, 9))
-    uncached = np.asarray(pair.ours(batch.ids, batch.mask).logits)
+    at_once = logits_of(pair, batch.ids, batch.mask)
+    theirs = pair.upstream(**batch.for_torch).logits.numpy()
+    assert_close(at_once[batch.counts], theirs[batch.counts], 1e-5)
     step = jax.jit(lambda ids, mask, cache: pair.ours(ids, mask, cache=cache))
-    cache, pieces = pair.ours.init_cache(2, LENGTH + 2), []
-    for begin, end in ((0, 5), (5, 10), *((at, at + 1) for at in range(10, LENGTH))):
+    cache, pieces = pair.ours.init_cache(3, LENGTH + 2), []
+    for begin, end in ((0, 9), *((at, at + 1) for at in range(9, LENGTH))):
         outputs = step(batch.ids[:, begin:end], batch.mask[:, begin:end], cache)
         cache = outputs.cache
         pieces.append(outputs.logits)
-    assert_close(np.concatenate(pieces, axis=1)[batch.counts], uncached[batch.counts], 1e-5)
+    assert_close(np.concatenate(pieces, axis=1)[batch.counts], theirs[batch.counts], 1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_padded_row_is_the_row_alone(model_type: str, tmp_path):
+    pair = tiny_pair(model_type, tmp_path)
+    batch = draw_batch(99, (LENGTH, 7))
+    alone = logits_of(pair, batch.ids[1:, -7:], batch.mask[1:, -7:])
+    assert_close(logits_of(pair, batch.ids, batch.mask)[1, -7:], alone[0], 1e-5)
 
 
 @pytest.mark.parametrize("model_type", LLAMAS)

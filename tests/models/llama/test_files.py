@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -89,7 +89,7 @@ def test_a_head_that_is_the_table_of_embeddings(tmp_path: Path):
 def test_a_mesh(tmp_path: Path):
     """Every parameter has its place; the head and embeddings of two tables, too."""
     pair = tiny_pair("qwen3", tmp_path)
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
     model = FlaxLlamaForCausalLM.from_pretrained(tmp_path, sharding=mesh)
     layer = model.params["model"]["layers"]["0"]
     assert layer["mlp"]["gate_proj"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")

@@ -23,7 +23,7 @@ tags: [moshi, mimi, speech-to-speech, full-duplex]
 tokenizer of its own, which was trained from nothing, by the stages of `make embedded` of transformers-moshi-flax. It
 hears and speaks English at 24 kHz, 12.5 frames a second, and was taught a few hundred things: sums and differences to
 twenty, what comes after a day, a month, a letter or a number, opposites, colours of things, how short words are
-spelled, a few facts, greetings; to repeat two words, to say an answer again, to be silent when told to stop, and to say
+spelled, a few facts, greetings; to repeat two words, to say an answer again, to be silent when told to, and to say
 of some other questions that it doesn't know. How well it has learned them, and how little of its speech is understood,
 the figures say: its text is what it is to be read by.
 

@@ -189,7 +189,7 @@ def scaled_steps(**options: Any) -> dict[str, Any]:
     return {"run__steps": 3, "optimizer__eps": 1.0, "optimizer__schedule": "constant", **options}
 
 
-GROUP_SIZE = {"int8": None, "int4": 8, "nf4": 4}
+GROUP_SIZE = {"int8": None, "int4": 4, "nf4": 4}
 
 
 def quantized_by(kind: str) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def test_quantize(moshi_flax, moshi: dict, tmp_path: Path):
     shown = moshi_flax("inspect", tmp_path / "int8")
     assert shown.code == 0 and "93 layers, int8 (8 bits, a scale for each output)" in " ".join(shown.out.split())
     report = json.loads(moshi_flax("inspect", tmp_path / "int8", "--json").out)
-    quantization = {"kind": "int8", "bits": 8, "group_size": None, "skip": [], "layers": 93}
+    quantization = {"kind": "int8", "bits": 8, "group_size": None, "skip": [], "offsets": False, "layers": 93}
     assert report["quantization"] == quantization and report["fits"] is True
     assert json.loads(moshi_flax("inspect", moshi["pt"], "--json").out)["quantization"] is None
 

@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "ask": "Ask Moshi a question aloud: words are printed as they come, and both sides are written as a stereo file.",
     "serve": "Serve dialogues over the network: Kyutai's clients connect, and browsers get a page to talk to.",
     "talk": "Talk with a server: by microphone and speakers, or with a recording that it hears as fast as one speaks.",
-    "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch or Kyutai.",
+    "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch, Kyutai or its MLX.",
     "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
     "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",
     "train": "Train as CONFIG says. A run that was interrupted goes on when it is started again.",

@@ -132,5 +132,5 @@ def _show(report: Report, main_speaker: str, console: Console) -> None:
         console.print(f"and {len(rows) - SHOWN} more (report.json has all)")
 
 
-def _lag(pieces: float, late_pieces: float, largest_lag: float) -> str:
+def _lag(pieces: int | float, late_pieces: int | float, largest_lag: int | float) -> str:
     return f"text: {late_pieces / pieces:.0%} of the pieces are late, by up to {largest_lag:.1f} s"

@@ -147,4 +147,4 @@ def test_the_whole_way_in_small(tmp_path: Path, capfd: pytest.CaptureFixture) ->
     (assets / "figures.json").unlink()
     make_embedded(folder, assets, size)
     told = capfd.readouterr().out
-    assert told.count("done") == 12 and told.count("begins") == 1 and "assets: begins" in told
+    assert told.count("done") == 14 and told.count("begins") == 1 and "assets: begins" in told

@@ -99,7 +99,7 @@ def test_the_card_has_the_figures_that_were_measured(model: FlaxMoshiForConditio
 
 @pytest.mark.parametrize(("held_out", "at_least"), [(False, 15), (True, 3)])
 def test_it_answers_questions(model: Any, tokenizer: Any, held_out: bool, at_least: int) -> None:
-    """Some 20 of those that it has been trained on, and 7 to 10 of others: espeak-ng's sound differs from run to run."""
+    """Some 20 of training and 7 to 10 of others, as espeak-ng's sound differs from run to run."""
     everything = [each for each in exchanges() if each.held_out == held_out]
     np.random.default_rng(5).shuffle(everything)
     chosen = everything[:ASKED]

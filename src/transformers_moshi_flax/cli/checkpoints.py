@@ -65,6 +65,20 @@ def dtype_of(source: str, given: Dtype | None) -> Any:
     return given and given.to_jax()
 
 
+def load_with_tokenizer(model_class: type[Any], source: str, dtype: Dtype | None) -> tuple[Any, Any]:
+    """The model of the checkpoint ``source`` and its tokenizer; PyTorch layout is converted in passing.
+
+    Raises:
+        UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
+    """
+    from transformers import AutoTokenizer
+
+    with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
+        model = model_class.from_pretrained(source, dtype=dtype_of(source, dtype))
+    with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
+        return model, AutoTokenizer.from_pretrained(source)
+
+
 def with_notice(source: str, text: str) -> str:
     """``text``, and in brackets what is to be known of the embedded checkpoint, if it is that."""
     return f"{text} ({NOTICE})" if is_embedded(source) else text

@@ -11,7 +11,14 @@ import typer
 from jaxtyping import Int
 from rich.console import Console
 
-from transformers_moshi_flax.cli.checkpoints import Dtype, dtype_of, name_of, read_config, source_of, with_notice
+from transformers_moshi_flax.cli.checkpoints import (
+    Dtype,
+    load_with_tokenizer,
+    name_of,
+    read_config,
+    source_of,
+    with_notice,
+)
 from transformers_moshi_flax.cli.compilation_cache import use_compilation_cache
 from transformers_moshi_flax.cli.console import progress_bar
 from transformers_moshi_flax.cli.errors import UserMistake, as_mistake
@@ -118,20 +125,10 @@ class Writer:
 
     @classmethod
     def load(cls, source: str, dtype: Dtype | None) -> Writer:
-        """Load the checkpoint ``source``; PyTorch layout is converted in passing.
-
-        Raises:
-            UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
-        """
-        from transformers import AutoTokenizer
-
+        """As :func:`~transformers_moshi_flax.cli.checkpoints.load_with_tokenizer`."""
         from transformers_moshi_flax import FlaxAutoModelForCausalLM
 
-        with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
-            model = FlaxAutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(source, dtype))
-        with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        return cls(source, model, tokenizer)
+        return cls(source, *load_with_tokenizer(FlaxAutoModelForCausalLM, source, dtype))
 
     def prompt_ids(self, prompt: str) -> Int[np.ndarray, "1 tokens"]:
         """The ids of ``prompt``, behind the start token that the model has.

@@ -20,7 +20,7 @@ from transformers_moshi_flax.cli.audio import check_output, read_audio, write_au
 from transformers_moshi_flax.cli.checkpoints import (
     EMBEDDED_QUESTION,
     Dtype,
-    dtype_of,
+    load_with_tokenizer,
     name_of,
     read_config,
     source_of,
@@ -174,20 +174,10 @@ class Speaker:
 
     @classmethod
     def load(cls, source: str, dtype: Dtype | None) -> Speaker:
-        """Load the checkpoint ``source``; PyTorch layout is converted in passing.
-
-        Raises:
-            UserMistake: weights or tokenizer are missing, broken, or do not fit the configuration.
-        """
-        from transformers import AutoTokenizer
-
+        """As :func:`~transformers_moshi_flax.cli.checkpoints.load_with_tokenizer`."""
         from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 
-        with as_mistake(f"--model: cannot load {source!r}", OSError, ValueError):
-            model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=dtype_of(source, dtype))
-        with as_mistake(f"--model: {source!r} has no tokenizer that can be read", OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        return cls(source, model, tokenizer)
+        return cls(source, *load_with_tokenizer(FlaxMoshiForConditionalGeneration, source, dtype))
 
     @property
     def sampling_rate(self) -> int:

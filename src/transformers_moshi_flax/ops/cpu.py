@@ -133,8 +133,7 @@ def tiled_dot(
 
     def add_tile(total: Array, tile: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
         left, codes, tile_scales = tile
-        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
-        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
         for place, matrix in enumerate(matrices):
             own = left[:, place :: len(matrices)]
             if rows <= FEW_ROWS:
@@ -168,8 +167,7 @@ def tiled_transposed_dot(
 
     def tile_of(tile: tuple[Array, Array | None]) -> Array:
         codes, tile_scales = tile
-        factors = (scales if tile_scales is None else tile_scales).astype(wide)[:, None]
-        matrices = [matrix.astype(wide).reshape(len(factors), -1, outputs) for matrix in numbers(codes)]
+        factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
         parts = [right @ (matrix * factors).reshape(-1, outputs).T for matrix in matrices]
         return jnp.stack(parts, axis=-1).reshape(rows, -1)
 
@@ -178,6 +176,18 @@ def tiled_transposed_dot(
     if offsets is not None:
         found = found + jnp.repeat(right @ offsets.astype(wide).T, inputs // groups, axis=1)
     return found.reshape(*y.shape[:-1], inputs).astype(y.dtype)
+
+
+def unscaled_tile(
+    codes: Shaped[Array, "rows outputs"],
+    scales: Float[Array, "groups outputs"],
+    numbers: Callable[[Array], list[Array]],
+    dtype: Any,
+) -> tuple[Float[Array, "groups 1 outputs"], list[Float[Array, "groups members outputs"]]]:
+    """The scales of a tile's groups, and what its codes stand for before they are scaled, as of ``numbers``."""
+    factors = scales.astype(dtype)[:, None]
+    matrices = [matrix.astype(dtype).reshape(len(factors), -1, codes.shape[1]) for matrix in numbers(codes)]
+    return factors, matrices
 
 
 def tile_count(units: int, size: int) -> int:

@@ -114,3 +114,13 @@ def tiny_llama_config(model_type: str = "llama", **overrides: Any) -> PreTrained
     """A language model of 48 x 3 without special tokens; windows are of five tokens. ``overrides`` replace single
     fields."""
     return CONFIG_MAPPING[model_type](**{**_TINY_LLAMA, **_TINY_LLAMAS[model_type], **overrides})
+
+
+def drawn_rope(seed: int, theta: float) -> dict[str, Any]:
+    """Rotary parameters: every fifth seed stretches positions, every fifth (another one) frequencies."""
+    kinds = {
+        2: {"rope_type": "linear", "factor": 2.5},
+        4: {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 16},
+    }
+    return kinds.get(seed % 5, {"rope_type": "default"}) | {"rope_theta": theta}

@@ -118,9 +118,7 @@ def to_double(model: Model) -> Model:
     model = copy.deepcopy(model).double()
     with double_oracle():
         for module in model.modules():
-            if isinstance(module, modeling_moshi.MoshiRotaryEmbedding | modeling_mimi.MimiRotaryEmbedding):
-                module.inv_freq, _ = module.compute_default_rope_parameters(module.config)
-            elif type(module).__name__.endswith("RotaryEmbedding"):
+            if type(module).__name__.endswith("RotaryEmbedding"):
                 vars(module).update(vars(type(module)(module.config)))
             if hasattr(module, "scalar_embed_scale"):
                 module.embed_scale.fill_(module.scalar_embed_scale)

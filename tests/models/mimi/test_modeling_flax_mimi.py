@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import MimiModel
 from transformers.models.mimi import modeling_mimi
 
-from tests.configs import tiny_mimi_config
+from tests.configs import drawn_rope, tiny_mimi_config
 from tests.models.mimi.with_upstreams_weights import audio
 from tests.torch_oracle import (
     Pair,
@@ -67,6 +67,7 @@ def drawn(seed: int) -> tuple[dict, int, int]:
         "codebook_dim": inner,
         "vector_quantization_hidden_dimension": inner,
         "audio_channels": draw.choice([1, 1, 2]),
+        "rope_parameters": drawn_rope(seed, 10000.0),
     }
     return overrides, draw.choice([1, 2, 3]), draw.choice([1, 17, 64, 203, 301])
 
@@ -378,7 +379,7 @@ def test_bad_latents(pair: Pair):
 @pytest.mark.parametrize(
     "overrides, match",
     [
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type='dynamic'"),
         ({"hidden_act": "swoosh"}, "`hidden_act` is 'swoosh'"),
         ({"pad_mode": "circular"}, "`pad_mode` is 'circular'"),
         ({"use_causal_conv": False, "trim_right_ratio": 0.5}, "`trim_right_ratio` is 0.5"),

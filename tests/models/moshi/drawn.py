@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import MoshiConfig
 
-from tests.configs import tiny_moshi_config
+from tests.configs import drawn_rope, tiny_moshi_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def draw_config(seed: int) -> MoshiConfig:
         sliding_window=pick(2, 3, 4) if seed % 3 == 0 else 64,
         hidden_act=pick("silu", "gelu"),
         rms_norm_eps=pick(1e-8, 1e-5),
-        rope_parameters={"rope_type": "default", "rope_theta": pick(100.0, 10000.0)},
+        rope_parameters=drawn_rope(seed, pick(100.0, 10000.0)),
         depth_decoder_config={
             "hidden_size": depth_heads * pick(4, 6),
             "num_hidden_layers": pick(1, 2),

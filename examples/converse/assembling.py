@@ -4,8 +4,7 @@
 
 - ``listening``: questions one after another, which Moshi's text writes down as it hears them. What a model learns of
   it first, it need not learn from answers, which say much less of what was asked;
-- ``repeating``: questions that Moshi's text says again when they have ended, while its voice is silent: with a voice,
-  of which there are few renderings, how a word sounds tells the next one, and a model need not listen;
+- ``repeating``: questions that Moshi's text says again when they have ended, while its voice is silent;
 - ``mixed``: questions that are answered, or said again, without a voice;
 - ``answering``: questions that are answered without a voice, and sums;
 - ``dialogues``: as those that are recorded, with the same pauses and interruptions, and sums;
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers_moshi_flax.training.data.prepared import Conversation, write_i
 
 from .dialogues import AGAIN_SHARE, INTERRUPTED, LONG_PAUSE, MOSHI, REACTION, STOPPED, USER
 from .pieces import FRAME, Codes, Piece, read_pieces
-from .sentences import exchanges
+from .sentences import exchanges, topic_shares
 from .voices import SAMPLING_RATE
 
 SECONDS = FRAME / SAMPLING_RATE
@@ -67,8 +66,7 @@ class Assembler:
         self._encode = encode
         self._answers = {each.question: each.answer for each in exchanges()}
         topics = {each.question: each.topic for each in exchanges()}
-        # more of topics that have more to learn
-        self._sizes = {topic: math.sqrt(number) for topic, number in Counter(topics.values()).items()}
+        self._topic_shares = topic_shares()
         self._questions: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
         self._said: dict[tuple[str, str], list] = defaultdict(list)
         for piece, codes in pieces:
@@ -192,7 +190,7 @@ class Assembler:
 
     def _question(self, draw: np.random.Generator, voice: str) -> tuple[Piece, Codes]:
         topics = sorted(self._questions[voice])
-        shares = np.array([self._sizes[topic] for topic in topics])
+        shares = np.array([self._topic_shares[topic] for topic in topics])
         return self._any(draw, self._questions[voice][str(draw.choice(topics, p=shares / shares.sum()))])
 
     @staticmethod

@@ -18,15 +18,14 @@ import soundfile
 from jaxtyping import Float32
 
 from .sentences import AGAIN, STOP, Exchange
-from .voices import SAMPLING_RATE, Spoken, Voice
+from .voices import FRAME, SAMPLING_RATE, Spoken, Voice, WordByWord
 
 MOSHI, USER = "SPEAKER_MAIN", "SPEAKER_USER"
-MOSHI_VOICE = Voice("flite:slt")
+MOSHI_VOICE = WordByWord(Voice("flite:slt"))
 USER_VOICES = ("flite:rms", "flite:kal16", "espeak:en-us+m3", "espeak:en-us+f2", "espeak:en+m7")
 HELD_OUT_VOICE = "flite:awb"
 """No sentence of this voice occurs in training."""
 
-_FRAME = 1920
 _AROUND = 0.4
 """Seconds of silence before and after single sentences: a codec that never hears silence makes a noise of it."""
 
@@ -67,7 +66,7 @@ class Dialogue:
 
     def recording(self, seconds: float) -> Float32[np.ndarray, "samples 2"]:
         """Both channels, in whole frames."""
-        samples = -(-round(seconds * SAMPLING_RATE) // _FRAME) * _FRAME
+        samples = -(-round(seconds * SAMPLING_RATE) // FRAME) * FRAME
         audio = np.zeros((samples, 2), np.float32)
         for channel, speaker in enumerate((MOSHI, USER)):
             for start, sound in self.channels[speaker]:
@@ -76,7 +75,7 @@ class Dialogue:
 
 
 @functools.lru_cache(maxsize=4096)
-def speak(voice: Voice, text: str) -> Spoken:
+def speak(voice: Voice | WordByWord, text: str) -> Spoken:
     """A sentence, spoken once."""
     return voice(text)
 
@@ -107,10 +106,15 @@ def _exchange(
 ) -> tuple[float, float]:
     """The ends of answer and question."""
     asked = dialogue.say(USER, speak(voice, question), now)
-    begin = asked + draw.uniform(0.3, 0.7)
+    begin = _at_a_frame(asked + draw.uniform(0.3, 0.7))
     end = dialogue.say(MOSHI, speak(MOSHI_VOICE, answer), begin)
     dialogue.exchanges.append(_record(question, answer, topic, now, asked, begin, end, False))
     return end, asked
+
+
+def _at_a_frame(seconds: float) -> float:
+    """The beginning of the nearest frame."""
+    return round(seconds * SAMPLING_RATE / FRAME) * FRAME / SAMPLING_RATE
 
 
 def _cut_off(
@@ -125,7 +129,7 @@ def _cut_off(
 ) -> float:
     """An answer that the user does not wait for; returns when the user goes on."""
     asked = dialogue.say(USER, speak(voice, question), now)
-    begin = asked + draw.uniform(0.3, 0.7)
+    begin = _at_a_frame(asked + draw.uniform(0.3, 0.7))
     spoken = speak(MOSHI_VOICE, answer)
     user = begin + draw.uniform(0.3, 0.7) * len(spoken.audio) / SAMPLING_RATE
     end = dialogue.say(MOSHI, spoken, begin, until=user + draw.uniform(*REACTION))

@@ -1,9 +1,9 @@
 """Sentences in codes, for dialogues that are put together of them. ::
 
-    python -m examples.converse.pieces CODEC DIRECTORY --questions 40000
+    python -m examples.converse.pieces CODEC DIRECTORY --questions 24000
 
-Most of a recorded dialogue is silence, and every answer is spoken in one voice: spoken a few in a row, several times
-as many renderings of questions cost what whole dialogues do. Codes depend on what was heard before; so a row begins
+Most of a recorded dialogue is silence: spoken a few in a row, several times as many renderings of questions cost what
+whole dialogues do. Codes depend on what was heard before; so a row begins
 with silence that is dropped, and between sentences there is as much as it takes until silence has its own codes again:
 codes that change where pieces meet would tell a model when somebody is about to speak. The same command goes on where
 it was interrupted.
@@ -29,10 +29,9 @@ from safetensors.numpy import load_file, save_file
 from transformers_moshi_flax import FlaxMimiModel
 
 from .dialogues import MOSHI_VOICE, USER_VOICES, in_a_room
-from .sentences import AGAIN, STOP, exchanges
-from .voices import SAMPLING_RATE, Voice
+from .sentences import AGAIN, STOP, exchanges, topic_shares
+from .voices import FRAME, SAMPLING_RATE, Voice, WordByWord
 
-FRAME = 1920
 DROPPED, AFTER, GAP = 20, 14, 16
 """Frames in which nobody speaks: dropped at the beginning of a row, kept after a sentence, between two of them."""
 
@@ -93,27 +92,28 @@ class Piece:
     end: float
 
 
-def draw_rows(seed: int, number: int, answers: int) -> list[Row]:
+def draw_rows(seed: int, number: int) -> list[Row]:
     """What is to be spoken, for :func:`spoken_row`.
 
     Args:
         seed: of all.
-        number: of what users say: questions, and what they say to stop Moshi or to hear it again.
-        answers: renderings of each answer to one of them, and of each that ends early.
+        number: of what users say: questions, and what they say to stop Moshi or to hear it again. Moshi says each
+            answer to one of them, and begins each that is long enough without an end.
     """
     known = [each for each in exchanges() if not each.held_out]
-    topics = sorted({each.topic for each in known})
+    topics = topic_shares()
     by_topic = {topic: sorted({each.question for each in known if each.topic == topic}) for topic in topics}
+    names, sizes = list(topics), list(topics.values())
     draw = np.random.default_rng([seed, 0])
     shares = (1 - STOP_SHARE - AGAIN_SHARE, STOP_SHARE, AGAIN_SHARE)
     asked: list[Sentence] = []
     for kind in draw.choice(("question", "stop", "again"), number, p=shares).tolist():
-        texts = {"question": by_topic[str(draw.choice(topics))], "stop": STOP, "again": AGAIN}[kind]
+        texts = {"question": by_topic[str(draw.choice(names, p=sizes))], "stop": STOP, "again": AGAIN}[kind]
         asked.append((kind, str(draw.choice(texts))))
     questions = {text for _, text in asked}
     told = sorted({each.answer for each in known if each.question in questions})
     said = [("answer", text) for text in told] + [("cut", text) for text in told if len(text.split()) > 3]
-    said = [said[place] for place in draw.permutation(len(said) * answers) % len(said)]
+    said = [said[place] for place in draw.permutation(len(said))]
     channels = [("user", asked[start : start + SENTENCES]) for start in range(0, len(asked), SENTENCES)]
     channels += [("moshi", said[start : start + SENTENCES]) for start in range(0, len(said), SENTENCES)]
     channels += [("user", [])] * max(number // 100, 1) + [("moshi", [])]
@@ -134,11 +134,11 @@ def spoken_row(row: Row) -> tuple[Spoken, Float32[np.ndarray, "samples"]]:
         audio = np.zeros((DROPPED + IDLE) * FRAME, np.float32)
         piece = Piece(row.speaker, "", "", [], 0.0)
         return [(piece, DROPPED, DROPPED + IDLE)], in_a_room(audio, draw) if is_user else audio
-    voice = _drawn_voice(draw) if is_user else MOSHI_VOICE
+    voice: Voice | WordByWord = _drawn_voice(draw) if is_user else MOSHI_VOICE
     throat = draw.uniform(0.9, 1.1) if is_user and draw.random() < 0.5 else 1.0
     pieces: Spoken = []
     sounds: list[tuple[int, Float32[np.ndarray, "heard"]]] = []
-    start = DROPPED * FRAME + int(draw.integers(FRAME))
+    start = DROPPED * FRAME + _within_a_frame(is_user, draw)
     for kind, text in row.sentences:
         audio, words = _sentence(voice, kind, text, throat, draw)
         first, last = start // FRAME, -(-(start + len(audio)) // FRAME) + AFTER
@@ -146,15 +146,21 @@ def spoken_row(row: Row) -> tuple[Spoken, Float32[np.ndarray, "samples"]]:
         words = [(word, begin + offset, end + offset) for word, begin, end in words]
         pieces.append((Piece(kind, text, voice.name, words, offset + len(audio) / SAMPLING_RATE), first, last))
         sounds.append((start, audio))
-        start += len(audio) + GAP * FRAME + int(draw.integers(FRAME))
+        # Moshi begins to speak with a frame
+        start = (last + GAP - AFTER) * FRAME + _within_a_frame(is_user, draw)
     sound = np.zeros(pieces[-1][2] * FRAME, np.float32)
     for begin, audio in sounds:
         sound[begin : begin + len(audio)] = audio
     return pieces, in_a_room(sound, draw) if is_user else sound
 
 
+def _within_a_frame(is_user: bool, draw: np.random.Generator) -> int:
+    """Samples from the beginning of a frame until somebody speaks: Moshi at once."""
+    return int(draw.integers(FRAME)) if is_user else 0
+
+
 def _sentence(
-    voice: Voice, kind: str, text: str, throat: float, draw: np.random.Generator
+    voice: Voice | WordByWord, kind: str, text: str, throat: float, draw: np.random.Generator
 ) -> tuple[Float32[np.ndarray, "samples"], list[tuple[str, float, float]]]:
     """Sound and words; an answer that is cut ends with one of its words."""
     spoken = voice(text)
@@ -202,10 +208,10 @@ class _Encoder:
         return found
 
 
-def write_pieces(codec: Path, folder: Path, questions: int, answers: int = 6, seed: int = 30) -> None:
+def write_pieces(codec: Path, folder: Path, questions: int, seed: int = 30) -> None:
     """Speak and encode, a part at a time; see :func:`draw_rows`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = draw_rows(seed, questions, answers)
+    rows = draw_rows(seed, questions)
     parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
     missing = [number for number in range(len(parts)) if not (folder / f"part-{number:03d}.json").exists()]
     encode = _Encoder(FlaxMimiModel.from_pretrained(codec))
@@ -247,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codec", type=Path)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--questions", type=int, default=40_000)
+    parser.add_argument("--questions", type=int, default=24_000)
     given = parser.parse_args()
     write_pieces(given.codec, given.directory, given.questions)
 

@@ -18,6 +18,8 @@ import soxr
 from jaxtyping import Float32
 
 SAMPLING_RATE = 24_000
+FRAME = 1920
+"""Samples of a frame of the codec."""
 
 _AROUND = 0.04
 
@@ -58,6 +60,36 @@ class Voice:
         engine, _, name = self.name.partition(":")
         speak = {"flite": _flite, "espeak": _espeak}[engine]()
         return speak(text, name, self.rate, self.pitch)
+
+
+@dataclass(frozen=True)
+class WordByWord:
+    """A voice that speaks every word by itself, each from the beginning of a frame on.
+
+    A word then sounds the same wherever it stands, so that the text alone tells the codes; and how it sounds does not
+    tell the word that follows.
+    """
+
+    voice: Voice
+
+    @property
+    def name(self) -> str:
+        """Of the voice."""
+        return self.voice.name
+
+    def __call__(self, text: str) -> Spoken:
+        """Speak words; punctuation is not heard.
+
+        Raises:
+            RuntimeError: as of :class:`Voice`.
+        """
+        audio, words = np.zeros(0, np.float32), []
+        for word in split_words(text):
+            audio = np.pad(audio, (0, -len(audio) % FRAME))
+            spoken, start = self.voice(word), len(audio) / SAMPLING_RATE
+            words += [(word, start + begin, start + end) for _, begin, end in spoken.words]
+            audio = np.concatenate([audio, spoken.audio])
+        return Spoken(audio, words)
 
 
 def pronounced(text: str) -> str:

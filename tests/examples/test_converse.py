@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from examples.converse import dialogues  # noqa: E402
 from examples.converse.dialogues import MOSHI, USER, Dialogue, in_a_room, lay_out, write_dialogues, write_utterances  # noqa: E402
 from examples.converse.sentences import I_DO_NOT_KNOW, NUMBERS, STOP, exchanges  # noqa: E402
-from examples.converse.voices import SAMPLING_RATE, Spoken, Voice, pronounced, split_words  # noqa: E402
+from examples.converse.voices import FRAME, SAMPLING_RATE, Spoken, Voice, WordByWord, pronounced, split_words  # noqa: E402
 
 EVERYTHING = exchanges()
 
@@ -84,7 +84,8 @@ def test_a_dialogue_says_when_each_word_is_said(monkeypatch: pytest.MonkeyPatch)
             assert heard <= spoken + 0.01
         for exchange in dialogue.exchanges:
             (asks, asked), (begin, end) = exchange["asked"], exchange["answered"]
-            assert asks < asked < begin and 0.29 < begin - asked < 0.71 and begin <= end
+            # 0.3 to 0.7 s, and then to the nearest frame
+            assert asks < asked < begin and 0.25 < begin - asked < 0.75 and begin <= end
             said = " ".join(w for w, (start, _), who in dialogue.words if who == MOSHI and begin <= start < end)
             if exchange["cut_off"]:
                 cut += 1
@@ -132,6 +133,27 @@ def test_files_are_those_that_prepare_reads(monkeypatch: pytest.MonkeyPatch, tmp
     recordings = open_recordings(manifest, least_seconds=0.1).recordings
     asked_or_said = {text for each in EVERYTHING for text in (each.question, each.answer)}
     assert len(recordings) == 4 and {each.text for each in recordings} <= asked_or_said
+
+
+def test_a_word_sounds_the_same_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Voice, "__call__", speak_tones)
+    voice = WordByWord(Voice("flite:slt"))
+    assert voice.name == "flite:slt"
+    alone, spoken = voice("two"), voice("one, two A")
+    assert [word for word, _, _ in spoken.words] == ["one", "two", "A"]
+    # a tone is two frames and a half
+    assert [begin for _, begin, _ in spoken.words] == pytest.approx([0.0, 0.24, 0.48])
+    assert len(spoken.audio) == 2 * 3 * FRAME + len(alone.audio)
+    np.testing.assert_array_equal(spoken.audio[3 * FRAME : 3 * FRAME + len(alone.audio)], alone.audio)
+    assert not spoken.audio[3 * FRAME + len(alone.audio) : 6 * FRAME].any()
+
+
+def test_moshi_begins_with_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Voice, "__call__", speak_tones)
+    for seed in range(5):
+        dialogue, _ = lay_out(EVERYTHING[:4], Voice("any"), np.random.default_rng(seed))
+        assert all(start % FRAME == 0 for start, _ in dialogue.channels[MOSHI])
+        assert any(start % FRAME for start, _ in dialogue.channels[USER])
 
 
 def test_letters_are_not_articles() -> None:

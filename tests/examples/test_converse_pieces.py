@@ -72,7 +72,7 @@ def folder(codec: FlaxMimiModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     codec.save_pretrained(folder / "codec")
     with pytest.MonkeyPatch.context() as patches:
         make_small(patches)
-        write_pieces(folder / "codec", folder / "pieces", QUESTIONS, answers=1)
+        write_pieces(folder / "codec", folder / "pieces", QUESTIONS)
     return folder
 
 
@@ -118,7 +118,7 @@ def test_an_answer_that_is_cut_ends_with_a_word() -> None:
 def test_held_out_sentences_are_not_spoken() -> None:
     held_out = {text for each in exchanges() if each.held_out for text in (each.question, each.answer)}
     known = {text for each in exchanges() if not each.held_out for text in (each.question, each.answer)}
-    rows = draw_rows(30, 5000, 1)
+    rows = draw_rows(30, 5000)
     drawn = [sentence for row in rows for sentence in row.sentences]
     assert not {text for _, text in drawn} & (held_out - known)
     assert len({row.seed for row in rows}) == len(rows)
@@ -132,7 +132,7 @@ def test_held_out_sentences_are_not_spoken() -> None:
 def test_codes_are_those_of_the_sound(codec: FlaxMimiModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     found = read_pieces(folder / "pieces")
-    rows = draw_rows(30, QUESTIONS, 1)
+    rows = draw_rows(30, QUESTIONS)
     wanted = [sentence if row.sentences else (row.speaker, "") for row in rows for sentence in row.sentences or [()]]
     assert [(piece.kind, piece.text) for piece, _ in found] == wanted
     pieces, sound = spoken_row(rows[0])
@@ -148,7 +148,7 @@ def test_parts_that_are_there_are_not_spoken_again(folder: Path, monkeypatch: py
     lost = folder / "pieces" / "part-000.json"
     kept = lost.read_text()
     lost.unlink()
-    write_pieces(folder / "codec", folder / "pieces", QUESTIONS, answers=1)
+    write_pieces(folder / "codec", folder / "pieces", QUESTIONS)
     assert lost.read_text() == kept
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "pieces").iterdir()}
     changed = {name for name in before if before[name] != after[name]}

@@ -65,7 +65,7 @@ class Size:
     dialogues: int = 100
     utterances: int = 4000
     held_out: int = 100
-    sentences: int = 40_000
+    sentences: int = 24_000
     assembled: int = 24_000
     listening: int = 12_500
     answering: int = 32_000

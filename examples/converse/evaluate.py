@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers_moshi_flax.cli.transcript import joined, timed_words
 from transformers_moshi_flax.training.codec.recognition import Recognizer, word_accuracy
 
 from .dialogues import MOSHI_VOICE, draw_voice, in_a_room, speak
-from .sentences import STOP, Exchange, exchanges
+from .sentences import STOP, Exchange, exchanges, topic_shares
 from .voices import SAMPLING_RATE
 
 BEFORE, AFTER = 1.0, 6.0
@@ -83,16 +83,28 @@ def utterances(audio: Float32[np.ndarray, "samples"]) -> list[tuple[float, float
     return found
 
 
+def held_out_exchanges(draw: np.random.Generator) -> Iterator[Exchange]:
+    """Held-out questions without end, of each topic as many as in training; none twice before all of its topic."""
+    shares = topic_shares()
+    left: dict[str, list[Exchange]] = {topic: [] for topic in shares}
+    everything = [each for each in exchanges() if each.held_out]
+    while True:
+        topic = str(draw.choice(list(shares), p=list(shares.values())))
+        if not left[topic]:
+            left[topic] = [each for each in everything if each.topic == topic]
+            draw.shuffle(left[topic])
+        yield left[topic].pop()
+
+
 def held_out_questions(
     number: int, seed: int, held_out_voice: bool
 ) -> tuple[list[Asked], Float32[np.ndarray, "rows samples"]]:
     """So many questions of all topics, each as the only one of a recording."""
-    everything = [each for each in exchanges() if each.held_out]
-    np.random.default_rng(seed).shuffle(everything)
+    drawn = held_out_exchanges(np.random.default_rng(seed))
     asked, rows = [], []
     for index in range(number):
         draw = np.random.default_rng([seed, index])
-        exchange = everything[index % len(everything)]
+        exchange = next(drawn)
         spoken = speak(draw_voice(draw, held_out_voice), exchange.question).audio
         seconds = len(spoken) / SAMPLING_RATE
         silence = (
@@ -108,13 +120,13 @@ def held_out_questions(
 def long_dialogue(minutes: float, seed: int) -> tuple[list[Asked], Float32[np.ndarray, "samples"]]:
     """The user of a dialogue: questions one after another, some answers stopped, a minute of silence in the middle."""
     draw = np.random.default_rng(seed)
-    everything = [each for each in exchanges() if each.held_out]
+    drawn = held_out_exchanges(np.random.default_rng([seed, 1]))
     voice = draw_voice(draw)
     audio = np.zeros(round(minutes * 60 * SAMPLING_RATE), np.float32)
     asked: list[Asked] = []
     now, has_rested = 1.0, False
     while True:
-        exchange = everything[draw.integers(len(everything))]
+        exchange = next(drawn)
         question = speak(voice, exchange.question).audio
         answer = len(speak(MOSHI_VOICE, exchange.answer).audio) / SAMPLING_RATE
         begin, end = now, now + len(question) / SAMPLING_RATE

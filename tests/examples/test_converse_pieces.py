@@ -21,7 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.converse import pieces as module
 from examples.converse.assembling import LISTENED, RECKONED, RECKONED_ALOUD, REPEATED, Assembler, write_dataset
-from examples.converse.pieces import AFTER, DROPPED, FRAME, Piece, Row, draw_rows, read_pieces, spoken_row, write_pieces
+from examples.converse.pieces import (
+    AFTER,
+    DROPPED,
+    FRAME,
+    Piece,
+    Row,
+    draw_rows,
+    read_pieces,
+    spoken_row,
+    write_pieces,
+)
 from examples.converse.sentences import all_words, exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
 from transformers import MimiConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.converse.card import card_of
 from examples.converse.dialogues import in_a_room
-from examples.converse.evaluate import Asked, live, texts_of, turn_counts, utterances
+from examples.converse.evaluate import Asked, drawn_exchanges, live, texts_of, turn_counts, utterances
 from examples.converse.sentences import exchanges
 from examples.converse.voices import SAMPLING_RATE, Voice
 
@@ -100,9 +101,7 @@ def test_the_card_has_the_figures_that_were_measured(model: FlaxMoshiForConditio
 @pytest.mark.parametrize(("held_out", "at_least"), [(False, 15), (True, 3)])
 def test_it_answers_questions(model: Any, tokenizer: Any, held_out: bool, at_least: int) -> None:
     """Some 20 of training and 7 to 10 of others, as espeak-ng's sound differs from run to run."""
-    everything = [each for each in exchanges() if each.held_out == held_out]
-    np.random.default_rng(5).shuffle(everything)
-    chosen = everything[:ASKED]
+    chosen = list(itertools.islice(drawn_exchanges(np.random.default_rng(5), held_out), ASKED))
     users = np.stack([in_front_of(KNOWN_VOICE(each.question).audio, 9.0) for each in chosen])
     ids, sounds = live(model, users)
     said = [" ".join(word for word, _ in row) for row in texts_of(ids, tokenizer, 12.5)]

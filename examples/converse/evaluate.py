@@ -83,11 +83,11 @@ def utterances(audio: Float32[np.ndarray, "samples"]) -> list[tuple[float, float
     return found
 
 
-def held_out_exchanges(draw: np.random.Generator) -> Iterator[Exchange]:
-    """Held-out questions without end, of each topic as many as in training; none twice before all of its topic."""
+def drawn_exchanges(draw: np.random.Generator, held_out: bool = True) -> Iterator[Exchange]:
+    """Questions without end, of each topic as many as in training; none twice before all of its topic."""
     shares = topic_shares()
     left: dict[str, list[Exchange]] = {topic: [] for topic in shares}
-    everything = [each for each in exchanges() if each.held_out]
+    everything = [each for each in exchanges() if each.held_out == held_out]
     while True:
         topic = str(draw.choice(list(shares), p=list(shares.values())))
         if not left[topic]:
@@ -100,7 +100,7 @@ def held_out_questions(
     number: int, seed: int, held_out_voice: bool
 ) -> tuple[list[Asked], Float32[np.ndarray, "rows samples"]]:
     """So many questions of all topics, each as the only one of a recording."""
-    drawn = held_out_exchanges(np.random.default_rng(seed))
+    drawn = drawn_exchanges(np.random.default_rng(seed))
     asked, rows = [], []
     for index in range(number):
         draw = np.random.default_rng([seed, index])
@@ -120,7 +120,7 @@ def held_out_questions(
 def long_dialogue(minutes: float, seed: int) -> tuple[list[Asked], Float32[np.ndarray, "samples"]]:
     """The user of a dialogue: questions one after another, some answers stopped, a minute of silence in the middle."""
     draw = np.random.default_rng(seed)
-    drawn = held_out_exchanges(np.random.default_rng([seed, 1]))
+    drawn = drawn_exchanges(np.random.default_rng([seed, 1]))
     voice = draw_voice(draw)
     audio = np.zeros(round(minutes * 60 * SAMPLING_RATE), np.float32)
     asked: list[Asked] = []

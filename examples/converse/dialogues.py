@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32
 
-from .sentences import AGAIN, STOP, Exchange
+from .sentences import AGAIN, STOP, Exchange, topic_shares
 from .voices import FRAME, SAMPLING_RATE, Spoken, Voice, WordByWord
 
 MOSHI, USER = "SPEAKER_MAIN", "SPEAKER_USER"
@@ -199,13 +199,20 @@ def write_dialogues(
 def write_utterances(
     folder: Path, exchanges: Sequence[Exchange], number: int, seed: int, moshi_share: float = 0.7
 ) -> Path:
-    """Single sentences, for the codec: answers and questions; the path of a manifest with their texts."""
+    """Single sentences, for the codec: answers and questions; the path of a manifest with their texts.
+
+    Topics are drawn as in training; ``moshi_share`` of the sentences are answers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    by_topic = {topic: [each for each in exchanges if each.topic == topic] for topic in topic_shares()}
+    shares = {topic: share for topic, share in topic_shares().items() if by_topic[topic]}
+    topics, sizes = list(shares), np.array(list(shares.values())) / sum(shares.values())
     lines = []
     for index in range(number):
         path = folder / f"{index:05d}.flac"
         draw = np.random.default_rng([seed, index])
-        exchange = exchanges[draw.integers(len(exchanges))]
+        chosen = by_topic[str(draw.choice(topics, p=sizes))]
+        exchange = chosen[draw.integers(len(chosen))]
         is_moshi = draw.random() < moshi_share
         text = exchange.answer if is_moshi else exchange.question
         if not path.exists():

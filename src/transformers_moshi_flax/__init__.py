@@ -45,6 +45,7 @@ _PUBLIC = {
         "FlaxTopPLogitsWarper",
         "FlaxTypicalLogitsWarper",
     ],
+    "models.hubert": ["FlaxHubertModel", "FlaxHubertPreTrainedModel"],
     "models.llama": ["FlaxLlamaForCausalLM", "FlaxLlamaModel", "FlaxLlamaPreTrainedModel"],
     "models.mimi": [
         "FlaxMimiDecoderModel",
@@ -61,6 +62,7 @@ _PUBLIC = {
     ],
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
+    "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)
 

@@ -74,11 +74,13 @@ LLAMAS = ("gemma2", "gemma3_text", "helium", "llama", "mistral", "qwen2", "qwen3
 FLAX_MODEL_MAPPING = FlaxModelMapping(
     {
         **dict.fromkeys(LLAMAS, "FlaxLlamaModel"),
+        "hubert": "FlaxHubertModel",
         "mimi": "FlaxMimiModel",
         "mimi_decoder": "FlaxMimiDecoderModel",
         "mimi_encoder": "FlaxMimiEncoderModel",
         "moshi": "FlaxMoshiModel",
         "moshi_depth": "FlaxMoshiDepthDecoder",
+        "wav2vec2": "FlaxWav2Vec2Model",
     }
 )
 FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig, WhisperConfig
 
 _TINY_MIMI = {
     "sampling_rate": 24_000,
@@ -148,3 +148,28 @@ WAV2VEC2S = ("wav2vec2", "hubert")
 def tiny_wav2vec2_config(model_type: str = "wav2vec2", **overrides: Any) -> PreTrainedConfig:
     """A Wav2Vec2 or HuBERT of 24 x 3, a frame every 20 samples; ``overrides`` replace single fields."""
     return CONFIG_MAPPING[model_type](**{**_TINY_WAV2VEC2, **overrides})
+
+
+_TINY_WHISPER = {
+    "vocab_size": 30,
+    "d_model": 24,
+    "num_mel_bins": 10,
+    "max_source_positions": 11,
+    "max_target_positions": 9,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 36,
+    "init_std": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+
+
+def tiny_whisper_config(**overrides: Any) -> WhisperConfig:
+    """A Whisper whose encoder is 24 x 3, of eleven frames at once; ``overrides`` replace single fields."""
+    return WhisperConfig(**{**_TINY_WHISPER, **overrides})

@@ -63,6 +63,7 @@ _PUBLIC = {
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
     "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],
+    "models.whisper": ["FlaxWhisperEncoder"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)
 

@@ -81,6 +81,7 @@ FLAX_MODEL_MAPPING = FlaxModelMapping(
         "moshi": "FlaxMoshiModel",
         "moshi_depth": "FlaxMoshiDepthDecoder",
         "wav2vec2": "FlaxWav2Vec2Model",
+        "whisper": "FlaxWhisperEncoder",
     }
 )
 FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(

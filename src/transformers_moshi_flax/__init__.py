@@ -45,6 +45,7 @@ _PUBLIC = {
         "FlaxTopPLogitsWarper",
         "FlaxTypicalLogitsWarper",
     ],
+    "models.audio_encoder": ["FlaxAudioEncoder"],
     "models.hubert": ["FlaxHubertModel", "FlaxHubertPreTrainedModel"],
     "models.llama": ["FlaxLlamaForCausalLM", "FlaxLlamaModel", "FlaxLlamaPreTrainedModel"],
     "models.mimi": [

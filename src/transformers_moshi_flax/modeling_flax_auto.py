@@ -89,6 +89,11 @@ FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(
 )
 
 
+FLAX_AUDIO_ENCODER_MAPPING = FlaxModelMapping(
+    {"hubert": "FlaxHubertModel", "wav2vec2": "FlaxWav2Vec2Model", "whisper": "FlaxWhisperEncoder"}
+)
+
+
 class _FlaxAutoModelClass:
     """What the auto classes share."""
 
@@ -231,3 +236,9 @@ class FlaxAutoModelForCausalLM(_FlaxAutoModelClass):
     """The model of a checkpoint with a head for text."""
 
     _model_mapping = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+class FlaxAutoAudioEncoder(_FlaxAutoModelClass):
+    """The encoder of a checkpoint of audio, for :class:`FlaxAudioEncoder`."""
+
+    _model_mapping = FLAX_AUDIO_ENCODER_MAPPING

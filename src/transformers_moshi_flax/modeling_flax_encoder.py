@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -23,6 +24,20 @@ class FlaxEncoderModel(FlaxPreTrainedModel):
 
     pipeline_tag = "feature-extraction"
     dropout_fields: ClassVar[tuple[str, ...]] = ()
+    __call__: Callable[..., Any]
+
+    # What a model class defines
+
+    @property
+    def hop_length(self) -> int:
+        """Samples from one frame to the next."""
+        raise NotImplementedError(f"{type(self).__name__} must define hop_length")
+
+    def output_lengths(self, lengths: Any) -> Any:
+        """Frames of recordings of so many samples, an int or an integer array of any shape."""
+        raise NotImplementedError(f"{type(self).__name__} must define output_lengths")
+
+    # What it gets
 
     def _random_fields(self) -> list[str]:
         """Those of the fields that make training random."""

@@ -135,6 +135,7 @@ class FlaxAudioEncoder:
             ValueError: ``attention_mask`` for Whisper, and what the model refuses.
         """
         refuse_params(audio=audio, attention_mask=attention_mask)
+        inputs: dict[str, Any]
         if isinstance(self.model, FlaxWhisperEncoder):
             if attention_mask is not None:
                 raise ValueError(

@@ -35,7 +35,7 @@ def output_length(config: Any, samples: Any) -> Any:
     length = samples
     for _, width, stride in convolutions(config):
         length = (length - width) // stride + 1
-    return length * (length > 0)
+    return max(length, 0) if isinstance(length, int) else length.clip(0)
 
 
 def check_config(config: Any) -> None:

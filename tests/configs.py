@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig, WhisperConfig
 
 _TINY_MIMI = {
     "sampling_rate": 24_000,
@@ -124,3 +124,52 @@ def drawn_rope(seed: int, theta: float) -> dict[str, Any]:
         | {"original_max_position_embeddings": 16},
     }
     return kinds.get(seed % 5, {"rope_type": "default"}) | {"rope_theta": theta}
+
+
+_TINY_WAV2VEC2 = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "conv_dim": (8, 6, 10),
+    "conv_stride": (5, 2, 2),
+    "conv_kernel": (10, 3, 2),
+    "num_conv_pos_embeddings": 6,
+    "num_conv_pos_embedding_groups": 3,
+    "mask_time_length": 4,
+    "mask_feature_length": 5,
+    "initializer_range": 0.2,
+}
+
+WAV2VEC2S = ("wav2vec2", "hubert")
+"""The ``model_type`` of the encoders that share Wav2Vec2's modules."""
+
+
+def tiny_wav2vec2_config(model_type: str = "wav2vec2", **overrides: Any) -> PreTrainedConfig:
+    """A Wav2Vec2 or HuBERT of 24 x 3, a frame every 20 samples; ``overrides`` replace single fields."""
+    return CONFIG_MAPPING[model_type](**{**_TINY_WAV2VEC2, **overrides})
+
+
+_TINY_WHISPER = {
+    "vocab_size": 30,
+    "d_model": 24,
+    "num_mel_bins": 10,
+    "max_source_positions": 11,
+    "max_target_positions": 9,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 36,
+    "init_std": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+
+
+def tiny_whisper_config(**overrides: Any) -> WhisperConfig:
+    """A Whisper whose encoder is 24 x 3, of eleven frames at once; ``overrides`` replace single fields."""
+    return WhisperConfig(**{**_TINY_WHISPER, **overrides})

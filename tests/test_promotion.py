@@ -14,9 +14,17 @@ import numpy as np
 import pytest
 from flax.linen import normalization
 
-from tests.configs import tiny_mimi_config, tiny_moshi_config
+from tests.configs import tiny_mimi_config, tiny_moshi_config, tiny_wav2vec2_config, tiny_whisper_config
 from tests.training.examples import draw_batch, make_module, small_config
-from transformers_moshi_flax import FlaxMimiModel, FlaxMoshiForCausalLM, FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import (
+    FlaxHubertModel,
+    FlaxMimiModel,
+    FlaxMoshiForCausalLM,
+    FlaxMoshiForConditionalGeneration,
+    FlaxWav2Vec2Model,
+    FlaxWhisperEncoder,
+)
+from transformers_moshi_flax.models.whisper import log_mel
 from transformers_moshi_flax.training import (
     ObjectiveConfig,
     OptimizerConfig,
@@ -155,3 +163,35 @@ def test_a_step_of_training(dtype: Any, scanned: bool) -> None:
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     assert metrics["loss"].dtype == jnp.float32
     jax.eval_shape(make_eval_step(module, ObjectiveConfig()), state, batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["group", "layer", "whisper"])
+def test_encoders(kind: str, dtype: Any) -> None:
+    """In training, with everything random."""
+    if kind == "whisper":
+        rates = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "encoder_layerdrop"), 0.1)
+        model = FlaxWhisperEncoder(tiny_whisper_config(**rates), dtype=dtype, _do_init=False)
+        inputs = {"input_features": jnp.zeros((ROWS, 10, 22))}
+    else:
+        fields = {"feat_extract_norm": kind, "do_stable_layer_norm": kind == "layer", "mask_feature_prob": 0.1}
+        cls = FlaxHubertModel if kind == "layer" else FlaxWav2Vec2Model
+        config = tiny_wav2vec2_config(cls.config_class.model_type, feat_proj_dropout=0.1, **fields)
+        model = cls(config, dtype=dtype, _do_init=False)
+        inputs = {"input_values": jnp.zeros((ROWS, 300)), "attention_mask": jnp.ones((ROWS, 300), jnp.int32)}
+
+    def call(params: Any, **options: Any) -> Any:
+        return dict(model(**inputs, params=params, output_attentions=True, output_hidden_states=True, **options))
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(call(params, train=True, dropout_rng=SEED)["last_hidden_state"].astype(jnp.float32))
+
+    outputs = jax.eval_shape(call, model.params_shape_tree)
+    gradients = jax.eval_shape(jax.grad(loss), model.params_shape_tree)
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spectrogram(dtype: Any) -> None:
+    assert jax.eval_shape(log_mel, jax.ShapeDtypeStruct((ROWS, 800), dtype)).dtype == dtype

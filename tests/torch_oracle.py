@@ -62,10 +62,15 @@ def randomize(model: Model, seed: int = 0) -> Model:
         for module_name, module in model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
                 kind = type(module).__name__
-                if kind.endswith(("RMSNorm", "LayerNorm")) and name == "weight":
+                if kind.endswith(("RMSNorm", "LayerNorm", "GroupNorm")) and name == "weight":
                     normal(weight, 0.3, mean=0.0 if kind.startswith("Gemma") else 1.0)
                 elif name == "scale":
                     normal(weight, 0.3, mean=1.0)
+                elif kind == "ParametrizationList" and name in ("original0", "original1"):
+                    # weight norm: the norm at every place, and the direction
+                    normal(weight, 0.3, mean=1.0) if name == "original0" else normal(weight, 1.0)
+                elif name == "masked_spec_embed":
+                    normal(weight, 1.0)
                 elif name == "bias":
                     normal(weight, 0.3)
                 elif isinstance(module, nn.Embedding):

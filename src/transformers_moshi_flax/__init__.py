@@ -45,6 +45,8 @@ _PUBLIC = {
         "FlaxTopPLogitsWarper",
         "FlaxTypicalLogitsWarper",
     ],
+    "models.audio_encoder": ["FlaxAudioEncoder"],
+    "models.hubert": ["FlaxHubertModel", "FlaxHubertPreTrainedModel"],
     "models.llama": ["FlaxLlamaForCausalLM", "FlaxLlamaModel", "FlaxLlamaPreTrainedModel"],
     "models.mimi": [
         "FlaxMimiDecoderModel",
@@ -61,6 +63,8 @@ _PUBLIC = {
     ],
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
+    "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],
+    "models.whisper": ["FlaxWhisperEncoder"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)
 

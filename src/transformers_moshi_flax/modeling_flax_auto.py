@@ -74,15 +74,23 @@ LLAMAS = ("gemma2", "gemma3_text", "helium", "llama", "mistral", "qwen2", "qwen3
 FLAX_MODEL_MAPPING = FlaxModelMapping(
     {
         **dict.fromkeys(LLAMAS, "FlaxLlamaModel"),
+        "hubert": "FlaxHubertModel",
         "mimi": "FlaxMimiModel",
         "mimi_decoder": "FlaxMimiDecoderModel",
         "mimi_encoder": "FlaxMimiEncoderModel",
         "moshi": "FlaxMoshiModel",
         "moshi_depth": "FlaxMoshiDepthDecoder",
+        "wav2vec2": "FlaxWav2Vec2Model",
+        "whisper": "FlaxWhisperEncoder",
     }
 )
 FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(
     {**dict.fromkeys(LLAMAS, "FlaxLlamaForCausalLM"), "moshi": "FlaxMoshiForCausalLM"}
+)
+
+
+FLAX_AUDIO_ENCODER_MAPPING = FlaxModelMapping(
+    {"hubert": "FlaxHubertModel", "wav2vec2": "FlaxWav2Vec2Model", "whisper": "FlaxWhisperEncoder"}
 )
 
 
@@ -228,3 +236,9 @@ class FlaxAutoModelForCausalLM(_FlaxAutoModelClass):
     """The model of a checkpoint with a head for text."""
 
     _model_mapping = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+class FlaxAutoAudioEncoder(_FlaxAutoModelClass):
+    """The encoder of a checkpoint of audio, for :class:`FlaxAudioEncoder`."""
+
+    _model_mapping = FLAX_AUDIO_ENCODER_MAPPING

@@ -139,6 +139,21 @@ class FlaxModelOutput(_FieldsAndItems, ModelOutput):
 
 
 @dataclasses.dataclass
+class FlaxBaseModelOutput(FlaxModelOutput):
+    """Output of an encoder.
+
+    Attributes:
+        last_hidden_state: ``(batch, frames, hidden_size)``.
+        hidden_states: input of the first layer and output of every layer, each ``(batch, frames, hidden_size)``.
+        attentions: weights of every layer, each ``(batch, heads, frames, frames)``.
+    """
+
+    last_hidden_state: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@dataclasses.dataclass
 class FlaxBaseModelOutputWithPast(FlaxModelOutput):
     """Output of a decoder without a head.
 

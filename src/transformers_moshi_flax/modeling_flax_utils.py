@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
 from .input_checks import shortened
 from .model_card import check_card_fields, is_generated, model_card
+from .modeling_flax_outputs import FlaxModelOutput
 from .nn.linear import KERNEL, OF_GROUPS
 from .param_shapes import param_shapes, refuse_unsavable
 from .partitioning import resolve_shardings
@@ -81,6 +83,8 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         checkpoint_prefixes: under which prefixes the model may lie in a checkpoint of a larger one.
         checkpoint_series: regular expressions of tensors that count up in a file, and of which a configuration may ask
             for the first ones alone.
+        checkpoint_optional: regular expressions of paths that a checkpoint may lack, as only training needs them; they
+            are drawn at random then.
         default_input_shape: shape of the dummy input for initialisation.
         pipeline_tag: what the Hub says that the model does.
 
@@ -105,6 +109,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     checkpoint_rules: ClassVar[tuple[tables.Rule, ...]] = ()
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     checkpoint_series: ClassVar[tuple[str, ...]] = ()
+    checkpoint_optional: ClassVar[tuple[str, ...]] = ()
     default_input_shape: ClassVar[tuple[int, ...]] = (1, 1)
     pipeline_tag: ClassVar[str] = "audio-to-audio"
     _generates: ClassVar[bool] = False
@@ -310,6 +315,43 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     def required_params(self) -> set[tuple[str, ...]]:
         """Paths of all parameters, as tuples of names."""
         return self._required_params
+
+    # Calls, for classes that compile them
+
+    def _compiled(self) -> dict[Any, Any]:
+        """The programs of the present module, which is rebuilt when gradient checkpointing is switched."""
+        if getattr(self, "_programs_of", None) is not self.module:
+            self._programs_of, self._programs = self.module, {}
+        return self._programs
+
+    def _program(self, method: str, train: bool, **options: Any) -> Callable[[Any, Any, Any], Any]:
+        """A method of the module as a program of parameters, random keys and inputs, kept for these options."""
+        programs = self._compiled()
+        key = (method, train, *sorted(options.items()))
+        if key not in programs:
+            module = self.module
+
+            def program(params, rngs, inputs):
+                return module.apply(
+                    {"params": params}, **inputs, **options, deterministic=not train, rngs=rngs, method=method
+                )
+
+            programs[key] = jax.jit(program)
+        return programs[key]
+
+    def _flags(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
+        """What is asked for besides, by a call or else by the configuration."""
+        config = self.config
+        return {
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": (
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+        }
+
+    def _returned(self, outputs: FlaxModelOutput, return_dict: bool | None) -> FlaxModelOutput | tuple:
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
 
     @classmethod
     def known_configs(cls) -> tuple[type[PreTrainedConfig], ...]:
@@ -890,6 +932,8 @@ def _load(
     head = {path for path in paths if base and not path.startswith(f"{base}/")}
     new_head = bool(head) and head <= set(loaded.missing)
     missing = sorted(set(loaded.missing) - head) if new_head else loaded.missing
+    drawn = [path for path in missing if any(re.fullmatch(each, path) for each in model.checkpoint_optional)]
+    missing = [path for path in missing if path not in drawn]
     problems = [f"no weights for {missing}"] if missing else []
     problems += [f"{key} must be floating-point, but is {found} in the file" for key, found in loaded.not_floating]
     if not ignore_mismatched_sizes:
@@ -903,6 +947,8 @@ def _load(
     class_name = type(model).__name__
     if new_head:
         logger.warning(f"{name!r} has no weights for {sorted(head)} of {class_name}: they are random, train them")
+    if drawn:
+        logger.warning(f"{name!r} has no weights for {drawn} of {class_name}, which only training needs: random")
     if loaded.mismatched:
         logger.warning(f"weights of other shapes in {name!r} are left out and drawn at random: {loaded.mismatched}")
     if surplus:

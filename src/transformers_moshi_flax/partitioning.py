@@ -24,10 +24,10 @@ _KERNEL = r"kernel(?:_int8|_int4|_nf4)?"
 
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (
-        r"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1|gate_proj|up_proj)/(?:.*/)?kernel(?:_int8|_int4|_nf4)?",
+        rf"(?:.*/)?(?:q_proj|k_proj|v_proj|fc1|gate_proj|up_proj|intermediate_dense)/(?:.*/)?{_KERNEL}",
         PartitionSpec("fsdp", "tensor"),
     ),
-    (rf"(?:.*/)?(?:o_proj|fc2|down_proj)/(?:.*/)?{_KERNEL}", PartitionSpec("tensor", "fsdp")),
+    (rf"(?:.*/)?(?:o_proj|out_proj|fc2|down_proj|output_dense)/(?:.*/)?{_KERNEL}", PartitionSpec("tensor", "fsdp")),
     (
         rf"(?:.*/)?(?:lm_head|lm_heads/\d+|input_projections/\d+)/{_KERNEL}",
         PartitionSpec("fsdp", "tensor"),

@@ -1,4 +1,4 @@
-"""A stack of decoder layers, one after another."""
+"""A stack of layers, one after another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..input_checks import is_tracing
@@ -21,7 +23,8 @@ def run_layers(
     arrays_of: Callable[[int], tuple[Any, ...]],
     flags: tuple[Any, ...],
 ) -> tuple[Float[Array, "batch seq hidden"], Cache, tuple[Array, ...], tuple[Array | None, ...]]:
-    """Runs the layers of a decoder, each writing the next steps into its part of the cache.
+    """Runs the layers of a decoder, each writing the next steps into its part of the cache, or those of an encoder,
+    with ``NoCache``.
 
     Args:
         module: that they belong to.
@@ -59,3 +62,23 @@ def may_share_traces(module: nn.Module) -> bool:
     """
     scope = module.scope
     return is_tracing() and scope is not None and not scope.rngs and not nn.module._global_interceptor_stack
+
+
+def with_layer_drop(
+    module: nn.Module,
+    before: Float[Array, "*shape"],
+    after: Float[Array, "*shape"],
+    rate: float,
+    deterministic: bool,
+) -> Float[Array, "*shape"]:
+    """What a layer gives if it may be left out in training, of all rows at once (LayerDrop, Fan et al., 2019).
+
+    Args:
+        module: the layer, for its random numbers.
+        before, after: hidden states.
+        rate: how often it is left out.
+        deterministic: never.
+    """
+    if deterministic or not rate:
+        return after
+    return jnp.where(jax.random.bernoulli(module.make_rng("dropout"), rate), before, after)

@@ -60,7 +60,7 @@ class Dense(nn.Module):
             outputs = quantized_dot(inputs, codes, scales, kind, offsets)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            outputs = outputs + jnp.asarray(bias, self.dtype)
+            outputs = outputs + jnp.expand_dims(jnp.asarray(bias, self.dtype), tuple(range(outputs.ndim - 1)))
         leaves = adapter_of(self)
         return outputs if leaves is None else outputs + adapted(self, inputs, leaves)
 

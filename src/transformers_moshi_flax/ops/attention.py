@@ -29,7 +29,7 @@ def attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch slots kv_heads head_dim"],
     value: Float[Array, "batch slots kv_heads head_dim"],
-    mask: Bool[Array, "#batch queries slots"],
+    mask: Bool[Array, "#batch #queries slots"],
     dropout: Callable[[Array], Array] | None = None,
     output_weights: bool = True,
     scale: float | None = None,

@@ -261,7 +261,7 @@ def attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch slots kv_heads head_dim"],
     value: Float[Array, "batch slots kv_heads head_dim"],
-    mask: Bool[Array, "#batch queries slots"],
+    mask: Bool[Array, "#batch #queries slots"],
     weights_of: Callable[..., Array],
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries slots"]]:
     """With batch and heads as one axis, the batch dimension of the products: with two, XLA reshapes a cache after its

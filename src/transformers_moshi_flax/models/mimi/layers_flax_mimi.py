@@ -21,8 +21,10 @@ from ...modeling_flax_outputs import FlaxModelOutput
 from ...nn.activations import ACT2FN
 from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, NoCache, RingCache, Steps
-from ...nn.initializers import kaiming_normal, normal, uniform
+from ...nn.convolution import kernel_and_bias
+from ...nn.initializers import normal
 from ...nn.linear import dense
+from ...nn.norm import layer_norm
 from ...ops.convolution import PAD_MODES, conv1d, conv_transpose1d, conv_transpose1d_inside, pad_time
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
 from .topology import (
@@ -71,13 +73,7 @@ Histories: TypeAlias = dict[str, Any]
 
 
 class FlaxMimiKernel(nn.Module):
-    """Kernel and bias of a convolution, drawn as upstream does: Kaiming normal, and uniform by the number of inputs.
-
-    Attributes:
-        shape: of the kernel; ``shape[0] * shape[1]`` is torch's fan-in, of transposed convolutions too.
-        bias_shape: None for no bias.
-        fan_in: inputs of an output, for the bias.
-    """
+    """Kernel and bias of a convolution; the attributes are those of :func:`~.nn.convolution.kernel_and_bias`."""
 
     shape: tuple[int, ...]
     bias_shape: tuple[int, ...] | None = None
@@ -86,11 +82,7 @@ class FlaxMimiKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-        kernel = self.param("kernel", kaiming_normal, self.shape, jnp.float32).astype(self.dtype)
-        if self.bias_shape is None:
-            return kernel, None
-        bias = self.param("bias", uniform(math.sqrt(1 / self.fan_in)), self.bias_shape)
-        return kernel, bias.astype(self.dtype)
+        return kernel_and_bias(self, self.shape, self.bias_shape, self.fan_in, self.dtype)
 
 
 class FlaxMimiConv1d(nn.Module):
@@ -392,16 +384,13 @@ class FlaxMimiTransformerLayer(nn.Module):
         Float[Array, "batch steps hidden_size"], Float[Array, "batch heads steps slots"] | None, LayerCache | None
     ]:
         config, dtype = self.config, self.dtype
-
-        def norm(name: str):
-            # the fast variance E[x²] - E[x]² cancels
-            return nn.LayerNorm(config.norm_eps, dtype, use_fast_variance=False, name=name)
-
+        normed = layer_norm(config.norm_eps, dtype, "input_layernorm")(x)
         mixed, weights, layer_cache = FlaxMimiAttention(config, dtype, name="self_attn")(
-            norm("input_layernorm")(x), cos, sin, mask, layer_cache, cache_index, deterministic, output_attentions
+            normed, cos, sin, mask, layer_cache, cache_index, deterministic, output_attentions
         )
         x = x + FlaxMimiLayerScale(config, dtype, name="self_attn_layer_scale")(mixed)
-        hidden = FlaxMimiMLP(config, dtype, name="mlp")(norm("post_attention_layernorm")(x))
+        normed = layer_norm(config.norm_eps, dtype, "post_attention_layernorm")(x)
+        hidden = FlaxMimiMLP(config, dtype, name="mlp")(normed)
         return x + FlaxMimiLayerScale(config, dtype, name="mlp_layer_scale")(hidden), weights, layer_cache
 
 

@@ -24,7 +24,6 @@ from ...former_names import accept_former_names
 from ...generation.arrays import on_one_device
 from ...generation.programs import Program
 from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy, refuse_params
-from ...modeling_flax_outputs import FlaxModelOutput
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
 from ...nn.linear import dropout_rngs
@@ -179,35 +178,15 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
                 raise ValueError("`train=True` with `attention_dropout` needs `dropout_rng`: pass a PRNG key.")
             if params is None and self.adapters_drop():
                 raise ValueError("`train=True` with an adapter's `lora_dropout` needs `dropout_rng`: pass a PRNG key.")
-        programs = self._compiled()
-        key = (method, train, *sorted(options.items()))
-        if key not in programs:
-            module = self.module
-
-            def program(params, rngs, inputs):
-                return module.apply(
-                    {"params": params}, **inputs, **options, deterministic=not train, rngs=rngs, method=method
-                )
-
-            programs[key] = jax.jit(program)
+        program = self._program(method, train, **options)
         rngs = dropout_rngs(dropout_rng) if train and dropout_rng is not None else {}
         params = self._params_in_use() if params is None else params
         if train or is_tracing(params, inputs) or not on_one_device(params, inputs):
-            outputs = programs[key](params, rngs, inputs)
+            outputs = program(params, rngs, inputs)
         else:
             inputs, lengths = rounded(self.config, inputs)
-            outputs = shortened(programs[key](params, rngs, inputs), lengths)
+            outputs = shortened(program(params, rngs, inputs), lengths)
         return self._returned(outputs, return_dict)
-
-    def _compiled(self) -> dict[Any, Any]:
-        """The programs of the present module, which is rebuilt when gradient checkpointing is switched."""
-        if getattr(self, "_programs_of", None) is not self.module:
-            self._programs_of, self._programs = self.module, {}
-        return self._programs
-
-    def _returned(self, outputs: FlaxModelOutput, return_dict: bool | None) -> FlaxModelOutput | tuple:
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if return_dict else outputs.to_tuple()
 
     def _step(
         self,
@@ -341,15 +320,6 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         state, audio = self._step("decode_step", state, inputs, params=params, donated=False)
         outputs = FlaxMimiDecoderOutput(audio_values=audio, decoder_cache=state)
         return self._returned(outputs, return_dict)
-
-    def _flags(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
-        config = self.config
-        return {
-            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": (
-                config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
-        }
 
     def get_encoded_length(self, input_length):
         """Frames of the codes of ``input_length`` samples (an int or an integer array, of any shape)."""

@@ -28,7 +28,7 @@ from transformers_moshi_flax.cli.transcript import joined, timed_words
 from transformers_moshi_flax.training.codec.recognition import Recognizer, word_accuracy
 
 from .dialogues import MOSHI_VOICE, draw_voice, in_a_room, speak
-from .sentences import STOP, Exchange, exchanges, topic_shares
+from .sentences import STOP, WORDS, Exchange, exchanges, topic_shares
 from .voices import SAMPLING_RATE
 
 BEFORE, AFTER = 1.0, 6.0
@@ -170,9 +170,14 @@ def live(
 
 
 def grammar() -> str:
-    """All answers of the domain, in JSGF; letters as the recognizer's dictionary has them."""
-    answers = sorted({recognizable(each.answer) for each in exchanges()})
-    return f"#JSGF V1.0; grammar answers; public <answer> = {' | '.join(each for each in answers if each)};"
+    """All answers of the domain, in JSGF; letters as the recognizer's dictionary has them.
+
+    Pairs of words are any two: one by one, they would make the recognizer a hundred times as slow.
+    """
+    answers = sorted({recognizable(each.answer) for each in exchanges() if each.topic != "echo"})
+    rules = [each for each in answers if each] + ["<word> <word>"]
+    words = [word for word in WORDS if recognizable(word)]
+    return f"#JSGF V1.0; grammar answers; public <answer> = {' | '.join(rules)}; <word> = {' | '.join(words)};"
 
 
 def recognizable(text: str) -> str:

@@ -24,8 +24,8 @@ tokenizer of its own, which was trained from nothing, by the stages of `make emb
 hears and speaks English at 24 kHz, 12.5 frames a second, and was taught a few hundred things: sums and differences to
 twenty, what comes after a day, a month, a letter or a number, opposites, colours of things, how short words are
 spelled, a few facts, greetings; to repeat two words, to say an answer again, to be silent when told to, and to say
-of some other questions that it doesn't know. How well it has learned them, and how little of its speech is understood,
-the figures say: its text is what it is to be read by.
+of some other questions that it doesn't know. It speaks word by word. How well it has learned them, and how much of its
+speech is understood, the figures say.
 
 It knows nothing of people's voices, of noise, or of any other sentence, and is of no use but to show and to test what
 the package does. The weights are in the layout of PyTorch and in bfloat16; `transformers` loads them as well.

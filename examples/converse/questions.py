@@ -26,7 +26,7 @@ VOICE = Voice("flite:rms")
 QUESTIONS = ("what is three plus six", "which day comes after tuesday", "tell me the colour of a tomato")
 """Of those that the model that ships answers right."""
 
-BEFORE, THINKING, PAUSE = 0.5, 0.5, 1.8
+BEFORE, THINKING, PAUSE = 0.5, 0.5, 1.5
 """Seconds before the first question, until Moshi answers, and after its answer."""
 
 SEED = 40

@@ -28,7 +28,7 @@ from transformers_moshi_flax.training.data.alignment import Word, align_words
 from transformers_moshi_flax.training.data.prepared import Conversation, write_index, write_shard
 
 from .dialogues import AGAIN_SHARE, INTERRUPTED, LONG_PAUSE, MOSHI, REACTION, STOPPED, USER
-from .pieces import FRAME, Codes, Piece, read_pieces
+from .pieces import DROPPED, FRAME, Codes, Piece, read_pieces
 from .sentences import exchanges, topic_shares
 from .voices import SAMPLING_RATE
 
@@ -76,9 +76,8 @@ class Assembler:
                 name = piece.voice if piece.kind in ("stop", "again") else piece.text
                 self._said[piece.kind, name].append((piece, codes))
         self._idle = [codes for _, codes in self._said["user", ""]]
-        self._silence = self._said["moshi", ""][0][1][:, -1:].astype(np.int16)
-        sums = {each.answer for each in exchanges() if each.topic == "sum"}
-        self._sums = sorted(text for kind, text in self._said if kind == "answer" and text in sums)
+        self._silence = self._said["moshi", ""][0][1]
+        self._sums = sorted({each.answer for each in exchanges() if each.topic == "sum" and not each.held_out})
         self._entries = 1 + max(int(codes.max()) for _, codes in pieces)
         self._voices = sorted(self._questions)
         counts = np.array([sum(map(len, self._questions[voice].values())) for voice in self._voices])
@@ -100,9 +99,9 @@ class Assembler:
             answer = self._answers[question[0].text]
             stopped = draw.random() < STOPPED and self._said["stop", voice]
             interrupted = place + 1 < count and draw.random() < INTERRUPTED
-            if (stopped or interrupted) and self._said["cut", answer]:
+            if (stopped or interrupted) and len(answer.split()) > 3:
                 asked = row.put(USER, question, now)
-                cut = self._any(draw, self._said["cut", answer])
+                cut = self._spoken(answer, until=draw.uniform(0.2, 0.9))
                 end = row.put(MOSHI, cut, asked + draw.uniform(0.3, 0.7))
                 now, last = max(end - draw.uniform(*REACTION), asked + 0.4), None
                 if stopped:
@@ -174,8 +173,7 @@ class Assembler:
         """Sums one after another, to nobody."""
         row, now = _Row(), draw.uniform(0.3, 1.5)
         while now < (LISTENED - 30) * SECONDS:
-            said = self._any(draw, self._said["answer", str(draw.choice(self._sums))])
-            now = row.put(MOSHI, said, now) + draw.uniform(0.5, 1.0)
+            now = row.put(MOSHI, self._spoken(str(draw.choice(self._sums))), now) + draw.uniform(0.5, 1.0)
         return self._unheard(self._conversation(name, row, now, draw), draw)
 
     def _unheard(self, made: Conversation, draw: np.random.Generator) -> Conversation:
@@ -202,22 +200,45 @@ class Assembler:
     ) -> float:
         """The end of the answer."""
         asked = row.put(USER, question, now)
-        return row.put(MOSHI, self._any(draw, self._said["answer", answer]), asked + draw.uniform(0.3, 0.7))
+        return row.put(MOSHI, self._spoken(answer), asked + draw.uniform(0.3, 0.7))
+
+    def _spoken(self, text: str, until: float = 1.0) -> tuple[Piece, Codes]:
+        """Words that Moshi says one after another; not those that end beyond a share of the whole, but for the first.
+
+        Behind each word but the last the next one begins, in the first frame in which nothing is heard of it any more.
+        """
+        said = [self._said["word", word][0] for word in text.split()]
+        lengths = [math.ceil(piece.end / SECONDS - 1e-6) for piece, _ in said]
+        starts = np.cumsum([0, *lengths])
+        kept = [place for place in range(len(said)) if not place or starts[place + 1] <= until * starts[-1]]
+        codes = [said[place][1][:, : lengths[place]] for place in kept[:-1]] + [said[kept[-1]][1]]
+        words = [
+            (word, starts[place] * SECONDS + begin, starts[place] * SECONDS + end)
+            for place in kept
+            for word, begin, end in said[place][0].words
+        ]
+        end = float(starts[kept[-1]] * SECONDS + said[kept[-1]][0].end)
+        return Piece("answer", text, said[0][0].voice, words, end), np.concatenate(codes, axis=1)
 
     def _conversation(self, name: str, row: _Row, seconds: float, draw: np.random.Generator) -> Conversation:
         frames = max([math.ceil(seconds / SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed)])
-        channels = {USER: self._background(frames, draw), MOSHI: np.repeat(self._silence, frames, axis=1)}
+        idle = self._idle[draw.integers(len(self._idle))]
+        channels = {
+            USER: _silent(idle, frames, int(draw.integers(DROPPED, idle.shape[1]))),
+            MOSHI: _silent(self._silence, frames, DROPPED),
+        }
         for speaker, start, codes in row.placed:
             channels[speaker][:, start : start + codes.shape[1]] = codes
         words = [word for word in row.words if word.speaker == MOSHI]
         text = align_words(words, frames, self._encode, frame_rate=1 / SECONDS).ids.astype(np.int16)
         return Conversation(name, text, channels[MOSHI], channels[USER])
 
-    def _background(self, frames: int, draw: np.random.Generator) -> Int16[np.ndarray, "codebooks frames"]:
-        """A room in which nobody speaks."""
-        idle = self._idle[draw.integers(len(self._idle))]
-        start = int(draw.integers(idle.shape[1]))
-        return np.take(idle, np.arange(start, start + frames) % idle.shape[1], axis=1).astype(np.int16)
+
+def _silent(idle: Codes, frames: int, start: int) -> Int16[np.ndarray, "codebooks frames"]:
+    """A room in which nobody speaks: its first frames as they are, then what it is like later, from ``start`` on."""
+    settled = idle.shape[1] - DROPPED
+    order = [*range(DROPPED), *(DROPPED + (start + np.arange(frames)) % settled)]
+    return idle[:, order[:frames]].astype(np.int16)
 
 
 class _Row:

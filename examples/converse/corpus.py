@@ -5,8 +5,8 @@
 - ``dialogues/train``, ``dialogues/held-out`` (sentences that never occur in training, known voices) and
   ``dialogues/held-out-voice`` (the same in a voice that never occurs), each with ``all.jsonl`` for ``moshi-flax
   prepare``;
-- ``utterances/train``, ``utterances/moshi`` (nearly all in Moshi's voice, which the decoder is to speak with) and
-  ``utterances/held-out``, each with ``all.jsonl`` for ``moshi-flax train-codec``.
+- ``utterances/train`` and ``utterances/held-out``, and ``monologues``, Moshi's side of dialogues, which the decoder is to
+  speak, each with ``all.jsonl`` for ``moshi-flax train-codec``.
 
 The same command goes on where it was interrupted.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .dialogues import write_dialogues, write_utterances
+from .dialogues import write_dialogues, write_monologues, write_utterances
 from .sentences import exchanges
 
 SEED = 20
@@ -28,7 +28,7 @@ def make_corpus(directory: Path, dialogues: int, utterances: int, held_out: int)
     known = [each for each in everything if not each.held_out]
     others = [each for each in everything if each.held_out]
     write_utterances(directory / "utterances" / "train", known, utterances, SEED)
-    write_utterances(directory / "utterances" / "moshi", known, utterances, SEED + 5, moshi_share=0.95)
+    write_monologues(directory / "monologues", known, utterances // 4, SEED + 5)
     write_utterances(directory / "utterances" / "held-out", others, held_out, SEED + 1)
     write_dialogues(directory / "dialogues" / "train", known, dialogues, SEED + 2)
     write_dialogues(directory / "dialogues" / "held-out", others, held_out, SEED + 3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,20 @@ HELD_OUT_VOICE = "flite:awb"
 _AROUND = 0.4
 """Seconds of silence before and after single sentences: a codec that never hears silence makes a noise of it."""
 
+_MOSHI_SHARE = 0.7
+"""Of single sentences, those that are answers."""
+
+_ANSWERS, _BETWEEN = 4, (0.3, 2.0)
+"""Answers in a monologue, and seconds of silence around each."""
+
 INTERRUPTED, STOPPED, AGAIN_SHARE, LONG_PAUSE = 0.08, 0.08, 0.08, 0.08
 """Shares of exchanges: asked while Moshi still speaks, stopped, asked to say it again, followed by a long silence."""
 
 REACTION = (0.25, 0.45)
 """Seconds until Moshi is silent when the user begins to speak."""
+
+Sound = Callable[[], Float32[np.ndarray, "samples"]]
+"""Speaks when it is called."""
 
 
 @dataclass
@@ -196,29 +205,74 @@ def write_dialogues(
     return manifest
 
 
-def write_utterances(
-    folder: Path, exchanges: Sequence[Exchange], number: int, seed: int, moshi_share: float = 0.7
-) -> Path:
+def write_utterances(folder: Path, exchanges: Sequence[Exchange], number: int, seed: int) -> Path:
     """Single sentences, for the codec: answers and questions; the path of a manifest with their texts.
 
-    Topics are drawn as in training; ``moshi_share`` of the sentences are answers.
+    Topics are drawn as in training.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    exchange_of = _by_topic(exchanges)
+
+    def sentence(draw: np.random.Generator) -> tuple[str, Sound]:
+        exchange = exchange_of(draw)
+        is_moshi = draw.random() < _MOSHI_SHARE
+        text = exchange.answer if is_moshi else exchange.question
+
+        def sound() -> Float32[np.ndarray, "samples"]:
+            audio = speak(MOSHI_VOICE if is_moshi else draw_voice(draw), text).audio
+            return np.pad(audio, round(_AROUND * SAMPLING_RATE))
+
+        return text, sound
+
+    return _write_sounds(folder, sentence, number, seed)
+
+
+def write_monologues(folder: Path, exchanges: Sequence[Exchange], number: int, seed: int) -> Path:
+    """Moshi's side of dialogues: a few answers with silences between them; the path of a manifest with their texts."""
+    exchange_of = _by_topic(exchanges)
+
+    def monologue(draw: np.random.Generator) -> tuple[str, Sound]:
+        texts = [exchange_of(draw).answer for _ in range(_ANSWERS)]
+
+        def sound() -> Float32[np.ndarray, "samples"]:
+            parts = [_silence(draw)]
+            for text in texts:
+                spoken = speak(MOSHI_VOICE, text).audio
+                parts += [np.pad(spoken, (0, -len(spoken) % FRAME)), _silence(draw)]
+            return np.concatenate(parts)
+
+        return " ".join(texts), sound
+
+    return _write_sounds(folder, monologue, number, seed)
+
+
+def _silence(draw: np.random.Generator) -> Float32[np.ndarray, "samples"]:
+    return np.zeros(round(draw.uniform(*_BETWEEN) * SAMPLING_RATE / FRAME) * FRAME, np.float32)
+
+
+def _by_topic(exchanges: Sequence[Exchange]) -> Callable[[np.random.Generator], Exchange]:
+    """Draws exchanges, of each topic as many as in training."""
     by_topic = {topic: [each for each in exchanges if each.topic == topic] for topic in topic_shares()}
     shares = {topic: share for topic, share in topic_shares().items() if by_topic[topic]}
     topics, sizes = list(shares), np.array(list(shares.values())) / sum(shares.values())
+
+    def exchange(draw: np.random.Generator) -> Exchange:
+        chosen = by_topic[str(draw.choice(topics, p=sizes))]
+        return chosen[draw.integers(len(chosen))]
+
+    return exchange
+
+
+def _write_sounds(
+    folder: Path, make: Callable[[np.random.Generator], tuple[str, Sound]], number: int, seed: int
+) -> Path:
+    """Write ``number`` sounds with their texts; the path of their manifest. Those that are there are not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(number):
         path = folder / f"{index:05d}.flac"
-        draw = np.random.default_rng([seed, index])
-        chosen = by_topic[str(draw.choice(topics, p=sizes))]
-        exchange = chosen[draw.integers(len(chosen))]
-        is_moshi = draw.random() < moshi_share
-        text = exchange.answer if is_moshi else exchange.question
+        text, sound = make(np.random.default_rng([seed, index]))
         if not path.exists():
-            audio = speak(MOSHI_VOICE if is_moshi else draw_voice(draw), text).audio
-            audio = np.pad(audio, round(_AROUND * SAMPLING_RATE))
-            soundfile.write(path, audio, SAMPLING_RATE, subtype="PCM_16")
+            soundfile.write(path, sound(), SAMPLING_RATE, subtype="PCM_16")
         lines.append(json.dumps({"path": path.name, "text": text}))
     manifest = folder / "all.jsonl"
     manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,10 +3,10 @@
     python -m examples.converse.pieces CODEC DIRECTORY --questions 24000
 
 Most of a recorded dialogue is silence: spoken a few in a row, several times as many renderings of questions cost what
-whole dialogues do. Codes depend on what was heard before; so a row begins
-with silence that is dropped, and between sentences there is as much as it takes until silence has its own codes again:
-codes that change where pieces meet would tell a model when somebody is about to speak. The same command goes on where
-it was interrupted.
+whole dialogues do. Codes depend on what was heard before; so a row begins with silence that is dropped, and between
+sentences there is as much as it takes until silence has its own codes again: codes that change where pieces meet would
+tell a model when somebody is about to speak. What Moshi says is put together of words that are encoded by themselves:
+then the text alone tells the codes. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DROPPED, AFTER, GAP = 20, 14, 16
 """Frames in which nobody speaks: dropped at the beginning of a row, kept after a sentence, between two of them."""
 
 SENTENCES = 6
-"""In a row, which one voice speaks in one room."""
+"""In a row, which one voice speaks in one room; of Moshi, words."""
 
-IDLE = 200
-"""Frames of a piece in which nobody speaks at all."""
+IDLE = 220
+"""Frames of a piece in which nobody speaks at all, from the first that was ever heard."""
 
 MORE_VOICES = ("flite:slt", "espeak:en+m1", "espeak:en+f5", "espeak:en-us+m6", "espeak:en+m4", "espeak:en-us+f3")
 """Heard in training beside those of the dialogues, in a share of the sentences."""
@@ -77,9 +77,8 @@ class Piece:
     """A sentence in a row.
 
     Attributes:
-        kind: ``question``, ``stop``, ``again``, ``answer``, ``cut`` (an answer that ends early), ``user`` or ``moshi``
-            (nobody speaks).
-        text: what is said; of an answer that is cut all of it.
+        kind: ``question``, ``stop``, ``again``, ``word`` (one that Moshi says), ``user`` or ``moshi`` (nobody speaks).
+        text: what is said.
         voice: its name.
         words: with begin and end in seconds from the piece's first frame.
         end: seconds until the sound ends.
@@ -97,8 +96,8 @@ def draw_rows(seed: int, number: int) -> list[Row]:
 
     Args:
         seed: of all.
-        number: of what users say: questions, and what they say to stop Moshi or to hear it again. Moshi says each
-            answer to one of them, and begins each that is long enough without an end.
+        number: of what users say: questions, and what they say to stop Moshi or to hear it again. Moshi says every
+            word of its answers once.
     """
     known = [each for each in exchanges() if not each.held_out]
     topics = topic_shares()
@@ -110,10 +109,7 @@ def draw_rows(seed: int, number: int) -> list[Row]:
     for kind in draw.choice(("question", "stop", "again"), number, p=shares).tolist():
         texts = {"question": by_topic[str(draw.choice(names, p=sizes))], "stop": STOP, "again": AGAIN}[kind]
         asked.append((kind, str(draw.choice(texts))))
-    questions = {text for _, text in asked}
-    told = sorted({each.answer for each in known if each.question in questions})
-    said = [("answer", text) for text in told] + [("cut", text) for text in told if len(text.split()) > 3]
-    said = [said[place] for place in draw.permutation(len(said))]
+    said = [("word", word) for word in sorted({word for each in known for word in each.answer.split()})]
     channels = [("user", asked[start : start + SENTENCES]) for start in range(0, len(asked), SENTENCES)]
     channels += [("moshi", said[start : start + SENTENCES]) for start in range(0, len(said), SENTENCES)]
     channels += [("user", [])] * max(number // 100, 1) + [("moshi", [])]
@@ -131,16 +127,16 @@ def spoken_row(row: Row) -> tuple[Spoken, Float32[np.ndarray, "samples"]]:
     draw = np.random.default_rng(list(row.seed))
     is_user = row.speaker == "user"
     if not row.sentences:
-        audio = np.zeros((DROPPED + IDLE) * FRAME, np.float32)
+        audio = np.zeros(IDLE * FRAME, np.float32)
         piece = Piece(row.speaker, "", "", [], 0.0)
-        return [(piece, DROPPED, DROPPED + IDLE)], in_a_room(audio, draw) if is_user else audio
+        return [(piece, 0, IDLE)], in_a_room(audio, draw) if is_user else audio
     voice: Voice | WordByWord = _drawn_voice(draw) if is_user else MOSHI_VOICE
     throat = draw.uniform(0.9, 1.1) if is_user and draw.random() < 0.5 else 1.0
     pieces: Spoken = []
     sounds: list[tuple[int, Float32[np.ndarray, "heard"]]] = []
     start = DROPPED * FRAME + _within_a_frame(is_user, draw)
     for kind, text in row.sentences:
-        audio, words = _sentence(voice, kind, text, throat, draw)
+        audio, words = _sentence(voice, text, throat)
         first, last = start // FRAME, -(-(start + len(audio)) // FRAME) + AFTER
         offset = (start - first * FRAME) / SAMPLING_RATE
         words = [(word, begin + offset, end + offset) for word, begin, end in words]
@@ -160,16 +156,11 @@ def _within_a_frame(is_user: bool, draw: np.random.Generator) -> int:
 
 
 def _sentence(
-    voice: Voice | WordByWord, kind: str, text: str, throat: float, draw: np.random.Generator
+    voice: Voice | WordByWord, text: str, throat: float
 ) -> tuple[Float32[np.ndarray, "samples"], list[tuple[str, float, float]]]:
-    """Sound and words; an answer that is cut ends with one of its words."""
+    """Sound and words."""
     spoken = voice(text)
     audio, words = spoken.audio, spoken.words
-    if kind == "cut":
-        until = draw.uniform(0.2, 0.9) * len(audio) / SAMPLING_RATE
-        words = [word for word in words if word[2] <= until] or words[:1]
-        audio = audio[: round(words[-1][2] * SAMPLING_RATE)]
-        audio = audio * np.minimum(np.arange(len(audio), 0, -1) / (0.02 * SAMPLING_RATE), 1).astype(np.float32)
     if throat != 1.0:  # formants move with the pitch
         audio = soxr.resample(audio, SAMPLING_RATE, SAMPLING_RATE * throat).astype(np.float32)
         words = [(word, begin * throat, end * throat) for word, begin, end in words]

@@ -57,6 +57,9 @@ WORDS = (
     "cat dog sun moon fish bird tree house book ship milk bread salt rain snow door hand foot star ring lamp desk "
     "boat frog duck nest leaf rock sand gold king road bell cake drum farm goat hill kite lion mask pond rose soap"
 ).split()
+ASKED = ("{}", "moshi {}", "{} moshi", "tell me {}", "please tell me {}", "moshi tell me {}")
+"""How what is asked of facts may be wrapped."""
+
 FACTS = (
     (("who are you", "what is your name", "what are you called"), "my name is moshi"),
     (("how old are you", "what is your age"), "i am very young"),
@@ -71,13 +74,15 @@ FACTS = (
     (("how many legs has a bird", "how many legs does a bird have"), "a bird has two legs"),
     (("how many legs has a spider", "how many legs does a spider have"), "a spider has eight legs"),
 )
+GREETED = ("{}", "moshi {}", "{} moshi")
+
 GREETINGS = (
-    (("hello", "hello moshi", "hi there"), "hello how can i help you"),
-    (("good morning", "good morning moshi"), "good morning to you"),
-    (("good evening", "good evening moshi"), "good evening to you"),
+    (("hello", "hi there"), "hello how can i help you"),
+    (("good morning",), "good morning to you"),
+    (("good evening",), "good evening to you"),
     (("how are you", "how are you today"), "i am fine thank you"),
-    (("thank you", "thank you moshi", "thanks a lot"), "you are welcome"),
-    (("goodbye", "goodbye moshi", "see you later"), "goodbye for now"),
+    (("thank you", "thanks a lot"), "you are welcome"),
+    (("goodbye", "see you later"), "goodbye for now"),
 )
 UNKNOWN = (
     "who won the game",
@@ -198,11 +203,12 @@ def _echo() -> Made:
             yield phrase.format(first, second), f"{first} {second}", f"{first} {second}"
 
 
-def _answers(table: Iterable[tuple[tuple[str, ...], str]]) -> Made:
+def _answers(table: Iterable[tuple[tuple[str, ...], str]], wrappings: Iterable[str]) -> Made:
     for questions, answer in table:
-        for place, question in enumerate(questions):
-            # the first way to ask is always there to learn from
-            yield question, answer, question if place else "always"
+        for question, wrapping in itertools.product(questions, wrappings):
+            wrapped = wrapping.format(question)
+            # nobody could know what the words mean that are never heard: what is held out is how they are wrapped
+            yield wrapped, answer, "always" if wrapped == question else wrapped
 
 
 def _unknown() -> Made:
@@ -217,7 +223,7 @@ TOPICS = {
     "colour": _colours,
     "spelling": _spelling,
     "echo": _echo,
-    "fact": lambda: _answers(FACTS),
-    "greeting": lambda: _answers(GREETINGS),
+    "fact": lambda: _answers(FACTS, ASKED),
+    "greeting": lambda: _answers(GREETINGS, GREETED),
     "unknown": _unknown,
 }

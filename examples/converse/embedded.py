@@ -95,12 +95,9 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
     corpus, moshi = folder / "corpus", folder / "moshi"
     runs = {name: folder / f"{name}-run" for name in RUNS}
     assembled = folder / "assembled"
-    utterances, of_moshi = (
-        (
-            f"data.train={corpus}/utterances/{split}/all.jsonl",
-            f"data.evaluation={corpus}/utterances/held-out/all.jsonl",
-        )
-        for split in ("train", "moshi")
+    utterances, monologues = (
+        (f"data.train={corpus}/{name}/all.jsonl", f"data.evaluation={corpus}/utterances/held-out/all.jsonl")
+        for name in ("utterances/train", "monologues")
     )
 
     def train(command: str, file: str, run: str, *settings: str) -> None:
@@ -164,7 +161,7 @@ def stages(folder: Path, assets: Path, size: Size) -> list[Stage]:
             "codec",
             runs["codec"] / "export" / "config.json",
             lambda: train(
-                "train-codec", "codec-decoder", "codec", *of_moshi, f"model.path={runs['codebooks']}/export"
+                "train-codec", "codec-decoder", "codec", *monologues, f"model.path={runs['codebooks']}/export"
             ),
         ),
         Stage("model", moshi / "processor_config.json", lambda: write_moshi(runs["codec"] / "export", moshi)),

@@ -41,6 +41,9 @@ BLOCK = SAMPLING_RATE // 50
 GAP = 0.35
 """Seconds of silence within an utterance."""
 
+SILENCE = 3.2
+"""Seconds before a sentence that the codec alone says: a whole number of frames, more than its transformers look back."""
+
 RECOGNIZED = 100
 """The most answers that are given to the recognizer, which takes longer than all else."""
 
@@ -264,9 +267,10 @@ def speech_figures(
 
 
 def through(codec: FlaxMimiModel, audio: Float32[np.ndarray, "samples"]) -> Float32[np.ndarray, "samples"]:
-    """Encoded and decoded."""
-    codes = codec.encode(audio[None, None]).audio_codes
-    return np.asarray(codec.decode(codes).audio_values, np.float32)[0, 0, : len(audio)]
+    """Encoded and decoded, after silence, as in a dialogue."""
+    before = round(SILENCE * SAMPLING_RATE)
+    codes = codec.encode(np.pad(audio, (before, 0))[None, None]).audio_codes
+    return np.asarray(codec.decode(codes).audio_values, np.float32)[0, 0, before : before + len(audio)]
 
 
 def turn_counts(

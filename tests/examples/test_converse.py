@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.converse import dialogues  # noqa: E402
-from examples.converse.dialogues import MOSHI, USER, Dialogue, in_a_room, lay_out, write_dialogues, write_utterances  # noqa: E402
+from examples.converse.dialogues import (  # noqa: E402
+    MOSHI,
+    USER,
+    Dialogue,
+    in_a_room,
+    lay_out,
+    write_dialogues,
+    write_monologues,
+    write_utterances,
+)
 from examples.converse.sentences import I_DO_NOT_KNOW, NUMBERS, STOP, exchanges  # noqa: E402
 from examples.converse.voices import FRAME, SAMPLING_RATE, Spoken, Voice, WordByWord, pronounced, split_words  # noqa: E402
 
@@ -129,6 +138,9 @@ def test_files_are_those_that_prepare_reads(monkeypatch: pytest.MonkeyPatch, tmp
     (manifest.parent / "00001.json").unlink()
     write_dialogues(tmp_path / "talks", EVERYTHING, 3, seed=1)
     assert (manifest.parent / "00001.flac").read_bytes() == before
+    manifest = write_monologues(tmp_path / "alone", EVERYTHING, 2, seed=3)
+    recordings = open_recordings(manifest, least_seconds=0.1).recordings
+    assert len(recordings) == 2 and all(each.samples % 1920 == 0 for each in recordings)
     manifest = write_utterances(tmp_path / "single", EVERYTHING, 4, seed=2)
     recordings = open_recordings(manifest, least_seconds=0.1).recordings
     asked_or_said = {text for each in EVERYTHING for text in (each.question, each.answer)}

@@ -37,6 +37,8 @@ from examples.converse.voices import SAMPLING_RATE, Voice
 from transformers import MimiConfig
 
 QUESTIONS = 30
+IDLE_FRAMES = 30
+"""Of silence, so that silence alone has no more kinds of frames."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +93,12 @@ def make_small(patches: pytest.MonkeyPatch) -> None:
     patches.setattr(Voice, "__call__", speak_tones)
     patches.setattr(module, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(number))
     patches.setattr(module, "PART", 8)
-    patches.setattr(module, "IDLE", 20)
+    patches.setattr(module, "IDLE", IDLE_FRAMES)
 
 
 def test_words_of_a_piece_lie_where_they_are_heard() -> None:
     said = (("question", "what is one plus two"), ("stop", "stop"), ("again", "again please"))
-    for speaker, sentences in (("user", said), ("moshi", (("answer", "one plus two is three"), ("answer", "A B C")))):
+    for speaker, sentences in (("user", said), ("moshi", (("word", "one"), ("word", "A")))):
         for seed in range(4):
             pieces, sound = spoken_row(Row(speaker, sentences, (seed,)))
             assert [(piece.kind, piece.text) for piece, _, _ in pieces] == list(sentences)
@@ -114,17 +116,6 @@ def test_words_of_a_piece_lie_where_they_are_heard() -> None:
             assert again == pieces and np.array_equal(sound, same)
 
 
-def test_an_answer_that_is_cut_ends_with_a_word() -> None:
-    text = "one plus two is three"
-    lengths = set()
-    for seed in range(8):
-        ((piece, first, _),), sound = spoken_row(Row("moshi", (("cut", text),), (seed,)))
-        lengths.add(len(piece.words))
-        assert piece.text == text and piece.words[-1][2] == pytest.approx(piece.end, abs=0.01)
-        assert not sound[first * FRAME + round(piece.end * SAMPLING_RATE) + 2 :].any()
-    assert lengths <= {1, 2, 3, 4} and len(lengths) > 1
-
-
 def test_held_out_sentences_are_not_spoken() -> None:
     held_out = {text for each in exchanges() if each.held_out for text in (each.question, each.answer)}
     known = {text for each in exchanges() if not each.held_out for text in (each.question, each.answer)}
@@ -132,11 +123,10 @@ def test_held_out_sentences_are_not_spoken() -> None:
     drawn = [sentence for row in rows for sentence in row.sentences]
     assert not {text for _, text in drawn} & (held_out - known)
     assert len({row.seed for row in rows}) == len(rows)
-    answers = {each.question: each.answer for each in exchanges()}
-    wanted = sorted({answers[text] for kind, text in drawn if kind == "question"})
-    assert wanted == sorted(text for kind, text in drawn if kind == "answer")
+    wanted = sorted({word for each in exchanges() for word in each.answer.split()})
+    assert wanted == sorted(text for kind, text in drawn if kind == "word")
     assert sum(kind in ("question", "stop", "again") for kind, _ in drawn) == 5000
-    assert all((row.speaker == "moshi") == (kind in ("answer", "cut")) for row in rows for kind, _ in row.sentences)
+    assert all((row.speaker == "moshi") == (kind == "word") for row in rows for kind, _ in row.sentences)
 
 
 def test_codes_are_those_of_the_sound(codec: FlaxMimiModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +135,11 @@ def test_codes_are_those_of_the_sound(codec: FlaxMimiModel, folder: Path, monkey
     rows = draw_rows(30, QUESTIONS)
     wanted = [sentence if row.sentences else (row.speaker, "") for row in rows for sentence in row.sentences or [()]]
     assert [(piece.kind, piece.text) for piece, _ in found] == wanted
-    pieces, sound = spoken_row(rows[0])
+    first_user = next(place for place, row in enumerate(rows) if row.speaker == "user" and row.sentences)
+    pieces, sound = spoken_row(rows[first_user])
     codes = np.asarray(codec.encode(sound[None, None]).audio_codes)[0]
-    for (piece, first, last), (same, heard) in zip(pieces, found):
+    before = sum(max(len(row.sentences), 1) for row in rows[:first_user])
+    for (piece, first, last), (same, heard) in zip(pieces, found[before:]):
         assert piece == same and np.array_equal(heard, codes[:, first:last])
     assert len(np.unique(codes)) > 2
 
@@ -186,7 +178,7 @@ def _a_little_later(piece: Piece) -> Piece:
 def test_answers_begin_when_the_question_has_ended(folder: Path) -> None:
     found = read_pieces(folder / "pieces")
     # codes that tell who speaks
-    marks = {"answer": 2, "cut": 2, "moshi": 1, "user": 3, "question": 4, "stop": 4, "again": 4}
+    marks = {"word": 2, "moshi": 1, "user": 3, "question": 4, "stop": 4, "again": 4}
     found = [(_a_little_later(piece), np.full_like(codes, marks[piece.kind])) for piece, codes in found]
     assembler = Assembler(found, encode)
     begins = {encode(each.answer.split()[0])[0] for each in exchanges()}
@@ -209,17 +201,42 @@ def test_what_is_heard_is_written_down_when_it_has_been_said(folder: Path, tmp_p
     questions = {tuple(encode(word)[0] for word in each.question.split()) for each in exchanges()}
     written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
     assert any(written[: len(question)] == question for question in questions)
-    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) <= 20  # silence alone
+    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) <= IDLE_FRAMES
     write_dataset(tmp_path / "rows", assembler.listening, 3, (0,))
     dataset = open_dataset(tmp_path / "rows")
     assert len(dataset) == 3
     assert dataset[1].frames == assembler.listening("x", np.random.default_rng([0, 1])).frames
 
 
+def test_words_are_put_together(folder: Path) -> None:
+    found = [(_a_little_later(piece), codes) for piece, codes in read_pieces(folder / "pieces")]
+    words = {piece.text: (piece, codes) for piece, codes in found if piece.kind == "word"}
+    assembler = Assembler(found, encode)
+    text = "one plus two is three"
+    piece, codes = assembler._spoken(text)
+    assert [word for word, _, _ in piece.words] == text.split()
+    start = 0
+    for place, (word, begin, end) in enumerate(piece.words):
+        alone, heard = words[word]
+        assert round(begin / 0.08 - 0.1) == start and begin - start * 0.08 == pytest.approx(alone.words[0][1])
+        frames = heard.shape[1] if place == 4 else int(np.ceil(alone.end / 0.08 - 1e-6))
+        assert np.array_equal(codes[:, start : start + frames], heard[:, :frames])
+        assert start * 0.08 <= begin < end <= (start + frames) * 0.08
+        start += frames
+    assert codes.shape[1] == start
+    lengths = set()
+    for until in np.linspace(0.05, 0.95, 10):
+        cut, heard = assembler._spoken(text, until)
+        lengths.add(len(cut.words))
+        assert cut.words == piece.words[: len(cut.words)] and cut.end <= max(until * piece.end + 0.08, words["one"][0].end)
+        assert heard.shape[1] - cut.end / 0.08 >= AFTER - 1
+    assert lengths >= {1, 2, 3, 4} and 5 not in lengths
+
+
 def test_pieces_fit_into_silence() -> None:
     """Codes that are put together are those of a recording but for a few, also where pieces begin and end."""
     codec = FlaxMimiModel.from_pretrained(EMBEDDED_MODEL, dtype=np.float32)
-    row = Row("moshi", (("answer", "one plus two"), ("answer", "A B C"), ("answer", "hello")), (5,))
+    row = Row("moshi", (("word", "one"), ("word", "A"), ("word", "hello")), (5,))
     pieces, sound = spoken_row(row)
     codes = np.asarray(codec.encode(sound[None, None]).audio_codes)[0]
     silence = np.asarray(codec.encode(np.zeros((1, 1, 120 * FRAME), np.float32)).audio_codes)[0][:, -1:]
@@ -241,7 +258,7 @@ def test_questions_are_answered_without_a_voice(folder: Path) -> None:
         made = assembler.answering("one", np.random.default_rng(seed))
         written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
         assert any(written[: len(answer)] == answer for answer in answers)
-        assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1
+        assert len({tuple(column) for column in made.moshi_audio_tokens.T}) <= IDLE_FRAMES
         assert made.frames <= LISTENED
 
 
@@ -251,22 +268,23 @@ def test_questions_are_said_again(folder: Path) -> None:
     made = assembler.repeating("one", np.random.default_rng(1))
     written = tuple(int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens))
     assert any(written[: len(question)] == question for question in questions)
-    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) == 1 and made.frames <= LISTENED
+    assert len({tuple(column) for column in made.moshi_audio_tokens.T}) <= IDLE_FRAMES and made.frames <= LISTENED
 
 
 @pytest.mark.parametrize("aloud", [False, True])
 def test_sums_are_said_to_nobody(folder: Path, aloud: bool) -> None:
     pieces = read_pieces(folder / "pieces")
-    answer = next(piece for piece in pieces if piece[0].kind == "answer")
-    known = sorted(each.answer for each in exchanges() if each.topic == "sum" and not each.held_out)
-    assembler = Assembler([*pieces, *((replace(answer[0], text=text), answer[1]) for text in known[:3])], encode)
+    known = {each.answer for each in exchanges() if each.topic == "sum" and not each.held_out}
+    assembler = Assembler(pieces, encode)
     made = (assembler.sums_aloud if aloud else assembler.sums)("one", np.random.default_rng(1))
     written = [int(made.moshi_text_tokens[frame]) for frame in spans(made.moshi_text_tokens)]
-    if not aloud:  # the voice above says other words
-        sums = {tuple(encode(word)[0] for word in text.split()) for text in known}
-        whole = [tuple(written[start : start + 5]) for start in range(0, len(written), 5)]
-        assert set(whole[:-1]) <= sums and len(whole) > 4 and made.frames <= LISTENED
-    assert (len({tuple(column) for column in made.moshi_audio_tokens.T}) > 1) == aloud
+    sums = {tuple(encode(word)[0] for word in text.split()) for text in known}
+    whole = [tuple(written[start : start + 5]) for start in range(0, len(written), 5)]
+    assert set(whole[:-1]) <= sums and len(whole) > 3
+    silent = {tuple(column) for column in assembler._silence.T}
+    assert ({tuple(column) for column in made.moshi_audio_tokens.T} <= silent) != aloud
+    if not aloud:
+        assert made.frames <= LISTENED
     entries = 1 + max(int(codes.max()) for _, codes in pieces)
     assert len(np.unique(made.user_audio_tokens)) > 0.9 * entries
 

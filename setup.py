@@ -1,7 +1,9 @@
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+import jaxlib
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 PACKAGE = "transformers_moshi_flax"
@@ -57,6 +59,16 @@ TEST += ["openai[realtime]>=2.8"]
 # before, the axes of three-dimensional weights were taken for each other
 TEST += ["peft>=0.21"]
 
+# Called by XLA through its C interface. What cannot be compiled is left out: the package computes the same without it.
+NATIVE = Extension(
+    f"{PACKAGE}.ops._cpu_native",
+    sources=[f"src/{PACKAGE}/ops/cpu_native.cc"],
+    include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
+    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-std=c++17"],
+    language="c++",
+    optional=True,
+)
+
 setup(
     name="transformers-moshi-flax",
     version=VERSION,
@@ -67,6 +79,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
+    ext_modules=[NATIVE],
     package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*", "serving/page/*"]},
     python_requires=">=3.11",
     install_requires=CORE,

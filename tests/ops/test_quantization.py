@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from transformers_moshi_flax.ops import cpu_native
 from transformers_moshi_flax.ops.cpu import tile_count
 from transformers_moshi_flax.ops.quantization import (
     BITS,
@@ -125,33 +127,96 @@ def test_zeros_and_numbers_that_are_not_finite(kind: str) -> None:
     assert not np.isfinite(values[:, 1:]).all(axis=0).any()
 
 
+@pytest.fixture(params=["compiled", "tiles"])
+def on_cpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How products of few rows are computed: by the library, or without it."""
+    if request.param == "tiles":
+        monkeypatch.setattr(cpu_native, "is_built", lambda: False)
+    elif not cpu_native.is_built():
+        pytest.skip("the package was installed without a C++ compiler")
+    return request.param
+
+
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((), "float32"), ((2, 1), "float32"), ((5,), "float32"), ((1,), "bfloat16")]
 )
-def test_cpus_compute_the_definition(kind: str, shape: tuple[int, ...], dtype: str) -> None:
+def test_cpus_compute_the_definition(kind: str, shape: tuple[int, ...], dtype: str, on_cpus: str) -> None:
     """Of a matrix of several tiles; what other platforms run is the product with the dequantized one."""
     codes, scales = quantize(jnp.asarray(drawn(2048, 1200)), kind, 1 if kind == "int8" else 64)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((*shape, 2048)), dtype)
-    found = jax.jit(quantized_dot, static_argnums=3)(x, codes, scales, kind)
+    found = jax.jit(lambda *args: quantized_dot(*args, kind))(x, codes, scales)
     assert found.dtype == x.dtype and found.shape == (*shape, 1200)
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(codes, scales, kind), np.float64)
     tolerance = 1e-5 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
 
 
-def program(kind: str, platform: str) -> str:
-    codes, scales = quantize(jnp.asarray(drawn(64, 32)), kind, 2)
-    exported = jax.export.export(jax.jit(quantized_dot, static_argnums=3), platforms=[platform])
-    return exported(jnp.zeros((1, 64)), codes, scales, kind).mlir_module()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler there is no library")
+def test_the_library_is_built() -> None:
+    assert cpu_native.is_built()
+
+
+@given(
+    kind=st.sampled_from([*BITS]),
+    rows=st.integers(1, cpu_native.MOST_ROWS),
+    members=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    blocks=st.integers(1, 40),
+    offsets=st.booleans(),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_library_takes_all_sizes(
+    kind: str, rows: int, members: int, groups: int, blocks: int, offsets: bool, seed: int
+) -> None:
+    inputs, outputs = 2 * members * groups, cpu_native.LANES * blocks
+    matrix = jnp.asarray(drawn(inputs, outputs, seed))
+    made = (quantize_with_offsets if offsets and kind != "nf4" else quantize)(matrix, kind, groups)
+    codes, scales, *rest = made
+    x = jnp.asarray(drawn(rows, inputs, seed + 1))
+    found = quantized_dot(x, codes, scales, kind, *rest)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(codes, scales, kind, *rest), np.float64)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", BITS)
-def test_tiles_are_for_cpus_only(kind: str) -> None:
-    assert "stablehlo.while" in program(kind, "cpu")
+def test_the_library_in_a_loop_and_mapped(kind: str) -> None:
+    """Also when several programs call it at once."""
+    layers = [quantize(jnp.asarray(drawn(256, 256, seed)), kind, 4) for seed in range(3)]
+
+    def states(x: jax.Array) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            for codes, scales in layers:
+                x = jnp.tanh(quantized_dot(x, codes, scales, kind))
+            return x
+
+        return jax.lax.fori_loop(0, 20, step, x)
+
+    x = jnp.asarray(drawn(6, 256))
+    alone = np.stack([jax.jit(states)(row[None])[0] for row in x])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(lambda row: states(row[None])[0]))(x), alone)
+    program = jax.jit(states).lower(x[:1]).compile()
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda row: np.asarray(program(row[None]))[0], x))
+    np.testing.assert_array_equal(np.stack(found), alone)
+
+
+def program(kind: str, platform: str, rows: int = 1) -> str:
+    codes, scales = quantize(jnp.asarray(drawn(64, 32)), kind, 2)
+    # a function of its own, as traces are kept
+    traced = jax.jit(lambda *args: quantized_dot(*args, kind)).trace(jnp.zeros((rows, 64)), codes, scales)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_tiles_and_library_are_for_cpus_only(kind: str, on_cpus: str) -> None:
+    few, many = program(kind, "cpu"), program(kind, "cpu", rows=cpu_native.MOST_ROWS + 1)
+    assert ("stablehlo.while" in few) != ("QuantizedDot" in few) == (on_cpus == "compiled")
+    assert "stablehlo.while" in many and "QuantizedDot" not in many
     for platform in ("cuda", "tpu"):
         text = program(kind, platform)
-        assert "stablehlo.while" not in text and "optimization_barrier" in text
+        assert "stablehlo.while" not in text and "optimization_barrier" in text and "custom_call" not in text
 
 
 @pytest.mark.parametrize("kind", BITS)

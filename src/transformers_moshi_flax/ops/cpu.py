@@ -146,9 +146,18 @@ def tiled_dot(
     tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
     total = jnp.zeros((rows, outputs), wide)
     if offsets is not None:
-        total = jnp.sum(x.astype(wide).reshape(rows, groups, -1), axis=-1) @ offsets.astype(wide)
+        total = offset_dot(x, offsets).reshape(rows, outputs)
     total, _ = lax.scan(add_tile, total, (left, codes.reshape(tiles, -1, outputs), tile_scales))
     return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def offset_dot(
+    x: Float[Array, "*shape inputs"], offsets: Float[Array, "groups outputs"]
+) -> Float[Array, "*shape outputs"]:
+    """What the offsets of a quantized matrix add to a product, in float32 at least."""
+    wide = at_least_float32(x.dtype)
+    grouped = x.astype(wide).reshape(*x.shape[:-1], offsets.shape[0], -1)
+    return jnp.sum(grouped, axis=-1) @ offsets.astype(wide)
 
 
 def tiled_transposed_dot(

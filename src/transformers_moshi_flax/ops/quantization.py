@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
-from . import cpu
+from . import cpu, cpu_native
 from .dispatch import for_cpu
 
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
@@ -147,7 +147,10 @@ def _quantized_dot(kind: str, x: Array, codes: Array, scales: Array, offsets: Ar
         return x @ dequantize(codes, scales, kind, offsets).astype(x.dtype)
 
     def twin(x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
-        return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind), offsets)
+        if not cpu_native.takes(x, codes.shape[1]):
+            return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind), offsets)
+        product = cpu_native.quantized_dot(x, codes, scales, kind)
+        return product if offsets is None else product + cpu.offset_dot(x, offsets).astype(x.dtype)
 
     return for_cpu(definition, twin, x, codes, scales, offsets)
 

@@ -29,7 +29,11 @@ def ranges() -> list[Requirement]:
     """What setup.py asks for, all extras included."""
     given: dict[str, Any] = {}
     setuptools = ModuleType("setuptools")
-    setuptools.setup, setuptools.find_packages, setuptools.Extension = given.update, lambda where: [], lambda *_, **__: None
+    setuptools.setup, setuptools.find_packages, setuptools.Extension = (
+        given.update,
+        lambda where: [],
+        lambda *_, **__: None,
+    )
     with patch.dict(sys.modules, setuptools=setuptools):
         runpy.run_path(str(ROOT / "setup.py"))
     return [Requirement(line) for line in [*given["install_requires"], *given["extras_require"]["all"]]]

@@ -5,8 +5,8 @@
 - ``dialogues/train``, ``dialogues/held-out`` (sentences that never occur in training, known voices) and
   ``dialogues/held-out-voice`` (the same in a voice that never occurs), each with ``all.jsonl`` for ``moshi-flax
   prepare``;
-- ``utterances/train`` and ``utterances/held-out``, and ``monologues``, Moshi's side of dialogues, which the decoder is to
-  speak, each with ``all.jsonl`` for ``moshi-flax train-codec``.
+- ``utterances/train`` and ``utterances/held-out``, and ``monologues``, Moshi's side of dialogues, which the decoder is
+  to speak, each with ``all.jsonl`` for ``moshi-flax train-codec``.
 
 The same command goes on where it was interrupted.
 """

@@ -265,7 +265,7 @@ def _by_topic(exchanges: Sequence[Exchange]) -> Callable[[np.random.Generator], 
 def _write_sounds(
     folder: Path, make: Callable[[np.random.Generator], tuple[str, Sound]], number: int, seed: int
 ) -> Path:
-    """Write ``number`` sounds with their texts; the path of their manifest. Those that are there are not made again."""
+    """Write ``number`` sounds, but those that are there; the path of a manifest with their texts."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(number):

@@ -42,7 +42,7 @@ GAP = 0.35
 """Seconds of silence within an utterance."""
 
 SILENCE = 3.2
-"""Seconds before a sentence that the codec alone says: a whole number of frames, more than its transformers look back."""
+"""Seconds before a sentence that the codec alone says: whole frames, more than its transformers look back."""
 
 RECOGNIZED = 100
 """The most answers that are given to the recognizer, which takes longer than all else."""

@@ -228,7 +228,9 @@ def test_words_are_put_together(folder: Path) -> None:
     for until in np.linspace(0.05, 0.95, 10):
         cut, heard = assembler._spoken(text, until)
         lengths.add(len(cut.words))
-        assert cut.words == piece.words[: len(cut.words)] and cut.end <= max(until * piece.end + 0.08, words["one"][0].end)
+        assert cut.words == piece.words[: len(cut.words)] and cut.end <= max(
+            until * piece.end + 0.08, words["one"][0].end
+        )
         assert heard.shape[1] - cut.end / 0.08 >= AFTER - 1
     assert lengths >= {1, 2, 3, 4} and 5 not in lengths
 

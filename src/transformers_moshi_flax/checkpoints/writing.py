@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -239,6 +240,42 @@ def write_safetensors(
     shard = [FileTensor(key, array.nbytes, partial(np.asarray, array, order="C")) for key, array in tensors.items()]
     with atomic_file(path) as temporary:
         _write_tensors(temporary, shard, layout, notes)
+
+
+def write_gguf(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as one GGUF file by the ``gguf`` package, atomically.
+
+    Args:
+        path: of the file.
+        tensors: as :func:`~transformers_moshi_flax.checkpoints.formats.open_gguf` has them: codes in blocks of 32 with
+            their float16 scales under ``X.scales``, which become Q8_0, and floats.
+
+    Raises:
+        ValueError: ``gguf`` is not installed.
+    """
+    try:
+        from gguf import GGMLQuantizationType, GGUFWriter
+    except ImportError as error:
+        raise ValueError(
+            f"{path.name} is a GGUF file, which is written by the package gguf: install the extra (pip install "
+            "'transformers-moshi-flax[gguf]')"
+        ) from error
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, "moshi")
+        try:
+            for key, array in tensors.items():
+                if (scales := tensors.get(f"{key}.scales")) is not None:
+                    blocks = np.concatenate([scales[..., None].view(np.uint8), array.view(np.uint8)], axis=-1)
+                    writer.add_tensor(key, blocks.reshape(len(array), -1), raw_dtype=GGMLQuantizationType.Q8_0)
+                elif array.dtype == ml_dtypes.bfloat16:
+                    writer.add_tensor(key, array.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
+                elif not key.endswith(".scales"):
+                    writer.add_tensor(key, np.ascontiguousarray(array))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ class Layout(enum.StrEnum):
     pt = "pt"
     kyutai = "kyutai"
     mlx = "mlx"
+    candle = "candle"
 
 
 class Quantization(enum.StrEnum):
@@ -41,14 +42,21 @@ class SourceLayout(enum.StrEnum):
     kyutai = "kyutai"
 
 
-LAYOUT_NAMES = {Layout.flax: "Flax", Layout.pt: "PyTorch", Layout.kyutai: "Kyutai's", Layout.mlx: "Kyutai's MLX"}
-PACKAGES = {Layout.kyutai: "moshi", Layout.mlx: "mlx"}
+LAYOUT_NAMES = {
+    Layout.flax: "Flax",
+    Layout.pt: "PyTorch",
+    Layout.kyutai: "Kyutai's",
+    Layout.mlx: "Kyutai's MLX",
+    Layout.candle: "Kyutai's candle",
+}
+PACKAGES = {Layout.kyutai: "moshi", Layout.mlx: "mlx", Layout.candle: "candle"}
 """Of Kyutai, that load what is written."""
 QUANTIZATIONS = {
     Layout.flax: [*Quantization],
     Layout.pt: [Quantization.none],
     Layout.kyutai: [Quantization.int8, Quantization.none],
     Layout.mlx: [Quantization.int8, Quantization.int4, Quantization.none],
+    Layout.candle: [Quantization.int8, Quantization.none],
 }
 """What a layout has."""
 FROM_PT = {SourceLayout.auto: None, SourceLayout.flax: False, SourceLayout.pt: True}

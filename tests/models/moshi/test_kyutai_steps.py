@@ -433,7 +433,7 @@ def test_what_mlx_cannot_express(source: Checkpoint, tmp_path: Path) -> None:
         ValueError, match=r"moshi_mlx cannot express this configuration of Moshi: ffn_dim=256 \(only 352"
     ):
         model.save_kyutai(tmp_path / "new", package="mlx")
-    with pytest.raises(ValueError, match=r"package='jax' must be one of 'moshi', 'mlx'"):
+    with pytest.raises(ValueError, match=r"package='jax' must be one of 'moshi', 'mlx', 'candle'"):
         model.save_kyutai(tmp_path / "new", package="jax")
     model.quantize(QuantizationConfig("int4", group_size=16, skip=["audio_encoder"], offsets=True))
     with pytest.raises(
@@ -441,3 +441,66 @@ def test_what_mlx_cannot_express(source: Checkpoint, tmp_path: Path) -> None:
     ):
         model.save_kyutai(tmp_path / "new", package="mlx")
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- writing candle's
+
+
+def gguf_tensors(path: Path) -> Tensors:
+    """The floats that a file stands for, as the ``gguf`` package reads them."""
+    gguf = pytest.importorskip("gguf", reason="makes GGUF, and reads it")
+    tensors = gguf.GGUFReader(path).tensors
+    found = {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in tensors}
+    return {each.name: found[each.name].reshape(each.shape[::-1].tolist()) for each in tensors}
+
+
+def test_candle_there_and_back(
+    source: Checkpoint, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The layers to the bit; embeddings are quantized anew, which is told."""
+    floats = gguf_file(source.lm, folder / "model.q8.gguf")
+    model = Moshi.from_kyutai(folder)
+    model.save_kyutai(tmp_path / "written", package="candle")
+    assert "candle has quantized embeddings: they are rounded to int8 (8 bits, groups of 32)" in caplog.text
+    assert "rounded to it" not in caplog.text  # the scales are those of the file
+    ours, theirs = (gguf_tensors(each / "model.q8.gguf") for each in (tmp_path / "written", folder))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].shape == tensor.shape, key
+        tolerance = 0.01 * np.abs(tensor).max() if "emb" in key else 0
+        np.testing.assert_allclose(ours[key], tensor, rtol=0, atol=tolerance, err_msg=key)
+    again = Moshi.from_kyutai(tmp_path / "written", verify=True)
+    assert again.quantization == model.quantization
+    assert_same_bits(again.params["depth_decoder"]["layers"], model.params["depth_decoder"]["layers"])
+    assert_stands_for(model, floats, source, tmp_path, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_candle_of_floats(source: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: Any) -> None:
+    """Quantized here, scales are rounded to float16, which is told; floats are safetensors, as they are."""
+    model = Moshi.from_kyutai(source.directory)
+    model.params = model.to_bf16(model.params) if dtype == jnp.bfloat16 else model.params
+    model.save_kyutai(tmp_path / "floats", package="candle")
+    assert not caplog.records
+    again = Moshi.from_kyutai(tmp_path / "floats")
+    assert_same_bits(again.params, model.params)
+    model.quantize(QuantizationConfig("int8", group_size=32, skip=["audio_encoder"]))
+    model.save_kyutai(tmp_path / "quantized", package="candle")
+    assert "candle has scales in float16: they are rounded to it" in caplog.text
+    expected, found = (
+        flatten_dict(each.dequantize(jnp.float32).params, sep="/")
+        for each in (model, Moshi.from_kyutai(tmp_path / "quantized"))
+    )
+    for path, leaf in expected.items():
+        tolerance = (0.01 if "emb" in path else 1e-3) * np.abs(np.asarray(leaf, np.float32)).max()
+        np.testing.assert_allclose(np.asarray(found[path], np.float32), leaf, atol=tolerance, err_msg=path)
+
+
+def test_candle_without_the_package(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Moshi.from_kyutai(
+        source.directory, quantization=QuantizationConfig("int8", group_size=32, skip=["audio_encoder"])
+    )
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"model\.q8\.gguf is a GGUF file, which is written by the package gguf"):
+        model.save_kyutai(tmp_path / "written", package="candle")
+    assert not any((tmp_path / "written").iterdir())

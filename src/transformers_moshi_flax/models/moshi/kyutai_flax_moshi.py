@@ -33,7 +33,7 @@ from ...checkpoints.formats import open_kyutai, open_safetensors
 from ...checkpoints.keywords import understood
 from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
-from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_safetensors, write_text
+from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_gguf, write_safetensors, write_text
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
 from ...nn.linear import CODES
 from ...quantization.config import QuantizationConfig
@@ -52,8 +52,8 @@ from .kyutai_config_flax_moshi import (
     moshi_config_from_kyutai,
     moshi_config_to_kyutai,
 )
-from .kyutai_mlx_flax_moshi import GRIDS, check_widths, mlx_tensors
 from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, q8_tensors, quantized_rules
+from .kyutai_steps_flax_moshi import CANDLE_GRIDS, MLX_GRIDS, candle_tensors, check_widths, mlx_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,10 @@ MOSHI_NAME = "model.safetensors"
 MOSHI_Q8_NAME = "model.q8.safetensors"
 QUANTIZED_NAMES = (MOSHI_Q8_NAME, "model.q4.safetensors", "model.q8.gguf")
 """Of quantized weights, as they are published."""
-PACKAGES = {"moshi": {MOSHI_Q8_NAME: Q8}, "mlx": GRIDS}
+PACKAGES = {"moshi": {MOSHI_Q8_NAME: Q8}, "mlx": MLX_GRIDS, "candle": CANDLE_GRIDS}
 """Packages that files are written for -> what they call weights that are quantized, and how these are."""
+_OF_STEPS = {"mlx": mlx_tensors, "candle": candle_tensors}
+"""Those that have a transformer for each step of the depth decoder -> what makes their tensors."""
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_NAME = "tokenizer_spm_32k_3.model"
 MIMI_CONFIG_NAME = "mimi_config.json"
@@ -288,11 +290,12 @@ def write_kyutai(
         directory: made if it is not there.
         tokenizer: a SentencePiece model to copy into it. Kyutai's loader wants one; without it, it must be told where
             to find another.
-        package: that is to load it, ``"moshi"`` or ``"mlx"``.
+        package: that is to load it, ``"moshi"``, ``"mlx"`` or ``"candle"``.
 
     Raises:
         ValueError: there is no such package, the configuration cannot be expressed in its format, ``directory`` is a
-            file or holds a checkpoint of ``transformers``, incomplete ``params``.
+            file or holds a checkpoint of ``transformers``, incomplete ``params``; ``gguf`` is not installed, which
+            writes candle's quantized weights.
         CheckpointNotFoundError: ``tokenizer`` is no file.
         OSError: the directory cannot be written or the disk is full; the old checkpoint is untouched.
     """
@@ -334,8 +337,8 @@ def write_kyutai(
             _clear(folder, _named_files(replaced) | kept)
         try:
             moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-            if package == "mlx":
-                tensors = mlx_tensors(moshi, moshi_rules, config.num_codebooks)
+            if package in _OF_STEPS:
+                tensors = _OF_STEPS[package](moshi, moshi_rules, config.num_codebooks)
             elif name == MOSHI_NAME:
                 tensors = _tensors(moshi, moshi_rules)
             else:
@@ -378,7 +381,10 @@ def _tensors(params: Mapping[str, Any], rules: tuple[Rule, ...]) -> dict[str, np
 
 
 def _write_weights(path: Path, tensors: dict[str, np.ndarray]) -> str:
-    write_safetensors(path, tensors, "pt")
+    if path.suffix == ".gguf":
+        write_gguf(path, tensors)
+    else:
+        write_safetensors(path, tensors, "pt")
     return path.name
 
 
@@ -406,7 +412,7 @@ def _clear(folder: Path, kept: Set[str]) -> None:
 
 _ID = "-[0-9a-f]{8}"
 _OURS = re.compile(
-    rf"({Path(MOSHI_NAME).stem}({_ID})?(\.q[48])?|{Path(MIMI_NAME).stem}({_ID})?)\.safetensors"
+    rf"({Path(MOSHI_NAME).stem}({_ID})?(\.q[48])?|{Path(MIMI_NAME).stem}({_ID})?)\.(safetensors|gguf)"
     rf"|{Path(MIMI_CONFIG_NAME).stem}({_ID})?\.json|tokenizer.*{_ID}\.model"
 )
 """Names that :func:`write_kyutai` gives."""
@@ -503,14 +509,15 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
 
         Weights may be quantized as the package has them: for ``moshi``
         ``QuantizationConfig("int8", skip=["audio_encoder"])``, for ``moshi_mlx``
-        ``QuantizationConfig("int4", group_size=32, skip=["audio_encoder"], offsets=True)``, or ``"int8"`` and 64.
-        Codes are copied; embeddings are quantized for MLX, which rounds them.
+        ``QuantizationConfig("int4", group_size=32, skip=["audio_encoder"], offsets=True)``, or ``"int8"`` and 64, for
+        candle ``QuantizationConfig("int8", group_size=32, skip=["audio_encoder"])``, written by ``gguf`` (extra
+        ``gguf``). Codes are copied; embeddings are quantized for MLX and candle, which rounds them.
 
         Args:
             directory: made if it is not there.
             params: the parameters to write, the model's own if None.
             tokenizer: a SentencePiece model to copy into it.
-            package: of Kyutai's that is to load it, ``"moshi"`` or ``"mlx"``.
+            package: of Kyutai's that is to load it, ``"moshi"``, ``"mlx"`` or ``"candle"``.
 
         Raises:
             ValueError: ``params`` that are incomplete, too many, of other shapes, not floating-point or no arrays; a

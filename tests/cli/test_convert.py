@@ -323,6 +323,16 @@ def test_quantized_weights_in_other_layouts(moshi_flax, moshi: dict, tmp_path: P
         assert result.code == 2 and "the weights are quantized" in " ".join(result.err.split())
 
 
+def test_candle(moshi_flax, tmp_path: Path):
+    result = moshi_flax("convert", RANDOM_MODEL, tmp_path / "candle", "--to", "candle", "--quantize", "int8")
+    assert result.code == 0 and "in Kyutai's candle layout, int8 (8 bits, groups of 32" in " ".join(result.err.split())
+    assert (tmp_path / "candle" / "model.q8.gguf").read_bytes().startswith(b"GGUF")
+    assert moshi_flax("convert", tmp_path / "candle", tmp_path / "flax", "--from", "kyutai").code == 0
+    assert json.loads((tmp_path / "flax" / "config.json").read_text())["quantization_config"]["group_size"] == 32
+    result = moshi_flax("convert", RANDOM_MODEL, tmp_path / "nf4", "--to", "candle", "--quantize", "nf4")
+    assert result.code == 2 and "--quantize nf4: not with --to candle" in " ".join(result.err.split())
+
+
 def test_a_quantized_checkpoint_runs_without_an_option(moshi_flax, tmp_path: Path):
     assert moshi_flax("convert", RANDOM_MODEL, tmp_path / "int8", "--quantize", "int8").code == 0
     greedy = ("--max-new-frames", 3, "--temperature", 0, "--depth-temperature", 0)

@@ -1,9 +1,9 @@
 """What quantized weights change in what a trained model says, by the embedded converser.
 
 The float32 model answers spoken questions, live and greedy. Then every width hears the same dialogues, with the words
-and codes of the float32 model as their past: how often it would choose the same text token and the same codes next, and the
-perplexity of what was chosen, relative to float32. Last it answers the questions itself: how many answers are the same,
-and how many are right. ::
+and codes of the float32 model as their past: how often it would choose the same text token and codes next, and
+the perplexity of what was chosen, relative to float32. Last it answers the questions itself: how many answers are the
+same, and how many are right. ::
 
     python utils/benchmark/quality.py --questions 64 --output quality.md
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,7 @@ Batch = Mapping[str, Any]
 frames)``; the inputs delayed, the labels undelayed, -100 where nothing is to be predicted."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a task makes smaller; a batch is a mapping of arrays with rows in front, ``input_ids`` among them."""
 

@@ -55,6 +55,11 @@ class TextTrainer(Trainer):
                 f"`data.max_length`: {config.data.max_length} tokens are more than the model is made for "
                 f"(max_position_embeddings = {longest}); give {longest} or less"
             )
+        if config.model.scan_layers and len(set(getattr(model.cache_sizes, "layers", ()))) > 1:
+            raise ConfigurationError(
+                "`model.scan_layers`: one layer is run in a loop, but this model has several kinds (`layer_types`); "
+                "leave it false"
+            )
         self.prompts = [self._prompt_ids(prompt, longest) for prompt in config.run.prompts]
         mesh, train, held_out = super()._opened()
         if share := config.data.evaluation_share:
@@ -85,9 +90,6 @@ class TextTrainer(Trainer):
 
     def _check(self, model: Any) -> None:
         pass  # all has been checked
-
-    def _module(self, model: FlaxPreTrainedModel) -> Any:
-        return model.module.clone(gradient_checkpointing=self.config.model.gradient_checkpointing)
 
     def _loader(self, model: FlaxPreTrainedModel, data: Texts, epochs: int | None) -> Loader:
         settings, run = self.config.data, self.config.run

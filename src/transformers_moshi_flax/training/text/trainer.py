@@ -75,7 +75,8 @@ class TextTrainer(Trainer):
         return source if given is None else Source.locate(given)
 
     def _prompt_ids(self, prompt: str, longest: int) -> Int[np.ndarray, "1 tokens"]:
-        ids = [*([] if self._start is None else [self._start]), *self._tokenizer.encode(prompt)]
+        ids = self._tokenizer.encode(prompt, add_special_tokens=self._start is None)
+        ids = ids if self._start is None else [self._start, *ids]
         if not ids:
             raise ConfigurationError(f"`run.prompts`: {prompt!r} has no tokens; give some words")
         if len(ids) + self.config.run.sample_tokens > longest:
@@ -136,6 +137,7 @@ class TextEvaluation(Evaluation):
             generated = self._model.generate(
                 ids,
                 max_new_tokens=run.sample_tokens,
+                num_beams=1,
                 do_sample=samples,
                 **({"temperature": run.sample_temperature} if samples else {}),
                 prng_key=jax.random.fold_in(jax.random.key(run.seed), number),

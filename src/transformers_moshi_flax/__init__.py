@@ -63,6 +63,8 @@ _PUBLIC = {
     ],
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
+    "models.speech_language": ["FlaxSpeechLanguageModel", "SpeechLanguageConfig"],
+    "models.speech_language.processing_speech_language": ["SpeechLanguageProcessor"],
     "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],
     "models.whisper": ["FlaxWhisperEncoder"],
 }

@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "modeling_flax_auto": [
         "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING",
+        "FLAX_MODEL_FOR_MULTIMODAL_LM_MAPPING",
         "FLAX_MODEL_MAPPING",
         "FlaxAutoModel",
         "FlaxAutoModelForCausalLM",
+        "FlaxAutoModelForMultimodalLM",
     ],
     "adapters.config": ["LoraConfig"],
     "quantization.config": ["QuantizationConfig"],

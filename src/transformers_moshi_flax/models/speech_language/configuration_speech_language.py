@@ -36,21 +36,31 @@ class SpeechLanguageConfig(PreTrainedConfig):
     model_type = "speech_language"
     sub_configs: ClassVar[dict[str, Any]] = {"audio_config": AutoConfig, "text_config": AutoConfig}
 
-    audio_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    audio_token_id: int | None = None
-    projector: str = MLP
-    projector_hidden_size: int | None = None
-    projector_hidden_act: str = "gelu"
-    projector_bias: bool = False
-    stack_factor: int = 4
-    stack_stride: int | None = None
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs: Any):
-        self.audio_config = part_config("audio_config", self.audio_config, "whisper")
-        self.text_config = part_config("text_config", self.text_config, "llama")
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        audio_config: dict | PreTrainedConfig | None = None,
+        text_config: dict | PreTrainedConfig | None = None,
+        audio_token_id: int | None = None,
+        projector: str = MLP,
+        projector_hidden_size: int | None = None,
+        projector_hidden_act: str = "gelu",
+        projector_bias: bool = False,
+        stack_factor: int = 4,
+        stack_stride: int | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ):
+        self.audio_config = part_config("audio_config", audio_config, "whisper")
+        self.text_config = part_config("text_config", text_config, "llama")
+        self.audio_token_id = audio_token_id
+        self.projector = projector
+        self.projector_hidden_size = projector_hidden_size
+        self.projector_hidden_act = projector_hidden_act
+        self.projector_bias = projector_bias
+        self.stack_factor = stack_factor
+        self.stack_stride = stack_stride
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
 
 
 def part_config(name: str, value: Any, default: str) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from transformers_moshi_flax.generation.utils import FlaxGreedySearchOutput
 
 EXTRACTORS = {
     "whisper": lambda: WhisperFeatureExtractor(feature_size=10),
+    "voxtral": lambda: WhisperFeatureExtractor(feature_size=6),
     "wav2vec2": lambda: Wav2Vec2FeatureExtractor(return_attention_mask=True),
     "hubert": lambda: Wav2Vec2FeatureExtractor(return_attention_mask=False),
     "mimi": lambda: EncodecFeatureExtractor(sampling_rate=24_000),
@@ -39,7 +40,7 @@ def processor_of(kind: str, tokenizer: Any, **overrides: Any) -> tuple[Any, Spee
     token = tokenizer.convert_tokens_to_ids("<audio>")
     if kind == "voxtral":
         config = tiny_voxtral_config()
-        config.audio_token_id, kind = token, "whisper"
+        config.audio_token_id = token
     else:
         config = tiny_speech_language_config(kind, audio_token_id=token, **overrides)
     return config, SpeechLanguageProcessor.for_model(config, EXTRACTORS[kind](), tokenizer)
@@ -78,7 +79,7 @@ def test_windows_of_a_long_recording(tokenizer: Any):
         processor("<audio>", noise(8100), 16_000)
     inputs = processor("<audio>", noise(8100)[0], 16_000, chunk_audio=True)
     assert inputs["input_features"].shape == (3, 10, 22)
-    np.testing.assert_array_equal(inputs["audio_attention_mask"].sum(axis=1), [22, 22, 6])
+    np.testing.assert_array_equal(inputs["audio_attention_mask"].sum(axis=1), [22, 22, 7])
     assert (inputs["input_ids"] == config.audio_token_id).sum() == 6 + 6 + 2
     _, whole = processor_of("voxtral", tokenizer)
     assert whole.num_audio_tokens(16 * 320 + 1) == 8
@@ -128,15 +129,20 @@ def test_parts_that_are_refused(tokenizer: Any):
     config, processor = processor_of("wav2vec2", tokenizer)
     with pytest.raises(ValueError, match=r"`audio\[0\]` has 10 samples, too few for a token"):
         processor("<audio>", noise(10), 16_000)
-    with pytest.raises(ValueError, match="`tokenizer` has no token '<audio>'.*add it"):
-        SpeechLanguageProcessor.for_model(
-            config, EXTRACTORS["wav2vec2"](), AutoTokenizer.from_pretrained(RANDOM_MODEL)
-        )
-    with pytest.raises(ValueError, match="sampling_rate=24000, but the encoder .* hears 16000"):
-        SpeechLanguageProcessor.for_model(config, EXTRACTORS["mimi"](), tokenizer)
-    config.audio_token_id = 5
-    with pytest.raises(ValueError, match="`audio_token_id` of the model is 5: join the model with that"):
-        SpeechLanguageProcessor.for_model(config, EXTRACTORS["wav2vec2"](), tokenizer)
+    other = tiny_speech_language_config("wav2vec2", audio_token_id=5)
+    for model, kind, pieces, message in (
+        (
+            config,
+            "wav2vec2",
+            AutoTokenizer.from_pretrained(RANDOM_MODEL),
+            "`tokenizer` has no token '<audio>'.*add it",
+        ),
+        (config, "mimi", tokenizer, "sampling_rate=24000, but the encoder .* hears 16000"),
+        (config, "whisper", tokenizer, "feature_size=10, but the encoder .* takes 1"),
+        (other, "wav2vec2", tokenizer, "`audio_token_id` of the model is 5: join the model with that"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpeechLanguageProcessor.for_model(model, EXTRACTORS[kind](), pieces)
     for options, message in (
         ({"convolutions": [[1]]}, "`convolutions` must be pairs"),
         ({"max_samples": 0}, "`max_samples` must be a whole number"),

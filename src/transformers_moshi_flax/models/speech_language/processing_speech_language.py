@@ -80,15 +80,18 @@ class SpeechLanguageProcessor(FlaxProcessorMixin):
             feature_extractor, tokenizer, audio_token: as of the class.
 
         Raises:
-            ValueError: also another sampling rate than the encoder hears, or another token than the model's
-                ``audio_token_id``.
+            ValueError: also another sampling rate or number of features than the encoder takes, or another token than
+                the model's ``audio_token_id``.
         """
         tower, projector = check_config(config), projector_of(config)
-        if feature_extractor.sampling_rate != tower.sampling_rate:
-            raise ValueError(
-                f"`feature_extractor` has sampling_rate={feature_extractor.sampling_rate}, but the encoder "
-                f"({config.audio_config.model_type!r}) hears {tower.sampling_rate}: take that of the encoder."
-            )
+        wanted = {"sampling_rate": tower.sampling_rate, "feature_size": tower.feature_size}
+        for name, value in wanted.items():
+            if getattr(feature_extractor, name) != value:
+                takes = "hears" if name == "sampling_rate" else "takes"
+                raise ValueError(
+                    f"`feature_extractor` has {name}={getattr(feature_extractor, name)}, but the encoder "
+                    f"({config.audio_config.model_type!r}) {takes} {value}: take that of the encoder."
+                )
         processor = cls(
             feature_extractor,
             tokenizer,

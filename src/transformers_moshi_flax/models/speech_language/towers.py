@@ -45,6 +45,11 @@ class Tower:
         return SAMPLING_RATE
 
     @property
+    def feature_size(self) -> int:
+        """Channels of its input, or mel bins."""
+        return 1
+
+    @property
     def max_samples(self) -> int | None:
         """Samples that it hears at once, None for any number; fewer are padded to as many."""
         return None
@@ -82,6 +87,10 @@ class WhisperTower(Tower):
 
     model_class = FlaxWhisperEncoder
     input_name = "input_features"
+
+    @property
+    def feature_size(self) -> int:
+        return self.config.num_mel_bins
 
     @property
     def max_samples(self) -> int:
@@ -150,6 +159,10 @@ class MimiTower(Tower):
     @property
     def sampling_rate(self) -> int:
         return self.config.sampling_rate
+
+    @property
+    def feature_size(self) -> int:
+        return self.config.audio_channels
 
     @property
     def convolutions(self) -> list[Convolution]:

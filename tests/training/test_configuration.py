@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from transformers_moshi_flax.training import configuration
 from transformers_moshi_flax.training.configuration import (
     ConfigurationError,
     TrainingConfig,
@@ -18,6 +18,7 @@ from transformers_moshi_flax.training.configuration import (
     load_configuration,
     to_yaml,
 )
+from transformers_moshi_flax.training.text.configuration import TextTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
@@ -216,11 +217,14 @@ def test_missing_file(tmp_path: Path) -> None:
         load_configuration(tmp_path / "missing.yaml")
 
 
-def test_every_key_is_documented() -> None:
-    for section in dataclasses.fields(TrainingConfig):
-        section_class = getattr(configuration, section.type if isinstance(section.type, str) else "")
+@pytest.mark.parametrize("kind", [TrainingConfig, TextTrainingConfig])
+def test_every_key_is_documented(kind: type) -> None:
+    for section, section_class in typing.get_type_hints(kind).items():
+        if section == "task":
+            continue
+        documented = "".join(part.__doc__ for part in section_class.__mro__ if dataclasses.is_dataclass(part))
         for key in dataclasses.fields(section_class):
-            assert re.search(rf"\b{key.name}\b", section_class.__doc__), f"{section.name}.{key.name}"
+            assert re.search(rf"\b{key.name}\b", documented), f"{section}.{key.name}"
 
 
 def test_what_may_change_when_a_run_goes_on(file: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
     monkeypatch.setattr(signals, "PATIENCE", 600.0)  # nobody else ends this process
     options = {"run__output_dir": str(run), "run__checkpoint_every": 50, "run__steps": 3, "run__evaluate_every": 2}
     options |= {"data__evaluation": str(inputs / "held-out"), "run__samples": 2, "run__sample_frames": 5}
-    evaluate_step, put, add = trainer_module.make_eval_step, evaluation._Heeding.put, RunCheckpoints.add_metrics
+    evaluate_step, put, add = trainer_module.make_eval_step, evaluation.Heeding.put, RunCheckpoints.add_metrics
 
     def tell(*given: Any) -> None:
         told.append(given)
@@ -319,7 +319,7 @@ def test_a_signal_in_an_evaluation_is_heard_within_a_batch(
         if place == "batch":
             patch.setattr(trainer_module, "make_eval_step", make_eval_step)
         elif place == "sample":
-            patch.setattr(evaluation._Heeding, "put", lambda *given: (tell(*given), put(*given))[1])
+            patch.setattr(evaluation.Heeding, "put", lambda *given: (tell(*given), put(*given))[1])
         else:
             patch.setattr(RunCheckpoints, "add_metrics", lambda *given: (add(*given), tell(*given))[0])
         train(inputs, **options)

@@ -1,4 +1,4 @@
-"""``moshi-flax train``: fine-tune Moshi as a YAML file says."""
+"""``moshi-flax train``: train Moshi, or a language model, as a YAML file says."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def train(
     from transformers_moshi_flax.training.configuration import ConfigurationError, load_configuration
     from transformers_moshi_flax.training.data.loading import WorkerError
     from transformers_moshi_flax.training.run_checkpoints import DamagedCheckpointError
-    from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, Trainer
+    from transformers_moshi_flax.training.trainer import Interrupted, NotFiniteError, make_trainer
 
     use_compilation_cache()
     try:
-        Trainer(load_configuration(config, assignments or ())).train()
+        make_trainer(load_configuration(config, assignments or ())).train()
     except ConfigurationError as error:
         raise UserMistake(str(error)) from error
     except (DamagedCheckpointError, NotFiniteError, WorkerError, OSError) as error:

@@ -7,7 +7,8 @@ caches there are is known in this file alone:
 - :class:`LinearCache`: as many slots as steps, for generation of a known length;
 - :class:`StaticCache`: the same with a length known at trace time, for decoders with weights for every step;
 - :class:`RingCache`: the last steps of streams that never end, each row with an age of its own;
-- :class:`NoCache`: this call's steps alone.
+- :class:`NoCache`: this call's steps alone;
+- :class:`PackedTexts`: the same, of rows that hold several texts behind one another.
 
 One pair of arrays a layer, stored as ``ops/attention.py`` says; :func:`layer_keys` reads them.
 """
@@ -350,3 +351,28 @@ class NoCache:
 
     def with_layers(self, layers: Sequence[LayerCache | None]) -> NoCache:
         return self
+
+
+class PackedTexts(NoCache):
+    """The past of a call whose rows hold several texts behind one another, none of which sees another.
+
+    Every text gives what it gives alone, at positions counted from its own beginning.
+
+    Args:
+        segment_ids: which text a step belongs to, ``(batch, steps)``; 0 for padding, which attends nothing and is
+            attended by nothing. The steps of a text are neighbours.
+    """
+
+    def __init__(self, segment_ids: Int[Array, "batch steps"]):
+        self.segment_ids = segment_ids
+
+    def next_steps(
+        self, steps: int, window: int | None, batch_size: int, attention_mask: Array | None = None
+    ) -> tuple[Steps, PackedTexts]:
+        found, _ = super().next_steps(steps, window, batch_size, attention_mask)
+        ids = self.segment_ids
+        same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
+        slots = found.positions
+        begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        positions = slots - lax.cummax(jnp.where(begins, slots, 0), axis=1)
+        return Steps(found.index, found.mask & same, positions), self

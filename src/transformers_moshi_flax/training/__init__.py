@@ -1,4 +1,4 @@
-"""Training: from recordings to a fine-tuned Moshi. Names are imported on first use."""
+"""Training: of Moshi, of codecs and of language models. Names are imported on first use."""
 
 from ..lazy_names import lazy_names
 
@@ -34,7 +34,8 @@ _PUBLIC = {
     "scanned_layers": ["stack_layers", "unstack_layers"],
     "train_state": ["TrainState", "create_train_state", "merge_params", "split_params"],
     "train_step": ["make_eval_step", "make_train_step"],
-    "trainer": ["Interrupted", "NotFiniteError", "Trainer"],
+    "text.configuration": ["TextTrainingConfig"],
+    "trainer": ["Interrupted", "NotFiniteError", "Trainer", "make_trainer"],
 }
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _PUBLIC)

@@ -15,18 +15,15 @@ from ..adapters.files import write_adapter
 from ..adapters.lora import Adapter, is_of_adapter, merged_kernels, new_leaves, trained_leaves, with_leaves
 from ..adapters.model import adapter_card
 from ..adapters.targets import Linear, linear_layers, saved_whole, targeted
-from ..models.moshi import FlaxMoshiForConditionalGeneration
+from ..modeling_flax_utils import FlaxPreTrainedModel
 from ..quantization.tree import dequantized, is_quantized
-from .configuration import TrainingConfig
-
-Model = FlaxMoshiForConditionalGeneration
 
 
 class TrainedAdapter:
     """The adapter of a run.
 
     Args:
-        config: of the run, with an adapter.
+        config: of the run, with model, adapter and run.
         model: that it is for.
 
     Attributes:
@@ -38,7 +35,7 @@ class TrainedAdapter:
         ValueError: a target that the model does not have.
     """
 
-    def __init__(self, config: TrainingConfig, model: Model):
+    def __init__(self, config: Any, model: FlaxPreTrainedModel):
         self.config = config.adapter.lora_config(config.model.path)
         self._rules, self._seed = model.checkpoint_rules, config.run.seed
         shapes = model._float_shape_tree

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -184,8 +184,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Section ``run``: how long, how often, and where to.
+class CommonRunConfig:
+    """Section ``run``: how long, how often, and where to; of any task.
 
     Attributes:
         output_dir: the run folder. A run that has been interrupted goes on when it is started with the same folder.
@@ -197,8 +197,6 @@ class RunConfig:
         max_to_keep: how many of the latest checkpoints are kept; the best one is kept besides.
         best_metric: which of the held-out metrics makes a checkpoint the best (the lowest value).
         evaluate_every: steps between two evaluations; null evaluates at the end alone.
-        samples: how many held-out dialogues Moshi speaks at an evaluation.
-        sample_frames: the most frames of each of these.
         max_bad_steps: after how many steps in a row whose loss or gradient is not finite the run gives up.
         tensorboard: also log to ``tensorboard/`` in the run folder.
         wandb_project: also log to this project of Weights & Biases.
@@ -211,10 +209,8 @@ class RunConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     max_to_keep: int = 3
-    best_metric: Literal["loss", "text_loss", "audio_loss"] = "loss"
+    best_metric: Literal["loss"] = "loss"
     evaluate_every: int | None = None
-    samples: int = 2
-    sample_frames: int = 125
     max_bad_steps: int = 10
     tensorboard: bool = False
     wandb_project: str | None = None
@@ -224,13 +220,31 @@ class RunConfig:
         yield from at_least(
             self,
             **dict.fromkeys(("steps", "accumulation_steps", "log_every", "checkpoint_every", "max_to_keep"), 1),
-            **dict.fromkeys(("evaluate_every", "sample_frames", "max_bad_steps"), 1),
-            **dict.fromkeys(("samples", "seed"), 0),
+            **dict.fromkeys(("evaluate_every", "max_bad_steps"), 1),
+            seed=0,
         )
         if self.seed >= 2**32:
             yield f"`seed`: {self.seed} is too large; give a number below 2**32"
         if not self.output_dir:
             yield "`output_dir`: it is empty; name a folder"
+
+
+@dataclass(frozen=True)
+class RunConfig(CommonRunConfig):
+    """Section ``run``, as of :class:`CommonRunConfig`, of dialogues.
+
+    Attributes:
+        samples: how many held-out dialogues Moshi speaks at an evaluation.
+        sample_frames: the most frames of each of these.
+    """
+
+    best_metric: Literal["loss", "text_loss", "audio_loss"] = "loss"  # type: ignore[assignment]
+    samples: int = 2
+    sample_frames: int = 125
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from at_least(self, samples=0, sample_frames=1)
 
 
 @dataclass(frozen=True)
@@ -279,16 +293,24 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A whole configuration: a dataclass whose fields are the sections of the file."""
+    """A whole configuration: a dataclass whose fields are the sections of the file.
+
+    Attributes:
+        task: what the file says beside its sections; None for configurations that have a command of their own.
+    """
+
+    task: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Configuration):
-    """A whole configuration; the fields are the sections of the file.
+    """A whole configuration of Moshi's training on dialogues; the fields are the sections of the file.
 
     Raises:
         ConfigurationError: values out of range or contradicting each other; all of them are listed.
     """
+
+    task: ClassVar[str | None] = "dialogue"
 
     model: ModelConfig
     data: DataConfig
@@ -305,7 +327,12 @@ class TrainingConfig(Configuration):
 
 def _contradictions(config: TrainingConfig) -> Iterator[str]:
     yield from contradictions(config)
-    if config.adapter.r is not None and config.model.freeze != ModelConfig.freeze:
+    yield from adapter_contradictions(config)
+
+
+def adapter_contradictions(config: Any) -> Iterator[str]:
+    """What contradicts itself in a configuration with model and adapter."""
+    if config.adapter.r is not None and config.model.freeze != type(config.model).freeze:
         yield "`model.freeze`: with an adapter the whole model is frozen; leave it out"
     if config.adapter.r is None and config.model.quantization is not None:
         yield "`model.quantization`: quantized weights are not trained; give adapter.r, or leave it out"
@@ -346,19 +373,31 @@ def contradictions(config: Any) -> Iterator[str]:
         make_schedule(config.optimizer, config.run.steps)
     except ValueError as error:
         yield f"`run.steps`: {error}"
-    if config.data.evaluation is None and config.run.evaluate_every is not None:
+    if not held_out(config) and config.run.evaluate_every is not None:
         yield "`run.evaluate_every`: there is nothing to evaluate on; set data.evaluation"
 
 
+def held_out(config: Any) -> bool:
+    """Whether there are data to evaluate on."""
+    return config.data.evaluation is not None or bool(getattr(config.data, "evaluation_share", 0))
+
+
+def configurations_of_tasks() -> dict[str, type[Configuration]]:
+    """What the tasks of ``moshi-flax train`` are configured by."""
+    from .text.configuration import TextTrainingConfig  # which is made of what is here
+
+    return {"dialogue": TrainingConfig, "text": TextTrainingConfig}
+
+
 def load_configuration(
-    path: str | Path, assignments: Sequence[str] = (), kind: type[Configuration] = TrainingConfig
+    path: str | Path, assignments: Sequence[str] = (), kind: type[Configuration] | None = None
 ) -> Any:
     """Read a configuration.
 
     Args:
         path: of the YAML file.
         assignments: such as ``"run.steps=100"``, which replace single values; what follows ``=`` is YAML.
-        kind: the class of the configuration, whose fields are its sections.
+        kind: the class of the configuration, whose fields are its sections; by default that of the file's ``task``.
 
     Raises:
         ConfigurationError: the file cannot be read, is no YAML or has bad keys or values; all of them are listed.
@@ -371,29 +410,31 @@ def load_configuration(
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: it holds no sections; write `model:`, `data:` and `run:` with their keys")
+    kind = _kind_of(values, str(path), kind)
     for assignment in assignments:
         _assign(values, assignment, kind)
     return build_configuration(values, str(path), kind)
 
 
 def build_configuration(
-    values: Mapping[str, Any], name: str = "configuration", kind: type[Configuration] = TrainingConfig
+    values: Mapping[str, Any], name: str = "configuration", kind: type[Configuration] | None = None
 ) -> Any:
     """Make a configuration from nested mappings.
 
     Args:
-        values: section -> key -> value, as YAML has them.
+        values: section -> key -> value, as YAML has them, and ``task``.
         name: of the file, for errors.
-        kind: the class of the configuration, whose fields are its sections.
+        kind: the class of the configuration, whose fields are its sections; by default that of the ``task``.
 
     Raises:
         ConfigurationError: unknown keys, values of another type, missing ones, bad ones; all of them are listed.
     """
     problems: list[str] = []
-    sections = typing.get_type_hints(kind)
+    kind = _kind_of(values, name, kind)
+    sections = _sections_of(kind)
     built = {}
     for key in values:
-        if key not in sections:
+        if key not in sections and not (key == "task" and kind.task):
             hint = did_you_mean(str(key), sections) or did_you_mean(str(key), _all_keys(kind))
             problems.append(f"`{key}` is no section{hint or '; there are ' + ', '.join(sections)}")
     for section, section_class in sections.items():
@@ -418,7 +459,8 @@ def to_yaml(config: Configuration) -> str:
     for section in plain:
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             plain[section][key] = list(value) if isinstance(value, tuple) else value
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    task = {"task": config.task} if config.task else {}
+    return yaml.dump({**task, **plain}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -444,8 +486,11 @@ MAY_CHANGE = {
         "max_to_keep",
         "best_metric",
         "evaluate_every",
+        "prompts",
         "samples",
         "sample_frames",
+        "sample_temperature",
+        "sample_tokens",
         "max_bad_steps",
         "tensorboard",
         "wandb_project",
@@ -468,6 +513,8 @@ def changes_of_the_run(before: Configuration, now: Configuration) -> list[str]:
     Returns:
         Such as ``"optimizer.b1: 0.9 -> 0.95"``; empty if the run can go on.
     """
+    if before.task != now.task:
+        return [f"task: {before.task} -> {now.task}"]
     changes = []
     for section in dataclasses.fields(now):
         old, new = getattr(before, section.name), getattr(now, section.name)
@@ -562,7 +609,7 @@ def _assign(values: dict[str, Any], assignment: str, kind: type) -> None:
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and section and key):
         raise ConfigurationError(f"--set {assignment!r}: write section.key=value, such as run.steps=100")
-    if section not in typing.get_type_hints(kind):
+    if section not in _sections_of(kind):
         hint = did_you_mean(path, _all_keys(kind))
         raise ConfigurationError(f"--set {assignment!r}: {section!r} is no section{hint}")
     if _is_null(values.get(section)):
@@ -575,8 +622,27 @@ def _assign(values: dict[str, Any], assignment: str, kind: type) -> None:
 # From what YAML has to what the dataclasses have
 
 
+def _kind_of(values: Mapping[str, Any], name: str, kind: type[Configuration] | None) -> type[Configuration]:
+    """The class of a configuration, of the task that it names; ConfigurationError if that is none."""
+    task, known = values.get("task"), configurations_of_tasks()
+    if kind is not None and kind.task is not None:
+        known = {kind.task: kind}
+    if kind is not None and (task is None or kind.task is None):
+        return kind
+    if _is_null(task):
+        return TrainingConfig
+    if not isinstance(task, str) or task not in known:
+        raise ConfigurationError(f"{name}: `task`: {task!r} must be one of {', '.join(known)}")
+    return known[task]
+
+
+def _sections_of(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(kind)}
+
+
 def _all_keys(kind: type) -> list[str]:
-    sections = typing.get_type_hints(kind)
+    sections = _sections_of(kind)
     return [f"{name}.{entry.name}" for name, section in sections.items() for entry in dataclasses.fields(section)]
 
 

@@ -21,14 +21,14 @@ from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..models.moshi.generation_flax_moshi import decode_audio
 from ..models.moshi.kyutai_config_flax_moshi import TEXT_END_OF_PAD, TEXT_PAD
 from .data.prepared import Conversation
-from .objective import ObjectiveConfig, metrics_of
+from .objective import Objective
 
 
 def evaluate(
     step: Callable[[Any, Any], Mapping[str, jax.Array]],
     state: Any,
     batches: Iterable[Mapping[str, Any]],
-    objective: ObjectiveConfig,
+    objective: Objective,
 ) -> dict[str, float]:
     """The metrics of a whole split: every frame counts alike, in whatever batch it is.
 
@@ -36,7 +36,7 @@ def evaluate(
         step: see ``make_eval_step``.
         state: the train state.
         batches: of the split.
-        objective: the weights of the loss.
+        objective: that the step was made with.
 
     Raises:
         ValueError: there are no batches.
@@ -48,7 +48,7 @@ def evaluate(
     if total is None:
         raise ValueError("`batches` are none; give a split with at least one conversation")
     total = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total)
-    return {name: float(value) for name, value in metrics_of(total, objective).items()}
+    return {name: float(value) for name, value in objective.metrics(total).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def speak(
             max_new_tokens=frames + 1,
             prng_key=jax.random.key(seed),
             params=params,
-            streamer=_Heeding(heed) if watches else None,
+            streamer=Heeding(heed) if watches else None,
         )
         text_ids = np.asarray(spoken.sequences)[0, 1 : frames + 1]
         record = {"id": conversation.id, "frames": frames}
@@ -122,8 +122,8 @@ def speak(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Heeding:
-    """A streamer of ``generate`` that does something else."""
+class Heeding:
+    """A streamer of ``generate`` that does something else: it calls ``heed``, which may raise."""
 
     heed: Callable[[], None]
 

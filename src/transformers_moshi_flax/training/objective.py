@@ -1,5 +1,7 @@
 """From a batch to its loss: what is predicted from what, how it is weighted, and the statistics that are kept.
 
+:class:`Objective` is what a step of training asks of any task. That of dialogues is here:
+
 The hidden state of frame t predicts text and codes of frame t + 1, as in generation. Text and audio are normalised by
 the sums of their own weights over the *whole* batch: a micro-batch, or what lies on one device, gives a share of the
 loss, and the shares add up.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -30,9 +32,34 @@ Batch = Mapping[str, Any]
 frames)``; the inputs delayed, the labels undelayed, -100 where nothing is to be predicted."""
 
 
+@runtime_checkable
+class Objective(Protocol):
+    """What a task makes smaller; a batch is a mapping of arrays with rows in front, ``input_ids`` among them."""
+
+    def arrays(self, batch: Batch) -> dict[str, Array]:
+        """What the objective reads of a batch, on the device; ValueError if something is missing."""
+
+    def totals(self, module: nn.Module, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """What the losses of a whole batch are divided by; it depends on labels alone."""
+
+    def loss(
+        self,
+        module: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        totals: Mapping[str, Float[Array, ""]] | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss of a batch, or the share of a part of one with those totals, and sums that add up over batches."""
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+        """What is reported, from the added sums of :meth:`loss`; ``loss`` is among it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """How the parts of the loss are weighted.
+    """How the parts of the loss of dialogues are weighted; an :class:`Objective`.
 
     Attributes:
         text_weight: of the mean cross-entropy of text in the loss.
@@ -58,6 +85,30 @@ class ObjectiveConfig:
                 raise ValueError(f"`{name}` must be a finite number, at least 0, but is {value}.")
         if self.text_weight == self.audio_weight == 0:
             raise ValueError("`text_weight` and `audio_weight` are both 0; give at least one a weight.")
+
+    def arrays(self, batch: Batch) -> dict[str, Array]:
+        """See :func:`batch_arrays`."""
+        return batch_arrays(batch)
+
+    def totals(self, module: nn.Module, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """See :func:`weight_totals`."""
+        return weight_totals(module, batch, self)
+
+    def loss(
+        self,
+        module: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        totals: Mapping[str, Float[Array, ""]] | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """See :func:`objective_loss`."""
+        return objective_loss(module, params, batch, self, totals, dropout_rng, train)
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+        """See :func:`metrics_of`."""
+        return metrics_of(sums, self)
 
 
 def check_padding_ids(objective: ObjectiveConfig, vocab_size: int) -> None:

@@ -32,13 +32,13 @@ from ..checkpoints.files import Source
 from ..checkpoints.replacing import remove_folder, whole_checkpoint
 from ..checkpoints.writing import atomic_file, write_text
 from ..generation.configuration import load_generation_config
+from ..modeling_flax_utils import FlaxPreTrainedModel
 from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..quantization.tree import is_quantized
 from .adapter import TrainedAdapter
 from .configuration import (
     Configuration,
     ConfigurationError,
-    TrainingConfig,
     changes_of_the_run,
     load_configuration,
     to_yaml,
@@ -59,7 +59,7 @@ class RunFolder:
         path: absolute.
     """
 
-    configuration_class: type[Configuration] = TrainingConfig
+    configuration_class: type[Configuration] | None = None
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).resolve()
@@ -140,7 +140,11 @@ class RunFolder:
         with open(self.path / "starts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
 
-    def keep_model(self, model: FlaxMoshiForConditionalGeneration, source: Source | None) -> None:
+    def model_class(self, source: Source) -> type[FlaxPreTrainedModel]:
+        """The class of the model that lies at ``source``, or in :attr:`model`; ValueError if the run has none."""
+        return FlaxMoshiForConditionalGeneration
+
+    def keep_model(self, model: FlaxPreTrainedModel, source: Source | None) -> None:
         """Write down the configuration of the model, and copy its tokenizer and the like, if it comes from files."""
         self.model.mkdir(exist_ok=True)
         if source is not None:
@@ -152,15 +156,15 @@ class RunFolder:
         write_text(self.model / "generation_config.json", generation_config.to_json_string(use_diff=True))
         write_text(self.model / "config.json", model.config.to_json_string(use_diff=True))
 
-    def load_model(self, **fields: Any) -> FlaxMoshiForConditionalGeneration:
+    def load_model(self, **fields: Any) -> FlaxPreTrainedModel:
         """The model of :meth:`keep_model`, without parameters.
 
         Args:
             **fields: such as ``dtype``.
         """
         source = Source.locate(self.model)
-        config = load_config(FlaxMoshiForConditionalGeneration.config_class, source)
-        model = FlaxMoshiForConditionalGeneration(config, _do_init=False, **fields)
+        model_class = self.model_class(source)
+        model = model_class(load_config(model_class.known_configs(), source), _do_init=False, **fields)
         model.generation_config = load_generation_config(source.read_json("generation_config.json") or {})
         return model
 
@@ -181,8 +185,12 @@ class RunFolder:
         """
         return _Lock(self.path)
 
+    def freezes(self) -> bool:
+        """Whether there are weights that are not trained."""
+        return True
+
     def restore_frozen(self, target: Any = None) -> Any:
-        """The weights that are not trained.
+        """The weights that are not trained, none if all are.
 
         Args:
             target: as of :meth:`RunCheckpoints.restore`; by default NumPy arrays are restored.
@@ -190,6 +198,8 @@ class RunFolder:
         Raises:
             DamagedCheckpointError: they are damaged or missing.
         """
+        if not self.freezes():
+            return {}
         if not self.frozen.is_dir():
             raise DamagedCheckpointError(f"{self.frozen} is not there; {self._remedy()}")
         frozen = RunCheckpoints(self.frozen, read_only=True)
@@ -210,7 +220,8 @@ class RunFolder:
     def adapter(self) -> TrainedAdapter | None:
         """What the run trains instead of the model, None if it is the model."""
         config = self.configuration()
-        if not isinstance(config, TrainingConfig) or config.adapter.r is None:
+        adapter = getattr(config, "adapter", None)
+        if adapter is None or adapter.r is None:
             return None
         return TrainedAdapter(config, self.load_model())
 
@@ -284,13 +295,18 @@ def export_checkpoint(
 
 
 def open_run(path: str | os.PathLike) -> RunFolder:
-    """The folder of a run, of Moshi or of a codec."""
+    """The folder of a run, of whatever is trained."""
     folder = RunFolder(path)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if "\nquantizer:" in (folder.path / CONFIGURATION).read_text("utf-8"):
+        content = (folder.path / CONFIGURATION).read_text("utf-8")
+        if "\nquantizer:" in content:
             from .codec.run_folder import CodecRunFolder
 
             return CodecRunFolder(path)
+        if content.startswith("task: text\n"):
+            from .text.run_folder import TextRunFolder
+
+            return TextRunFolder(path)
     return folder
 
 

@@ -23,7 +23,7 @@ from ..checkpoints.writing import write_text
 from .configuration import ConfigurationError
 
 METRICS = "metrics.jsonl"
-SHOWN = ("loss", "text_loss", "audio_loss", "log_mel", "si_sdr", "stoi", "word_accuracy", "usage")
+SHOWN = ("loss", "perplexity", "text_loss", "audio_loss", "log_mel", "si_sdr", "stoi", "word_accuracy", "usage")
 """Which metrics of an evaluation are shown to people."""
 
 EXTRA = 'pip install "transformers-moshi-flax[train]"'
@@ -56,6 +56,7 @@ class RunLog:
         wandb_project: also log to this project of Weights & Biases.
         notes: where the progress is shown; the standard error by default. It is a bar on a terminal, and lines
             elsewhere.
+        counts: what the speed is told in.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class RunLog:
         tensorboard: bool = False,
         wandb_project: str | None = None,
         notes: Console | None = None,
+        counts: str = "frames",
     ):
+        self._counts = counts
         self._notes = Console(stderr=True, highlight=False) if notes is None else notes
         self._steps = steps
         self._writer = self._wandb = None
@@ -115,13 +118,14 @@ class RunLog:
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step of training.
 
-        ``loss`` is shown, and the speed if ``frames_per_second`` and ``steps_per_second`` are among the metrics.
+        ``loss`` is shown, and the speed if ``frames_per_second`` (or of what else is counted) and ``steps_per_second``
+        are among the metrics.
         """
         self._write(step, "train", metrics)
         note = f"loss {metrics['loss']:.4f}"
         if "steps_per_second" in metrics:
             left = timedelta(seconds=round((self._steps - step) / metrics["steps_per_second"]))
-            note += f"  {metrics['frames_per_second']:.0f} frames/s  {left} left"
+            note += f"  {metrics[f'{self._counts}_per_second']:.0f} {self._counts}/s  {left} left"
         self._bar.update(self._task, completed=step, note=note)
         if not self._notes.is_terminal:
             self.say(f"step {step}/{self._steps}  {note}")

@@ -16,13 +16,13 @@ import optax
 from jaxtyping import Array
 
 from ..ops.compiler_options import cpu_options
-from .objective import Batch, ObjectiveConfig, batch_arrays, metrics_of, objective_loss, weight_totals
+from .objective import Batch, Objective
 from .train_state import LossScale, TrainState, merge_params
 
 
 def make_train_step(
     module: nn.Module,
-    objective: ObjectiveConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Any], Array],
     *,
@@ -32,8 +32,8 @@ def make_train_step(
     """Compiles (at the first call with a batch shape) the step of training.
 
     Args:
-        module: a ``FlaxMoshiForConditionalGenerationModule``; its ``dtype`` is that of the computation.
-        objective: the weights of the loss.
+        module: such as a ``FlaxMoshiForConditionalGenerationModule``; its ``dtype`` is that of the computation.
+        objective: the loss, such as an ``ObjectiveConfig``.
         optimizer, schedule: from ``make_optimizer``.
         accumulation_steps: into how many micro-batches, run one after another, the rows of a batch are dealt. The
             update is that of the whole batch.
@@ -41,7 +41,7 @@ def make_train_step(
 
     Returns:
         A function ``(state, batch) -> (state, metrics)``. It consumes the state that it is given. The metrics, scalars
-        on the device, are those of ``metrics_of`` before the update, with ``grad_norm`` (before clipping),
+        on the device, are those of the objective before the update, with ``grad_norm`` (before clipping),
         ``learning_rate``, ``skipped`` (1 if no update was made), ``bad_steps``, ``bad_steps_in_a_row`` and, for
         float16, ``loss_scale``.
 
@@ -52,15 +52,15 @@ def make_train_step(
         raise ValueError(f"`accumulation_steps` must be at least 1, but is {accumulation_steps}.")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        batch = _checked(batch, accumulation_steps)
-        totals = weight_totals(module, batch, objective)
+        batch = _checked(batch, accumulation_steps, objective)
+        totals = objective.totals(module, batch)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def scaled_loss(params: Any, part: Batch, index: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             everything = merge_params(params, state.frozen_params)
             dropout_rng = jax.random.fold_in(step_rng, index)
-            loss, sums = objective_loss(module, everything, part, objective, totals, dropout_rng, train=True)
+            loss, sums = objective.loss(module, everything, part, totals, dropout_rng, train=True)
             return loss * jnp.asarray(scale, loss.dtype), (loss, sums)
 
         def gradients_of(part: Batch, index: Any) -> Any:
@@ -103,7 +103,7 @@ def make_train_step(
         params, opt_state = jax.lax.fori_loop(0, rounds, update, (state.params, state.opt_state))
         state, counts = counted(state, finite, jnp.isfinite(loss))
         state = state.replace(params=params, opt_state=opt_state)
-        metrics = {**metrics_of(sums, objective), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
+        metrics = {**objective.metrics(sums), "grad_norm": grad_norm, "learning_rate": learning_rate, **counts}
         return state, metrics
 
     outputs: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
@@ -120,16 +120,16 @@ def compiler_options() -> dict[str, str]:
 
 
 def make_eval_step(
-    module: nn.Module, objective: ObjectiveConfig, *, state_shardings: Any = None
+    module: nn.Module, objective: Objective, *, state_shardings: Any = None
 ) -> Callable[[TrainState, Batch], dict[str, Array]]:
     """Compiles the evaluation of a batch, ``(state, batch) -> sums``; arguments as of :func:`make_train_step`.
 
-    The sums of all batches are to be added, then ``metrics_of`` makes the figures of the whole split. Rows that are
-    padding add nothing.
+    The sums of all batches are to be added, then the objective's ``metrics`` makes the figures of the whole split.
+    Rows that are padding add nothing.
     """
 
     def step(state: TrainState, batch: Batch) -> dict[str, Array]:
-        return objective_loss(module, state.all_params, _checked(batch, 1), objective)[1]
+        return objective.loss(module, state.all_params, _checked(batch, 1, objective))[1]
 
     return jax.jit(on_mesh(step, state_shardings))
 
@@ -147,9 +147,9 @@ def on_mesh(step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any
     return step_on_mesh
 
 
-def _checked(batch: Batch, accumulation_steps: int) -> dict[str, Array]:
+def _checked(batch: Batch, accumulation_steps: int, objective: Objective) -> dict[str, Array]:
     """The arrays that the objective reads, if they are there and can be dealt."""
-    batch = batch_arrays(batch)
+    batch = objective.arrays(batch)
     rows, frames = batch["input_ids"].shape
     if rows % accumulation_steps:
         raise ValueError(

@@ -25,21 +25,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from rich.console import Console
-from transformers import MoshiConfig
 
 from ..adapters.lora import with_leaves
 from ..checkpoints.configs import load_config
 from ..checkpoints.files import Source
 from ..modeling_flax_utils import FlaxPreTrainedModel
-from ..models.moshi import FlaxMoshiForConditionalGeneration
 from ..partitioning import param_shardings
 from .adapter import TrainedAdapter
 from .configuration import Configuration, ConfigurationError
 from .data.loading import Loader, check_workers, make_loader
-from .data.prepared import PreparedDataset, open_dataset
+from .data.prepared import open_dataset
 from .evaluation import evaluate, speak, write_samples
 from .mesh import initialize_distributed, make_mesh, put_batch, state_shardings
-from .objective import check_padding_ids
+from .objective import Objective, check_padding_ids
 from .optimizer import make_optimizer
 from .run_checkpoints import PARAMS, REST, RunCheckpoints
 from .run_folder import RunFolder
@@ -87,10 +85,12 @@ class Trainer:
     """
 
     folder_class = RunFolder
+    counts = "frames"
+    """The metric that the speed is told in."""
 
     def __init__(self, config: Configuration, notes: Console | None = None):
         check_workers(config.data.workers)
-        self.config = config
+        self.config: Any = config
         self.folder = self.folder_class(config.run.output_dir)
         self._notes = notes
         if config.distributed.num_processes is not None:
@@ -115,7 +115,7 @@ class Trainer:
             held_out = explained("data.evaluation", lambda: self._open(config.data.evaluation))
         return mesh, train, held_out
 
-    def _open(self, path: str) -> PreparedDataset:
+    def _open(self, path: str) -> Any:
         return open_dataset(path)
 
     def train(self) -> dict[str, float]:
@@ -202,16 +202,28 @@ class Trainer:
                 explained("run.output_dir", lambda: self.folder.begin_anew(self.config))
         return resumes
 
-    def _new_model(self) -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any]]:
+    def _source(self) -> Source:
+        """Where the model lies that the run begins with."""
+        settings = self.config.model
+        if settings.path is not None:
+            return Source.locate(settings.path)
+        path = Path(settings.config)
+        if path.is_file() and path.name != "config.json":
+            raise ValueError(f"{settings.config!r} is not named config.json; rename it, or give a directory")
+        return Source.locate(path.parent if path.is_file() else path)
+
+    def _new_model(self) -> tuple[FlaxPreTrainedModel, Mapping[str, Any]]:
         """The model that the run begins with; what it takes to go on without its source is put into the folder."""
         config = self.config.model
         dtype = jnp.dtype(config.dtype)
 
-        def loaded() -> tuple[FlaxMoshiForConditionalGeneration, Mapping[str, Any], Source | None]:
+        def loaded() -> tuple[FlaxPreTrainedModel, Mapping[str, Any], Source]:
+            source = self._source()
+            model_class = self.folder.model_class(source)
             if config.path is not None:
                 # beside an adapter the weights stay as they are
                 param_dtype = dtype if self.config.adapter.r is not None else jnp.float32
-                model, params = FlaxMoshiForConditionalGeneration.from_pretrained(
+                model, params = model_class.from_pretrained(
                     config.path,
                     dtype=dtype,
                     param_dtype=param_dtype,
@@ -221,14 +233,9 @@ class Trainer:
                 )
                 if self.config.adapter.r is None:
                     model._refuse_quantized("training")
-                return model, params, Source.locate(config.path)
-            path = Path(config.config)
-            if path.is_file() and path.name != "config.json":
-                raise ValueError(f"{config.config!r} is not named config.json; rename it, or give a directory")
-            source = Source.locate(path.parent if path.is_file() else path)
-            model = FlaxMoshiForConditionalGeneration(
-                load_config(MoshiConfig, source), seed=self.config.run.seed, dtype=dtype, _do_init=False
-            )
+                return model, params, source
+            model_config = load_config(model_class.known_configs(), source)
+            model = model_class(model_config, seed=self.config.run.seed, dtype=dtype, _do_init=False)
             model._refuse_quantized("training")
             shardings = param_shardings(self._mesh, model.params_shape_tree)
             return model, jax.tree.map(placed, model.init_weights(model.key), shardings), source
@@ -236,14 +243,18 @@ class Trainer:
         key = "model.path" if config.path is not None else "model.config"
         model, params, source = explained(key, loaded)
         if self._is_first:
-            self.folder.keep_model(model, source)
+            self.folder.keep_model(model, self._companions(source))
         if (adapter := self._adapter(model)) is not None:
             everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
             leaves = {path: placed(leaf, everywhere) for path, leaf in adapter.new_leaves().items()}
             params = with_leaves(params, leaves)
         return model, params
 
-    def _adapter(self, model: FlaxMoshiForConditionalGeneration) -> TrainedAdapter | None:
+    def _companions(self, source: Source) -> Source:
+        """Where the tokenizer lies of a model from ``source``."""
+        return source
+
+    def _adapter(self, model: FlaxPreTrainedModel) -> TrainedAdapter | None:
         """What is trained instead of the model."""
         if self.config.adapter.r is None:
             return None
@@ -253,6 +264,8 @@ class Trainer:
         return self.folder.load_model(dtype=jnp.dtype(self.config.model.dtype)), None
 
     def _keep_frozen(self, state: TrainState) -> None:
+        if not jax.tree.leaves(state.frozen_params):
+            return
         frozen = RunCheckpoints(self.folder.frozen)
         frozen.save(0, state.frozen_params, None, {})
         frozen.close()
@@ -278,12 +291,16 @@ class Trainer:
 
     # Parts
 
-    def _check(self, model: FlaxMoshiForConditionalGeneration) -> None:
+    @property
+    def _objective(self) -> Objective:
+        return self.config.objective
+
+    def _check(self, model: Any) -> None:
         """Raises where the model and the configuration do not go together."""
         objective = self.config.objective
         explained("objective", lambda: check_padding_ids(objective, model.config.vocab_size))
 
-    def _shapes(self, model: FlaxMoshiForConditionalGeneration) -> Mapping[str, Any]:
+    def _shapes(self, model: FlaxPreTrainedModel) -> Mapping[str, Any]:
         if (adapter := self._adapter(model)) is None:
             return model.params_shape_tree
         casts = {"float32": model.to_fp32, "bfloat16": model.to_bf16, "float16": model.to_fp16}
@@ -293,30 +310,28 @@ class Trainer:
     def _optimizer(self, trained: Mapping[str, Any]) -> tuple[Any, Any]:
         return make_optimizer(self.config.optimizer, self.config.run.steps, trained)
 
-    def _creation(self, model: FlaxMoshiForConditionalGeneration, optimizer: Any) -> Callable[[Any, Any], TrainState]:
+    def _creation(self, model: FlaxPreTrainedModel, optimizer: Any) -> Callable[[Any, Any], TrainState]:
         config = self.config
         return partial(create_train_state, optimizer=optimizer, seed=config.run.seed, dtype=config.model.dtype)
 
-    def _module(self, model: FlaxMoshiForConditionalGeneration) -> Any:
+    def _module(self, model: FlaxPreTrainedModel) -> Any:
         settings = self.config.model
         return model.module.clone(
             gradient_checkpointing=settings.gradient_checkpointing, scan_layers=settings.scan_layers
         )
 
-    def _train_step(
-        self, model: FlaxMoshiForConditionalGeneration, optimizer: Any, schedule: Any, shardings: Any
-    ) -> Any:
+    def _train_step(self, model: FlaxPreTrainedModel, optimizer: Any, schedule: Any, shardings: Any) -> Any:
         return make_train_step(
             self._module(model),
-            self.config.objective,
+            self._objective,
             optimizer,
             schedule,
             accumulation_steps=self.config.run.accumulation_steps,
             state_shardings=shardings,
         )
 
-    def _evaluation(self, model: FlaxMoshiForConditionalGeneration, shardings: Any) -> Evaluation:
-        step = make_eval_step(self._module(model), self.config.objective, state_shardings=shardings)
+    def _evaluation(self, model: FlaxPreTrainedModel, shardings: Any) -> Evaluation:
+        step = make_eval_step(self._module(model), self._objective, state_shardings=shardings)
         return Evaluation(self, model, step)
 
     def _loop(self, *parts: Any) -> Loop:
@@ -343,7 +358,7 @@ class Trainer:
                 "model.scan_layers to false"
             ) from error
 
-    def _loader(self, model: FlaxMoshiForConditionalGeneration, data: PreparedDataset, epochs: int | None) -> Loader:
+    def _loader(self, model: FlaxPreTrainedModel, data: Any, epochs: int | None) -> Loader:
         settings, moshi = self.config.data, model.config
         trains = epochs is None
         # an evaluation runs as many rows at once as training does
@@ -388,6 +403,7 @@ class Trainer:
             tensorboard=run.tensorboard,
             wandb_project=run.wandb_project,
             notes=self._notes,
+            counts=self.counts,
         )
 
     def _say(self, text: str) -> None:
@@ -426,7 +442,7 @@ class Evaluation:
         ValueError: their first batch cannot be made.
     """
 
-    def __init__(self, trainer: Trainer, model: FlaxMoshiForConditionalGeneration, step: Any):
+    def __init__(self, trainer: Any, model: Any, step: Any):
         self._trainer, self._model, self._step = trainer, model, step
         with contextlib.closing(self._loader()) as loader:
             next(loader)
@@ -444,13 +460,14 @@ class Evaluation:
                 yield trainer._put(batch)
 
         with contextlib.closing(self._loader()) as loader:
-            metrics = evaluate(self._step, state, batches(loader), trainer.config.objective)
-        if trainer.config.run.samples:
-            self._speak(state, trainer.folder.path / "samples" / f"step-{step}", heed)
+            metrics = evaluate(self._step, state, batches(loader), trainer._objective)
+        self._sample(state, trainer.folder.path / "samples" / f"step-{step}", heed)
         return metrics
 
-    def _speak(self, state: TrainState, folder: Path, heed: Callable[[], None]) -> None:
+    def _sample(self, state: TrainState, folder: Path, heed: Callable[[], None]) -> None:
         trainer, run = self._trainer, self._trainer.config.run
+        if not run.samples:
+            return
         held_out = trainer._held_out
         numbers = range(min(run.samples, len(held_out)))
         users = in_all(lambda: explained("data.evaluation", lambda: [held_out[number] for number in numbers]))
@@ -494,7 +511,7 @@ class Loop:
         begun = step
         if not evaluated and self._evaluation is not None:  # a signal came before it, or in its midst
             last = self._evaluate(state, step)
-        meter, in_a_row = _Meter(), []
+        meter, in_a_row = _Meter(self._trainer.counts), []
         while step < run.steps:
             with self._kept_on_failure(state, step):
                 batch = meter.waiting_for(lambda: explained("data.train", partial(next, self._loader)))
@@ -620,13 +637,14 @@ class Loop:
 class _Meter:
     """Speed since it was last read, or since the last step that had to be compiled; pauses do not count."""
 
-    def __init__(self):
+    def __init__(self, counts: str):
+        self._counts = counts
         self._compiled: set[tuple[int, ...]] = set()
         self._reset()
 
     def _reset(self) -> None:
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
-        self._frames: list[Any] = []
+        self._done: list[Any] = []
 
     def waiting_for(self, make: Any) -> Any:
         """What ``make`` returns; its time is that of waiting for data."""
@@ -637,7 +655,7 @@ class _Meter:
 
     def count(self, metrics: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         """A step with a batch of ``shape`` has been started."""
-        self._frames.append(metrics["frames"])
+        self._done.append(metrics[self._counts])
         self._steps += 1
         if shape not in self._compiled:
             jax.block_until_ready(metrics)
@@ -645,16 +663,17 @@ class _Meter:
             self._reset()
 
     def read(self) -> dict[str, float]:
-        """``frames_per_second``, ``steps_per_second`` and ``data_wait``, the share of the time that data took.
+        """``frames_per_second`` (or of what else is counted), ``steps_per_second`` and ``data_wait``, the share of the
+        time that data took.
 
         Nothing where there has been no step since.
         """
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        frames = sum(int(count) for count in jax.device_get(self._frames))
+        done = sum(int(count) for count in jax.device_get(self._done))
         read = {
-            "frames_per_second": frames / seconds,
+            f"{self._counts}_per_second": done / seconds,
             "steps_per_second": self._steps / seconds,
             "data_wait": self._waited / seconds,
         }
@@ -667,6 +686,15 @@ class _Meter:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+
+def make_trainer(config: Configuration, notes: Console | None = None) -> Trainer:
+    """The trainer of the configuration's task; arguments and errors as of :class:`Trainer`."""
+    if config.task == "text":
+        from .text.trainer import TextTrainer  # which is made of what is here
+
+        return TextTrainer(config, notes)
+    return Trainer(config, notes)
 
 
 def placed(leaf: ArrayLike, sharding: jax.sharding.Sharding) -> jax.Array:

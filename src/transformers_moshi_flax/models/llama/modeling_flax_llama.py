@@ -18,6 +18,7 @@ from ...former_names import accept_former_names
 from ...generation.decoding import Request
 from ...generation.text import TextDecoder
 from ...modeling_flax_decoder import FlaxDecoderModel, FlaxTextForCausalLM, FlaxTextModel
+from ...modeling_flax_embeddings import FlaxTextEmbeddingsMixin
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache
@@ -37,7 +38,7 @@ UPSTREAM_PREFIXES = {
 """How the names of upstream's classes begin, by ``model_type``."""
 
 
-class FlaxLlamaPreTrainedModel(FlaxDecoderModel):
+class FlaxLlamaPreTrainedModel(FlaxDecoderModel, FlaxTextEmbeddingsMixin):
     """What the classes share.
 
     A configuration that asks for what is not supported raises a ``ValueError`` that names field, value and remedy,
@@ -55,6 +56,10 @@ class FlaxLlamaPreTrainedModel(FlaxDecoderModel):
         return fields_of(self.config)
 
     @property
+    def embedding_scale(self) -> float | None:
+        return fields_of(self.config).embedding_scale
+
+    @property
     def rounds_lengths(self) -> bool:
         """Not where the rotary embedding depends on the length of a call."""
         return not fields_of(self.config).is_dynamic
@@ -70,6 +75,7 @@ class FlaxLlamaModel(FlaxTextModel, FlaxLlamaPreTrainedModel):
     """A language model without a head; upstream ``LlamaModel``, ``Gemma3TextModel`` and so on."""
 
     module_class = FlaxLlamaModule
+    input_tables = ("embed_tokens/embedding",)
     checkpoint_prefixes = ("", "model.")
 
 
@@ -90,6 +96,11 @@ class FlaxLlamaForCausalLM(FlaxTextForCausalLM, FlaxLlamaPreTrainedModel):
     """A language model with a head; upstream ``LlamaForCausalLM``, ``Qwen3ForCausalLM`` and so on."""
 
     module_class = FlaxLlamaForCausalLMModule
+    input_tables = ("model/embed_tokens/embedding",)
+
+    @property
+    def output_table(self) -> str:
+        return self.input_tables[0] if fields_of(self.config).tie_word_embeddings else "lm_head/kernel"
 
     def _part_classes(self) -> dict[str, tuple[type[FlaxPreTrainedModel], Any]]:
         return {"model": (FlaxLlamaModel, self.config)}

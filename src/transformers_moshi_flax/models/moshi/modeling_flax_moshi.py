@@ -38,6 +38,7 @@ from ...modeling_flax_decoder import (
     check_cache,
     check_cache_kind,
 )
+from ...modeling_flax_embeddings import FlaxTextEmbeddingsMixin
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import LinearCache, NoCache, StaticCache
 from ...nn.embedding import IGNORE_INDEX
@@ -46,7 +47,6 @@ from ..mimi.modeling_flax_mimi import FlaxMimiModel
 from ..mimi.topology import samples_per_frame
 from .checkpoint_flax_moshi import MOSHI_RULES
 from .delay_pattern import apply_delay_pattern_mask, build_delay_pattern_mask
-from .embeddings_flax_moshi import FlaxMoshiEmbeddingsMixin
 from .generation_flax_moshi import (
     FlaxMoshiGenerateOutput,
     FrameDecoder,
@@ -68,7 +68,7 @@ from .preparing_flax_moshi import encode, finish, padding_before, prepare, start
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
-class FlaxMoshiPreTrainedModel(FlaxDecoderModel, FlaxMoshiEmbeddingsMixin):
+class FlaxMoshiPreTrainedModel(FlaxDecoderModel, FlaxTextEmbeddingsMixin):
     """What the Moshi classes share."""
 
     config_class = MoshiConfig
@@ -76,6 +76,11 @@ class FlaxMoshiPreTrainedModel(FlaxDecoderModel, FlaxMoshiEmbeddingsMixin):
     checkpoint_rules = MOSHI_RULES
     checkpoint_series = (CODEBOOKS,)
     extra_input_ids = 1
+
+    def _fields_of_vocabulary(self, size: int) -> dict[str, Any]:
+        fields = super()._fields_of_vocabulary(size)
+        depth = getattr(self.config, "depth_decoder_config", None)
+        return fields if depth is None else {**fields, "depth_decoder_config": {**depth.to_dict(), "vocab_size": size}}
 
 
 def check_padding_of(waveforms: dict[str, Any], mask: Any) -> None:

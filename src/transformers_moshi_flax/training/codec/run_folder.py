@@ -38,9 +38,9 @@ class CodecRunFolder(RunFolder):
         """The codec of :meth:`keep_model`, without parameters."""
         return FlaxMimiModel(self.load_config(), _do_init=False, **fields)
 
-    def restore_frozen(self, target: Any = None) -> Any:
-        """As of :class:`RunFolder`; nothing is kept where nothing is frozen."""
-        return super().restore_frozen(target) if self.configuration().model.freeze else {}
+    def freezes(self) -> bool:
+        """As of :class:`RunFolder`."""
+        return bool(self.configuration().model.freeze)
 
     def write_export(self, params: Mapping[str, Any], folder: Path, to_pt: bool = False) -> None:
         """As of :class:`RunFolder`; what is trained beside the codec is left out."""

@@ -69,7 +69,9 @@ class CodecTrainer(Trainer):
         explained("run.output_dir", lambda: self.folder.check(self.config))
         resumes = self.folder.has_checkpoints()
         key = "model.path" if self.config.model.path is not None else "model.config"
-        self._mimi: MimiConfig = explained(key, self.folder.load_config if resumes else lambda: self._source()[1])
+        self._mimi: MimiConfig = explained(
+            key, self.folder.load_config if resumes else lambda: self._source_and_config()[1]
+        )
         explained(key, lambda: frame_samples(self._mimi))
         if self._mimi.encoder_config is None or self._mimi.decoder_config is None:
             raise ConfigurationError(f"`{key}`: a half of this codec is dropped; both are trained together")
@@ -78,15 +80,8 @@ class CodecTrainer(Trainer):
         self._features = explained("distillation.teacher", self._checked_teacher)
         return super()._opened()
 
-    def _source(self) -> tuple[Source, MimiConfig]:
-        settings = self.config.model
-        if settings.path is not None:
-            source = Source.locate(settings.path)
-        else:
-            path = Path(settings.config)
-            if path.is_file() and path.name != "config.json":
-                raise ValueError(f"{settings.config!r} is not named config.json; rename it, or give a directory")
-            source = Source.locate(path.parent if path.is_file() else path)
+    def _source_and_config(self) -> tuple[Source, MimiConfig]:
+        source = self._source()
         return source, load_config(MimiConfig, source)
 
     def _checked_teacher(self) -> int | None:
@@ -116,7 +111,7 @@ class CodecTrainer(Trainer):
         config = self.config.model
 
         def loaded() -> tuple[FlaxMimiModel, Mapping[str, Any], Source]:
-            source, mimi = self._source()
+            source, mimi = self._source_and_config()
             if config.path is not None:
                 model, params = FlaxMimiModel.from_pretrained(
                     config.path, dtype=self._codec.dtype, param_dtype=jnp.float32, sharding=self._mesh, _do_init=False
@@ -166,10 +161,6 @@ class CodecTrainer(Trainer):
 
     def _creation(self, model: FlaxMimiModel, optimizer: Any) -> Callable[[Any, Any], TrainState]:
         return partial(create_codec_state, codec=self._codec, optimizer=optimizer, seed=self.config.run.seed)
-
-    def _keep_frozen(self, state: TrainState) -> None:
-        if self.config.model.freeze:
-            super()._keep_frozen(state)
 
     # Data
 

@@ -1,7 +1,7 @@
-"""The tables of text that Moshi's classes have: reading and setting them, and another size of the vocabulary.
+"""The tables of text that models have: reading and setting them, and another size of the vocabulary.
 
-Upstream's names (``get_input_embeddings``, ``resize_token_embeddings``, …). The tables of inputs have a row more than
-the vocabulary, for the start token, which is always the last.
+Upstream's names (``get_input_embeddings``, ``resize_token_embeddings``, …). Moshi's tables of inputs have a row more
+than the vocabulary, for the start token, which is always the last.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from ...checkpoints.configs import override_config
-from ...input_checks import check_ids, is_whole
-from ...modeling_flax_utils import FlaxPreTrainedModel
-from ...nn.embedding import IGNORE_INDEX
+from .checkpoints.configs import override_config
+from .input_checks import check_ids, is_whole
+from .modeling_flax_utils import FlaxPreTrainedModel
+from .nn.embedding import IGNORE_INDEX
 
 NOISE = 1e-9
 """Share of the covariance that new rows have around the mean of the old ones, as upstream."""
@@ -28,16 +28,18 @@ ROWS_AT_ONCE = 256
 
 
 @flax.struct.dataclass
-class FlaxMoshiTextEmbeddings:
+class FlaxTextEmbeddings:
     """A table of inputs, ``table(ids)``; what upstream has as ``nn.Embedding``.
 
     Attributes:
-        weight: ``(vocab_size + 1, hidden_size)``; the last row is that of the start token.
+        weight: a row for each id, that of the start token of Moshi is the last, ``(rows, hidden_size)``.
         dtype: of the results.
+        scale: by which rows are multiplied, or None.
     """
 
     weight: Shaped[Array, "rows hidden"]
     dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
+    scale: float | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def num_embeddings(self) -> int:
@@ -48,15 +50,17 @@ class FlaxMoshiTextEmbeddings:
         return self.weight.shape[1]
 
     def __call__(self, input_ids: Int[ArrayLike, "*shape"]) -> Float[Array, "*shape hidden"]:
-        """The rows of ids in ``[0, vocab_size]``; zeros for -100. ValueError for others."""
+        """The rows of ids; zeros for -100. ValueError for others."""
         check_ids("input_ids", input_ids, self.num_embeddings, allowed=(IGNORE_INDEX,))
         ids = jnp.asarray(input_ids)
         rows = jnp.take(self.weight.astype(self.dtype), jnp.maximum(ids, 0), axis=0)
+        if self.scale is not None:
+            rows = rows * jnp.asarray(self.scale, rows.dtype)
         return jnp.where((ids == IGNORE_INDEX)[..., None], jnp.zeros((), rows.dtype), rows)
 
 
 @flax.struct.dataclass
-class FlaxMoshiTextHead:
+class FlaxTextHead:
     """A head for text, ``head(hidden_states)``; what upstream has as ``nn.Linear`` without a bias.
 
     Attributes:
@@ -84,32 +88,45 @@ class FlaxMoshiTextHead:
         return jnp.asarray(hidden_states, self.dtype) @ self.kernel.astype(self.dtype)
 
 
-class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
+class FlaxTextEmbeddingsMixin(FlaxPreTrainedModel):
     """Access to the tables of a model.
 
     Class attributes that a model sets:
         input_tables: paths of the tables of inputs; the first is the one that is returned.
-        output_table: path of the head's kernel, None without a head for text.
+        output_table: path of the head's kernel, or of the table of inputs if that is the head, too; None without a
+            head for text.
+        extra_input_ids: rows of the tables of inputs behind the vocabulary.
     """
 
     input_tables: ClassVar[tuple[str, ...]]
-    output_table: ClassVar[str | None] = None
+    output_table: Any = None
+    extra_input_ids: ClassVar[int] = 0
 
-    def get_input_embeddings(self) -> FlaxMoshiTextEmbeddings:
+    @property
+    def embedding_scale(self) -> float | None:
+        """By which the rows of the tables of inputs are multiplied."""
+        return None
+
+    @property
+    def _is_tied(self) -> bool:
+        return self.output_table in self.input_tables
+
+    def get_input_embeddings(self) -> FlaxTextEmbeddings:
         """The embeddings of text: ``model.get_input_embeddings()(input_ids)`` are ``inputs_embeds``."""
-        return FlaxMoshiTextEmbeddings(flatten_dict(self.params, sep="/")[self.input_tables[0]], self.dtype)
+        table = flatten_dict(self.params, sep="/")[self.input_tables[0]]
+        return FlaxTextEmbeddings(table, self.dtype, self.embedding_scale)
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Puts another table in its place, an array or embeddings ``(vocab_size + 1, hidden_size)``; ValueError for
-        another shape."""
+        """Puts another table in its place, an array or embeddings of the same shape; ValueError for another one."""
         self._set_table(self.input_tables[0], getattr(value, "weight", value))
 
-    def get_output_embeddings(self) -> FlaxMoshiTextHead | None:
+    def get_output_embeddings(self) -> FlaxTextHead | None:
         """The head for text, None without one; ValueError if it is quantized."""
         if self.output_table is None:
             return None
         self._refuse_quantized_head("get_output_embeddings")
-        return FlaxMoshiTextHead(flatten_dict(self.params, sep="/")[self.output_table], self.dtype)
+        kernel = flatten_dict(self.params, sep="/")[self.output_table]
+        return FlaxTextHead(kernel.T if self._is_tied else kernel, self.dtype)
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Puts another head in its place: one, or its weight as in PyTorch, ``(vocab_size, hidden_size)``.
@@ -120,8 +137,9 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         if self.output_table is None:
             raise ValueError(f"{type(self).__name__} has no head for text, so none can be set")
         self._refuse_quantized_head("set_output_embeddings")
-        is_head = isinstance(new_embeddings, FlaxMoshiTextHead)
-        self._set_table(self.output_table, new_embeddings.kernel if is_head else jnp.asarray(new_embeddings).T)
+        is_head = isinstance(new_embeddings, FlaxTextHead)
+        weight = new_embeddings.weight if is_head else jnp.asarray(new_embeddings)
+        self._set_table(self.output_table, weight if self._is_tied else weight.T)
 
     def _refuse_quantized_head(self, what: str) -> None:
         if self.output_table is not None and tuple(self.output_table.split("/")) not in self.required_params:
@@ -141,12 +159,12 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
-    ) -> FlaxMoshiTextEmbeddings:
+    ) -> FlaxTextEmbeddings:
         """Another number of text tokens: all tables and heads of text grow or shrink, and ``config.vocab_size``.
 
-        New tokens come after the old ones. The start token, whose id is ``vocab_size``, keeps its row under its new
-        id; ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` that name it follow it. The configuration is a new
-        object, so that other models of the old one keep theirs.
+        New tokens come after the old ones. The start token of Moshi, whose id is ``vocab_size``, keeps its row under
+        its new id; ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` that name it follow it. The configuration
+        is a new object, so that other models of the old one keep theirs.
 
         Args:
             new_num_tokens: tokens without the start token; None for as many as there are.
@@ -194,18 +212,19 @@ class FlaxMoshiEmbeddingsMixin(FlaxPreTrainedModel):
         for path in self.input_tables:
             rows = np.asarray(flat[path])
             tables[path] = replaced(path, np.concatenate([resized(rows[:old], new, random, std), rows[old:]]))
-        if self.output_table is not None:
+        if self.output_table is not None and not self._is_tied:
             rows = np.asarray(flat[self.output_table]).T
             tables[self.output_table] = replaced(self.output_table, resized(rows, new, random, std).T)
-
-        overrides = {"vocab_size": new, **with_start_at(self.config, old, new)}
-        depth = getattr(self.config, "depth_decoder_config", None)
-        if depth is not None:
-            overrides["depth_decoder_config"] = {**depth.to_dict(), "vocab_size": new}
-        self._rebuild(override_config(self.config, overrides))
-        for name, value in with_start_at(self.generation_config, old, new).items():
-            setattr(self.generation_config, name, value)
+        self._rebuild(override_config(self.config, self._fields_of_vocabulary(new)))
+        if self.extra_input_ids:
+            for name, value in with_start_at(self.generation_config, old, new).items():
+                setattr(self.generation_config, name, value)
         self.params = unflatten_dict({**flat, **tables}, sep="/")
+
+    def _fields_of_vocabulary(self, size: int) -> dict[str, Any]:
+        """What another vocabulary changes in the configuration."""
+        moved = with_start_at(self.config, self.config.vocab_size, size) if self.extra_input_ids else {}
+        return {"vocab_size": size, **moved}
 
 
 def with_start_at(config: Any, old: int, new: int) -> dict[str, Any]:

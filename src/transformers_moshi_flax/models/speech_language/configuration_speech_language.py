@@ -63,6 +63,9 @@ class SpeechLanguageConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+AutoConfig.register(SpeechLanguageConfig.model_type, SpeechLanguageConfig, exist_ok=True)
+
+
 def part_config(name: str, value: Any, default: str) -> PreTrainedConfig:
     """The configuration of a part, from its fields if it is none yet.
 

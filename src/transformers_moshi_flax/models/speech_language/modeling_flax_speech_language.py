@@ -402,14 +402,20 @@ class FlaxSpeechLanguageModel(FlaxTextForCausalLM):
         """
         return {**self._own_trained(), **(self.adapter_leaves() if self.peft_config else {})}
 
-    def with_trainable(self, leaves: Mapping[str, Any]) -> Any:
+    def with_trainable(self, leaves: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> Any:
         """Parameters whose :meth:`trainable` are these, which may be traced: for ``params=`` of a loss.
+
+        Args:
+            leaves: the paths and shapes of :meth:`trainable`.
+            params: the others, the model's own if None. A program that is given them as an argument does not take
+                them, and what follows from them, for constants.
 
         Raises:
             ValueError: other paths or shapes.
         """
         check_trained(self.trainable(), leaves)
-        return with_leaves(self.adapted_params(), leaves)
+        settings = self._one_adapter(None).leaves if self.peft_config else {}
+        return with_leaves(self.params if params is None else params, {**settings, **leaves})
 
     def set_trainable(self, leaves: Mapping[str, Any]) -> None:
         """Other values for :meth:`trainable`; ValueError as of :meth:`with_trainable`."""

@@ -15,7 +15,6 @@ import pytest
 from flax.linen import normalization
 
 from tests.configs import (
-    TOWERS,
     tiny_mimi_config,
     tiny_moshi_config,
     tiny_speech_language_config,
@@ -200,13 +199,13 @@ def test_encoders(kind: str, dtype: Any) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", TOWERS)
-def test_joined_models(kind: str, dtype: Any) -> None:
+@pytest.mark.parametrize("kind", ["mimi", "wav2vec2"])
+def test_joined_models(kind: str) -> None:
+    dtype = jnp.bfloat16
     config = tiny_speech_language_config(kind)
     model = FlaxSpeechLanguageModel(config, dtype=dtype, _do_init=False)
     tower = model.tower
-    shape = (ROWS, *((10, 22) if kind == "whisper" else (1, 300) if kind == "mimi" else (300,)))
+    shape = (ROWS, *((1, 300) if kind == "mimi" else (300,)))
     inputs = {"input_ids": jnp.zeros((ROWS, 12), jnp.int32), tower.input_name: jnp.zeros(shape)}
     inputs["audio_attention_mask"] = jnp.ones((ROWS, shape[-1]), jnp.int32)
 

@@ -36,6 +36,13 @@ VOXTRAL = Case(
 class TestFlaxSpeechLanguageCommon(FlaxModelTesterMixin):
     cases = (VOXTRAL,)
 
+    # of the base class alone, as the tests of other models show
+    test_new_params_are_float32_whatever_the_dtype = None
+    test_without_init = None
+    test_the_configuration_asks_for_what_is_returned = None
+    test_half_precision_files = None
+    test_mismatched_shapes = None
+
     def test_names(self, case: Case):
         """One class for several configurations, of which upstream's is one."""
         assert case.upstream.config_class in case.ours.known_configs()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float32
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, VoxtralConfig
 
 from ...input_checks import Input, check_input, is_whole
@@ -172,16 +173,26 @@ class SpeechLanguageProcessor(FlaxProcessorMixin):
                 f"`text` has {named} {self.audio_token!r}, but `audio` has {len(recordings)} recordings: one each."
             )
         counts = iter([self.num_audio_tokens(len(each)) for each in recordings])
-        expanded = [self._expanded(each, counts) for each in texts]
-        tokens = self.tokenizer(expanded, padding=True, padding_side=padding_side, return_tensors="np")
-        inputs = {name: tokens[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
+        expanded = [self.expanded(each, counts) for each in texts]
+        inputs = self._padded([self.tokenizer(each)["input_ids"] for each in expanded], padding_side)
         if recordings:
-            inputs |= self._features(recordings)
+            inputs |= self.audio_inputs(recordings)
         return BatchFeature(inputs)
 
-    def _expanded(self, text: str, counts: Any) -> str:
+    def _padded(self, rows: list[list[int]], padding_side: str) -> dict[str, np.ndarray]:
+        """Ids and mask; tokenizers of language models often have no padding, which the mask hides."""
+        length, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        inputs = {"input_ids": np.full((len(rows), length), pad, np.int32)}
+        inputs["attention_mask"] = np.zeros((len(rows), length), np.int32)
+        for row, ids in enumerate(rows):
+            part = slice(length - len(ids), None) if padding_side == "left" else slice(len(ids))
+            inputs["input_ids"][row, part], inputs["attention_mask"][row, part] = ids, 1
+        return inputs
+
+    def expanded(self, text: str, counts: Iterable[int]) -> str:
+        """A text with as many audio tokens for each of its recordings as ``counts`` say."""
         first, *others = text.split(self.audio_token)
-        return first + "".join(self.audio_token * next(counts) + each for each in others)
+        return first + "".join(self.audio_token * count + each for each, count in zip(others, counts))
 
     def _recordings(self, audio: Any, sampling_rate: int | None, chunk_audio: bool) -> list[np.ndarray]:
         """The recordings, checked."""
@@ -209,16 +220,31 @@ class SpeechLanguageProcessor(FlaxProcessorMixin):
                 raise ValueError(f"`audio[{number}]` has {samples} samples, too few for a token: give more.")
         return [np.asarray(each, np.float32) for each in recordings]
 
-    def _features(self, recordings: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """What the feature extractor makes of recordings, of long ones window by window."""
+    def padded_samples(self, seconds: float) -> int:
+        """Samples that recordings of up to so many seconds are padded to; some encoders hear as many always."""
+        return round(seconds * self.sampling_rate) if self.max_samples is None else self.max_samples
+
+    def audio_inputs(
+        self, recordings: Sequence[Float32[np.ndarray, "_"]], samples: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """What the feature extractor makes of recordings, of long ones window by window.
+
+        Args:
+            recordings: at the encoder's sampling rate.
+            samples: that all are padded to; those of the longest, or of what the encoder hears at once, if None.
+        """
         size = self.max_samples
-        padding: dict[str, Any] = {"padding": True}
         if size is not None:
             recordings = [each[start : start + size] for each in recordings for start in range(0, len(each), size)]
-            padding = {"padding": "max_length", "max_length": size, "truncation": False}
+        length = size if samples is None else samples
+        padding: dict[str, Any] = {"padding": True}
+        if length is not None:
+            padding = {"padding": "max_length", "max_length": length, "truncation": False}
         if "return_attention_mask" in inspect.signature(self.feature_extractor.__call__).parameters:
             padding["return_attention_mask"] = True
-        made = self.feature_extractor(recordings, sampling_rate=self.sampling_rate, return_tensors="np", **padding)
+        made = self.feature_extractor(
+            list(recordings), sampling_rate=self.sampling_rate, return_tensors="np", **padding
+        )
         name = self.feature_extractor.model_input_names[0]
         inputs = {name: np.asarray(made[name], np.float32)}
         if not self.whole_windows:

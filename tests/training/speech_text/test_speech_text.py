@@ -21,6 +21,7 @@ from transformers_moshi_flax import (
     SpeechLanguageProcessor,
 )
 from transformers_moshi_flax.training.configuration import ConfigurationError, build_configuration
+from transformers_moshi_flax.training.run_folder import export_checkpoint
 from transformers_moshi_flax.training.speech_text.examples import Examples, make_loader, read_examples
 from transformers_moshi_flax.training.speech_text.objective import ARRAYS, MASK, SpeechTextObjective
 from transformers_moshi_flax.training.trainer import make_trainer
@@ -119,6 +120,8 @@ def test_a_run_and_an_adapter_of_its_model(folder: Path):
     answers = (folder / "run" / "samples" / "step-12" / "answers.jsonl").read_text().splitlines()
     assert [*json.loads(answers[0])] == ["prompt", "answer", "said"] and len(answers) == 2
     export = folder / "run" / "export"
+    assert export_checkpoint(folder / "run", folder / "mine") == 12
+    assert type(FlaxSpeechLanguageModel.from_pretrained(folder / "mine").config) is SpeechLanguageConfig
     overrides = {"model__quantization": "nf4", "model__quantization_group_size": 2, "run__steps": 1, "run__samples": 0}
     config = values(folder, **overrides, run__output_dir=str(folder / "adapter"))
     config["model"].pop("config")

@@ -108,6 +108,11 @@ def _example(record: Any, where: str, folder: Path, audio_token: str) -> Example
     return Example(paths, prompt, answer)
 
 
+def recordings_of(example: Example, sampling_rate: int, max_seconds: float) -> list[Float32[np.ndarray, "_"]]:
+    """The recordings of an example; ValueError for what cannot be read, or is longer."""
+    return [read_mono(path, sampling_rate, max_seconds) for path in example.audio]
+
+
 @dataclass(frozen=True)
 class RowMaker:
     """Makes this process's rows of a batch.
@@ -129,11 +134,6 @@ class RowMaker:
     max_length: int
     max_seconds: float
     recordings: int
-
-    def heard(self, example: Example) -> list[Float32[np.ndarray, "samples"]]:
-        """The recordings of an example."""
-        rate = self.processor.sampling_rate
-        return [read_mono(path, rate, self.max_seconds) for path in example.audio]
 
     def tokens(self, example: Example, counts: Sequence[int]) -> tuple[list[int], int]:
         """Those of prompt and answer, and how many are the prompt's; ValueError if they are too many."""
@@ -159,7 +159,7 @@ class RowMaker:
             if line < 0:
                 continue
             example = self.examples.lines[line]
-            heard = self.heard(example)
+            heard = recordings_of(example, self.processor.sampling_rate, self.max_seconds)
             lengths = [self.processor.num_audio_tokens(len(each)) for each in heard]
             tokens, prompt = self.tokens(example, lengths)
             counts[row, : len(heard)] = lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..data.loading import Loader
 from ..train_state import TrainState, split_params
 from ..train_step import make_eval_step
 from ..trainer import Evaluation, Trainer, explained, in_all
-from .examples import Examples, make_loader, read_examples
+from .examples import Examples, make_loader, read_examples, recordings_of
 from .objective import ARRAYS, MASK, SpeechTextObjective
 from .run_folder import SpeechTextRunFolder
 
@@ -122,11 +123,12 @@ class SpeechTextEvaluation(Evaluation):
         if not run.samples:
             return
         held_out, params, lines = trainer._held_out, trainer._all_params(state), []
-        maker = self._loader()._maker
+        rate, longest = trainer.processor.sampling_rate, trainer.config.data.max_seconds
         for example in held_out.lines[: run.samples]:
             heed()
-            heard = in_all(lambda example=example: explained("data.evaluation", lambda: maker.heard(example)))
-            inputs = trainer.processor(example.prompt, heard, trainer.processor.sampling_rate)
+            read = partial(recordings_of, example, rate, longest)
+            heard = in_all(lambda read=read: explained("data.evaluation", read))
+            inputs = trainer.processor(example.prompt, heard, rate)
             outputs = self._model.generate(
                 **inputs,
                 max_new_tokens=run.sample_tokens,

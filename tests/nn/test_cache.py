@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.configs import tiny_moshi_config
-from transformers_moshi_flax.nn.cache import BLOCK, LinearCache, NoCache, RingCache, StaticCache, layer_keys
+from transformers_moshi_flax.nn.cache import (
+    BLOCK,
+    LinearCache,
+    NoCache,
+    PackedTexts,
+    RingCache,
+    StaticCache,
+    layer_keys,
+)
 from transformers_moshi_flax.ops.attention import write_steps
 
 BATCH = 3
@@ -103,3 +111,26 @@ def test_keys_are_read_by_slots_and_heads() -> None:
     cache = LinearCache.create(config, 3, 5)
     for array in layer_keys(cache, 1, 3):
         assert array.shape == (3, 5, config.num_key_value_heads, config.head_dim)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 4),
+)
+def test_texts_of_a_row_do_not_see_each_other(rows: list[list[int]], window: int | None) -> None:
+    """Every step sees what it sees where its text is alone, at the same position; padding sees and shows nothing."""
+    steps = max(map(sum, rows)) + 1
+    segments = np.zeros((len(rows), steps), np.int32)
+    masks, positions = np.zeros((len(rows), steps, steps), bool), np.zeros((len(rows), steps), np.int32)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for name, length in enumerate(lengths, 1):
+            part = slice(start, start + length)
+            alone, _ = NoCache().next_steps(length, window, 1)
+            segments[row, part], masks[row, part, part] = name, alone.mask[0]
+            positions[row, part] = alone.positions[0]
+            start += length
+    found, _ = PackedTexts(jnp.asarray(segments)).next_steps(steps, window, len(rows))
+    np.testing.assert_array_equal(found.mask, masks)
+    np.testing.assert_array_equal(np.where(segments > 0, found.positions, 0), positions)

@@ -13,6 +13,7 @@ logger = logging.get_logger(__name__)
 
 COMPANIONS = (
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",

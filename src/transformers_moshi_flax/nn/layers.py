@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from ..input_checks import is_tracing
 from ..partitioning import split_rows
 from .cache import Cache, LayerCache
+from .linear import DROPOUT
 
 
 def run_layers(
@@ -52,6 +53,46 @@ def run_layers(
         attentions.append(weights)
         layer_caches.append(layer_cache)
     return split_rows(hidden_states), cache.with_layers(layer_caches), tuple(inputs), tuple(attentions)
+
+
+def scan_layers(
+    block: nn.Module,
+    hidden_states: Float[Array, "batch seq hidden"],
+    arrays: tuple[Any, ...],
+    flags: tuple[Any, ...],
+    length: int,
+) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, ...], tuple[Array | None, ...]]:
+    """As :func:`run_layers` without a cache, for layers that are all alike, as a loop over one.
+
+    Its parameters have a leading axis of layers: compilation does not grow with their number, and layers that are
+    recomputed are so one after another.
+
+    Args:
+        block: the layer.
+        hidden_states: inputs.
+        arrays: the others of all layers.
+        flags: Python values that all layers get.
+        length: how many layers there are.
+
+    Returns:
+        The last hidden state, the input of every layer and all attention weights.
+    """
+
+    def layer(block: nn.Module, hidden_states: Array, _: None) -> tuple[Array, tuple[Array, Array | None]]:
+        inputs = split_rows(hidden_states)
+        outputs, weights, _ = block(inputs, *arrays, *flags)
+        return split_rows(outputs), (inputs, weights)
+
+    layers = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True, DROPOUT: True},
+        length=length,
+    )
+    # around the loop too: what it carries, and its gradient, would else be split as what comes before it
+    hidden_states, (inputs, weights) = layers(block, split_rows(hidden_states), None)
+    attentions = (None,) * length if weights is None else tuple(weights)
+    return split_rows(hidden_states), tuple(inputs), attentions
 
 
 def may_share_traces(module: nn.Module) -> bool:

@@ -17,14 +17,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ..partitioning import STACKED
 
 _STACKED_LAYERS = f"/layers/{STACKED}/"
-LAYER = re.compile(r"((?:decoder/model|depth_decoder)/layers)/(\d+)/(.+)")
+LAYER = re.compile(r"((?:(?:decoder/)?model|depth_decoder)/layers)/(\d+)/(.+)")
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters for a module with ``scan_layers``.
 
     Args:
-        params: of ``FlaxMoshiForConditionalGeneration``, or some of them. NumPy arrays stay on the host.
+        params: of ``FlaxMoshiForConditionalGeneration`` or a language model, or some of them. NumPy arrays stay on the
+            host.
 
     Raises:
         ValueError: a parameter that some layers have is missing in another.

@@ -13,10 +13,11 @@ import torch
 from flax.traverse_util import flatten_dict
 from torch.nn import functional
 
-from tests.configs import tiny_moshi_config
+from tests.configs import tiny_llama_config, tiny_moshi_config
 from tests.models.llama.pairs import tiny_pair
 from tests.torch_oracle import Pair, assert_close, double_oracle
-from transformers_moshi_flax import FlaxMoshiForCausalLM
+from transformers_moshi_flax import FlaxLlamaForCausalLM, FlaxMoshiForCausalLM
+from transformers_moshi_flax.training.scanned_layers import stack_layers, unstack_layers
 from transformers_moshi_flax.training.text.objective import TextObjective
 from transformers_moshi_flax.training.text.packing import PackingPlan, RowMaker
 from transformers_moshi_flax.training.text.texts import Texts, joined
@@ -75,6 +76,29 @@ def test_loss_and_gradients_are_upstreams(
 
 def test_loss_and_gradients_in_float32(texts: Texts, batch: dict[str, np.ndarray], tmp_path: Path) -> None:
     assert_upstreams(tiny_pair("qwen2", tmp_path, num_hidden_layers=2), texts, batch, 1e-5)
+
+
+def test_layers_in_a_loop(texts: Texts, batch: dict[str, np.ndarray]) -> None:
+    """Loss and gradients are those of layers one after another, recomputed or not."""
+    model = FlaxLlamaForCausalLM(tiny_llama_config("llama"), seed=1)
+
+    def run(params: dict[str, Any], **fields: bool) -> tuple[Any, Any]:
+        module = model.module.clone(**fields)
+        return jax.jit(jax.value_and_grad(lambda params: OBJECTIVE.loss(module, params, batch)[0]))(params)
+
+    loss, gradients = run(model.params)
+    stacked = stack_layers(model.params)
+    assert set(stacked["model"]["layers"]) == {"stacked"}
+    looped, of_loop = run(stacked, scan_layers=True, gradient_checkpointing=True)
+    np.testing.assert_allclose(looped, loss, rtol=1e-6)
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-5), unstack_layers(of_loop), gradients)
+    module = FlaxLlamaForCausalLM(tiny_llama_config("gemma2"), _do_init=False).module.clone(scan_layers=True)
+    with pytest.raises(ValueError, match="`layer_types` has several kinds"):
+        module.init(jax.random.key(0), jnp.asarray(batch["input_ids"]))
+    with pytest.raises(ValueError, match="`cache` cannot be used with `scan_layers`"):
+        model.module.clone(scan_layers=True).apply(
+            {"params": stacked}, jnp.asarray(batch["input_ids"]), cache=model.init_cache(4, 12)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.configs import tiny_moshi_config
+from tests.configs import tiny_llama_config, tiny_moshi_config
 from tests.torch_oracle import assert_close
 from tests.training.text.runs import draw_texts, run_config, run_values, write_inputs, write_lines, write_tokenizer
 from transformers_moshi_flax import FlaxLlamaForCausalLM, FlaxMoshiForCausalLM
@@ -215,7 +215,6 @@ def test_on_a_mesh(inputs: Path, whole: Path, tmp_path: Path, keeping: dict[str,
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"model__scan_layers": True}, ["model.scan_layers"]),
         ({"data__evaluation_share": 1.0}, ["data.evaluation_share", "0 to below 1"]),
         ({"data__evaluation": "x"}, ["data.evaluation_share", "leave one"]),
         ({"data__evaluation_share": 0.0, "run__evaluate_every": None}, ["run.prompts", "data.evaluation_share"]),
@@ -243,6 +242,7 @@ def test_contradictions(tmp_path: Path, overrides: dict[str, Any], words: list[s
         ({"model__tokenizer": "bare"}, ["model.tokenizer", "no tokenizer"]),
         ({"model__config": "bare"}, ["model.tokenizer", "no tokenizer"]),
         ({"model__config": "mimi"}, ["model.config", "mimi", "no language model"]),
+        ({"model__config": "gemma", "model__scan_layers": True}, ["model.scan_layers", "layer_types"]),
         ({"run__prompts": [""]}, ["run.prompts", "no tokens"]),
         ({"run__sample_tokens": 127}, ["run.prompts", "2 tokens"]),
         (
@@ -262,6 +262,8 @@ def test_what_does_not_go_together_is_named_before_any_work(
     small = type(base)(**{**base.to_dict(), "vocab_size": 39})
     small.save_pretrained(tmp_path / "small")
     write_tokenizer(tmp_path / "small")
+    tiny_llama_config("gemma2").save_pretrained(tmp_path / "gemma")
+    write_tokenizer(tmp_path / "gemma")
     (tmp_path / "mimi").mkdir()
     (tmp_path / "mimi" / "config.json").write_text('{"model_type": "mimi"}')
     with pytest.raises(ConfigurationError) as caught:

@@ -19,12 +19,13 @@ from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, NoCache
 from ...nn.embedding import IGNORE_INDEX, embed, embedding_table
 from ...nn.initializers import normal
-from ...nn.layers import run_layers
+from ...nn.layers import run_layers, scan_layers
 from ...nn.linear import Dense, dense
 from ...nn.loss import cross_entropy
 from ...nn.norm import RMSNorm
 from ...ops.linear import dot_general
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
+from ...partitioning import STACKED
 from .fields_flax_llama import LlamaFields, Rope, fields_of
 
 
@@ -172,22 +173,30 @@ class FlaxLlamaDecoderLayer(nn.Module):
 
 
 class FlaxLlamaLayers(nn.Module):
-    """The stack of decoder layers, children named by number."""
+    """The stack of decoder layers, children named by number.
+
+    With ``scan_layers`` there is one child, ``stacked``, and a loop over it, as of Moshi's; all layers are of one kind
+    then, and there is no cache.
+    """
 
     fields: LlamaFields
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
+        if self.scan_layers and len(set(self.fields.layers)) > 1:
+            raise ValueError(
+                "`scan_layers` runs one layer in a loop, but `layer_types` has several kinds: leave it False."
+            )
         # deterministic and output_attentions are Python values (self counts)
         layer_class = (
-            nn.remat(FlaxLlamaDecoderLayer, static_argnums=(7, 8))
+            nn.remat(FlaxLlamaDecoderLayer, static_argnums=(7, 8), prevent_cse=not self.scan_layers)
             if self.gradient_checkpointing
             else FlaxLlamaDecoderLayer
         )
-        self.blocks = [
-            layer_class(self.fields, self.dtype, name=str(index)) for index in range(self.fields.num_hidden_layers)
-        ]
+        names = [STACKED] if self.scan_layers else [str(index) for index in range(self.fields.num_hidden_layers)]
+        self.blocks = [layer_class(self.fields, self.dtype, name=name) for name in names]
 
     def __call__(
         self,
@@ -210,6 +219,9 @@ class FlaxLlamaLayers(nn.Module):
 
         Returns:
             The last hidden state, the updated cache, the input of every layer and all attention weights.
+
+        Raises:
+            ValueError: a cache together with ``scan_layers``.
         """
         kinds = self.fields.layers
         batch_size, length, _ = hidden_states.shape
@@ -223,6 +235,13 @@ class FlaxLlamaLayers(nn.Module):
         angles = {
             rope: self.angles(rope, positions, context_length) for rope in dict.fromkeys(kind.rope for kind in kinds)
         }
+        flags = (deterministic, output_attentions)
+        if self.scan_layers:
+            if after.layer(0) is not None:
+                raise ValueError("`cache` cannot be used with `scan_layers`, which is for training.")
+            arrays = (*angles[kinds[0].rope], first.mask, None, first.index)
+            last, inputs, attentions = scan_layers(self.blocks[0], hidden_states, arrays, flags, len(kinds))
+            return last, after, inputs, attentions
         return run_layers(
             self,
             self.blocks,
@@ -234,7 +253,7 @@ class FlaxLlamaLayers(nn.Module):
                 after.layer(number),
                 first.index,
             ),
-            (deterministic, output_attentions),
+            flags,
         )
 
     def angles(
@@ -259,13 +278,14 @@ class FlaxLlamaModule(nn.Module):
     config: Any
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
         fields = self.fields = fields_of(self.config)
         self.embed_tokens = embedding_table(
             fields.vocab_size, fields.hidden_size, fields.initializer_range, self.dtype
         )
-        self.layers = FlaxLlamaLayers(fields, self.dtype, self.gradient_checkpointing)
+        self.layers = FlaxLlamaLayers(fields, self.dtype, self.gradient_checkpointing, self.scan_layers)
         self.norm = RMSNorm(fields.rms_norm_eps, self.dtype, fields.norm_offset)
 
     def embed(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
@@ -334,10 +354,11 @@ class FlaxLlamaForCausalLMModule(nn.Module):
     config: Any
     dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
+    scan_layers: bool = False
 
     def setup(self):
         fields = self.fields = fields_of(self.config)
-        self.model = FlaxLlamaModule(self.config, self.dtype, self.gradient_checkpointing)
+        self.model = FlaxLlamaModule(self.config, self.dtype, self.gradient_checkpointing, self.scan_layers)
         if not fields.tie_word_embeddings:
             self.lm_head = dense(fields.vocab_size, normal(fields.initializer_range), self.dtype)
 

@@ -25,11 +25,11 @@ from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, Steps
 from ...nn.embedding import embed, embedding_table
 from ...nn.initializers import normal
-from ...nn.layers import run_layers
-from ...nn.linear import DROPOUT, KERNEL, dense, is_kernel_alone
+from ...nn.layers import run_layers, scan_layers
+from ...nn.linear import KERNEL, dense, is_kernel_alone
 from ...nn.norm import RMSNorm
 from ...ops.rotary import apply_rotary_pos_emb, rotary_embedding
-from ...partitioning import STACKED, split_rows
+from ...partitioning import STACKED
 
 
 class FlaxMoshiFlexibleLinear(nn.Module):
@@ -321,7 +321,8 @@ class FlaxMoshiLayers(nn.Module):
                     "`cache` cannot be used with `scan_layers`, which is for training; use a module without "
                     "it, and the parameters of `unstack_layers`."
                 )
-            hidden_states, inputs, attentions = self.scan(hidden_states, steps, position_ids, flags)
+            arrays, length = (steps.mask, position_ids, None, 0), self.config.num_hidden_layers
+            hidden_states, inputs, attentions = scan_layers(self.blocks[0], hidden_states, arrays, flags, length)
             return hidden_states, cache, inputs, attentions
         return run_layers(
             self,
@@ -331,28 +332,6 @@ class FlaxMoshiLayers(nn.Module):
             lambda number: (steps.mask, position_ids, cache.layer(number), steps.index),
             flags,
         )
-
-    def scan(
-        self, hidden_states: Array, steps: Steps, position_ids: Array | None, flags: tuple[Any, ...]
-    ) -> tuple[Array, tuple[Array, ...], tuple[Array | None, ...]]:
-        """The layers as a loop: the last hidden state, the input of every layer and all attention weights."""
-
-        def layer(block: nn.Module, hidden_states: Array, _: None) -> tuple[Array, tuple[Array, Array | None]]:
-            inputs = split_rows(hidden_states)
-            outputs, weights, _ = block(inputs, steps.mask, position_ids, None, 0, *flags)
-            return split_rows(outputs), (inputs, weights)
-
-        length = self.config.num_hidden_layers
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True, DROPOUT: True},
-            length=length,
-        )
-        # around the loop too: what it carries, and its gradient, would else be split as what comes before it
-        hidden_states, (inputs, weights) = layers(self.blocks[0], split_rows(hidden_states), None)
-        attentions = (None,) * length if weights is None else tuple(weights)
-        return split_rows(hidden_states), tuple(inputs), attentions
 
 
 class FlaxMoshiEmbeddings(nn.Module):

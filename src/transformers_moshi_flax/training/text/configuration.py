@@ -23,7 +23,7 @@ from ..optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class TextModelConfig(ModelConfig):
-    """Section ``model``: which language model is trained; as of :class:`ModelConfig`, without layers to scan.
+    """Section ``model``: which language model is trained; as of :class:`ModelConfig`.
 
     Attributes:
         path: the checkpoint to start from, of any class that ``FlaxAutoModelForCausalLM`` knows.
@@ -34,11 +34,6 @@ class TextModelConfig(ModelConfig):
 
     tokenizer: str | None = None
     freeze: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.scan_layers:
-            yield "`scan_layers`: the layers of a language model cannot be scanned; leave it false"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def tokenized(path: str | Path, tokenizer: Any, vocab_size: int, start: int | No
         path: see :func:`read_texts`.
         tokenizer: of ``transformers``; what it puts around a text (such as a beginning) stays.
         vocab_size: of the model.
-        start: an id that begins every text besides, if the model has one outside of its vocabulary.
+        start: an id that begins every text instead, if the model has one outside of its vocabulary.
 
     Raises:
         ValueError: as of :func:`read_texts`; the tokenizer has no end of text, or ids that the model has not; there is
@@ -131,7 +131,8 @@ def tokenized(path: str | Path, tokenizer: Any, vocab_size: int, start: int | No
     waiting: list[str] = []
 
     def tokenize() -> None:
-        for ids in tokenizer(waiting, verbose=False)["input_ids"] if waiting else ():
+        options = {"add_special_tokens": start is None, "verbose": False}
+        for ids in tokenizer(waiting, **options)["input_ids"] if waiting else ():
             ids = [*ids] if start is None else [start, *ids]
             texts.append(np.array(ids if ids[-1:] == [end] else [*ids, end], np.int32))
         waiting.clear()

@@ -55,6 +55,11 @@ class TextTrainer(Trainer):
                 f"`data.max_length`: {config.data.max_length} tokens are more than the model is made for "
                 f"(max_position_embeddings = {longest}); give {longest} or less"
             )
+        if config.model.scan_layers and len(set(getattr(model.cache_sizes, "layers", ()))) > 1:
+            raise ConfigurationError(
+                "`model.scan_layers`: one layer is run in a loop, but this model has several kinds (`layer_types`); "
+                "leave it false"
+            )
         self.prompts = [self._prompt_ids(prompt, longest) for prompt in config.run.prompts]
         mesh, train, held_out = super()._opened()
         if share := config.data.evaluation_share:
@@ -70,7 +75,8 @@ class TextTrainer(Trainer):
         return source if given is None else Source.locate(given)
 
     def _prompt_ids(self, prompt: str, longest: int) -> Int[np.ndarray, "1 tokens"]:
-        ids = [*([] if self._start is None else [self._start]), *self._tokenizer.encode(prompt)]
+        ids = self._tokenizer.encode(prompt, add_special_tokens=self._start is None)
+        ids = ids if self._start is None else [self._start, *ids]
         if not ids:
             raise ConfigurationError(f"`run.prompts`: {prompt!r} has no tokens; give some words")
         if len(ids) + self.config.run.sample_tokens > longest:
@@ -85,9 +91,6 @@ class TextTrainer(Trainer):
 
     def _check(self, model: Any) -> None:
         pass  # all has been checked
-
-    def _module(self, model: FlaxPreTrainedModel) -> Any:
-        return model.module.clone(gradient_checkpointing=self.config.model.gradient_checkpointing)
 
     def _loader(self, model: FlaxPreTrainedModel, data: Texts, epochs: int | None) -> Loader:
         settings, run = self.config.data, self.config.run
@@ -134,6 +137,7 @@ class TextEvaluation(Evaluation):
             generated = self._model.generate(
                 ids,
                 max_new_tokens=run.sample_tokens,
+                num_beams=1,
                 do_sample=samples,
                 **({"temperature": run.sample_temperature} if samples else {}),
                 prng_key=jax.random.fold_in(jax.random.key(run.seed), number),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig, WhisperConfig
+from transformers import CONFIG_MAPPING, MimiConfig, MoshiConfig, PreTrainedConfig, VoxtralConfig, WhisperConfig
 
 _TINY_MIMI = {
     "sampling_rate": 24_000,
@@ -173,3 +173,32 @@ _TINY_WHISPER = {
 def tiny_whisper_config(**overrides: Any) -> WhisperConfig:
     """A Whisper whose encoder is 24 x 3, of eleven frames at once; ``overrides`` replace single fields."""
     return WhisperConfig(**{**_TINY_WHISPER, **overrides})
+
+
+AUDIO_TOKEN = 7
+"""Of the tiny joined models."""
+
+
+def tiny_voxtral_config(**overrides: Any) -> VoxtralConfig:
+    """A Voxtral of 24 x 1 and 48 x 1, which hears 16 frames at once, four of them a token."""
+    audio = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    audio |= {"num_mel_bins": 6, "max_source_positions": 16}
+    text = {"model_type": "llama", **_TINY_LLAMA, "head_dim": 16, "num_hidden_layers": 1}
+    return VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN, **overrides)
+
+
+TOWERS = ("whisper", "wav2vec2", "hubert", "mimi")
+"""The ``model_type`` of the encoders that can be joined."""
+
+
+def tiny_speech_language_config(kind: str = "whisper", **overrides: Any) -> PreTrainedConfig:
+    """The tiny encoder of this ``model_type`` before a Qwen 3 of 48 x 1; ``overrides`` replace single fields."""
+    from transformers_moshi_flax import SpeechLanguageConfig  # checked as the other classes of the package
+
+    audio = {
+        "whisper": lambda: tiny_whisper_config(encoder_layers=1),
+        "mimi": lambda: tiny_mimi_config(num_hidden_layers=1).encoder_config,
+    }.get(kind, lambda: tiny_wav2vec2_config(kind, num_hidden_layers=1, feat_extract_norm="layer"))()
+    text = tiny_llama_config("qwen3", num_hidden_layers=1, max_window_layers=0)
+    fields = {"stack_factor": 3, "stack_stride": 2, "projector_hidden_size": 20, "audio_token_id": AUDIO_TOKEN}
+    return SpeechLanguageConfig(audio_config=audio, text_config=text, **{**fields, **overrides})

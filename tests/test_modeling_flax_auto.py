@@ -63,7 +63,7 @@ def test_classes_by_model_type() -> None:
     # as scripts of `transformers` list what they can train
     kinds = {config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.keys()}
     assert kinds == {"moshi", *LLAMAS} == set(FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.model_types)
-    assert len(FLAX_MODEL_MAPPING) == 8 + len(LLAMAS)
+    assert len(FLAX_MODEL_MAPPING) == 9 + len(LLAMAS)
 
 
 def test_from_pretrained(tmp_path: Path) -> None:

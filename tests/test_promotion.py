@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 from flax.linen import normalization
 
-from tests.configs import tiny_mimi_config, tiny_moshi_config, tiny_wav2vec2_config, tiny_whisper_config
+from tests.configs import (
+    tiny_mimi_config,
+    tiny_moshi_config,
+    tiny_speech_language_config,
+    tiny_wav2vec2_config,
+    tiny_whisper_config,
+)
 from tests.training.examples import draw_batch, make_module, small_config
 from transformers_moshi_flax import (
     FlaxHubertModel,
     FlaxMimiModel,
     FlaxMoshiForCausalLM,
     FlaxMoshiForConditionalGeneration,
+    FlaxSpeechLanguageModel,
     FlaxWav2Vec2Model,
     FlaxWhisperEncoder,
 )
@@ -188,6 +195,29 @@ def test_encoders(kind: str, dtype: Any) -> None:
 
     outputs = jax.eval_shape(call, model.params_shape_tree)
     gradients = jax.eval_shape(jax.grad(loss), model.params_shape_tree)
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("kind", ["mimi", "wav2vec2"])
+def test_joined_models(kind: str) -> None:
+    dtype = jnp.bfloat16
+    config = tiny_speech_language_config(kind)
+    model = FlaxSpeechLanguageModel(config, dtype=dtype, _do_init=False)
+    tower = model.tower
+    shape = (ROWS, *((1, 300) if kind == "mimi" else (300,)))
+    inputs = {"input_ids": jnp.zeros((ROWS, 12), jnp.int32), tower.input_name: jnp.zeros(shape)}
+    inputs["audio_attention_mask"] = jnp.ones((ROWS, shape[-1]), jnp.int32)
+
+    def call(params: Any, inputs: Any, **options: Any) -> Any:
+        return dict(model(**inputs, params=params, output_hidden_states=True, **options))
+
+    def loss(params: Any, inputs: Any) -> jax.Array:
+        labels = inputs["input_ids"]
+        return call(params, inputs, labels=labels, train=True, dropout_rng=SEED)["loss"].astype(jnp.float32)
+
+    outputs = jax.eval_shape(call, model.params_shape_tree, inputs)
+    gradients = jax.eval_shape(jax.grad(loss), model.params_shape_tree, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
 

@@ -24,6 +24,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.moshi import modeling_moshi
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.voxtral import modeling_voxtral
 
 from transformers_moshi_flax.former_names import FORMER_NAMES
 
@@ -32,7 +33,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 MODELING = (
     *(modeling_gemma2, modeling_gemma3, modeling_helium, modeling_llama, modeling_mistral, modeling_qwen2),
-    *(modeling_qwen3, modeling_mimi, modeling_moshi, modeling_rope_utils),
+    *(modeling_qwen3, modeling_mimi, modeling_moshi, modeling_rope_utils, modeling_voxtral),
 )
 """Upstream's files that force something to float32."""
 

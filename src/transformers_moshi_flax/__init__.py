@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "modeling_flax_auto": [
         "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING",
+        "FLAX_MODEL_FOR_MULTIMODAL_LM_MAPPING",
         "FLAX_MODEL_MAPPING",
         "FlaxAutoModel",
         "FlaxAutoModelForCausalLM",
+        "FlaxAutoModelForMultimodalLM",
     ],
     "adapters.config": ["LoraConfig"],
     "quantization.config": ["QuantizationConfig"],
@@ -63,6 +65,8 @@ _PUBLIC = {
     ],
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
+    "models.speech_language": ["FlaxSpeechLanguageModel", "SpeechLanguageConfig"],
+    "models.speech_language.processing_speech_language": ["SpeechLanguageProcessor"],
     "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],
     "models.whisper": ["FlaxWhisperEncoder"],
 }

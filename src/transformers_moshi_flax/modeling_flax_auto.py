@@ -80,6 +80,7 @@ FLAX_MODEL_MAPPING = FlaxModelMapping(
         "mimi_encoder": "FlaxMimiEncoderModel",
         "moshi": "FlaxMoshiModel",
         "moshi_depth": "FlaxMoshiDepthDecoder",
+        "voxtral_encoder": "FlaxWhisperEncoder",
         "wav2vec2": "FlaxWav2Vec2Model",
         "whisper": "FlaxWhisperEncoder",
     }
@@ -87,7 +88,9 @@ FLAX_MODEL_MAPPING = FlaxModelMapping(
 FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = FlaxModelMapping(
     {**dict.fromkeys(LLAMAS, "FlaxLlamaForCausalLM"), "moshi": "FlaxMoshiForCausalLM"}
 )
-
+FLAX_MODEL_FOR_MULTIMODAL_LM_MAPPING = FlaxModelMapping(
+    dict.fromkeys(("speech_language", "voxtral"), "FlaxSpeechLanguageModel")
+)
 
 FLAX_AUDIO_ENCODER_MAPPING = FlaxModelMapping(
     {"hubert": "FlaxHubertModel", "wav2vec2": "FlaxWav2Vec2Model", "whisper": "FlaxWhisperEncoder"}
@@ -236,6 +239,12 @@ class FlaxAutoModelForCausalLM(_FlaxAutoModelClass):
     """The model of a checkpoint with a head for text."""
 
     _model_mapping = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+class FlaxAutoModelForMultimodalLM(_FlaxAutoModelClass):
+    """The model of a checkpoint that answers with text to text and recordings."""
+
+    _model_mapping = FLAX_MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 class FlaxAutoAudioEncoder(_FlaxAutoModelClass):

@@ -110,12 +110,17 @@ class FlaxDecoderModel(FlaxPreTrainedModel):
 
     cache_class: ClassVar[type[LinearCache | StaticCache]] = LinearCache
     rounds_lengths: Any = True
-    extra_input_ids: ClassVar[int] = 0
+    extra_input_ids: Any = 0
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the layers of the decoder, also where there is more to the model."""
+        return self.config
 
     @property
     def cache_sizes(self) -> Any:
         """What has the sizes of a cache: ``num_hidden_layers``, ``num_key_value_heads`` and ``head_dim``."""
-        return self.config
+        return self.text_config
 
     def init_cache(self, batch_size: int, max_length: int) -> LinearCache | StaticCache:
         """An empty static cache for ``max_length`` frames, to be passed as ``cache``.
@@ -171,7 +176,7 @@ class FlaxDecoderModel(FlaxPreTrainedModel):
             self.config.output_attentions if output_attentions is None else output_attentions
         )
         if train and dropout_rng is None:
-            if self.config.attention_dropout > 0:
+            if self.text_config.attention_dropout > 0:
                 raise ValueError(
                     "`train=True` with `attention_dropout` > 0 needs `dropout_rng`: pass a key of `jax.random.key`."
                 )
@@ -235,7 +240,7 @@ class FlaxTextModel(FlaxDecoderModel):
             ValueError: for wrong shapes, ids outside the vocabulary (where the ids are traced: only under
                 ``checkify``, otherwise JAX clamps them) and more frames than the cache has room for.
         """
-        config = self.config
+        config = self.text_config
         given = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -292,7 +297,7 @@ class FlaxTextForCausalLM(FlaxGenerationMixin, FlaxDecoderModel):
             labels: ids in ``[0, vocab_size)``, or -100 to ignore; shifted inside, so pass ``input_ids``.
             logits_to_keep: logits and ``last_hidden_state`` of the last frames only, 0 for all. Not with ``labels``.
         """
-        config = self.config
+        config = self.text_config
         given = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,

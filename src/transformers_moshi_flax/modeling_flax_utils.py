@@ -117,7 +117,6 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     _kept_for_speed: ClassVar[tuple[str, ...]] = (
         "_programs_of",
         "_programs",
-        "_decoder",
         "_norms",
         "_parts",
         "_adapted",
@@ -194,8 +193,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         parts = vars(self).setdefault("_parts", {})
         if name not in parts:
             model_class, config = self._class_of_part(name)
-            part = model_class(config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
-            part._whole, part._name_in_whole, part._is_initialized = self, name, self._is_initialized
+            part = model_class.__new__(model_class)
+            part._whole, part._name_in_whole = self, name  # by which it knows its quantized layers
+            part.__init__(config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
+            part._is_initialized = self._is_initialized
             parts[name] = part
         part = parts[name]
         if part.can_generate():
@@ -411,7 +412,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         """
         drawn = _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
         if self.quantization is not None:
-            drawn = quantized(drawn, self.quantization, self._name_in_moshi)
+            drawn = quantized(drawn, self.quantization, self._prefix_in_whole)
         if params is None:
             return drawn
         kept = flatten_dict(unfreeze(params))
@@ -581,7 +582,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         chosen = None if quantization is None else model._checked_quantization(quantization)
         shapes = model.params_shape_tree
         if chosen is not None:
-            shapes = quantized_shapes(shapes, chosen, model._name_in_moshi)
+            shapes = quantized_shapes(shapes, chosen, model._prefix_in_whole)
         shardings = {} if sharding is None else resolve_shardings(sharding, shapes)
         if verify:
             for file in weights.files:
@@ -687,7 +688,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         if to_pt and not safe_serialization:
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if to_pt:
-            self._refuse_quantized("to_pt=True")
+            self._check_to_pt()
         upload = {
             "private": private,
             "commit_message": commit_message,
@@ -736,6 +737,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
             )
         if push_to_hub:
             self._upload(folder, written, repo_id or folder.resolve().name, params, card=card, token=token, **upload)
+
+    def _check_to_pt(self) -> None:
+        """ValueError if there is no PyTorch layout of this model."""
+        self._refuse_quantized("to_pt=True")
 
     def push_to_hub(
         self,
@@ -910,7 +915,7 @@ def _load(
     quantization: QuantizationConfig | None,
 ) -> tables.ReadResult:
     """Read the leaves of a model, quantize them if that is asked for, and raise if the checkpoint does not fit it."""
-    prefix = model._name_in_moshi
+    prefix = model._prefix_in_whole
     layers = {} if quantization is None else quantized_layers(model.params_shape_tree, quantization, prefix)
 
     def placed(path: str, leaf: np.ndarray) -> dict[str, jax.Array]:

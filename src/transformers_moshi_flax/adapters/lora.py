@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from ..nn.linear import DROPOUT, LEAVES, LORA_A, LORA_B, ROWS, SCALING
 from .config import LoraConfig
-from .targets import CODEC, Linear
+from .targets import OF_AUDIO, Linear
 
 BASE = "__base__"
 """The name of no adapter, for rows that have none; PEFT's."""
@@ -109,15 +109,15 @@ def by_row(adapters: Sequence[Adapter], rows: Sequence[int]) -> Leaves:
         rows: the number of each row's adapter; ``len(adapters)`` is none.
 
     Raises:
-        ValueError: an adapter changes Mimi within Moshi, or has parameters instead of the model's, which are the same
-            in all rows.
+        ValueError: an adapter changes an encoder of audio within a larger model, whose batches are others, or has
+            parameters instead of the model's, which are the same in all rows.
     """
     whole = sorted({path for adapter in adapters for path in adapter.whole_parameters})
-    of_codec = [layer.name for adapter in adapters for layer in adapter.layers if layer.name.startswith(CODEC)]
-    if of_codec:
+    of_audio = [layer.name for adapter in adapters for layer in adapter.layers if layer.name.startswith(OF_AUDIO)]
+    if of_audio:
         raise ValueError(
-            f"an adapter of Mimi's layers ({of_codec[0]!r}) cannot be one row's alone, as Mimi's batches are others "
-            "than Moshi's: make it the active one"
+            f"an adapter of an audio encoder's layers ({of_audio[0]!r}) cannot be one row's alone, as its batches are "
+            "others than those of the text: make it the active one"
         )
     if whole:
         raise ValueError(
@@ -193,6 +193,13 @@ def merged_kernels(params: Mapping[str, Any], adapters: Sequence[Adapter]) -> Le
 def trained_leaves(leaves: Mapping[str, Any]) -> Leaves:
     """Those of an adapter that are no settings."""
     return {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in (SCALING, DROPOUT)}
+
+
+def check_trained(own: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """ValueError for leaves that are to stand for others, by "/"-joined path, with other paths or shapes."""
+    wrong = sorted(own.keys() ^ leaves.keys()) or sorted(path for path in own if own[path].shape != leaves[path].shape)
+    if wrong:
+        raise ValueError(f"`leaves` are missing, too many, or of another shape: {wrong[:3]}")
 
 
 def parameter_count(leaves: Mapping[str, Any]) -> int:

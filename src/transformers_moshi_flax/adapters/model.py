@@ -24,6 +24,7 @@ from .lora import (
     BASE,
     Adapter,
     by_row,
+    check_trained,
     joined,
     merged_kernels,
     new_leaves,
@@ -275,7 +276,7 @@ class FlaxAdapterMixin:
             ValueError: other paths or shapes.
         """
         adapter = self._one_adapter(adapter_name)
-        self._check_leaves(adapter, leaves)
+        check_trained(trained_leaves(adapter.leaves), leaves)
         return with_leaves(self.params if params is None else params, {**adapter.leaves, **leaves})
 
     def set_adapter_leaves(self, leaves: Mapping[str, Any], adapter_name: str | None = None) -> None:
@@ -286,16 +287,8 @@ class FlaxAdapterMixin:
         """
         self._refuse_merged("set_adapter_leaves")
         adapter = self._one_adapter(adapter_name)
-        self._check_leaves(adapter, leaves)
+        check_trained(trained_leaves(adapter.leaves), leaves)
         adapter.leaves = {**adapter.leaves, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}}
-
-    @staticmethod
-    def _check_leaves(adapter: Adapter, leaves: Mapping[str, Any]) -> None:
-        own = trained_leaves(adapter.leaves)
-        problems = list(own.keys() ^ leaves.keys())
-        problems += [path for path in own.keys() & leaves.keys() if own[path].shape != leaves[path].shape]
-        if problems:
-            raise ValueError(f"leaves are missing, too many, or of another shape: {sorted(problems)[:3]}")
 
     def _one_adapter(self, name: str | None) -> Adapter:
         self._need_adapters()

@@ -19,6 +19,9 @@ HEADS = ("lm_head", "lm_heads")
 CODEC = "audio_encoder."
 """How the names of Mimi's layers begin within Moshi, which ``"all-linear"`` leaves out too: it is not trained."""
 
+OF_AUDIO = (CODEC, "audio_tower.", "multi_modal_projector.")
+"""How the names of layers begin whose batches are recordings."""
+
 WEIGHT = ".weight"
 
 

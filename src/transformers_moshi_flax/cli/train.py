@@ -1,4 +1,4 @@
-"""``moshi-flax train``: train Moshi, or a language model, as a YAML file says."""
+"""``moshi-flax train``: train Moshi, a language model or a speech-language model, as a YAML file says."""
 
 from __future__ import annotations
 

@@ -98,11 +98,12 @@ class FlaxGenerationMixin:
     config: Any
     module: Any
     extra_input_ids: Any
+    text_config: Any
     generation_defaults: Callable[..., GenerationConfig | None]
     whole_params: Callable[..., Any]
+    _compiled: Callable[[], dict[Any, Any]]
 
     _generates = True
-    _programs: dict[Any, Program]
 
     def make_decoder(self) -> Decoder:
         """The decoder of the model's present module."""
@@ -115,18 +116,19 @@ class FlaxGenerationMixin:
 
         ``donated`` are positions among the arguments after the decoder; for ``unoptimized`` see :class:`Program`.
         """
-        if getattr(self, "_programs_of", None) is not self.module:
-            self._programs_of, self._programs, self._decoder = self.module, {}, self.make_decoder()
+        programs = self._compiled()
         key = (function, unoptimized, *sorted(static.items()))
-        if key not in self._programs:
-            decoder = self._decoder
+        if key not in programs:
+            if Decoder not in programs:  # of the present module, as they are
+                programs[Decoder] = self.make_decoder()
+            decoder = programs[Decoder]
 
             def program(*args):
                 return function(decoder, *args, **static)
 
             program.__name__ = function.__name__
-            self._programs[key] = Program(program, donated, unoptimized)
-        return self._programs[key]
+            programs[key] = Program(program, donated, unoptimized)
+        return programs[key]
 
     def generate(
         self,
@@ -188,22 +190,22 @@ class FlaxGenerationMixin:
         """What :meth:`generate` is called with, checked and on the device."""
         config, inputs = merge_generation_config(self.generation_defaults(), generation_config, kwargs, TEXT_INPUTS)
         given = on_host({**given, **inputs})
-        batch_size, length = check_prompt(self.config, self.config.vocab_size + self.extra_input_ids, given)
+        batch_size, length = check_prompt(self.text_config, self.text_config.vocab_size + self.extra_input_ids, given)
         input_ids, inputs_embeds = given["input_ids"], given.get("inputs_embeds")
-        attention_mask = text_mask(config, given, batch_size, length, self.config.vocab_size)
+        attention_mask = text_mask(config, given, batch_size, length, self.text_config.vocab_size)
         if input_ids is None:
             # no id of the vocabulary, so that no processor of logits takes it for a part of the history
-            input_ids = np.full((batch_size, length), self.config.vocab_size)
+            input_ids = np.full((batch_size, length), self.text_config.vocab_size)
         plan = resolve_plan(
             config,
             length,
-            self.config.vocab_size,
+            self.text_config.vocab_size,
             batch_size,
             attention_mask,
             given.get("stop_lengths"),
             logits_processor,
         )
-        forced = {"forced_text_ids": forced_input(self.config.vocab_size, {}, plan.max_length - length)}
+        forced = {"forced_text_ids": forced_input(self.text_config.vocab_size, {}, plan.max_length - length)}
         check_inputs(forced, given, {"batch": batch_size})
         traced = is_tracing(input_ids, inputs_embeds, attention_mask, params, prng_key, plan.sampling, given)
         check_watching(plan, streamer, traced)

@@ -21,6 +21,7 @@ class FlaxQuantizationMixin:
     dtype: Any
     params: Any
     _whole: Any
+    _name_in_whole: str
     _before_merge: dict[str, Any] | None
     _rebuild: Callable[[PreTrainedConfig], None]
     # the shapes of the parameters as floats, whatever they are
@@ -32,9 +33,11 @@ class FlaxQuantizationMixin:
         return QuantizationConfig.of_model(self.config)
 
     @property
-    def _name_in_moshi(self) -> str:
-        """What the names of the parameters begin with in the whole of Moshi."""
-        return self.checkpoint_prefixes[-1]
+    def _prefix_in_whole(self) -> str:
+        """What the names of the parameters begin with in the model that this one is a part of, such as Moshi."""
+        if self._whole is None:
+            return self.checkpoint_prefixes[-1]
+        return f"{self._whole._prefix_in_whole}{self._name_in_whole}."
 
     def quantize(self, quantization: QuantizationConfig | str) -> Any:
         """Quantize the linear layers, in place; an adapter stays beside them.
@@ -57,7 +60,7 @@ class FlaxQuantizationMixin:
                 "quantize: adapters are merged into the weights; unmerge_adapter first, or save the model and load it "
                 "with quantization="
             )
-        params = quantized(self.params, chosen, self._name_in_moshi)
+        params = quantized(self.params, chosen, self._prefix_in_whole)
         self._rebuild(self._config_with(chosen))
         self.params = params
         return self
@@ -91,8 +94,8 @@ class FlaxQuantizationMixin:
                 f"quantization={chosen.kind!r}, but the weights are quantized already, {self.quantization}: take them "
                 "as they are, or quantize the floats that they were made of"
             )
-        check_skip(self._float_shape_tree, chosen, self._name_in_moshi)
-        quantized_layers(self._float_shape_tree, chosen, self._name_in_moshi)
+        check_skip(self._float_shape_tree, chosen, self._prefix_in_whole)
+        quantized_layers(self._float_shape_tree, chosen, self._prefix_in_whole)
         return chosen
 
     def _refuse_part(self, what: str) -> None:
@@ -123,4 +126,4 @@ class FlaxQuantizationMixin:
         quantization = self.quantization
         if quantization is None:
             return self._float_shape_tree
-        return quantized_shapes(self._float_shape_tree, quantization, self._name_in_moshi)
+        return quantized_shapes(self._float_shape_tree, quantization, self._prefix_in_whole)

@@ -384,9 +384,10 @@ def held_out(config: Any) -> bool:
 
 def configurations_of_tasks() -> dict[str, type[Configuration]]:
     """What the tasks of ``moshi-flax train`` are configured by."""
-    from .text.configuration import TextTrainingConfig  # which is made of what is here
+    from .speech_text.configuration import SpeechTextTrainingConfig  # which are made of what is here
+    from .text.configuration import TextTrainingConfig
 
-    return {"dialogue": TrainingConfig, "text": TextTrainingConfig}
+    return {"dialogue": TrainingConfig, "text": TextTrainingConfig, "speech_text": SpeechTextTrainingConfig}
 
 
 def load_configuration(

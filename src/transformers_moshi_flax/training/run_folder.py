@@ -307,6 +307,10 @@ def open_run(path: str | os.PathLike) -> RunFolder:
             from .text.run_folder import TextRunFolder
 
             return TextRunFolder(path)
+        if content.startswith("task: speech_text\n"):
+            from .speech_text.run_folder import SpeechTextRunFolder
+
+            return SpeechTextRunFolder(path)
     return folder
 
 

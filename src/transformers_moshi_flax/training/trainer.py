@@ -694,6 +694,10 @@ def make_trainer(config: Configuration, notes: Console | None = None) -> Trainer
         from .text.trainer import TextTrainer  # which is made of what is here
 
         return TextTrainer(config, notes)
+    if config.task == "speech_text":
+        from .speech_text.trainer import SpeechTextTrainer
+
+        return SpeechTextTrainer(config, notes)
     return Trainer(config, notes)
 
 

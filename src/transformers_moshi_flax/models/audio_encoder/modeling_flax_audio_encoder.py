@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 from ...adapters.config import LoraConfig
+from ...adapters.lora import check_trained, with_leaves
 from ...input_checks import refuse_params
 from ...modeling_flax_auto import FlaxAutoAudioEncoder
 from ...modeling_flax_encoder import FlaxEncoderModel
@@ -181,13 +182,8 @@ class FlaxAudioEncoder:
         """
         if self.model.peft_config:
             return self.model.with_adapter_leaves(leaves)
-        own = self.trainable()
-        wrong = sorted(own.keys() ^ leaves.keys()) or sorted(
-            path for path in own if own[path].shape != leaves[path].shape
-        )
-        if wrong:
-            raise ValueError(f"`leaves` are missing, too many, or of another shape: {wrong[:3]}")
-        return unflatten_dict({**flatten_dict(self.model.params, sep="/"), **leaves}, sep="/")
+        check_trained(self.trainable(), leaves)
+        return with_leaves(self.model.params, leaves)
 
     def set_trainable(self, leaves: Mapping[str, Any]) -> None:
         """Other values for :meth:`trainable`; ValueError as of :meth:`with_trainable`."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
-from transformers import WhisperConfig
+from transformers import VoxtralEncoderConfig, WhisperConfig
 
 from ...generation.arrays import on_device
 from ...input_checks import Input, check_input
@@ -23,19 +23,25 @@ AUDIO = Input({"batch": None, "samples": None}, "audio")
 
 
 class FlaxWhisperEncoder(FlaxEncoderModel):
-    """The encoder of Whisper (Radford et al., 2022); upstream ``WhisperEncoder``.
+    """The encoder of Whisper (Radford et al., 2022); upstream ``WhisperEncoder`` and ``VoxtralEncoder``.
 
-    It is read from checkpoints of the whole of Whisper, of which no other tensor is fetched, and from its own.
+    It is read from checkpoints of the whole of Whisper or Voxtral, of which no other tensor is fetched, and from its
+    own.
     """
 
     config_class = WhisperConfig
+    config_classes = (WhisperConfig, VoxtralEncoderConfig)
     base_model_prefix = "model"
     main_input_name = "input_features"
     module_class = FlaxWhisperEncoderModule
     checkpoint_rules = WHISPER_RULES
-    checkpoint_prefixes = ("", "encoder.", "model.encoder.")
+    checkpoint_prefixes = ("", "encoder.", "audio_tower.", "model.encoder.")
     default_input_shape = (1,)
     dropout_fields = ("dropout", "activation_dropout", "attention_dropout", "encoder_layerdrop")
+
+    @property
+    def upstream_name(self) -> str:
+        return "VoxtralEncoder" if isinstance(self.config, VoxtralEncoderConfig) else super().upstream_name
 
     @property
     def hop_length(self) -> int:

@@ -5,13 +5,14 @@ Names and parameter paths follow ``transformers.models.whisper.modeling_whisper`
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
-from transformers import WhisperConfig
 
 from ...modeling_flax_outputs import FlaxBaseModelOutput
 from ...nn.activations import ACT2FN
@@ -27,22 +28,22 @@ EPS = 1e-5
 """Of all norms."""
 
 
-def check_config(config: WhisperConfig) -> None:
+def check_config(config: Any) -> None:
     """Raises ``ValueError`` for sizes that do not go together, and an activation that is not known."""
-    heads = config.encoder_attention_heads
+    heads, kind = config.encoder_attention_heads, config.model_type
     if config.d_model % heads:
         raise ValueError(
-            f"`encoder_attention_heads` of this 'whisper' configuration is {heads}, which does not divide the "
+            f"`encoder_attention_heads` of this {kind!r} configuration is {heads}, which does not divide the "
             f"{config.d_model} channels (`d_model`): change one."
         )
     if config.d_model % 2 or config.d_model < 4:
         raise ValueError(
-            f"`d_model` of this 'whisper' configuration is {config.d_model}, but positions are pairs of sine and "
+            f"`d_model` of this {kind!r} configuration is {config.d_model}, but positions are pairs of sine and "
             "cosine: take an even one of at least 4."
         )
     if config.activation_function not in ACT2FN:
         raise ValueError(
-            f"`activation_function` of this 'whisper' configuration is {config.activation_function!r}, which is not "
+            f"`activation_function` of this {kind!r} configuration is {config.activation_function!r}, which is not "
             f"supported: use one of {', '.join(sorted(ACT2FN))}."
         )
 
@@ -58,7 +59,7 @@ def sinusoids(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.flo
 class FlaxWhisperPositions(nn.Module):
     """The table of positions, which is not trained."""
 
-    config: WhisperConfig
+    config: Any
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -71,7 +72,7 @@ class FlaxWhisperPositions(nn.Module):
 class FlaxWhisperEncoderLayer(nn.Module):
     """Attention and two linear layers, with norms before them; upstream ``WhisperEncoderLayer``."""
 
-    config: WhisperConfig
+    config: Any
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -83,7 +84,8 @@ class FlaxWhisperEncoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Float[Array, "batch frames hidden"], Float[Array, "batch heads frames frames"] | None, None]:
         """The None is in the place of the cache that decoders' layers have."""
-        config, dtype, initializer = self.config, self.dtype, normal(self.config.init_std)
+        config, dtype = self.config, self.dtype
+        initializer = normal(config.init_std if hasattr(config, "init_std") else config.initializer_range)
         attention = SelfAttention(
             config.encoder_attention_heads,
             initializer,
@@ -113,7 +115,7 @@ class FlaxWhisperEncoderLayer(nn.Module):
 class FlaxWhisperEncoderLayers(nn.Module):
     """The numbered layers; returns the input of every layer, the last output, and all weights."""
 
-    config: WhisperConfig
+    config: Any
     dtype: DTypeLike = jnp.float32
     gradient_checkpointing: bool = False
 
@@ -146,7 +148,7 @@ class FlaxWhisperEncoderModule(nn.Module):
         ValueError: a configuration that is not supported.
     """
 
-    config: WhisperConfig
+    config: Any
     dtype: DTypeLike = jnp.float32
     gradient_checkpointing: bool = False
 

@@ -23,14 +23,20 @@ ARRAYS = ("input_ids", "segment_ids", "labels")
 
 @dataclasses.dataclass(frozen=True)
 class TextObjective:
-    """An :class:`~transformers_moshi_flax.training.objective.Objective`, for modules with a head of text."""
+    """An :class:`~transformers_moshi_flax.training.objective.Objective`, for modules with a head of text.
+
+    Attributes:
+        names: of the arrays that it reads.
+    """
+
+    names: tuple[str, ...] = ARRAYS
 
     def arrays(self, batch: Batch) -> dict[str, Array]:
-        """The arrays named in :data:`ARRAYS`; ValueError if some are missing."""
-        missing = [name for name in ARRAYS if name not in batch]
+        """The arrays named in :attr:`names`; ValueError if some are missing."""
+        missing = [name for name in self.names if name not in batch]
         if missing:
             raise ValueError(f"`batch` lacks {', '.join(missing)}; it has {', '.join(batch) or 'nothing'}.")
-        return {name: jnp.asarray(batch[name]) for name in ARRAYS}
+        return {name: jnp.asarray(batch[name]) for name in self.names}
 
     def totals(self, module: nn.Module, batch: Batch) -> dict[str, Float[Array, ""]]:
         """How many tokens of the batch are predicted."""
@@ -48,17 +54,11 @@ class TextObjective:
         """The mean over all tokens that have a label, in at least float32, and sums for :meth:`metrics`."""
         batch = self.arrays(batch)
         totals = self.totals(module, batch) if totals is None else totals
-        outputs: Any = module.apply(
-            {"params": params},
-            batch["input_ids"],
-            cache=PackedTexts(batch["segment_ids"]),
-            deterministic=not train,
-            output_attentions=False,
-            rngs=None if dropout_rng is None else dropout_rngs(dropout_rng),
-        )
+        rngs = None if dropout_rng is None else dropout_rngs(dropout_rng)
+        logits = self.logits(module, params, batch, deterministic=not train, rngs=rngs)
         labels = batch["labels"]
         known = labels != IGNORE_INDEX
-        losses, correct = token_losses(outputs.logits, labels)
+        losses, correct = token_losses(logits, labels)
         total = weighted_sum(losses, known.astype(losses.dtype))
         sums = {
             "loss": total,
@@ -66,6 +66,19 @@ class TextObjective:
             "correct": jnp.sum(correct, dtype=jnp.int32),
         }
         return divided(total, totals["tokens"].astype(total.dtype)), jax.lax.stop_gradient(sums)
+
+    def logits(
+        self, module: nn.Module, params: Mapping[str, Any], batch: Mapping[str, Array], **options: Any
+    ) -> Float[Array, "batch tokens vocab"]:
+        """What is predicted at every token; ``options`` are those of ``module.apply``."""
+        outputs: Any = module.apply(
+            {"params": params},
+            batch["input_ids"],
+            cache=PackedTexts(batch["segment_ids"]),
+            output_attentions=False,
+            **options,
+        )
+        return outputs.logits
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
         """``loss``, its exponential ``perplexity``, the share of right predictions ``accuracy``, and how many

@@ -17,37 +17,26 @@ from ..data.loading import IGNORED, Batch, Loader
 from .texts import Texts
 
 
-class PackingPlan:
-    """Which tokens are in which row of which batch.
+class RowPlan:
+    """Which rows are in which batch.
 
-    A text of n tokens has n - 1 pairs of a token and the next one. Texts with more pairs than ``max_length`` are cut
-    into pieces of so many, and a rest; a token at a cut is the last label of one piece and the first input of the
-    next, so that every token of a text but its first is predicted once an epoch.
+    Args:
+        rows: how many there are.
+        contents: changes with what is in them.
+        batch_size: rows of a batch.
+        seed: of the order.
+        shuffle: False takes the rows as they lie.
 
     Attributes:
-        text, begin, length: of every piece: its text, its first token in ``Texts.tokens``, and its pairs.
-        row_ends: how many pieces are in the rows up to each; the pieces of a row are neighbours.
         batches_per_epoch: the last one, which may lack rows, included.
         fingerprint: of data and settings.
     """
 
-    def __init__(self, texts: Texts, *, batch_size: int, max_length: int, seed: int = 0, shuffle: bool = True):
-        self.batch_size, self.max_length = batch_size, max_length
+    def __init__(self, rows: int, contents: str, batch_size: int, seed: int, shuffle: bool):
+        self.rows, self.batch_size = rows, batch_size
         self._seed, self._shuffle = seed, shuffle
-        pairs = texts.ends - texts.begins - 1
-        counts = -(-pairs // max_length)
-        text = np.repeat(np.arange(len(texts)), counts)
-        offset = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
-        length = np.minimum(pairs[text] - offset, max_length)
-        rows = best_fit(length, max_length)
-        order = np.argsort(rows, kind="stable")
-        self.text, self.length = text[order], length[order]
-        self.begin = (texts.begins[text] + offset)[order]
-        self.row_ends = np.cumsum(np.bincount(rows))
-        self.rows = len(self.row_ends)
-        self.batches_per_epoch = -(-self.rows // batch_size)
-        settings = ([int(number) for number in (batch_size, max_length, seed)], bool(shuffle))
-        self.fingerprint = hashlib.sha256(f"{texts.fingerprint} {settings}".encode()).hexdigest()
+        self.batches_per_epoch = -(-rows // batch_size)
+        self.fingerprint = hashlib.sha256(f"{contents} {batch_size} {seed} {bool(shuffle)}".encode()).hexdigest()
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def batch(self, number: int) -> Int[np.ndarray, "rows"]:
@@ -63,6 +52,33 @@ class PackingPlan:
         found = cached[1][place * self.batch_size : (place + 1) * self.batch_size]
         rows[: len(found)] = found
         return rows
+
+
+class PackingPlan(RowPlan):
+    """Which tokens are in which row of which batch.
+
+    A text of n tokens has n - 1 pairs of a token and the next one. Texts with more pairs than ``max_length`` are cut
+    into pieces of so many, and a rest; a token at a cut is the last label of one piece and the first input of the
+    next, so that every token of a text but its first is predicted once an epoch.
+
+    Attributes:
+        text, begin, length: of every piece: its text, its first token in ``Texts.tokens``, and its pairs.
+        row_ends: how many pieces are in the rows up to each; the pieces of a row are neighbours.
+    """
+
+    def __init__(self, texts: Texts, *, batch_size: int, max_length: int, seed: int = 0, shuffle: bool = True):
+        self.max_length = max_length
+        pairs = texts.ends - texts.begins - 1
+        counts = -(-pairs // max_length)
+        text = np.repeat(np.arange(len(texts)), counts)
+        offset = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
+        length = np.minimum(pairs[text] - offset, max_length)
+        rows = best_fit(length, max_length)
+        order = np.argsort(rows, kind="stable")
+        self.text, self.length = text[order], length[order]
+        self.begin = (texts.begins[text] + offset)[order]
+        self.row_ends = np.cumsum(np.bincount(rows))
+        super().__init__(len(self.row_ends), f"{texts.fingerprint} {int(max_length)}", batch_size, seed, shuffle)
 
     def pieces(self, row: int) -> range:
         """The pieces of a row."""

@@ -12,6 +12,9 @@ from ..run_folder import RunFolder
 class TextRunFolder(RunFolder):
     """See :class:`RunFolder`; ``export/`` has a language model for ``FlaxAutoModelForCausalLM.from_pretrained``."""
 
+    mapping = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
+    called = "language model"
+
     def freezes(self) -> bool:
         """As of :class:`RunFolder`."""
         config = self.configuration()
@@ -19,8 +22,8 @@ class TextRunFolder(RunFolder):
 
     def model_class(self, source: Source) -> type[FlaxPreTrainedModel]:
         model_type = read_config(source).get("model_type")
-        model_class = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.of_model_type(model_type)
+        model_class = self.mapping.of_model_type(model_type)
         if model_class is None:
-            known = ", ".join(FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.model_types)
-            raise ValueError(f"{source.name!r} has model_type={model_type!r}, which is no language model of {known}")
+            known = ", ".join(self.mapping.model_types)
+            raise ValueError(f"{source.name!r} has model_type={model_type!r}, which is no {self.called} of {known}")
         return model_class

@@ -1,0 +1,1 @@
+"""Training of speech-language models on recordings, questions and answers: what differs from texts."""

@@ -15,7 +15,9 @@ from .. import __version__
 from ..checkpoints.configs import override_config
 from ..checkpoints.files import Source
 from ..checkpoints.replacing import whole_folder
+from ..generation.sampling import TOP_P_CANDIDATES
 from ..input_checks import is_whole
+from ..models.moshi.generation_flax_moshi import DEPTH_PREFIX
 from ..runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, NEXT, checksum
 from .graph import OPSET
 from .saving import save_graph
@@ -40,7 +42,7 @@ def export_onnx(
         source: a checkpoint, directory or Hub id, whose tokenizer and licence go along.
         batch_size: dialogues that go on side by side.
         context: frames that Moshi looks back, at most as many as the model's ``sliding_window`` (default).
-        **options: how tokens are chosen, as of ``model.streaming``; numbers become inputs.
+        **options: how tokens are chosen, as of ``model.streaming``, as JSON has it; numbers become inputs.
 
     Returns:
         The manifest.
@@ -53,8 +55,9 @@ def export_onnx(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` is {str(folder)!r}, which is there and not empty: give another one.")
-    model = with_context(checked(model), context)
-    stream = model.streaming(batch_size, **options)
+    model, params = with_context(checked(model), context)
+    stream = model.streaming(batch_size, params=params, **options)
+    check_sampling(stream, (model.config.vocab_size, model.config.audio_vocab_size))
     steps = dialogue_steps(model, stream)
     with whole_folder(folder) as fresh:
         for step in steps.values():
@@ -77,12 +80,12 @@ def export_onnx(
             "vocab_size": model.config.vocab_size,
             "audio_vocab_size": model.config.audio_vocab_size,
             "tokenizer": tokenizer,
+            "options": options,
             "sampling": stream.numbers,
             "bounds": {name: bound for name, bound in stream.bounds.items() if name in stream.numbers},
             "steps": {name: described(step) for name, step in sorted(steps.items())},
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
-                for path in sorted(fresh.iterdir())
+                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in sorted(fresh.iterdir())
             },
         }
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -101,16 +104,27 @@ def checked(model: Any) -> Any:
     return model
 
 
-def with_context(model: Any, context: int | None) -> Any:
-    """The model with a shorter window of attention; raises ``ValueError`` for one that it does not have."""
-    window = model.config.sliding_window
+def check_sampling(stream: Any, vocabularies: tuple[int, int]) -> None:
+    """Raises ``ValueError`` for top-p without top-k, which sorts a large vocabulary where the best do not suffice."""
+    for prefix, sampling, size in zip(("", DEPTH_PREFIX), stream.samplings, vocabularies):
+        if sampling.do_sample and sampling.top_p is not None and sampling.top_k is None and size > TOP_P_CANDIDATES:
+            raise ValueError(
+                f"`{prefix}top_p` without `{prefix}top_k` is not exported, as it sorts all {size} tokens where it has "
+                f"to: give `{prefix}top_k` too."
+            )
+
+
+def with_context(model: Any, context: int | None) -> tuple[Any, Any]:
+    """The model with a shorter window of attention, without parameters, and these; raises ``ValueError`` for a window
+    that it does not have."""
+    params, window = model.whole_params(None), model.config.sliding_window
     if context is None or context == window:
-        return model
+        return model, params
     if not is_whole(context) or not 1 <= context <= window:
         raise ValueError(f"`context` is {context!r}, but must be in [1, {window}], the `sliding_window` of the model.")
     shorter = type(model)(override_config(model.config, {"sliding_window": int(context)}), _do_init=False)
-    shorter.params, shorter.generation_config = model.params, model.generation_config
-    return shorter
+    shorter.generation_config = model.generation_config
+    return shorter, params
 
 
 def copied(source: str | os.PathLike | None, folder: Path) -> tuple[list[str], str | None]:
@@ -163,7 +177,6 @@ def described(step: Step) -> dict[str, Any]:
             for entry in step.state
         ],
         "uniforms": [
-            {"input": draw.name, "stream": draw.stream, "part": draw.part, "count": draw.count}
-            for draw in step.draws
+            {"input": draw.name, "stream": draw.stream, "part": draw.part, "count": draw.count} for draw in step.draws
         ],
     }

@@ -58,8 +58,9 @@ class Value:
 
     shape: Shape
     dtype: np.dtype
-    array: np.ndarray | None = None
-    tensor: Tensor | None = None
+    # Any: one of them is there
+    array: Any = None
+    tensor: Any = None
     base: Shape = ()
     label: str = ""
     parts: tuple[int, tuple[Value, ...]] | None = None
@@ -71,12 +72,11 @@ class Value:
     @property
     def core(self) -> np.ndarray:
         """A known array without what is only broadcast."""
-        assert self.array is not None
         index = tuple(
             slice(0, 1) if stride == 0 and size > 1 else slice(None)
             for stride, size in zip(self.array.strides, self.array.shape)
         )
-        return self.array[index]
+        return self.array[(*index, ...)]
 
 
 def constant(array: Any, label: str = "") -> Value:
@@ -102,7 +102,7 @@ class Graph:
         self.outputs: dict[str, tuple[Shape, np.dtype]] = {}
         self.scope = ""
         self._renamed: dict[str, str] = {}
-        self._made: dict[Any, Tensor] = {}
+        self._made: dict[Any, list[Tensor]] = {}
         self._names: dict[Any, str] = {}
         self._kept: list[np.ndarray] = []
         self._transposed: dict[str, tuple[Value, tuple[int, ...]]] = {}
@@ -227,7 +227,6 @@ class Graph:
         base = tuple(value.base[axis] for axis in order)
         if is_reshape(value.base, order):
             return dataclasses.replace(value, shape=shape, base=base, parts=None)
-        assert value.tensor is not None
         if value.tensor.shape == value.base and value.tensor.name in self._transposed:
             source, before = self._transposed[value.tensor.name]
             whole = tuple(before[axis] for axis in order)
@@ -241,7 +240,6 @@ class Graph:
         """Whether :meth:`transpose` makes no node."""
         if value.known or is_reshape(value.base, order):
             return True
-        assert value.tensor is not None
         if value.tensor.shape != value.base or value.tensor.name not in self._transposed:
             return False
         _, before = self._transposed[value.tensor.name]
@@ -253,7 +251,11 @@ class Graph:
             return value
         if value.known:
             return constant(value.array[tuple(map(slice, starts, stops, steps))])
-        if value.parts is not None and 0 not in shape and (fewer := self._whole_parts(value, shape, starts, steps)) is not None:
+        if (
+            value.parts is not None
+            and 0 not in shape
+            and (fewer := self._whole_parts(value, shape, starts, steps)) is not None
+        ):
             return fewer
         # where it is only repeated, there is less of it
         axes = [axis for axis, size in enumerate(value.base) if size == value.shape[axis] != shape[axis]]
@@ -327,7 +329,7 @@ class Graph:
 
     def finish(self) -> None:
         """Leaves out what nothing needs, and gives the outputs their names."""
-        needed = {source for source in self._renamed}
+        needed = set(self._renamed)
         kept = []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):

@@ -106,7 +106,7 @@ def _simple(op: str) -> Entry:
 TABLE.update({name: _simple(op) for name, op in (UNARY | BINARY | COMPARISONS).items()})
 
 
-def _scalar(number: float, dtype: Any) -> Value:
+def _scalar(number: int | float, dtype: Any) -> Value:
     return constant(np.array(number, dtype))
 
 
@@ -125,7 +125,7 @@ def _logical(op: str, neutral: bool) -> Entry:
         if out.dtype != np.bool_:
             return graph.elementwise(f"Bitwise{op}", [x, y], out.dtype)
         for one, other in ((x, y), (y, x)):
-            if one.known and (one.array == neutral).all() and other.shape == out.shape:
+            if one.known and np.all(one.array == neutral) and other.shape == out.shape:
                 return other
         return graph.elementwise(op, [x, y], np.bool_)
 
@@ -171,7 +171,7 @@ def _is_finite(graph: Graph, params: Params, out: Any, x: Value) -> Value:
 def _select_n(graph: Graph, params: Params, out: Any, which: Value, *cases: Value) -> Value:
     if len(cases) != 2:
         raise NotExportable(f"of {len(cases)} cases")
-    if which.known and (which.array == which.core.flat[0]).all():
+    if which.known and np.all(which.array == which.core.flat[0]):
         return cases[int(which.core.flat[0])]
     return graph.elementwise("Where", [which, cases[1], cases[0]], out.dtype)
 
@@ -301,7 +301,7 @@ def _between(graph: Graph, x: Value, axis: int, begin: int, end: int) -> list[Va
 def _known_starts(starts: Sequence[Value], shape: Sequence[int], sizes: Sequence[int]) -> list[int]:
     if not all(start.known for start in starts):
         raise NotExportable("from a place that the step computes")
-    numbers = [int(start.array) for start in starts]  # type: ignore[arg-type]
+    numbers = [int(start.array) for start in starts]
     return [min(max(start, 0), whole - size) for start, whole, size in zip(numbers, shape, sizes)]
 
 
@@ -369,8 +369,8 @@ def _top_k(graph: Graph, params: Params, out: Any, x: Value) -> list[Value]:
     number, axis = params["k"], params["axis"]
     shape = (*x.shape[:axis], number, *x.shape[axis + 1 :])
     values, places = graph.nodes_of("TopK", [graph.full(x), graph.integers([number])], [shape] * 2, axis=axis)
-    places = graph.cast(Value(shape, np.dtype(np.int64), tensor=places, base=shape), np.int32)
-    return [Value(shape, x.dtype, tensor=values, base=shape), places]
+    columns = Value(shape, np.dtype(np.int64), tensor=places, base=shape)
+    return [Value(shape, x.dtype, tensor=values, base=shape), graph.cast(columns, np.int32)]
 
 
 @entry("sort")
@@ -434,9 +434,7 @@ def _convolution(graph: Graph, params: Params, out: Any, x: Value, kernel: Value
         raise NotExportable("of more than one axis, or in groups of rows")
     x = graph.transpose(x, numbers.lhs_spec)
     kernel = graph.transpose(kernel, numbers.rhs_spec)  # (out, in, width)
-    stride, written, dilation = (
-        int(params[name][0]) for name in ("window_strides", "lhs_dilation", "rhs_dilation")
-    )
+    stride, written, dilation = (int(params[name][0]) for name in ("window_strides", "lhs_dilation", "rhs_dilation"))
     low, high = map(int, params["padding"][0])
     order = [numbers.out_spec.index(axis) for axis in range(3)]
     shape = tuple(out.shape[axis] for axis in numbers.out_spec)
@@ -489,7 +487,9 @@ def _gather(graph: Graph, params: Params, out: Any, x: Value, places: Value) -> 
         raise NotExportable(f"with {numbers}")
     if params["mode"] == GatherScatterMode.CLIP:
         bounds = [_scalar(number, places.dtype) for number in (0, x.shape[axis] - 1)]
-        places = graph.elementwise("Min", [graph.elementwise("Max", [places, bounds[0]], places.dtype), bounds[1]], places.dtype)
+        places = graph.elementwise(
+            "Min", [graph.elementwise("Max", [places, bounds[0]], places.dtype), bounds[1]], places.dtype
+        )
     taken = places.shape[:-1]
     rest = [size for i, size in enumerate(x.shape) if i != axis and i >= batched]
     if batched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -36,7 +37,7 @@ def save_graph(graph: Graph, folder: Path, producer_version: str) -> list[str]:
     return [path.name, weights.name]
 
 
-def _initializer(name: str, array: np.ndarray, file: object, location: str) -> TensorProto:
+def _initializer(name: str, array: np.ndarray, file: BinaryIO, location: str) -> TensorProto:
     """A constant, whose numbers are written to the file unless there are few of them."""
     tensor = TensorProto(name=name, dims=array.shape, data_type=onnx_type(array.dtype))
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -45,7 +46,7 @@ def _initializer(name: str, array: np.ndarray, file: object, location: str) -> T
         return tensor
     offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
     file.write(b"\0" * (offset - file.tell()))
-    file.write(memoryview(little).cast("B"))
+    file.write(little.data.cast("B"))
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from ..generation.sampling import row_keys
+from ..models.mimi.streaming_flax_mimi import seanet_histories
 from ..models.moshi.generation_flax_moshi import FrameDecoder
 from ..models.moshi.stream_files import named_leaves
 from ..models.moshi.stream_state import StreamState, empty_state
 from ..models.moshi.streaming_flax_moshi import FlaxMoshiStream, convolve_frame, decode_frame, encode_frame, next_frame
-from ..models.mimi.streaming_flax_mimi import seanet_histories
 from ..runtime.manifest import NEXT
 from .graph import Graph, Value, constant
 from .walking import STEP, Draw, Key, Walk, objects
@@ -94,7 +94,12 @@ def dialogue_steps(model: Any, stream: FlaxMoshiStream) -> dict[str, Step]:
 
     def converse(params: Any, state: Any, **heard: Array) -> tuple[Any, dict[str, Array]]:
         after, frame = next_frame(
-            decoder, params["frame"], tuple(stream.samplings), state, active=jnp.asarray(active), **heard
+            decoder,
+            params["frame"],
+            (stream.samplings[0], stream.samplings[1]),
+            state,
+            active=jnp.asarray(active),
+            **heard,
         )
         made = {"text_ids": frame.text_ids, "audio_codes": frame.audio_codes, "text_logits": frame.text_logits}
         return after.replace(steps=state.steps), made  # which are counted where numbers are drawn
@@ -143,7 +148,7 @@ def _step(
     parameters, _ = jax.tree_util.tree_flatten_with_path(stream.parts)
     leaves = {key: leaf for key, leaf in named_leaves(initial).items() if key.startswith(f"{part}.")}
     # keys are typed, so that what is drawn from them can be told from numbers
-    program, (after, made) = jax.make_jaxpr(
+    program, (_, made) = jax.make_jaxpr(
         lambda params, state, given: function(params, state, **given), return_shape=True
     )(stream.parts, state, inputs)
     values = [constant(np.asarray(leaf), _label(path)) for path, leaf in parameters]

@@ -97,7 +97,7 @@ class Walk:
         known: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
         def read(atom: Any) -> Value:
-            return constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, Literal) else known[atom]
+            return constant(np.asarray(atom.val)) if isinstance(atom, Literal) else known[atom]
 
         for equation in needed(jaxpr):
             made = self._equation(equation, [read(atom) for atom in equation.invars])
@@ -105,7 +105,8 @@ class Walk:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, equation: Any, values: list[Value]) -> list[Value]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = {key: whole_numbers(value) for key, value in equation.params.items()}
         if name in SUBPROGRAMS:
             inner = params[SUBPROGRAMS[name]]
             if isinstance(inner, ClosedJaxpr):
@@ -114,7 +115,7 @@ class Walk:
         if name == "platform_index":
             return [constant(np.array(params["platforms"].index(None), np.int32))]
         if name == "cond" and values[0].known:
-            return self.program(params["branches"][int(values[0].array)], values[1:])  # type: ignore[arg-type]
+            return self.program(params["branches"][int(values[0].array)], values[1:])
         try:
             return self._node(equation, name, params, values)
         except NotExportable as error:
@@ -150,7 +151,6 @@ class Walk:
 
     def _random(self, name: str, params: dict[str, Any], values: list[Value], out: Any) -> Any:
         array = values[0].array
-        assert array is not None
         if name == "random_fold_in":
             data = values[1].array
             pairs = np.broadcast(array, data)
@@ -235,6 +235,13 @@ def objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     array = np.empty(len(items), object)
     array[:] = items
     return array.reshape(shape)
+
+
+def whole_numbers(value: Any) -> Any:
+    """Sizes and axes as Python has them; JAX has NumPy's here and there."""
+    if type(value) is tuple:
+        return tuple(map(whole_numbers, value))
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def plain(number: Any) -> int | str:

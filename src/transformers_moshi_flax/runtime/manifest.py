@@ -38,7 +38,9 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise BadExport(f"{str(folder)!r} is no export: it has no {MANIFEST}; write one with `moshi-flax export onnx`.")
+        raise BadExport(
+            f"{str(folder)!r} is no export: it has no {MANIFEST}; write one with `moshi-flax export onnx`."
+        )
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except ValueError as error:

@@ -122,8 +122,8 @@ class OnnxMoshi:
         audio = np.asarray(audio, np.float32)
         if (self.batch_size, self.channels) != (1, 1) or audio.ndim != 1:
             raise ValueError(
-                f"`audio` must be (samples,) for an export of one dialogue and channel, but has the shape {audio.shape} "
-                f"for {self.batch_size} and {self.channels}: use `streaming`."
+                f"`audio` must be (samples,) for one dialogue and channel, but has the shape {audio.shape} for "
+                f"{self.batch_size} and {self.channels}: use `streaming`."
             )
         stream = self.streaming(seed, **numbers)
         length = len(audio)
@@ -156,7 +156,9 @@ class OnnxMoshi:
 
     def text(self, text_ids: Int[np.ndarray, "frames"]) -> str:
         """What the text ids of a dialogue say."""
-        return self.tokenizer.decode([number for number in np.asarray(text_ids).tolist() if self._says(number)]).strip()
+        return self.tokenizer.decode(
+            [number for number in np.asarray(text_ids).tolist() if self._says(number)]
+        ).strip()
 
     def piece(self, text_id: int) -> str:
         """The piece of a word that a text id is, with a space before it where a word begins; empty if it is none."""

@@ -54,7 +54,8 @@ class UniformNumbers:
         self._parts = np.array([draw["part"] or 0 for draw in draws], np.uint32)[:, None]
         counts = [draw["count"] for draw in draws]
         self._owner = np.repeat(np.arange(len(draws)), counts)
-        self._counter = np.concatenate([np.arange(count, dtype=np.uint32) for count in counts] or [[]])[:, None]
+        counters = [np.arange(count, dtype=np.uint32) for count in (0, *counts)]
+        self._counter = np.concatenate(counters)[:, None]
         self._ends = np.cumsum(counts).tolist()
 
     def of_step(self, step: int) -> dict[str, Float[np.ndarray, "rows count"]]:
@@ -65,8 +66,8 @@ class UniformNumbers:
         keys = threefry(self._keys, (zero, np.uint32(step & 0xFFFFFFFF)))
         keys = threefry(keys, (zero, self._streams))
         halves = threefry(keys, (zero, self._parts))
-        keys = tuple(np.where(self._split, half, key)[self._owner] for half, key in zip(halves, keys))
-        high, low = threefry((keys[0], keys[1]), (zero, self._counter))
+        first, second = (np.where(self._split, half, key)[self._owner] for half, key in zip(halves, keys))
+        high, low = threefry((first, second), (zero, self._counter))
         numbers = (((high ^ low) >> np.uint32(9)) * np.float32(2**-23)).astype(np.float32)
         begins = [0, *self._ends]
         return {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
 from tests.random_model import RANDOM_MODEL
+from transformers_moshi_flax.export import verifying
+from transformers_moshi_flax.export.verifying import Agreement
 from transformers_moshi_flax.runtime import OnnxMoshi
 from transformers_moshi_flax.runtime.command import main as moshi_onnx
 
@@ -38,18 +41,23 @@ def test_export_verify_and_converse(moshi_flax, folder: Path, tmp_path: Path, ca
     assert capsys.readouterr().out.strip() == "".join(map(exported.piece, text_ids.tolist())).strip()
     np.testing.assert_allclose(soundfile.read(reply)[0], sound, atol=1e-4)
 
-    # other weights
-    other = tmp_path / "other"
-    shutil.copytree(RANDOM_MODEL, other)
-    from safetensors.numpy import load_file, save_file
 
-    weights = load_file(other / "model.safetensors")
-    name = next(name for name in weights if name.endswith("lm_head.weight"))
-    weights[name] = -weights[name]
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    result = moshi_flax("verify", other, folder, "--audio", user, "--json")
+def test_what_does_not_agree(moshi_flax, random_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def compare(model: Any, exported: OnnxMoshi, audio: np.ndarray) -> Agreement:
+        heard.append(len(audio) / exported.frame_size)
+        return Agreement(100, 7, 0.5, 0.25, 1e-6, 1e-6, 3.0, 1.0, 2.0, 1e-4, agrees=False)
+
+    monkeypatch.setattr(verifying, "compare", compare)
+    user = tmp_path / "user.wav"
+    soundfile.write(user, np.zeros(24_000), 24_000)
+    result = moshi_flax("verify", RANDOM_MODEL, random_export, "--audio", user, "--json")
     report = json.loads(result.out)
-    assert result.code == 1 and report["agrees"] is False and report["text_ids"] < 1
+    assert result.code == 1 and heard == [100] and report["agrees"] is False and report["same_frames"] == 7
+    weights = sum(path.stat().st_size for path in random_export.glob("*.data"))
+    assert weights < report["bytes"] < 2 * weights
+    assert "differs" in moshi_flax("verify", RANDOM_MODEL, random_export).out
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def check(function: Callable[..., Any], arrays: list[np.ndarray], folder: Path, 
         other = np.asarray(other)
         assert one.shape == other.shape
         if other.dtype.kind == "f":
-            scale = np.abs(other[np.isfinite(other)]).max(initial=1e-3)
-            np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * scale)
+            scale = np.abs(other[np.isfinite(other)]).max(initial=1)
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * scale)
         else:
             np.testing.assert_array_equal(one, other.astype(one.dtype))
 

@@ -21,7 +21,7 @@ FRAMES = 100
 
 
 def load_for_export(option: str, source: str) -> Any:
-    """The Moshi of a checkpoint, in float32.
+    """The Moshi of a checkpoint, in float32, its weights too.
 
     Raises:
         UserMistake: there is no such checkpoint, it is of another model, or cannot be read.
@@ -35,7 +35,10 @@ def load_for_export(option: str, source: str) -> Any:
         as_mistake(f"{option}: cannot load {source!r}", *hub_errors(), ValueError),
         slow(f"loading {name_of(source)}"),
     ):
-        return FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=np.float32)
+        model = FlaxMoshiForConditionalGeneration.from_pretrained(source, dtype=np.float32)
+        if model.quantization is not None:
+            model.dequantize()
+        return model
 
 
 def verified(option: str, model: Any, folder: Path, audio: Path | None) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def checked(model: Any) -> Any:
         raise ValueError(f"`model` is a {type(model).__name__}: only whole Moshi models are exported.")
     if jnp.dtype(model.dtype) != jnp.float32:
         raise ValueError(f"`model` computes in {jnp.dtype(model.dtype)}: load it with dtype=jnp.float32 to export it.")
+    if model.quantization is not None:
+        raise ValueError("`model` is quantized: make floats of its weights with `dequantize` to export it.")
     codec = model.config.audio_encoder_config
     if codec.encoder_config is None or codec.decoder_config is None:
         raise ValueError("`model` has only a half of Mimi: load it with both to export it.")

@@ -97,7 +97,10 @@ class Walk:
         known: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
         def read(atom: Any) -> Value:
-            return constant(np.asarray(atom.val)) if isinstance(atom, Literal) else known[atom]
+            if isinstance(atom, Literal):
+                aval: Any = atom.aval
+                return constant(np.asarray(atom.val, aval.dtype))
+            return known[atom]
 
         for equation in needed(jaxpr):
             made = self._equation(equation, [read(atom) for atom in equation.invars])

@@ -72,6 +72,8 @@ BINARY = (jnp.add, jnp.divide, jnp.equal, jnp.greater, jnp.less_equal, jnp.maxim
 def test_elementwise(tmp_path_factory: pytest.TempPathFactory, shape: list[int]) -> None:
     def function(x: Any, y: Any, positive: Any) -> Any:
         made = [f(x) for f in UNARY] + [f(x, y) for f in BINARY] + [f(x, x[:1]) for f in BINARY]
+        norm = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        made += [jax.nn.elu(x), jax.nn.elu(x, 0.5), jax.nn.gelu(x, approximate=False), jax.nn.softmax(x), norm]
         return [*made, lax.rsqrt(positive), jnp.log(positive), jnp.sqrt(positive), positive**3, jnp.isfinite(y / y)]
 
     x, y = drawn(*shape), drawn(*shape)

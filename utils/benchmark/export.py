@@ -28,8 +28,8 @@ def parsed() -> argparse.Namespace:
 def model_of(size: str) -> Any:
     import jax.numpy as jnp
     from transformers import MoshiConfig
+    from utils.benchmark.settings import SIZES
 
-    from settings import SIZES
     from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
     from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL
 

@@ -91,6 +91,7 @@ class Graph:
     Attributes:
         nodes: in order.
         constants: arrays by name.
+        summed: how many numbers each sum over an axis is of, by the names of the tensors.
         scope: of the nodes that are made next, the part of the model that they are of.
     """
 
@@ -100,11 +101,13 @@ class Graph:
         self.constants: dict[str, np.ndarray] = {}
         self.inputs: dict[str, tuple[Shape, np.dtype]] = {}
         self.outputs: dict[str, tuple[Shape, np.dtype]] = {}
+        self.summed: dict[str, int] = {}
         self.scope = ""
         self._renamed: dict[str, str] = {}
         self._made: dict[Any, list[Tensor]] = {}
         self._names: dict[Any, str] = {}
         self._kept: list[np.ndarray] = []
+        self._makers: dict[str, onnx.NodeProto] = {}
         self._transposed: dict[str, tuple[Value, tuple[int, ...]]] = {}
 
     # --------------------------------------------------------------------------------------------------- building
@@ -136,6 +139,7 @@ class Graph:
             name = f"{scope}{op}_{len(self.nodes)}"
             names = [name if index == 0 else f"{name}.{index}" for index in range(len(shapes))]
             self.nodes.append(helper.make_node(op, list(inputs), names, name=name, **attributes))
+            self._makers.update(dict.fromkeys(names, self.nodes[-1]))
             self._made[key] = [Tensor(name, shape) for name, shape in zip(names, shapes)]
         return self._made[key]
 
@@ -143,6 +147,10 @@ class Graph:
         """The output of an operator as a value."""
         tensor = self.node(op, inputs, shape, **attributes)
         return Value(shape, np.dtype(dtype), tensor=tensor, base=shape)
+
+    def maker(self, value: Value) -> onnx.NodeProto | None:
+        """The node whose output the tensor of a value is, if it is one's."""
+        return None if value.known else self._makers.get(value.tensor.name)
 
     def literal(self, array: np.ndarray, label: str = "") -> str:
         """The name of a constant."""
@@ -262,9 +270,13 @@ class Graph:
         base = tuple(shape[axis] if axis in axes else size for axis, size in enumerate(value.base))
         if not axes:
             return dataclasses.replace(value, shape=shape, parts=None)
-        bounds = [self.integers([numbers[axis] for axis in axes]) for numbers in (starts, stops)]
-        inputs = [self.narrow(value), *bounds, self.integers(axes), self.integers([steps[axis] for axis in axes])]
-        return Value(shape, value.dtype, tensor=self.node("Slice", inputs, base), base=base)
+        source, lies, places = self.narrow(value), base, axes
+        tensor = value.tensor
+        if axes == [len(shape) - 1] and tensor.shape[-1:] == value.base[-1:]:  # however the other axes lie
+            source, lies, places = tensor.name, (*tensor.shape[:-1], base[-1]), [len(tensor.shape) - 1]
+        numbers = [self.integers([each[axis] for axis in axes]) for each in (starts, stops, steps)]
+        inputs = [source, numbers[0], numbers[1], self.integers(places), numbers[2]]
+        return Value(shape, value.dtype, tensor=self.node("Slice", inputs, lies), base=base)
 
     def _whole_parts(self, value: Value, shape: Shape, starts: Sequence[int], steps: Sequence[int]) -> Value | None:
         """The slice of a concatenation, where it takes whole parts."""
@@ -320,9 +332,19 @@ class Graph:
             names = [self.narrow(value) if value.known else value.tensor.name for value in values]
             tensor = self.node(op, names, first.tensor.shape, **attributes)
             return Value(shape, np.dtype(dtype), tensor=tensor, base=first.base)
-        bases = [value.core.shape if value.known else value.base for value in values]
-        base = np.broadcast_shapes(*bases)
-        tensor = self.node(op, [self.narrow(value) for value in values], base, **attributes)
+        base = np.broadcast_shapes(*(value.core.shape if value.known else value.base for value in values))
+        if all(without_ones(value.tensor.shape) == without_ones(value.base) for value in lying):
+            # they are broadcast from the right, so axes of one in front do not matter
+            cores = [value.core.reshape(without_ones(value.core.shape)) if value.known else None for value in values]
+            names = [
+                value.tensor.name if core is None else self.literal(core, value.label)
+                for value, core in zip(values, cores)
+            ]
+            sizes = [value.tensor.shape if core is None else core.shape for value, core in zip(values, cores)]
+            lies = np.broadcast_shapes(*sizes)
+        else:
+            names, lies = [self.narrow(value) for value in values], base
+        tensor = self.node(op, names, lies, **attributes)
         return Value(shape, np.dtype(dtype), tensor=tensor, base=(1,) * (len(shape) - len(base)) + base)
 
     # ----------------------------------------------------------------------------------------------------- the end
@@ -355,6 +377,11 @@ class Graph:
             if name in self.inputs and [node.op_type for node in nodes] == ["ScatterND"]:
                 if nodes[0].input[0] == name and nodes[0].output[0] in self.outputs:
                     yield name
+
+
+def without_ones(shape: Shape) -> Shape:
+    """Without the axes of one in front."""
+    return shape[next((axis for axis, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
 def is_reshape(shape: Sequence[int], order: Sequence[int]) -> bool:

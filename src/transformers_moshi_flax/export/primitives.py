@@ -6,6 +6,7 @@ which one at least is not known; it returns a value, or a list of them. What is 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from .graph import Graph, Value, constant
+from .graph import Graph, Tensor, Value, constant
 
 
 class NotExportable(ValueError):
@@ -52,7 +53,7 @@ UNARY = {
     "sqrt": "Sqrt",
     "tanh": "Tanh",
 }
-BINARY = {"add": "Add", "div": "Div", "max": "Max", "min": "Min", "mul": "Mul", "sub": "Sub"}
+BINARY = {"add": "Add", "max": "Max", "min": "Min", "sub": "Sub"}
 COMPARISONS = {"eq": "Equal", "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "lt": "Less"}
 FOLDED: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -137,7 +138,7 @@ TABLE |= {"and": _logical("And", True), "or": _logical("Or", False)}
 
 @entry("square")
 def _square(graph: Graph, params: Params, out: Any, x: Value) -> Value:
-    return graph.elementwise("Mul", [x, x], out.dtype)
+    return graph.elementwise("Pow", [x, _scalar(2, out.dtype)], out.dtype)
 
 
 @entry("integer_pow")
@@ -148,6 +149,26 @@ def _integer_pow(graph: Graph, params: Params, out: Any, x: Value) -> Value:
 @entry("rsqrt")
 def _rsqrt(graph: Graph, params: Params, out: Any, x: Value) -> Value:
     return graph.elementwise("Reciprocal", [graph.elementwise("Sqrt", [x], out.dtype)], out.dtype)
+
+
+@entry("div")
+def _div(graph: Graph, params: Params, out: Any, x: Value, y: Value) -> Value:
+    maker = graph.maker(x)
+    if maker is not None and y.known and np.all(y.array == graph.summed.get(x.tensor.name)):
+        mean = graph.node("ReduceMean", list(maker.input), x.tensor.shape, keepdims=1)
+        return dataclasses.replace(x, tensor=mean)
+    return graph.elementwise("Div", [x, y], out.dtype)
+
+
+@entry("mul")
+def _mul(graph: Graph, params: Params, out: Any, x: Value, y: Value) -> Value:
+    for one, other in ((x, y), (y, x)):
+        maker = graph.maker(other)
+        if maker is not None and maker.op_type == "Reciprocal":  # of a norm: as runtimes know it
+            divisor = dataclasses.replace(other, tensor=Tensor(maker.input[0], other.tensor.shape))
+            return graph.elementwise("Div", [one, divisor], out.dtype)
+    made = graph.elementwise("Mul", [x, y], out.dtype)
+    return graph.wrapped(made) if out.dtype == np.uint32 else made
 
 
 @entry("erfc")
@@ -200,6 +221,15 @@ def _signed(graph: Graph, x: Value) -> Value:
 @entry("copy", "stop_gradient", "optimization_barrier")
 def _same(graph: Graph, params: Params, out: Any, *values: Value) -> Any:
     return values[0] if len(values) == 1 else list(values)
+
+
+ELU = "elu"
+"""The name of JAX's own program of it."""
+
+
+@entry(ELU)
+def _elu(graph: Graph, params: Params, out: Any, x: Value) -> Value:
+    return graph.elementwise("Elu", [x], out.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ rearranging
@@ -342,7 +372,14 @@ def _reduction(op: str) -> Entry:
     def make(graph: Graph, params: Params, out: Any, x: Value) -> Value:
         axes = [int(axis) for axis in params["axes"]]
         kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
-        tensor = graph.node(op, [graph.full(x), graph.integers(axes)], kept, keepdims=1)
+        if axes == [len(x.shape) - 1] and x.base == x.shape and x.tensor.shape[-1:] == x.shape[-1:]:
+            # however the other axes lie
+            lies = (*x.tensor.shape[:-1], 1)
+            tensor = graph.node(op, [x.tensor.name, graph.integers([len(lies) - 1])], lies, keepdims=1)
+        else:
+            tensor = graph.node(op, [graph.full(x), graph.integers(axes)], kept, keepdims=1)
+        if op == "ReduceSum":
+            graph.summed[tensor.name] = math.prod(x.shape[axis] for axis in axes)
         return graph.reshape(Value(kept, out.dtype, tensor=tensor, base=kept), out.shape)
 
     return make

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from .graph import Graph, Value, constant
-from .primitives import TABLE, NotExportable, fold
+from .primitives import ELU, TABLE, NotExportable, fold
 
 SUBPROGRAMS = {
     "closed_call": "call_jaxpr",
@@ -112,6 +112,8 @@ class Walk:
         params = {key: whole_numbers(value) for key, value in equation.params.items()}
         if name in SUBPROGRAMS:
             inner = params[SUBPROGRAMS[name]]
+            if is_elu(equation, values):
+                return self._node(equation, ELU, params, values)
             if isinstance(inner, ClosedJaxpr):
                 return self.program(inner, values)
             return self._run(inner, [], values)
@@ -231,6 +233,15 @@ def needed(jaxpr: Jaxpr) -> Iterator[Any]:
             kept.append(equation)
             wanted.update(atom for atom in equation.invars if not isinstance(atom, Literal))
     return reversed(kept)
+
+
+def is_elu(equation: Any, values: Sequence[Value]) -> bool:
+    """Whether a program is ``jax.nn.elu`` of an array that is not known, which is an operator of ONNX."""
+    if equation.params.get("name") != ELU or len(values) != 1 or values[0].known:
+        return False
+    inner = equation.params["jaxpr"].jaxpr.eqns
+    factors = [atom.val for atom in inner[4].invars if isinstance(atom, Literal)] if len(inner) == 6 else []
+    return factors == [1] and [each.primitive.name for each in inner] == ["gt", "gt", "jit", "expm1", "mul", "jit"]
 
 
 def objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:

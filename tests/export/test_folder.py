@@ -39,6 +39,7 @@ def test_the_manifest_says_what_a_runtime_needs(random_export: Path) -> None:
         ({"context": 0}, "context"),
         ({"context": 10**6}, "sliding_window"),
         ({"batch_size": 0}, "batch_size"),
+        ({"quantization": "int3"}, "'int8'"),
         ({"num_beams": 2}, "num_beams"),
         ({"temperatur": 2.0}, "temperatur"),
     ],
@@ -68,7 +69,7 @@ def test_an_interrupted_export_leaves_nothing(model: Any, tmp_path: Path, monkey
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders, "dialogue_steps", lambda model, stream: {})
+    monkeypatch.setattr(folders, "dialogue_steps", lambda *args: {})
     monkeypatch.setattr(folders, "checksum", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(model, tmp_path / "out", RANDOM_MODEL)

@@ -21,7 +21,7 @@ def run() -> _Run:
 
 
 def test_the_same() -> None:
-    found = agreement(run(), run(), 1e-4)
+    found = agreement(run(), run(), "none")
     assert found.agrees and found.same_frames == found.frames == 5 and found.snr == float("inf")
     assert (found.text_ids, found.audio_codes, found.text_logits, found.audio) == (1, 1, 0, 0)
 
@@ -30,14 +30,15 @@ def test_another_token_and_what_follows_it() -> None:
     other = run()
     other.audio_codes[3, 0, 1] += 1
     other.audio[3:] += 1
-    found = agreement(run(), other, 1e-4)
+    found = agreement(run(), other, "none")
     assert not found.agrees and found.same_frames == 3 and found.audio == 0
+    assert agreement(run(), other, "int8").agrees
     assert found.audio_codes == 14 / 15 and found.text_ids == 1 and found.snr < 10
 
 
 def test_audio_that_is_too_far_off() -> None:
     other = run()
     other.audio[0] += 0.01
-    found = agreement(run(), other, 1e-4)
+    found = agreement(run(), other, "none")
     assert not found.agrees and found.same_frames == 5 and 1e-3 < found.audio < 1e-2
     assert dataclasses.asdict(found)["tolerance"] == 1e-4

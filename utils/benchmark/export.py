@@ -19,6 +19,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=[EMBEDDED, "0.7M", "68M", "331M"], default=EMBEDDED, help="the model")
     parser.add_argument("--context", type=int, default=None, help="frames that it looks back")
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none", help="of what is exported")
     parser.add_argument("--threads", type=int, default=1, help="cores of either side")
     parser.add_argument("--frames", type=int, default=20, help="of a block")
     parser.add_argument("--blocks", type=int, default=5, help="of either side")
@@ -52,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
         begin = time.perf_counter()
-        manifest = export_onnx(model, folder, context=args.context, **greedy)
+        manifest = export_onnx(model, folder, context=args.context, quantization=args.quantization, **greedy)
         export_seconds = time.perf_counter() - begin
         begin = time.perf_counter()
         exported = OnnxMoshi(folder, threads=args.threads)
@@ -76,7 +77,9 @@ def main() -> None:
             begin = time.perf_counter()
             onnx.step(frame)
             times["onnxruntime"].append(1000 * (time.perf_counter() - begin))
-    print(f"{args.size}, context {manifest['context']}, {args.threads} thread(s), {len(times['JAX'])} frames")
+    print(
+        f"{args.size}, quantization {args.quantization}, context {manifest['context']}, {args.threads} thread(s), {len(times['JAX'])} frames"
+    )
     print(f"export {export_seconds:.1f} s, {size / 1e6:.1f} MB; loading {load_seconds:.2f} s")
     print(f"compilation in JAX {compile_seconds:.1f} s")
     for side, found in times.items():

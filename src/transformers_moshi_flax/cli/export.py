@@ -22,6 +22,13 @@ from transformers_moshi_flax.cli.options import (
 )
 
 
+class Quantization(enum.StrEnum):
+    """Kinds of weights, of Moshi's linear layers."""
+
+    none = "none"
+    int8 = "int8"
+
+
 class Format(enum.StrEnum):
     """What a model may be exported to."""
 
@@ -40,6 +47,9 @@ def export(
     context: Annotated[
         int | None, typer.Option(min=1, help="Frames that Moshi looks back. Default: the model's window.")
     ] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="Of the weights of Moshi's linear layers; Mimi's stay float32.")
+    ] = Quantization.none,
     batch_size: Annotated[int, typer.Option(min=1, help="Dialogues that go on side by side.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest text and codes.")] = False,
     temperature: Temperature = None,
@@ -73,7 +83,7 @@ def export(
         raise UserMistake("FORMAT: onnx needs onnx and onnxruntime; install transformers-moshi-flax[onnx]") from error
     model = load_for_export("MODEL", source)
     with as_mistake(f"cannot export {name_of(source)!r}", OSError, ValueError), slow(f"exporting {name_of(source)}"):
-        manifest = export_onnx(model, destination, source, batch_size, context, **sampling)
+        manifest = export_onnx(model, destination, source, batch_size, context, quantization.value, **sampling)
     total = sum(file["bytes"] for file in manifest["files"].values())
     typer.echo(f"{destination}: {total:,} bytes, of {name_of(source)}", err=True)
     if verify:

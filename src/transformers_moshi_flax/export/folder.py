@@ -23,6 +23,7 @@ from .graph import OPSET
 from .saving import save_graph
 from .steps import Step, dialogue_steps
 
+QUANTIZATIONS = ("none", "int8")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -32,6 +33,7 @@ def export_onnx(
     source: str | os.PathLike | None = None,
     batch_size: int = 1,
     context: int | None = None,
+    quantization: str = "none",
     **options: Any,
 ) -> dict[str, Any]:
     """Writes a Moshi as ONNX graphs, with all that a runtime needs. It is complete before the folder has its name.
@@ -42,6 +44,7 @@ def export_onnx(
         source: a checkpoint, directory or Hub id, whose tokenizer and licence go along.
         batch_size: dialogues that go on side by side.
         context: frames that Moshi looks back, at most as many as the model's ``sliding_window`` (default).
+        quantization: of the weights of Moshi's linear layers, ``"none"`` or ``"int8"``; Mimi's stay float32.
         **options: how tokens are chosen, as of ``model.streaming``, as JSON has it; numbers become inputs.
 
     Returns:
@@ -55,10 +58,12 @@ def export_onnx(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` is {str(folder)!r}, which is there and not empty: give another one.")
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` is {quantization!r}: choose from {', '.join(map(repr, QUANTIZATIONS))}.")
     model, params = with_context(checked(model), context)
     stream = model.streaming(batch_size, params=params, **options)
     check_sampling(stream, (model.config.vocab_size, model.config.audio_vocab_size))
-    steps = dialogue_steps(model, stream)
+    steps = dialogue_steps(model, stream, quantization)
     with whole_folder(folder) as fresh:
         for step in steps.values():
             save_graph(step.graph, fresh, __version__)
@@ -68,7 +73,7 @@ def export_onnx(
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
             "opset": OPSET,
-            "quantization": "none",
+            "quantization": quantization,
             "license": licence,
             "batch_size": batch_size,
             "context": model.config.sliding_window,

@@ -88,6 +88,10 @@ def constant(array: Any, label: str = "") -> Value:
 class Graph:
     """Nodes, constants, inputs and outputs.
 
+    Args:
+        name: of the graph.
+        quantization: of the weights of products, ``"none"`` or ``"int8"``.
+
     Attributes:
         nodes: in order.
         constants: arrays by name.
@@ -95,8 +99,9 @@ class Graph:
         scope: of the nodes that are made next, the part of the model that they are of.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, quantization: str = "none"):
         self.name = name
+        self.quantization = quantization
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
         self.inputs: dict[str, tuple[Shape, np.dtype]] = {}
@@ -399,10 +404,8 @@ def onnx_type(dtype: Any) -> int:
     """The number by which ONNX knows a dtype."""
     return {
         "bool": TensorProto.BOOL,
-        "int8": TensorProto.INT8,
         "uint8": TensorProto.UINT8,
         "int32": TensorProto.INT32,
         "int64": TensorProto.INT64,
-        "float16": TensorProto.FLOAT16,
         "float32": TensorProto.FLOAT,
     }[np.dtype(dtype).name]

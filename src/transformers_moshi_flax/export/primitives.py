@@ -15,6 +15,7 @@ import numpy as np
 from jax.lax import GatherScatterMode
 
 from .graph import Graph, Tensor, Value, constant
+from .quantizing import product, takes
 
 
 class NotExportable(ValueError):
@@ -458,7 +459,10 @@ def _dot_general(graph: Graph, params: Params, out: Any, left: Value, right: Val
     y = graph.reshape(y, (*outer, columns, inner) if turned else (*outer, inner, columns))
     if turned:
         x, y, rows, columns = y, x, columns, rows
-    made = graph.apply("MatMul", [graph.full(x), graph.full(y)], (*outer, rows, columns), out.dtype)
+    if not outer and takes(graph, x, y):
+        made = product(graph, x, y)
+    else:
+        made = graph.apply("MatMul", [graph.full(x), graph.full(y)], (*outer, rows, columns), out.dtype)
     if turned:
         made = graph.transpose(made, [*range(len(outer)), len(outer) + 1, len(outer)])
     return graph.reshape(made, out.shape)

@@ -25,10 +25,11 @@ def save_graph(graph: Graph, folder: Path, producer_version: str) -> list[str]:
         [helper.make_tensor_value_info(name, onnx_type(dtype), shape) for name, (shape, dtype) in tensors.items()]
         for tensors in (graph.inputs, graph.outputs)
     )
+    domains = sorted({"", *(node.domain for node in graph.nodes)})
     model = helper.make_model(
         helper.make_graph(graph.nodes, graph.name, inputs, outputs, initializers),
         ir_version=IR_VERSION,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid(domain, 1 if domain else OPSET) for domain in domains],
         producer_name="transformers-moshi-flax",
         producer_version=producer_version,
     )

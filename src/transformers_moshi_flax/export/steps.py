@@ -62,13 +62,14 @@ class Step:
     draws: tuple[Draw, ...]
 
 
-def dialogue_steps(model: Any, stream: FlaxMoshiStream) -> dict[str, Step]:
+def dialogue_steps(model: Any, stream: FlaxMoshiStream, quantization: str = "none") -> dict[str, Step]:
     """The steps of a stream by name: ``mimi_encode_step`` and ``mimi_decode_step`` (each where the model has that
     half), ``moshi_step``.
 
     Args:
         model: a ``FlaxMoshiForConditionalGeneration``.
         stream: of it, which says how many slots there are and how tokens are chosen.
+        quantization: of the linear layers of Moshi, not of Mimi: ``"none"`` or ``"int8"``.
 
     Raises:
         NotExportable: something of the model or of the options has no counterpart in ONNX.
@@ -109,7 +110,7 @@ def dialogue_steps(model: Any, stream: FlaxMoshiStream) -> dict[str, Step]:
         return state, {"audio": audio}
 
     heard = {"user_codes": codes, "forced_ids": ids, "forced_codes": codes}
-    steps = {"moshi_step": _step("moshi_step", converse, stream, initial, "dialogue", heard)}
+    steps = {"moshi_step": _step("moshi_step", converse, stream, initial, "dialogue", heard, quantization)}
     if initial.encoder is not None:
         steps["mimi_encode_step"] = _step("mimi_encode_step", encode, stream, initial, "encoder", {"audio": sound})
     if initial.decoder is not None:
@@ -140,9 +141,10 @@ def _step(
     initial: StreamState,
     part: str,
     inputs: dict[str, jax.ShapeDtypeStruct],
+    quantization: str = "none",
 ) -> Step:
     """The graph of ``function(params, state, **inputs)``, which returns the next state and a dictionary of outputs."""
-    graph = Graph(name)
+    graph = Graph(name, quantization)
     walk = Walk(graph, stream.batch_size)
     state = getattr(initial, part)
     parameters, _ = jax.tree_util.tree_flatten_with_path(stream.parts)

@@ -77,9 +77,8 @@ def main() -> None:
             begin = time.perf_counter()
             onnx.step(frame)
             times["onnxruntime"].append(1000 * (time.perf_counter() - begin))
-    print(
-        f"{args.size}, quantization {args.quantization}, context {manifest['context']}, {args.threads} thread(s), {len(times['JAX'])} frames"
-    )
+    print(f"{args.size}, quantization {args.quantization}, context {manifest['context']}, {args.threads} thread(s)")
+    print(f"{args.blocks * args.frames} frames of either side")
     print(f"export {export_seconds:.1f} s, {size / 1e6:.1f} MB; loading {load_seconds:.2f} s")
     print(f"compilation in JAX {compile_seconds:.1f} s")
     for side, found in times.items():

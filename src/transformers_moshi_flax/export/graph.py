@@ -176,13 +176,6 @@ class Graph:
 
     # ------------------------------------------------------------------------------------------------ how it is read
 
-    def root(self, value: Value) -> Tensor:
-        """The tensor that a value is made of; a constant as one."""
-        if value.tensor is not None:
-            return value.tensor
-        core = value.core
-        return Tensor(self.literal(core, value.label), core.shape)
-
     def narrow(self, value: Value) -> str:
         """What broadcasts to the value."""
         if value.known:

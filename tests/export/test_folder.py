@@ -40,6 +40,7 @@ def test_the_manifest_says_what_a_runtime_needs(random_export: Path) -> None:
         ({"context": 10**6}, "sliding_window"),
         ({"batch_size": 0}, "batch_size"),
         ({"quantization": "int3"}, "'int8'"),
+        ({"generation_config": object()}, "plain numbers"),
         ({"num_beams": 2}, "num_beams"),
         ({"temperatur": 2.0}, "temperatur"),
     ],

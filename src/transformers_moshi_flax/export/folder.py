@@ -60,6 +60,12 @@ def export_onnx(
         raise ValueError(f"`folder` is {str(folder)!r}, which is there and not empty: give another one.")
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`quantization` is {quantization!r}: choose from {', '.join(map(repr, QUANTIZATIONS))}.")
+    try:
+        json.dumps(options)
+    except TypeError as error:
+        raise ValueError(
+            f"options must be plain numbers, strings and lists, as the manifest has them: {error}"
+        ) from error
     model, params = with_context(checked(model), context)
     stream = model.streaming(batch_size, params=params, **options)
     check_sampling(stream, (model.config.vocab_size, model.config.audio_vocab_size))

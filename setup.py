@@ -37,6 +37,8 @@ PICTURE = ["matplotlib>=3.9"]
 SERVE = ["aiohttp>=3.14", "prometheus_client>=0.26", "sphn>=0.2,<0.3"]
 # weights for candle
 GGUF = ["gguf>=0.19"]
+# graphs that run without JAX
+ONNX = ["onnx>=1.23", "onnxruntime>=1.32"]
 QUALITY = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9", "uv>=0.9"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 # torch is the oracle, with bounds of its own. einops and sentencepiece are what Kyutai's package needs, which the
@@ -48,12 +50,13 @@ TEST = [
     *PICTURE,
     *SERVE,
     *GGUF,
+    *ONNX,
     "beartype>=0.19",
     "einops>=0.8",
     "hypothesis>=6.100",
     "pytest>=8.0",
 ]
-TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=4.21.1", "sentencepiece>=0.2", "wandb>=0.20"]
+TEST += ["pytest-xdist>=3.6", "espeakng-loader>=0.2.4", "protobuf>=6.31.1", "sentencepiece>=0.2", "wandb>=0.20"]
 # the client of OpenAI's realtime events
 TEST += ["openai[realtime]>=2.8"]
 # before, the axes of three-dimensional weights were taken for each other
@@ -90,10 +93,16 @@ setup(
         "picture": PICTURE,
         "serve": SERVE,
         "gguf": GGUF,
+        "onnx": ONNX,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,
         "all": [*TEST, *QUALITY, *DOCS],
     },
-    entry_points={"console_scripts": ["moshi-flax = transformers_moshi_flax.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "moshi-flax = transformers_moshi_flax.cli:main",
+            "moshi-onnx = transformers_moshi_flax.runtime.command:main",
+        ]
+    },
 )

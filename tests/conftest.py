@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -18,6 +19,8 @@ _hook = jaxtyping.install_import_hook("transformers_moshi_flax", "beartype.beart
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.random_model import RANDOM_MODEL  # noqa: E402
 
 torch.set_num_threads(1)
 # On accelerators float32 products are rounded to TF32 or bfloat16 unless asked otherwise.
@@ -65,3 +68,15 @@ def count_compilations() -> Iterator[Callable[[], int]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield count
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def random_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model as ONNX graphs of two dialogues that draw. Not to be changed."""
+    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+    from transformers_moshi_flax.export import export_onnx
+
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL, dtype=jax.numpy.float32)
+    folder = tmp_path_factory.mktemp("export") / "random"
+    export_onnx(model, folder, RANDOM_MODEL, batch_size=2)
+    return folder

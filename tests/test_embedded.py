@@ -146,6 +146,22 @@ def test_upstream_generates_the_same(model: Any, tokenizer: Any, question: np.nd
     assert len(np.unique(numpy(actual.audio_codes))) > 30, "it says nothing that could differ"
 
 
+def test_it_answers_without_jax(model: Any, tokenizer: Any, question: np.ndarray, tmp_path: Path) -> None:
+    """Exported, on onnxruntime: text, codes and sound of its answer are those of JAX."""
+    pytest.importorskip("onnxruntime")
+    from transformers_moshi_flax.export import export_onnx
+    from transformers_moshi_flax.export.verifying import compare
+    from transformers_moshi_flax.runtime import OnnxMoshi
+
+    export_onnx(model, tmp_path / "export", EMBEDDED_MODEL)
+    exported = OnnxMoshi(tmp_path / "export", threads=1)
+    agreement = compare(model, exported, question)
+    assert agreement.agrees and agreement.text_logits < 1e-5 and agreement.audio < 1e-5, agreement
+    _, text_ids = exported.converse(question)
+    said = exported.text(text_ids)
+    assert len(said.split()) > 3 and said == " ".join(word for word, _ in texts_of(text_ids[None], tokenizer, 12.5)[0])
+
+
 def test_kyutais_package_speaks_the_same_dialogue(
     model: Any, question: np.ndarray, tmp_path: Path, eager: None
 ) -> None:

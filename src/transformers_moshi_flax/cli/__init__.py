@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "serve": "Serve dialogues over the network: Kyutai's clients connect, and browsers get a page to talk to.",
     "talk": "Talk with a server: by microphone and speakers, or with a recording that it hears as fast as one speaks.",
     "convert": "Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch, Kyutai or its MLX.",
+    "export": "Write a Moshi as ONNX graphs to the directory DIR, for dialogues without JAX, and verify it.",
     "inspect": "Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.",
     "prepare": "Encode recordings (left Moshi, right user) and lay their words on frames.",
     "train": "Train as CONFIG says. A run that was interrupted goes on when it is started again.",
@@ -71,8 +72,8 @@ def moshi_flax() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2.
 
-    ``inspect`` and ``verify`` end with exit code 1 where a checkpoint does not pass, ``train`` where a run cannot go
-    on.
+    ``inspect``, ``verify`` and ``export`` end with exit code 1 where a checkpoint does not pass, ``train`` where a run
+    cannot go on.
 
     Args:
         args: the arguments without the program's name; None reads ``sys.argv``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ from transformers_moshi_flax.cli.checkpoints import Checkpoint, flax_class
 from transformers_moshi_flax.cli.comparing import Difference, differences
 from transformers_moshi_flax.cli.console import report_console, slow
 from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake, as_mistake, hub_errors
+from transformers_moshi_flax.cli.exports import load_for_export, show_agreement, verified
 from transformers_moshi_flax.cli.headers import open_checkpoint
+from transformers_moshi_flax.runtime.manifest import is_export
 
 SHOWN = 100
 """Most differences that are printed; ``--json`` has all."""
@@ -23,16 +26,31 @@ SHOWN = 100
 
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint directory, weight file or Hub id.")],
-    b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another one, of any layout, to compare.")] = None,
+    b: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="Another one, of any layout, or an export of A, to compare.")
+    ] = None,
     outputs: Annotated[
         bool, typer.Option("--outputs/--no-outputs", help="With B: also run both on the same inputs, in float32.")
     ] = True,
+    audio: Annotated[
+        Path | None, typer.Option(help="With an export: what both hear. Default: the embedded question.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every tensor of A for damage (checksums, numbers that are not finite), and compare A with B.
 
-    Exit code 1: something is damaged or differs.
+    With an export as B (of `moshi-flax export`), both hold the same dialogue: the tokens that they choose must be the
+    same, and logits and audio agree. Exit code 1: something is damaged or differs.
     """
+    if is_export(a):
+        raise UserMistake(f"A: {a!r} is an export; give the checkpoint first, and it as B")
+    if b is not None and is_export(b):
+        if not outputs:
+            raise UserMistake("--no-outputs: of an export there is nothing else to compare; leave it out")
+        _verify_export(a, Path(b), audio, as_json)
+        return
+    if audio is not None:
+        raise UserMistake("--audio: no effect without an export as B; leave it out")
     if b is None and not outputs:
         raise UserMistake("--no-outputs: no effect without B; leave it out or give B")
     report: dict[str, Any] = {"ok": True, "checkpoints": []}
@@ -45,6 +63,16 @@ def verify(
     else:
         _show(report, report_console())
     if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _verify_export(a: str, b: Path, audio: Path | None, as_json: bool) -> None:
+    report = verified("B", load_for_export("A", a), b, audio)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        show_agreement(report, report_console())
+    if not report["agrees"]:
         raise typer.Exit(1)
 
 

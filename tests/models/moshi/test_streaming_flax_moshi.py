@@ -781,7 +781,7 @@ class TestPrograms:
     def test_a_step_copies_neither_weights_nor_caches(self, model: Moshi) -> None:
         stream = model.streaming(3, **GREEDY)
         state = stream.init()
-        shared = ({name: part for name, part in model.params.items() if name != "audio_encoder"}, stream._samplings)
+        shared = ({name: part for name, part in model.params.items() if name != "audio_encoder"}, stream.samplings)
         leaves, structure = jax.tree.flatten((shared[0], tuple(shared[1])))
         program = model.compiled(on_mesh, (1,), function=next_frame, structure=structure, mesh=None)
         program = program.lower(tuple(leaves), state.dialogue, stream._blank, stream._all, *stream._free).compile()

@@ -291,6 +291,9 @@ class FlaxMoshiStream:
         sampling_rate: samples a second.
         frame_rate: frames a second.
         num_codebooks: codes of a frame.
+        samplings: how text and codes are chosen, but for the numbers.
+        bounds: the largest ``top_k`` of either, by the names of :meth:`configure`.
+        parts: the parameters of the programs that make up a step: ``convolve``, ``encode``, ``frame``, ``decode``.
 
     Raises:
         ValueError: unknown options, or options without an effect in a stream; a mesh that does not fit.
@@ -320,7 +323,7 @@ class FlaxMoshiStream:
         self.mesh = checked_mesh(mesh, batch_size)
         self.ignore_first_user_frame = ignore_first_user_frame
         self.return_audio_waveforms = return_audio_waveforms
-        *self._samplings, self._numbers = resolve_stream_sampling(
+        *self.samplings, self._numbers = resolve_stream_sampling(
             model.generation_defaults(), generation_config, kwargs, config
         )
         # looked up once: reading a configuration takes longer than all else in `step`
@@ -328,10 +331,10 @@ class FlaxMoshiStream:
         self._has_encoder = codec.encoder_config is not None
         self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
         self._dtype = model.dtype
-        self._bounds = {
-            f"{prefix}top_k": sampling.top_k_bound for prefix, sampling in zip(("", DEPTH_PREFIX), self._samplings)
+        self.bounds = {
+            f"{prefix}top_k": sampling.top_k_bound for prefix, sampling in zip(("", DEPTH_PREFIX), self.samplings)
         }
-        self._origin = digest(config, model.dtype, sorted(self._numbers), self._bounds, return_audio_waveforms)
+        self._origin = digest(config, model.dtype, sorted(self._numbers), self.bounds, return_audio_waveforms)
         self._compiled = model.compiled
 
         params = model.whole_params(params, batch_size)
@@ -341,7 +344,7 @@ class FlaxMoshiStream:
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
         self._seanet_histories = seanet_histories(codec)
         seanet, *others = STEP_PARTS["encode_step"]
-        parts = {
+        self.parts = parts = {
             "convolve": codec_part(codec_params, seanet),
             "encode": codec_part(codec_params, *others),
             "frame": dialogue,
@@ -349,10 +352,10 @@ class FlaxMoshiStream:
         }
         self._convolve = self._program(convolve_frame, parts["convolve"])
         self._encode = self._program(encode_frame, parts["encode"])
-        self._frame = self._program(next_frame, dialogue, tuple(self._samplings))
+        self._frame = self._program(next_frame, dialogue, tuple(self.samplings))
         self._decode = self._program(decode_frame, parts["decode"])
         several = steps_in_several_programs()
-        self._whole = None if several else self._program(whole_step, parts, tuple(self._samplings))
+        self._whole = None if several else self._program(whole_step, parts, tuple(self.samplings))
         free = np.full((batch_size, config.num_codebooks), UNFORCED, dtype=np.int32)
         self._all = self._on_devices(np.ones(batch_size, dtype=bool))
         self._free = tuple(self._on_devices(array) for array in (free[:, 0], free))
@@ -519,7 +522,7 @@ class FlaxMoshiStream:
 
     def check_numbers(self, **numbers: Any) -> None:
         """Raises ``ValueError`` for what :meth:`configure` would refuse; nothing is changed."""
-        checked_numbers(numbers, self._numbers, self._bounds, self.batch_size)
+        checked_numbers(numbers, self._numbers, self.bounds, self.batch_size)
 
     def configure(self, state: StreamState, rows: ArrayLike | None = None, **numbers: Any) -> StreamState:
         """Sets the numbers of sampling for some slots; nothing is compiled.
@@ -537,7 +540,7 @@ class FlaxMoshiStream:
         self._check_state(state)
         rows = self._all if rows is None else self._checked("rows", rows)
         # all of them in any case, so that one program does for whatever is changed
-        values = checked_numbers({**self._numbers, **numbers}, self._numbers, self._bounds, self.batch_size)
+        values = checked_numbers({**self._numbers, **numbers}, self._numbers, self.bounds, self.batch_size)
         changes = {name: (np.full(value.shape, name in numbers), value) for name, value in values.items()}
         return state.replace(dialogue=CONFIGURE(state.dialogue, rows, jax.tree.map(self._on_devices, changes)))
 
@@ -668,7 +671,7 @@ class FlaxMoshiStream:
         numbers = {name: leaves[f"dialogue.numbers.{name}"][:, 0] for name in self._numbers}
         try:
             check_ids("forced_codes", leaves["dialogue.forced_codes"], self._audio_vocab_size, (UNFORCED,))
-            checked_numbers(numbers, self._numbers, self._bounds, len(leaves[TEXT_IDS]))
+            checked_numbers(numbers, self._numbers, self.bounds, len(leaves[TEXT_IDS]))
         except ValueError as error:
             raise ValueError(f"`path`: {path} is no good state: {error}") from error
 

@@ -28,7 +28,7 @@ def make_corpus(directory: Path, dialogues: int, utterances: int, held_out: int)
     known = [each for each in everything if not each.held_out]
     others = [each for each in everything if each.held_out]
     write_utterances(directory / "utterances" / "train", known, utterances, SEED)
-    write_monologues(directory / "monologues", known, utterances // 4, SEED + 5)
+    write_monologues(directory / "monologues", known, -(-utterances // 4), SEED + 5)
     write_utterances(directory / "utterances" / "held-out", others, held_out, SEED + 1)
     write_dialogues(directory / "dialogues" / "train", known, dialogues, SEED + 2)
     write_dialogues(directory / "dialogues" / "held-out", others, held_out, SEED + 3)

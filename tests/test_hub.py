@@ -444,7 +444,9 @@ def test_what_may_lack_is_told(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptu
     assert "generation_config.json of 'tester/moshi' is not in the cache" in caplog.text
     copy_companions(Source.locate("tester/moshi", local_files_only=True), tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
-    assert "not copied, if there are such: added_tokens.json, chat_template.jinja, generation_config.json" in caplog.text
+    assert (
+        "not copied, if there are such: added_tokens.json, chat_template.jinja, generation_config.json" in caplog.text
+    )
     # what the Hub has said that it lacks is not told
     caplog.clear()
     copy_companions(Source.locate("tester/moshi"), tmp_path)

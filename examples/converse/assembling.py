@@ -224,8 +224,8 @@ class Assembler:
         frames = max([math.ceil(seconds / SECONDS), *(start + codes.shape[1] for _, start, codes in row.placed)])
         idle = self._idle[draw.integers(len(self._idle))]
         channels = {
-            USER: _silent(idle, frames, int(draw.integers(DROPPED, idle.shape[1]))),
-            MOSHI: _silent(self._silence, frames, DROPPED),
+            USER: _silent(idle, frames, int(draw.integers(idle.shape[1] - DROPPED))),
+            MOSHI: _silent(self._silence, frames),
         }
         for speaker, start, codes in row.placed:
             channels[speaker][:, start : start + codes.shape[1]] = codes
@@ -234,8 +234,9 @@ class Assembler:
         return Conversation(name, text, channels[MOSHI], channels[USER])
 
 
-def _silent(idle: Codes, frames: int, start: int) -> Int16[np.ndarray, "codebooks frames"]:
-    """A room in which nobody speaks: its first frames as they are, then what it is like later, from ``start`` on."""
+def _silent(idle: Codes, frames: int, start: int = 0) -> Int16[np.ndarray, "codebooks frames"]:
+    """A room in which nobody speaks: its first frames as they are, then the settled ones behind them, round and round,
+    from the one with the number ``start`` on."""
     settled = idle.shape[1] - DROPPED
     order = [*range(DROPPED), *(DROPPED + (start + np.arange(frames)) % settled)]
     return idle[:, order[:frames]].astype(np.int16)

@@ -77,7 +77,8 @@ class Piece:
     """A sentence in a row.
 
     Attributes:
-        kind: ``question``, ``stop``, ``again``, ``word`` (one that Moshi says), ``user`` or ``moshi`` (nobody speaks).
+        kind: ``question``, ``stop``, ``again``, ``word`` (one that Moshi says), ``user`` or ``moshi`` (nobody speaks);
+            ``answer`` of words that ``assembling.py`` puts together.
         text: what is said.
         voice: its name.
         words: with begin and end in seconds from the piece's first frame.

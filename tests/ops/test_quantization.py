@@ -271,6 +271,24 @@ def test_gradients_keep_no_floats(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BITS)
+def test_temporaries_do_not_grow_with_the_products(kind: str) -> None:
+    """What a product's loop over tiles writes into is not there before the product."""
+
+    def temporaries(products: int) -> int:
+        layers = [quantize(jnp.asarray(drawn(64, 64, seed)), kind, 2) for seed in range(products)]
+
+        def loss(x: jax.Array, layers: Any) -> jax.Array:
+            for codes, scales in layers:
+                x = x + quantized_dot(x, codes, scales, kind)
+            return jnp.sum(x)
+
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((512, 64)), layers).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(12) < temporaries(2) + 512 * 64 * 4
+
+
+@pytest.mark.parametrize("kind", BITS)
 def test_a_loop_keeps_no_floats_beside_it(kind: str) -> None:
     """XLA would make floats of all matrices before the loop; the temporaries stay far below a matrix of floats."""
     layers = [quantize(jnp.asarray(drawn(512, 512, seed)), kind, 16) for seed in range(8)]

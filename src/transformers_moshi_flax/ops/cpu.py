@@ -131,9 +131,10 @@ def tiled_dot(
     left = x.astype(wide).reshape(-1, tiles, inputs // tiles).swapaxes(0, 1)
     rows = left.shape[1]
 
-    def add_tile(total: Array, tile: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
-        left, codes, tile_scales = tile
+    def add_tile(total: Array, tile: tuple[Array, Array, Array | None, Array]) -> tuple[Array, None]:
+        left, codes, tile_scales, is_first = tile
         factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
+        total = jnp.where(is_first, jnp.zeros_like(total), total)
         for place, matrix in enumerate(matrices):
             own = left[:, place :: len(matrices)]
             if rows <= FEW_ROWS:
@@ -144,10 +145,10 @@ def tiled_dot(
         return total, None
 
     tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
-    total = jnp.zeros((rows, outputs), wide)
+    tiled = left, codes.reshape(tiles, -1, outputs), tile_scales, jnp.arange(tiles) == 0
+    total, _ = lax.scan(add_tile, meaningless(x, (rows, outputs), wide), tiled)
     if offsets is not None:
-        total = offset_dot(x, offsets).reshape(rows, outputs)
-    total, _ = lax.scan(add_tile, total, (left, codes.reshape(tiles, -1, outputs), tile_scales))
+        total = total + offset_dot(x, offsets).reshape(rows, outputs)
     return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
@@ -174,17 +175,25 @@ def tiled_transposed_dot(
     right = y.astype(wide).reshape(-1, outputs)
     rows = right.shape[0]
 
-    def tile_of(tile: tuple[Array, Array | None]) -> Array:
-        codes, tile_scales = tile
+    def put_tile(found: Array, tile: tuple[Array, Array | None, Array]) -> tuple[Array, None]:
+        codes, tile_scales, place = tile
         factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
         parts = [right @ (matrix * factors).reshape(-1, outputs).T for matrix in matrices]
-        return jnp.stack(parts, axis=-1).reshape(rows, -1)
+        return lax.dynamic_update_index_in_dim(found, jnp.stack(parts, axis=-1).reshape(rows, -1), place, 0), None
 
     tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
-    found = lax.map(tile_of, (codes.reshape(tiles, -1, outputs), tile_scales)).swapaxes(0, 1).reshape(rows, inputs)
+    tiled = codes.reshape(tiles, -1, outputs), tile_scales, jnp.arange(tiles)
+    found, _ = lax.scan(put_tile, meaningless(y, (tiles, rows, inputs // tiles), wide), tiled)
+    found = found.swapaxes(0, 1).reshape(rows, inputs)
     if offsets is not None:
         found = found + jnp.repeat(right @ offsets.astype(wide).T, inputs // groups, axis=1)
     return found.reshape(*y.shape[:-1], inputs).astype(y.dtype)
+
+
+def meaningless(x: Float[Array, "..."], shape: tuple[int, ...], dtype: Any) -> Array:
+    """Numbers that a loop is to write over. Zeros that depend on nothing XLA makes for all loops at the beginning of a
+    program, and keeps them until they are needed."""
+    return jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), shape)
 
 
 def unscaled_tile(

@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from transformers_moshi_flax.training.data.prepared import Conversation, write_i
 
 from .dialogues import AGAIN_SHARE, INTERRUPTED, LONG_PAUSE, MOSHI, REACTION, STOPPED, USER
 from .pieces import DROPPED, FRAME, Codes, Piece, read_pieces
-from .sentences import exchanges, topic_shares
+from .sentences import SHARES, Exchange, exchanges
 from .voices import SAMPLING_RATE
 
 SECONDS = FRAME / SAMPLING_RATE
@@ -60,13 +61,22 @@ class Assembler:
     Args:
         pieces: all that there are.
         encode: word -> ids of its pieces of text.
+        everything: that can be asked, by default what the grammar makes.
+        shares: how often each topic of it is drawn.
     """
 
-    def __init__(self, pieces: Sequence[tuple[Piece, Codes]], encode: Callable[[str], Sequence[int]]):
+    def __init__(
+        self,
+        pieces: Sequence[tuple[Piece, Codes]],
+        encode: Callable[[str], Sequence[int]],
+        everything: Sequence[Exchange] | None = None,
+        shares: Mapping[str, float] = SHARES,
+    ):
+        everything = everything or exchanges()
         self._encode = encode
-        self._answers = {each.question: each.answer for each in exchanges()}
-        topics = {each.question: each.topic for each in exchanges()}
-        self._topic_shares = topic_shares()
+        self._topic_shares = shares
+        self._answers = {each.question: each.answer for each in everything}
+        topics = {each.question: each.topic for each in everything}
         self._questions: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
         self._said: dict[tuple[str, str], list] = defaultdict(list)
         for piece, codes in pieces:
@@ -77,7 +87,7 @@ class Assembler:
                 self._said[piece.kind, name].append((piece, codes))
         self._idle = [codes for _, codes in self._said["user", ""]]
         self._silence = self._said["moshi", ""][0][1]
-        self._sums = sorted({each.answer for each in exchanges() if each.topic == "sum" and not each.held_out})
+        self._sums = sorted({each.answer for each in everything if each.topic == "sum" and not each.held_out})
         self._entries = 1 + max(int(codes.max()) for _, codes in pieces)
         self._voices = sorted(self._questions)
         counts = np.array([sum(map(len, self._questions[voice].values())) for voice in self._voices])
@@ -276,18 +286,17 @@ def write_dataset(
     write_index(folder, {"assembled": True}, shard)
 
 
+def word_encoder(model: Path) -> Callable[[str], list[int]]:
+    """Word -> ids of its pieces of text, by the tokenizer of ``model``."""
+    tokenizer = MoshiProcessor.from_pretrained(model).tokenizer
+    return cache(lambda word: tokenizer.encode(word, add_special_tokens=False))
+
+
 def write_assembled(
     pieces_folder: Path, model: Path, folder: Path, dialogues: int, listening: int, answering: int
 ) -> None:
     """Write the datasets, so many rows of each, for the tokenizer of ``model``."""
-    tokenizer = MoshiProcessor.from_pretrained(model).tokenizer
-    known: dict[str, list[int]] = {}
-
-    def encode(word: str) -> list[int]:
-        if word not in known:
-            known[word] = tokenizer.encode(word, add_special_tokens=False)
-        return known[word]
-
+    encode = word_encoder(model)
     pieces = read_pieces(pieces_folder)
     questions = [piece for piece in pieces if piece[0].kind == "question"]
     others = [piece for piece in pieces if piece[0].kind != "question"]

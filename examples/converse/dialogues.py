@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32
 
-from .sentences import AGAIN, STOP, Exchange, topic_shares
+from .sentences import AGAIN, SHARES, STOP, Exchange
 from .voices import FRAME, SAMPLING_RATE, Spoken, Voice, WordByWord
 
 MOSHI, USER = "SPEAKER_MAIN", "SPEAKER_USER"
@@ -251,8 +251,8 @@ def _silence(draw: np.random.Generator) -> Float32[np.ndarray, "samples"]:
 
 def _by_topic(exchanges: Sequence[Exchange]) -> Callable[[np.random.Generator], Exchange]:
     """Draws exchanges, of each topic as many as in training."""
-    by_topic = {topic: [each for each in exchanges if each.topic == topic] for topic in topic_shares()}
-    shares = {topic: share for topic, share in topic_shares().items() if by_topic[topic]}
+    by_topic = {topic: [each for each in exchanges if each.topic == topic] for topic in SHARES}
+    shares = {topic: share for topic, share in SHARES.items() if by_topic[topic]}
     topics, sizes = list(shares), np.array(list(shares.values())) / sum(shares.values())
 
     def exchange(draw: np.random.Generator) -> Exchange:

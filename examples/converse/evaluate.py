@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers_moshi_flax.cli.transcript import joined, timed_words
 from transformers_moshi_flax.training.codec.recognition import Recognizer, word_accuracy
 
 from .dialogues import MOSHI_VOICE, draw_voice, in_a_room, speak
-from .sentences import STOP, WORDS, Exchange, exchanges, topic_shares
+from .sentences import SHARES, STOP, WORDS, Exchange, exchanges
 from .voices import SAMPLING_RATE
 
 BEFORE, AFTER = 1.0, 6.0
@@ -86,11 +86,19 @@ def utterances(audio: Float32[np.ndarray, "samples"]) -> list[tuple[float, float
     return found
 
 
-def drawn_exchanges(draw: np.random.Generator, held_out: bool = True) -> Iterator[Exchange]:
-    """Questions without end, of each topic as many as in training; none twice before all of its topic."""
-    shares = topic_shares()
+def drawn_exchanges(
+    draw: np.random.Generator, everything: Sequence[Exchange] | None = None, shares: Mapping[str, float] = SHARES
+) -> Iterator[Exchange]:
+    """Questions without end, of each topic as many as in training; none twice before all of its topic.
+
+    Args:
+        draw: random numbers.
+        everything: that is asked, by default what is held out of training.
+        shares: how often each topic is drawn.
+    """
+    if everything is None:
+        everything = [each for each in exchanges() if each.held_out]
     left: dict[str, list[Exchange]] = {topic: [] for topic in shares}
-    everything = [each for each in exchanges() if each.held_out == held_out]
     while True:
         topic = str(draw.choice(list(shares), p=list(shares.values())))
         if not left[topic]:
@@ -99,11 +107,10 @@ def drawn_exchanges(draw: np.random.Generator, held_out: bool = True) -> Iterato
         yield left[topic].pop()
 
 
-def held_out_questions(
-    number: int, seed: int, held_out_voice: bool
+def spoken_questions(
+    drawn: Iterator[Exchange], number: int, seed: int, held_out_voice: bool
 ) -> tuple[list[Asked], Float32[np.ndarray, "rows samples"]]:
-    """So many questions of all topics, each as the only one of a recording."""
-    drawn = drawn_exchanges(np.random.default_rng(seed))
+    """The next so many questions, each as the only one of a recording."""
     asked, rows = [], []
     for index in range(number):
         draw = np.random.default_rng([seed, index])
@@ -118,6 +125,13 @@ def held_out_questions(
         asked.append(Asked(exchange, BEFORE, BEFORE + seconds))
     longest = max(map(len, rows))
     return asked, np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
+
+
+def held_out_questions(
+    number: int, seed: int, held_out_voice: bool
+) -> tuple[list[Asked], Float32[np.ndarray, "rows samples"]]:
+    """So many questions of all topics, as of :func:`spoken_questions`."""
+    return spoken_questions(drawn_exchanges(np.random.default_rng(seed)), number, seed, held_out_voice)
 
 
 def long_dialogue(minutes: float, seed: int) -> tuple[list[Asked], Float32[np.ndarray, "samples"]]:
@@ -156,10 +170,12 @@ def _put(audio: Float32[np.ndarray, "samples"], sound: Float32[np.ndarray, "hear
 
 
 def live(
-    model: FlaxMoshiForConditionalGeneration, users: Float32[np.ndarray, "rows samples"]
+    model: FlaxMoshiForConditionalGeneration,
+    users: Float32[np.ndarray, "rows samples"],
+    params: Mapping[str, Any] | None = None,
 ) -> tuple[Int[np.ndarray, "rows frames"], Float32[np.ndarray, "rows heard"]]:
-    """Moshi's text ids and its sound, to users who are heard frame by frame."""
-    stream = model.streaming(batch_size=len(users))
+    """Moshi's text ids and its sound, to users who are heard frame by frame; ``params`` instead of the model's."""
+    stream = model.streaming(batch_size=len(users), params=params)
     size = stream.frame_size
     frames = -(-users.shape[1] // size)
     users = np.pad(users, ((0, 0), (0, frames * size - users.shape[1])))

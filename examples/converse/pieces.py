@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from transformers_moshi_flax import FlaxMimiModel
 
 from .dialogues import MOSHI_VOICE, USER_VOICES, in_a_room
-from .sentences import AGAIN, STOP, exchanges, topic_shares
+from .sentences import AGAIN, SHARES, STOP, Exchange, exchanges
 from .voices import FRAME, SAMPLING_RATE, Voice, WordByWord
 
 DROPPED, AFTER, GAP = 20, 14, 16
@@ -92,18 +92,21 @@ class Piece:
     end: float
 
 
-def draw_rows(seed: int, number: int) -> list[Row]:
+def draw_rows(
+    seed: int, number: int, everything: Sequence[Exchange] | None = None, shares: Mapping[str, float] = SHARES
+) -> list[Row]:
     """What is to be spoken, for :func:`spoken_row`.
 
     Args:
         seed: of all.
         number: of what users say: questions, and what they say to stop Moshi or to hear it again. Moshi says every
             word of its answers once.
+        everything: that can be asked, by default what the grammar makes; what is held out is left out.
+        shares: how often each topic of it is drawn.
     """
-    known = [each for each in exchanges() if not each.held_out]
-    topics = topic_shares()
-    by_topic = {topic: sorted({each.question for each in known if each.topic == topic}) for topic in topics}
-    names, sizes = list(topics), list(topics.values())
+    known = [each for each in (everything or exchanges()) if not each.held_out]
+    by_topic = {topic: sorted({each.question for each in known if each.topic == topic}) for topic in shares}
+    names, sizes = list(shares), list(shares.values())
     draw = np.random.default_rng([seed, 0])
     shares = (1 - STOP_SHARE - AGAIN_SHARE, STOP_SHARE, AGAIN_SHARE)
     asked: list[Sentence] = []
@@ -200,10 +203,17 @@ class _Encoder:
         return found
 
 
-def write_pieces(codec: Path, folder: Path, questions: int, seed: int = 30) -> None:
+def write_pieces(
+    codec: Path,
+    folder: Path,
+    questions: int,
+    seed: int = 30,
+    everything: Sequence[Exchange] | None = None,
+    shares: Mapping[str, float] = SHARES,
+) -> None:
     """Speak and encode, a part at a time; see :func:`draw_rows`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = draw_rows(seed, questions)
+    rows = draw_rows(seed, questions, everything, shares)
     parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
     missing = [number for number in range(len(parts)) if not (folder / f"part-{number:03d}.json").exists()]
     encode = _Encoder(FlaxMimiModel.from_pretrained(codec))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 NUMBERS = (
@@ -57,6 +55,9 @@ WORDS = (
     "cat dog sun moon fish bird tree house book ship milk bread salt rain snow door hand foot star ring lamp desk "
     "boat frog duck nest leaf rock sand gold king road bell cake drum farm goat hill kite lion mask pond rose soap"
 ).split()
+WRAPPED = ("moshi {}", "{} moshi", "please {}", "{} please")
+"""How other questions are asked once more: what is asked must be told from how."""
+
 ASKED = ("{}", "moshi {}", "{} moshi", "tell me {}", "please tell me {}", "moshi tell me {}")
 """How what is asked of facts may be wrapped."""
 
@@ -85,28 +86,34 @@ GREETINGS = (
     (("goodbye", "see you later"), "goodbye for now"),
 )
 UNKNOWN = (
-    "who won the game",
-    "what is the weather like",
-    "where is my key",
-    "what time is it",
-    "who is the president",
-    "how far is the station",
-    "why is the train late",
-    "what did i eat",
-    "when does the shop open",
-    "who wrote this song",
-    "how much does it cost",
-    "where is the hotel",
-    "what should i read",
-    "when is my birthday",
-    "who called me",
-    "how deep is the sea",
+    ("what is the {} like", "weather|sea|hotel"),
+    ("what time is {}", "it|the train|the game"),
+    ("what did i {}", "read|like|enjoy"),
+    ("what should i {}", "read|like|enjoy"),
+    ("where is {}", "the hotel|the station|the shop|my key|my book|my dog"),
+    ("when is {}", "my birthday|the game|the train"),
+    ("when does the {} open", "shop|hotel|station"),
+    ("who {}", "won the game|wrote this song|wrote this book|called me|is the president"),
+    ("why is the {} late", "train|president|ship"),
+    ("how much does {} cost", "it|the book|the hotel|the train|the ship"),
+    ("how far is the {}", "station|hotel|shop|sea|moon"),
+    ("how deep is the {}", "sea|pond|snow"),
 )
 I_DO_NOT_KNOW = "i don't know that"
 AGAIN = ("say that again", "again please", "what did you say")
 STOP = ("stop", "stop please", "be quiet")
-MOST = 30.0
-"""The largest root of a topic's number of questions that counts."""
+SHARES = {
+    "sum": 0.24,
+    "echo": 0.24,
+    "after": 0.13,
+    "fact": 0.10,
+    "spelling": 0.09,
+    "opposite": 0.07,
+    "colour": 0.05,
+    "greeting": 0.05,
+    "unknown": 0.03,
+}
+"""How often each topic is drawn: more often where there is more to learn."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,11 @@ class Exchange:
 
 def is_held_out(what: str, share: int = 10) -> bool:
     """Whether something is one of the tenth (or another part) that is held out; the same everywhere and always."""
-    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:4]) % share == 0
+    return _number_of(what) % share == 0
+
+
+def _number_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
 def exchanges() -> list[Exchange]:
@@ -136,13 +147,6 @@ def exchanges() -> list[Exchange]:
         for question, answer, what in make():
             found.append(Exchange(question, answer, topic, is_held_out(f"{topic} {what}")))
     return found
-
-
-def topic_shares() -> dict[str, float]:
-    """How often each topic is drawn: more often where there is more to learn."""
-    counts = Counter(each.topic for each in exchanges())
-    sizes = {topic: min(math.sqrt(number), MOST) for topic, number in sorted(counts.items())}
-    return {topic: size / sum(sizes.values()) for topic, size in sizes.items()}
 
 
 def all_words() -> list[str]:
@@ -155,30 +159,44 @@ Made = Iterator[tuple[str, str, str]]
 
 
 def _sums() -> Made:
-    asked = {"plus": ("what is {} plus {}", "how much is {} plus {}", "tell me {} plus {}")}
-    asked["minus"] = tuple(phrase.replace("plus", "minus") for phrase in asked["plus"])
     for a, b in itertools.product(range(21), repeat=2):
         for sign, result in (("plus", a + b), ("minus", a - b)):
             if 0 <= result <= 20:
-                first, second = NUMBERS[a], NUMBERS[b]
-                for phrase in asked[sign]:
-                    answer = f"{first} {sign} {second} is {NUMBERS[result]}"
-                    yield phrase.format(first, second), answer, f"{first} {sign} {second}"
+                asked = f"{NUMBERS[a]} {sign} {NUMBERS[b]}"
+                for phrase in ("what is {}", "how much is {}", "tell me {}"):
+                    yield phrase.format(asked), f"{asked} is {NUMBERS[result]}", asked
 
 
 def _after() -> Made:
     lists = (("day", DAYS, True), ("month", MONTHS, True), ("letter", LETTERS, False), ("number", NUMBERS, False))
-    phrases = ("what comes after {}", "which {} comes after {}", "which {} follows {}", "what is after {}")
+    phrases = (
+        "what comes after {name}",
+        "which {kind} comes after {name}",
+        "which {kind} follows {name}",
+        "what is after {name}",
+        "what follows {name}",
+        "tell me what comes after {name}",
+        "which {kind} is after {name}",
+        "tell me the {kind} after {name}",
+        "what is the {kind} after {name}",
+    )
     for kind, names, again in lists:
         for place, name in enumerate(names if again else names[:-1]):
             following = names[(place + 1) % len(names)]
             for phrase in phrases:
-                question = phrase.format(kind, name) if phrase.count("{}") == 2 else phrase.format(name)
+                question = phrase.format(kind=kind, name=name)
                 yield question, f"after {name} comes {following}", question
 
 
 def _opposites() -> Made:
-    phrases = ("what is the opposite of {}", "tell me the opposite of {}", "what is not {}")
+    phrases = (
+        "what is the opposite of {}",
+        "tell me the opposite of {}",
+        "what is not {}",
+        "say the opposite of {}",
+        "which word is the opposite of {}",
+        "tell me what is not {}",
+    )
     for pair in OPPOSITES:
         for word, other in (pair, pair[::-1]):
             for phrase in phrases:
@@ -186,14 +204,29 @@ def _opposites() -> Made:
 
 
 def _colours() -> Made:
+    phrases = (
+        "what colour is {}",
+        "which colour has {}",
+        "tell me the colour of {}",
+        "what is the colour of {}",
+        "say which colour {} has",
+        "tell me what colour {} is",
+    )
     for thing, colour in COLOURS:
-        for phrase in ("what colour is {}", "which colour has {}", "tell me the colour of {}"):
+        for phrase in phrases:
             yield phrase.format(thing), f"{thing} is {colour}", phrase.format(thing)
 
 
 def _spelling() -> Made:
+    phrases = (
+        "spell {}",
+        "how do you spell {}",
+        "can you spell {}",
+        "spell the word {}",
+        "tell me how you spell {}",
+    )
     for word in WORDS:
-        for phrase in ("spell {}", "how do you spell {}", "please spell the word {}"):
+        for phrase in phrases:
             yield phrase.format(word), " ".join(word.upper()), phrase.format(word)
 
 
@@ -212,18 +245,31 @@ def _answers(table: Iterable[tuple[tuple[str, ...], str]], wrappings: Iterable[s
 
 
 def _unknown() -> Made:
-    for question in UNKNOWN:
-        yield question, I_DO_NOT_KNOW, question
+    for phrase, names in UNKNOWN:
+        for name in names.split("|"):
+            question = phrase.format(name)
+            yield question, I_DO_NOT_KNOW, question
+
+
+def _also_wrapped(make: Callable[[], Made]) -> Callable[[], Made]:
+    """Every question as it is, and in one of the wrappings; held out are both or none."""
+
+    def made() -> Made:
+        for question, answer, what in make():
+            yield question, answer, what
+            yield WRAPPED[_number_of(question) % len(WRAPPED)].format(question), answer, what
+
+    return made
 
 
 TOPICS = {
-    "sum": _sums,
-    "after": _after,
-    "opposite": _opposites,
-    "colour": _colours,
-    "spelling": _spelling,
-    "echo": _echo,
+    "sum": _also_wrapped(_sums),
+    "after": _also_wrapped(_after),
+    "opposite": _also_wrapped(_opposites),
+    "colour": _also_wrapped(_colours),
+    "spelling": _also_wrapped(_spelling),
+    "echo": _also_wrapped(_echo),
     "fact": lambda: _answers(FACTS, ASKED),
     "greeting": lambda: _answers(GREETINGS, GREETED),
-    "unknown": _unknown,
+    "unknown": _also_wrapped(_unknown),
 }

@@ -91,11 +91,11 @@ def evaluate(folder: Path, questions: int = QUESTIONS) -> dict[str, Any]:
         asked, users = spoken_questions(drawn, questions, SEED, held_out_voice=False)
         names = [*adapter * questions, *[None] * questions]
         said = answers(model, np.concatenate([users, users]), model.adapted_params(adapter_names=names))
-        found[name] = _figures([each.exchange.answer for each in asked], said[:questions], said[questions:])
+        found[name] = figures_of([each.exchange.answer for each in asked], said[:questions], said[questions:])
     return found
 
 
-def _figures(right: Sequence[str], adapted: Sequence[str], before: Sequence[str]) -> dict[str, Any]:
+def figures_of(right: Sequence[str], adapted: Sequence[str], before: Sequence[str]) -> dict[str, Any]:
     known = [index for index, (answer, text) in enumerate(zip(right, before)) if answer == text]
     return {
         "right": share(sum(a == b for a, b in zip(right, adapted)), len(right)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import jax
 import yaml
 
 from transformers_moshi_flax import LoraConfig
@@ -16,10 +17,8 @@ from transformers_moshi_flax.models.moshi.modeling_flax_moshi import FlaxMoshiFo
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
-
 from examples.converse.sentences import NUMBERS, exchanges  # noqa: E402
-from examples.converse.skill import COUNTING_SHARES, LONGEST, TOPIC, figures_of, counting  # noqa: E402
+from examples.converse.skill import COUNTING_SHARES, LONGEST, TOPIC, counting, figures_of  # noqa: E402
 
 MOST_BYTES = 300_000
 

@@ -62,6 +62,21 @@ def test_sizes_and_states(kind: str, folders: dict[str, Path]):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
+def test_long_audio_is_heard_in_windows(folders: dict[str, Path]):
+    """Each by itself, their frames one after another; one window is what it is without the option."""
+    encoder = FlaxAudioEncoder.from_pretrained(folders["whisper"])
+    most = encoder.model.max_samples
+    audio = 0.3 * np.random.default_rng(1).normal(size=(2, 2 * most + 170)).astype(np.float32)
+    found = encoder(audio, chunk_audio=True)
+    windows = [encoder(audio[:, start : start + most]) for start in range(0, audio.shape[1], most)]
+    for place, states in enumerate(found.hidden_states):
+        alone = np.concatenate([window.hidden_states[place] for window in windows], axis=1)
+        np.testing.assert_allclose(states, alone, atol=1e-5 * np.abs(alone).max())
+    assert found.last_hidden_state.shape == (2, 33, 24) and encoder.output_lengths(audio.shape[1]) == 23
+    short = encoder(AUDIO, chunk_audio=True)
+    np.testing.assert_array_equal(short.last_hidden_state, encoder(AUDIO).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_an_adapter_beside_quantized_weights(kind: str, folders: dict[str, Path], tmp_path: Path):
     """It alone has gradients; saved and loaded, it is the same."""
@@ -116,3 +131,11 @@ def test_models_and_calls_that_are_refused(folders: dict[str, Path], tmp_path: P
         FlaxAudioEncoder(FlaxLlamaModel(tiny_llama_config(), _do_init=False))
     with pytest.raises(ValueError, match="`attention_mask` has no effect on Whisper"):
         FlaxAudioEncoder.from_pretrained(folders["whisper"])(AUDIO, np.ones((2, 400), np.int32))
+    with pytest.raises(ValueError, match="`chunk_audio` has no effect on an encoder that hears any length"):
+        FlaxAudioEncoder.from_pretrained(folders["hubert"])(AUDIO, chunk_audio=True)
+    whisper = FlaxAudioEncoder.from_pretrained(folders["whisper"])
+    most = whisper.model.max_samples
+    with pytest.raises(ValueError, match=f"hears {most} at once: cut it in pieces, as .*chunk_audio=True"):
+        whisper(np.zeros((1, most + 1), np.float32))
+    with pytest.raises(ValueError, match="`audio`"):
+        whisper(np.zeros((1, 80, 22), np.float32), chunk_audio=True)

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from ...adapters.config import LoraConfig
 from ...adapters.lora import check_trained, with_leaves
-from ...input_checks import refuse_params
+from ...generation.arrays import on_device
+from ...input_checks import check_input, refuse_params
 from ...modeling_flax_auto import FlaxAutoAudioEncoder
 from ...modeling_flax_encoder import FlaxEncoderModel
 from ...modeling_flax_outputs import FlaxBaseModelOutput
 from ...quantization.config import QuantizationConfig
 from ..whisper import FlaxWhisperEncoder
+from ..whisper.modeling_flax_whisper import AUDIO
 
 SAMPLING_RATE = 16_000
 """Samples a second that all of them hear."""
@@ -120,6 +124,7 @@ class FlaxAudioEncoder:
         params: Any | None = None,
         dropout_rng: jax.Array | None = None,
         train: bool = False,
+        chunk_audio: bool = False,
     ) -> FlaxBaseModelOutput:
         """Hidden states of recordings: that of the input and of every layer in ``hidden_states``, and the last.
 
@@ -131,12 +136,18 @@ class FlaxAudioEncoder:
             params: those of the model, or of :meth:`with_trainable`; its own if None. Of a frozen encoder, nothing has
                 a gradient by them.
             dropout_rng, train: as of the model.
+            chunk_audio: Whisper hears windows of 30 s of longer audio, one after another and each by itself; their
+                frames follow each other, ``output_lengths`` of the whole before padding.
 
         Raises:
-            ValueError: ``attention_mask`` for Whisper, and what the model refuses.
+            ValueError: ``attention_mask`` for Whisper, ``chunk_audio`` for the others, which hear any length, or for a
+                spectrogram, and what the model refuses.
         """
         refuse_params(audio=audio, attention_mask=attention_mask)
         inputs: dict[str, Any]
+        windows = 1
+        if chunk_audio:
+            audio, windows = self._in_windows(audio)
         if isinstance(self.model, FlaxWhisperEncoder):
             if attention_mask is not None:
                 raise ValueError(
@@ -157,7 +168,23 @@ class FlaxAudioEncoder:
             output_hidden_states=True,
             return_dict=True,
         )
-        return FlaxBaseModelOutput(outputs.last_hidden_state, outputs.hidden_states)
+
+        def in_a_row(states: Array) -> Array:
+            return states.reshape(-1, windows * states.shape[1], states.shape[2])
+
+        return FlaxBaseModelOutput(
+            in_a_row(outputs.last_hidden_state), tuple(in_a_row(states) for states in outputs.hidden_states)
+        )
+
+    def _in_windows(self, audio: ArrayLike) -> tuple[Float[Array, "windows samples"], int]:
+        """The windows of all rows, one below the other, and how many a row has."""
+        if not isinstance(self.model, FlaxWhisperEncoder):
+            raise ValueError("`chunk_audio` has no effect on an encoder that hears any length: leave it out.")
+        check_input("audio", audio, AUDIO)
+        windows = max(-(-np.shape(audio)[1] // self.model.max_samples), 1)
+        samples = windows * self.model.max_samples
+        padded = jnp.pad(on_device(audio), ((0, 0), (0, samples - np.shape(audio)[1])))
+        return padded.reshape(-1, self.model.max_samples), windows
 
     # What is trained
 

@@ -74,7 +74,10 @@ class FlaxWhisperEncoder(FlaxEncoderModel):
         check_input("audio", audio, AUDIO)
         samples, most = np.shape(audio)[1], self.max_samples
         if samples > most:
-            raise ValueError(f"`audio` has {samples} samples, but the encoder hears {most} at once: cut it in pieces.")
+            raise ValueError(
+                f"`audio` has {samples} samples, but the encoder hears {most} at once: cut it in "
+                "pieces, as `FlaxAudioEncoder` does with chunk_audio=True."
+            )
         if most <= WIDTH // 2:
             raise ValueError(
                 f"`max_source_positions` is {self.config.max_source_positions}, too few for a spectrogram: give "

@@ -65,6 +65,7 @@ _PUBLIC = {
     ],
     "models.moshi.pcm": ["PcmBuffer", "PcmDialogue", "PcmFrame"],
     "models.moshi.processing_moshi": ["MoshiProcessor"],
+    "models.moshi.prompt_flax_moshi": ["IdleCodes", "MoshiPrompt"],
     "models.speech_language": ["FlaxSpeechLanguageModel", "SpeechLanguageConfig"],
     "models.speech_language.processing_speech_language": ["SpeechLanguageProcessor"],
     "models.wav2vec2": ["FlaxWav2Vec2Model", "FlaxWav2Vec2PreTrainedModel"],

@@ -7,6 +7,7 @@ caches there are is known in this file alone:
 - :class:`LinearCache`: as many slots as steps, for generation of a known length;
 - :class:`StaticCache`: the same with a length known at trace time, for decoders with weights for every step;
 - :class:`RingCache`: the last steps of streams that never end, each row with an age of its own;
+- :class:`PinnedRingCache`: the same, which never forgets what it has adopted;
 - :class:`NoCache`: this call's steps alone;
 - :class:`PackedTexts`: the same, of rows that hold several texts behind one another.
 
@@ -321,6 +322,31 @@ class RingCache(_Layers):
         )
         return Steps(self.slot, mask, positions), after
 
+    def adopt(self, rows: Bool[Array, "batch"], past: LinearCache) -> RingCache:
+        """With the steps of ``past``, a cache of one row, as those of each of ``rows``.
+
+        Of more steps than there are slots the last ones stay. The first steps have positions from 0 on.
+        """
+        count = past.length
+        slot = jnp.arange(min(self.slots, past.max_length), dtype=jnp.int32)
+        # the last of the steps that share a ring index
+        step = slot + self.slots * (jnp.maximum(count - 1 - slot, 0) // self.slots)
+        heads = past.keys[0].shape[0]
+        chosen = jnp.repeat(rows, heads)[:, None, None]
+
+        def put(old: Array, new: Array) -> Array:
+            new = jnp.take(new, step, axis=1, mode="clip").astype(old.dtype)
+            new = jnp.tile(new, (rows.shape[0], 1, 1))
+            return lax.dynamic_update_slice_in_dim(old, jnp.where(chosen, new, old[:, : slot.size]), 0, axis=1)
+
+        return self.replace(
+            keys=tuple(map(put, self.keys, past.keys)),
+            values=tuple(map(put, self.values, past.values)),
+            position=jnp.where(rows, count.astype(jnp.uint32), self.position),
+            slot=jnp.where(rows, count % self.slots, self.slot),
+            filled=jnp.where(rows, jnp.minimum(count, self.slots), self.filled),
+        )
+
     def reset(self, rows: Bool[Array, "batch"]) -> RingCache:
         """With ``rows`` empty; no array of keys or values is touched."""
         return self.replace(
@@ -328,6 +354,49 @@ class RingCache(_Layers):
             slot=jnp.where(rows, 0, self.slot),
             filled=jnp.where(rows, 0, self.filled),
         )
+
+
+@flax.struct.dataclass
+class PinnedRingCache(RingCache):
+    """A :class:`RingCache` of which each row keeps the steps that it has adopted, and the one after them, for ever:
+    later steps share the slots behind. There is one step a call.
+
+    Attributes:
+        pinned: slots that are kept, ``(batch,)`` int32, less than there are.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    position: Any
+    slot: Any
+    filled: Any
+    pinned: Any
+
+    @classmethod
+    def create(cls, config: Any, batch_size: int, dtype: Any = jnp.float32, steps: int = 1) -> PinnedRingCache:
+        ring = RingCache.create(config, batch_size, dtype, steps)
+        return cls(**vars(ring), pinned=jnp.zeros((batch_size,), dtype=jnp.int32))
+
+    def next_steps(
+        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+    ) -> tuple[Steps, PinnedRingCache]:
+        """As :meth:`RingCache.next_steps`; the slots are as many as ``window``, those that are kept included."""
+        if steps != 1:
+            raise ValueError(f"a pinned ring takes one step a call, not {steps}.")
+        found, after = super().next_steps(steps, window, batch_size, attention_mask)
+        slots = jnp.arange(self.slots, dtype=jnp.int32)[None]
+        mask = (slots < self.filled[:, None]) | (slots == self.slot[:, None])
+        # behind the last slot comes the first one that is shared
+        slot = jnp.where((after.slot == 0) & (self.slot > 0), self.pinned, after.slot)
+        return found.replace(mask=mask[:, None]), after.replace(slot=slot)
+
+    def adopt(self, rows: Bool[Array, "batch"], past: LinearCache) -> PinnedRingCache:
+        after = super().adopt(rows, past)
+        return after.replace(pinned=jnp.where(rows, past.length + 1, self.pinned))
+
+    def reset(self, rows: Bool[Array, "batch"]) -> PinnedRingCache:
+        after = super().reset(rows)
+        return after.replace(pinned=jnp.where(rows, 0, self.pinned))
 
 
 # --------------------------------------------------------------------------------------------------------- no cache

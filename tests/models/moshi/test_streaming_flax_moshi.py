@@ -836,9 +836,11 @@ ON_FOUR_DEVICES = """
 import sys
 import jax
 import numpy as np
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiPrompt
 
 model = FlaxMoshiForConditionalGeneration.from_pretrained(sys.argv[1])
+books = model.config.num_codebooks
+prompt = MoshiPrompt(np.arange(3), np.ones((books, 3), int), np.zeros((books, 3), int))
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 options = {"do_sample": True, "depth_decoder_do_sample": True}
 one, spread = model.streaming(8, **options), model.streaming(8, mesh=mesh, **options)
@@ -849,7 +851,7 @@ def both(call):
     states[:] = [call(stream, state) for stream, state in zip((one, spread), states)]
 
 
-one.warmup(), spread.warmup()
+one.warmup(3), spread.warmup(3)
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -858,7 +860,7 @@ state = spread.configure(spread.init(jax.random.key(0)), np.ones(8, bool), top_k
 compiled.clear()  # of splitting the key
 silence, everyone = np.zeros((8, 1, one.frame_size), np.float32), np.ones(8, bool)
 state, _ = spread.step(state, silence, active=everyone, forced_text_ids=np.full(8, 5))
-state = spread.configure(spread.reset(state, everyone), everyone, temperature=0.5)
+state = spread.configure(spread.reset(state, everyone, prompt=prompt), everyone, temperature=0.5)
 assert not compiled, compiled
 
 rng = np.random.default_rng(0)
@@ -875,6 +877,7 @@ for k in range(10):
         both(lambda stream, state: stream.reset(state, np.arange(8) % 3 == 0))
         both(lambda stream, state: stream.configure(state, np.arange(8) < 4, top_k=5))
         both(lambda stream, state: stream.set_slot(state, 6, stream.get_slot(state, 1)))
+        both(lambda stream, state: stream.reset(state, np.arange(8) > 6, prompt=prompt))
         spread.save_state(states[1], sys.argv[2])
         states[1] = spread.load_state(sys.argv[2])
     for leaf in jax.tree.leaves((states[1], frames[1])):

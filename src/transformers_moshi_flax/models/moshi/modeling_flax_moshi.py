@@ -6,6 +6,7 @@ step of ``generate``, ``streaming_flax_moshi.py`` the endless dialogue.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ from .modules_flax_moshi import (
     FlaxMoshiUnconditionalInput,
 )
 from .preparing_flax_moshi import encode, finish, padding_before, prepare, start_of
+from .prompt_flax_moshi import MoshiPrompt, prompted_streams
 from .streaming_flax_moshi import FlaxMoshiStream
 
 
@@ -468,6 +470,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
         forced_text_ids: ArrayLike | None = None,
         forced_audio_codes: ArrayLike | None = None,
         streamer: Any | None = None,
+        prompt: MoshiPrompt | Sequence[MoshiPrompt] | None = None,
         **kwargs: Any,
     ) -> FlaxMoshiGenerateOutput:
         """Generates text and audio, frame by frame; ``docs/architecture.md`` has the diagram.
@@ -499,6 +502,8 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
                 the prompt and then of every new frame ``(batch,)`` while generation goes on; if it has
                 ``put_audio_codes``, that gets the undelayed codes ``(batch, num_codebooks, frames)`` of new frames.
                 Not under ``jax.jit``.
+            prompt: text and both voices of the prompt, for all rows or one for each; the user's stream then begins
+                behind it, and the other streams are left out. Shorter prompts are padded on the left.
             **kwargs: fields of ``GenerationConfig`` for the text (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_k``, ``top_p``, ``eos_token_id``, …), with the prefix ``depth_decoder_`` for the audio;
                 ``attention_mask`` ``(batch, frames)``; ``stop_lengths`` ``(batch,)``, after how many new frames each
@@ -514,18 +519,22 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
         Raises:
             ValueError: unknown or unsupported options (named); streams that are missing, of different length or batch
                 size; ids outside a vocabulary; start codes behind other ones in Moshi's prompt; audio that is empty or
-                not finite.
+                not finite; a ``prompt`` beside other streams than the user's, or not for this model.
         """
+        streams = {
+            "input_ids": input_ids,
+            "user_input_values": user_input_values,
+            "user_audio_codes": user_audio_codes,
+            "moshi_input_values": moshi_input_values,
+            "moshi_audio_codes": moshi_audio_codes,
+            "inputs_embeds": inputs_embeds,
+        }
+        if prompt is not None:
+            streams, mask = prompted_streams(self, prompt, streams, kwargs.get("attention_mask"), params)
+            kwargs = {**kwargs, "attention_mask": mask}
         prepared = prepare(
             self,
-            {
-                "input_ids": input_ids,
-                "user_input_values": user_input_values,
-                "user_audio_codes": user_audio_codes,
-                "moshi_input_values": moshi_input_values,
-                "moshi_audio_codes": moshi_audio_codes,
-                "inputs_embeds": inputs_embeds,
-            },
+            streams,
             {"forced_text_ids": forced_text_ids, "forced_audio_codes": forced_audio_codes},
             generation_config,
             kwargs,
@@ -602,6 +611,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
         mesh: jax.sharding.Mesh | None = None,
         ignore_first_user_frame: bool = False,
         return_audio_waveforms: bool = True,
+        pin_prompt: bool = False,
         **kwargs: Any,
     ) -> FlaxMoshiStream:
         """Endless dialogues, 80 ms at a time; see
@@ -614,6 +624,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
             mesh,
             ignore_first_user_frame,
             return_audio_waveforms,
+            pin_prompt,
             **kwargs,
         )
 

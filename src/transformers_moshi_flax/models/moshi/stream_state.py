@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, Key, UInt
 
 from ...generation.decoding import UNFORCED
 from ...generation.programs import Program
-from ...nn.cache import RingCache
+from ...nn.cache import PinnedRingCache, RingCache
 from ..mimi.streaming_flax_mimi import FlaxMimiDecoderState, FlaxMimiEncoderState
 from .generation_flax_moshi import FrameDecoder
 
@@ -75,6 +75,7 @@ def empty_state(
     with_encoder: bool,
     with_decoder: bool,
     dtype: Any,
+    pinned: bool,
     origin: str,
     mesh: Mesh | None,
 ) -> StreamState:
@@ -83,7 +84,7 @@ def empty_state(
     codec = config.audio_encoder_config
     codes = jnp.full((batch_size, config.num_codebooks), config.audio_vocab_size, dtype=jnp.int32)
     dialogue = DialogueState(
-        cache=RingCache.create(config, batch_size, dtype),
+        cache=(PinnedRingCache if pinned else RingCache).create(config, batch_size, dtype),
         text_ids=jnp.full((batch_size,), config.vocab_size, dtype=jnp.int32),
         audio_codes=codes,
         user_codes=codes,

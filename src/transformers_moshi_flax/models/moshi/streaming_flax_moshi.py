@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from ...checkpoints.formats import open_safetensors
 from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
-from ...generation.arrays import on_device
+from ...generation.arrays import on_device, on_host, padded
 from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_whole
@@ -46,6 +46,8 @@ from ..mimi.topology import samples_per_frame
 from .frame_flax_moshi import frame_step
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
 from .inputs_flax_moshi import require_waveforms, step_inputs
+from .prompt_flax_moshi import MoshiPrompt
+from .prompt_state import ADOPT, CHUNK, PromptState, empty_cache, prefill, prompt_capacity, prompt_columns
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
 from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
@@ -280,6 +282,8 @@ class FlaxMoshiStream:
             frame, so the user's frame that it is given is lost and it returns none. By default :meth:`init` and
             :meth:`reset` run the start frame.
         return_audio_waveforms: False leaves out Mimi's decoder, where the codes are enough.
+        pin_prompt: whether dialogues remember all of their prompt for ever. The context then is the prompt and as many
+            of the last frames as there is room for; by default it is the last frames, whatever they are.
         **kwargs: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``epsilon_cutoff``,
             ``eta_cutoff``, ``suppress_tokens``, ``remove_invalid_values`` for the text, and with the prefix
             ``depth_decoder_`` these and all other processors for the codes of a frame. Numbers are those that slots
@@ -308,6 +312,7 @@ class FlaxMoshiStream:
         mesh: Mesh | None = None,
         ignore_first_user_frame: bool = False,
         return_audio_waveforms: bool = True,
+        pin_prompt: bool = False,
         **kwargs: Any,
     ):
         check_sizes(batch_size=batch_size)
@@ -323,18 +328,21 @@ class FlaxMoshiStream:
         self.mesh = checked_mesh(mesh, batch_size)
         self.ignore_first_user_frame = ignore_first_user_frame
         self.return_audio_waveforms = return_audio_waveforms
+        self.pin_prompt = pin_prompt
         *self.samplings, self._numbers = resolve_stream_sampling(
             model.generation_defaults(), generation_config, kwargs, config
         )
         # looked up once: reading a configuration takes longer than all else in `step`
         self._inputs = step_inputs(config, batch_size)
         self._has_encoder = codec.encoder_config is not None
+        self._config = config
         self._vocab_size, self._audio_vocab_size = config.vocab_size, config.audio_vocab_size
         self._dtype = model.dtype
         self.bounds = {
             f"{prefix}top_k": sampling.top_k_bound for prefix, sampling in zip(("", DEPTH_PREFIX), self.samplings)
         }
-        self._origin = digest(config, model.dtype, sorted(self._numbers), self.bounds, return_audio_waveforms)
+        kinds = ("pinned",) if pin_prompt else ()
+        self._origin = digest(config, model.dtype, sorted(self._numbers), self.bounds, return_audio_waveforms, *kinds)
         self._compiled = model.compiled
 
         params = model.whole_params(params, batch_size)
@@ -384,6 +392,7 @@ class FlaxMoshiStream:
             with_encoder=self._has_encoder,
             with_decoder=self.return_audio_waveforms,
             dtype=jnp.dtype(self._dtype),
+            pinned=self.pin_prompt,
             origin=self._origin,
             mesh=self.mesh,
         )
@@ -396,25 +405,32 @@ class FlaxMoshiStream:
         prng_key: jax.Array | None = None,
         forced_text_ids: ArrayLike | None = None,
         forced_audio_codes: ArrayLike | None = None,
+        prompt: MoshiPrompt | PromptState | Sequence[MoshiPrompt | PromptState | None] | None = None,
     ) -> StreamState:
         """All slots at the beginning of a dialogue.
 
         Args:
             prng_key: a key, or one per slot, ``(batch,)`` (default: ``jax.random.key(0)``). What a slot draws depends
                 on its own key only.
-            forced_text_ids, forced_audio_codes: of the first frame, as in :meth:`step`.
+            forced_text_ids, forced_audio_codes: of the first frame (behind the prompt, where there is one), as in
+                :meth:`step`.
+            prompt: what dialogues begin from, or what :meth:`prefill` has made of it; one for all slots, or one per
+                slot, None where there is none. A slot goes on as if each frame had been forced in a step of its own,
+                but Mimi begins with the first frame behind the prompt, of which the first step hears the user's.
 
         Raises:
-            ValueError: as :meth:`step`.
+            ValueError: as :meth:`step` and :meth:`prefill`.
         """
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, self._all)
-        if self.ignore_first_user_frame and (forced_text_ids is not None or forced_audio_codes is not None):
+        prompts = self._prompts_of(prompt, self._all)
+        given = forced_text_ids is not None or forced_audio_codes is not None
+        if self.ignore_first_user_frame and given and len(prompts) < self.batch_size:
             raise ValueError(
                 "`forced_text_ids` and `forced_audio_codes` of the first frame go with the first step of a stream "
                 "with `ignore_first_user_frame=True`: leave them out of `init`."
             )
         keys = row_keys(jax.random.key(0) if prng_key is None else prng_key, self.batch_size)
-        return self._run_start(self._create(keys), self._all, forced)
+        return self._run_start(self._create(keys), self._all, forced, prompts)
 
     def reset(
         self,
@@ -423,6 +439,7 @@ class FlaxMoshiStream:
         prng_key: jax.Array | None = None,
         forced_text_ids: ArrayLike | None = None,
         forced_audio_codes: ArrayLike | None = None,
+        prompt: MoshiPrompt | PromptState | Sequence[MoshiPrompt | PromptState | None] | None = None,
     ) -> StreamState:
         """Begins a new dialogue in some slots. The others do not change, and nothing is compiled.
 
@@ -431,27 +448,118 @@ class FlaxMoshiStream:
             rows: which slots, ``(batch,)`` bool.
             prng_key: as in :meth:`init`; by default the key of each slot is folded with its age. The numbers of
                 :meth:`configure` stay.
-            forced_text_ids, forced_audio_codes: of the first frame, as in :meth:`step`.
+            forced_text_ids, forced_audio_codes: of the first frame, as in :meth:`init`.
+            prompt: as in :meth:`init`; of other slots than ``rows`` it does not matter.
 
         Raises:
-            ValueError: as :meth:`step`.
+            ValueError: as :meth:`step` and :meth:`prefill`.
         """
         self._check_state(state)
         rows = self._checked("rows", rows)
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, rows)
+        prompts = self._prompts_of(prompt, rows)
         keys = None if prng_key is None else row_keys(prng_key, self.batch_size)
         state = RESTART(state, rows, *self._starts)
         if keys is not None:
             dialogue = REKEY(state.dialogue, rows, keys)
             state = state.replace(dialogue=dialogue)
-        return self._run_start(state, rows, forced)
+        return self._run_start(state, rows, forced, prompts)
 
-    def _run_start(self, state: StreamState, rows: ArrayLike, forced: tuple[Any, Any]) -> StreamState:
+    def _run_start(
+        self, state: StreamState, rows: ArrayLike, forced: tuple[Any, Any], prompts: dict[int, PromptState]
+    ) -> StreamState:
+        """Run the start frame, or the last one of a prompt."""
+        heard = self._blank
+        if prompts:
+            states = {id(prompt): prompt for prompt in prompts.values()}
+            frames = np.zeros((self.batch_size, self.num_codebooks), np.int32)
+            for prompt in states.values():
+                slots = np.array([prompts.get(slot) is prompt for slot in range(self.batch_size)])
+                frames[slots] = on_host(prompt.heard)
+                state = state.replace(dialogue=ADOPT(state.dialogue, self._on_devices(slots), prompt))
+            heard = self._on_devices(frames)
         if self.ignore_first_user_frame:
-            return state
+            rows = self._on_devices(np.isin(np.arange(self.batch_size), [*prompts]))
+            if not prompts:
+                return state
         traced = is_traced(state.dialogue.text_ids, rows, *forced)
-        dialogue, _ = self._frame(traced, state.dialogue, self._blank, rows, *forced)
+        dialogue, _ = self._frame(traced, state.dialogue, heard, rows, *forced)
         return state.replace(dialogue=dialogue)
+
+    def prefill(self, prompt: MoshiPrompt, capacity: int = 1) -> PromptState:
+        """What a prompt leaves behind, for the ``prompt`` of :meth:`init` and :meth:`reset`, any number of times.
+
+        All its frames are run at once, in chunks of 64. Nothing is drawn, so it is good for every key and all numbers
+        of sampling. It takes the memory of the keys and values of its frames, rounded up.
+
+        Args:
+            prompt: the frames.
+            capacity: frames that there is room for at least. Programs are compiled for each capacity: 64, 128, 256, ….
+
+        Raises:
+            ValueError: other codebooks than the model's, ids out of range, a ``capacity`` below 1; with
+                ``pin_prompt``, more frames than the context can keep.
+        """
+        if not isinstance(prompt, MoshiPrompt):
+            raise ValueError(f"`prompt` must be a MoshiPrompt, but is {type(prompt).__name__}.")
+        prompt.check_for(self._config)
+        check_sizes(capacity=capacity)
+        context = self._config.sliding_window
+        if self.pin_prompt and prompt.frames > context - 2:
+            raise ValueError(
+                f"`prompt` has {prompt.frames} frames, but of the {context} frames of the context `pin_prompt=True` "
+                f"can keep {context - 2} at most: shorten it."
+            )
+        frames, capacity = prompt.frames, prompt_capacity(max(prompt.frames, capacity))
+        columns = prompt_columns(prompt, self._config)
+        cache = self._alone(self._compiled(empty_cache, capacity=capacity)())
+        program = self._compiled(prefill, (1,))
+        for begin in range(0, frames, CHUNK):
+            chunk = (padded(column[..., begin : min(begin + CHUNK, frames)], CHUNK, 0) for column in columns)
+            cache = program(self.parts["frame"], cache, *map(self._alone, chunk))
+            # so that those who use the device as well come in between
+            jax.block_until_ready(cache)
+        text_ids, _, moshi_codes = columns
+        heard_before = columns[1][..., 0] if frames == 1 else prompt.user_codes[None, :, -2]
+        small = {
+            "text_ids": text_ids[:, -1],
+            "audio_codes": moshi_codes[..., -1],
+            "user_codes": heard_before,
+            "forced_codes": prompt.moshi_codes[None, :, -1],
+            "heard": prompt.user_codes[None, :, -1],
+            "steps": np.array([frames], np.uint32),
+        }
+        return PromptState(
+            cache=cache.replace(length=self._alone(np.int32(frames))),
+            **{name: self._alone(array) for name, array in small.items()},
+            origin=self._origin,
+        )
+
+    def _alone(self, tree: Any) -> Any:
+        """What belongs to no slot, where the programs want it: on every device."""
+        if self.mesh is not None:
+            return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.tree.map(on_device, tree)
+
+    def _prompts_of(self, prompt: Any, rows: ArrayLike) -> dict[int, PromptState]:
+        """What the slots among ``rows`` begin from, by slot; each prompt is prefilled once."""
+        if prompt is None:
+            return {}
+        prompts = [prompt] * self.batch_size if isinstance(prompt, (MoshiPrompt, PromptState)) else [*prompt]
+        if len(prompts) != self.batch_size:
+            raise ValueError(f"`prompt` has {len(prompts)} prompts, but there are {self.batch_size} slots.")
+        if is_traced(rows):
+            raise ValueError("`rows` with a `prompt` must be known at trace time.")
+        wanted = {slot: prompts[slot] for slot in np.flatnonzero(np.asarray(rows)).tolist()}
+        made: dict[int, PromptState] = {}
+        for one in wanted.values():
+            if isinstance(one, PromptState):
+                if one.origin != self._origin:
+                    raise ValueError("`prompt` is of another configuration, dtype or kind of stream: prefill it anew.")
+                made[id(one)] = one
+            elif one is not None:
+                made[id(one)] = made.get(id(one)) or self.prefill(one)
+        return {slot: made[id(one)] for slot, one in wanted.items() if one is not None}
 
     def step(
         self,
@@ -544,8 +652,17 @@ class FlaxMoshiStream:
         changes = {name: (np.full(value.shape, name in numbers), value) for name, value in values.items()}
         return state.replace(dialogue=CONFIGURE(state.dialogue, rows, jax.tree.map(self._on_devices, changes)))
 
-    def warmup(self) -> None:
-        """Compiles everything that dialogues need, ahead of time."""
+    def warmup(self, prompt_frames: int = 0) -> None:
+        """Compiles everything that dialogues need, ahead of time.
+
+        Args:
+            prompt_frames: for prompts of the capacity that so many frames have; 0 if there are to be none.
+
+        Raises:
+            ValueError: ``prompt_frames`` is no whole number, or below 0.
+        """
+        if prompt_frames:
+            check_sizes(prompt_frames=prompt_frames)
         state = self.init(jax.random.key(0))
         silence = np.zeros((self.batch_size, self.channels, self.frame_size), dtype=np.float32)
         if state.encoder is not None:
@@ -553,6 +670,10 @@ class FlaxMoshiStream:
         state, _ = self.step(state, user_audio_codes=np.zeros((self.batch_size, self.num_codebooks), np.int32))
         state = self.reset(state, np.ones(self.batch_size, dtype=bool), jax.random.key(0))
         state = self.configure(state, **self._numbers)
+        if prompt_frames:
+            blank = np.zeros((self.num_codebooks, 1), np.int32)
+            prompt = self.prefill(MoshiPrompt(blank[0], blank, blank), prompt_frames)
+            state = self.reset(state, np.ones(self.batch_size, dtype=bool), jax.random.key(0), prompt=prompt)
         jax.block_until_ready(self.set_slot(state, 0, self.get_slot(state, 0)))
 
     # ---------------------------------------------------------------------------------------- state as data
@@ -665,6 +786,8 @@ class FlaxMoshiStream:
             if f"{part}.cache.slot" in leaves:
                 slots = leaves[f"{part}.cache.keys.0"].shape[1]
                 sizes |= {f"{part}.cache.slot": slots, f"{part}.cache.filled": slots + 1}
+                if f"{part}.cache.pinned" in leaves:
+                    sizes |= {f"{part}.cache.pinned": slots}
         for name, size in sizes.items():
             if ((leaves[name] < 0) | (leaves[name] >= size)).any():
                 raise ValueError(f"`path`: {path} is no good state: {name} must be in [0, {size}).")

@@ -57,8 +57,6 @@ def no_model(source: Source, values: Mapping[str, Any] | None, names: Iterable[s
         )
     if "checkpoints" in names and "config.yaml" in names:
         return "is the folder of a training run: load its export/, or write one with moshi-flax export-checkpoint"
-    if values.get("model_type") == "personaplex":
-        return "is PersonaPlex, whose depth decoder makes the user's stream as well, which is not read"
     unread = sorted(name for name in names if _UNREAD.fullmatch(name))
     if unread and not weights:
         return f"has no 'model.safetensors': {unread[0]} is of a type that is not read; get the bfloat16 weights"
@@ -70,7 +68,7 @@ def foreign(source: Source, values: Mapping[str, Any] | None) -> str | None:
     names = source.filenames()
     if known := no_model(source, values, names):
         return known
-    if is_kyutai_config(values) if values else any(pattern.fullmatch(n) for n in names for pattern in _KYUTAI_FILES):
+    if is_foreign_config(values) if values else any(pattern.fullmatch(n) for n in names for pattern in _KYUTAI_FILES):
         return f"is in Kyutai's own format, which is {_KYUTAIS}"
     return None
 

@@ -55,6 +55,15 @@ KYUTAI_MOSHI: dict[str, Any] = {
 }
 """The arguments of moshiko and moshika, which a checkpoint without ``config.json`` has."""
 
+PERSONAPLEX = "personaplex"
+"""``model_type`` of a ``config.json`` that leaves out all else."""
+
+PERSONAPLEX_IDLE_CODES: dict[str, list[int]] = {
+    "moshi": [948, 243, 1178, 546, 1736, 1030, 1978, 2008],
+    "user": [430, 1268, 381, 1611, 1095, 1495, 56, 472],
+}
+"""Codes of a frame in which Moshi is silent, and of one in which the user only hums, as its prompts have them."""
+
 FILE_FIELDS = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_id")
 """Fields of ``config.json`` that say nothing of the model itself."""
 
@@ -162,6 +171,21 @@ _SAMPLING = {
 }
 
 
+def made_whole(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """The arguments of a ``config.json`` as of a model that makes its own voice, and its further depth steps.
+
+    PersonaPlex's has a step for each codebook of the user too. Those come after Moshi's own, which do not see them;
+    nothing is made of them where the user is heard.
+    """
+    if values.get("model_type") != PERSONAPLEX:
+        return values, 0
+    whole = {**KYUTAI_MOSHI, "dep_q": values.get("n_q", KYUTAI_MOSHI["n_q"]), **values, "model_type": "moshi"}
+    if whole["dep_q"] != whole["n_q"] or type(whole["n_q"]) is not int:
+        return whole, 0
+    own = whole["n_q"] // 2
+    return {**whole, "dep_q": own}, whole["n_q"] - own
+
+
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with what ``LMModel`` takes for those that are left out."""
     filled = {**_DEFAULTS, **values}
@@ -179,7 +203,8 @@ def moshi_config_from_kyutai(values: Mapping[str, Any], mimi: MimiConfig) -> Mos
     Raises:
         ValueError: fields that this architecture cannot express, all of them with their values.
     """
-    fields = with_defaults(values)
+    whole, _ = made_whole(values)
+    fields = with_defaults(whole)
     wrong_types = ill_typed(fields, _INTEGERS, _NUMBERS)
     problems = inexpressible(fields, _ONLY, (*_INTEGERS, *_NUMBERS, *_FREE)) + wrong_types
     if not wrong_types:
@@ -192,9 +217,11 @@ def moshi_config_from_kyutai(values: Mapping[str, Any], mimi: MimiConfig) -> Mos
         depth_feedforward = depth_feedforward[0]
     if depth_feedforward is None:
         depth_feedforward = int(fields["hidden_scale"] * fields["depformer_dim"])
+    idle = {"idle_codes": PERSONAPLEX_IDLE_CODES} if values.get("model_type") == PERSONAPLEX and dep_q == 8 else {}
     return build_config(
         MoshiConfig,
         {
+            **idle,
             "vocab_size": fields["text_card"],
             "hidden_size": fields["dim"],
             "num_hidden_layers": fields["num_layers"],

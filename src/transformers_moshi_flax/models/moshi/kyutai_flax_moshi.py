@@ -49,10 +49,11 @@ from ..mimi.kyutai_flax_mimi import (
 from .kyutai_config_flax_moshi import (
     KYUTAI_MOSHI,
     generation_config_from_kyutai,
+    made_whole,
     moshi_config_from_kyutai,
     moshi_config_to_kyutai,
 )
-from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, q8_tensors, quantized_rules
+from .kyutai_quantized_flax_moshi import Q8, language_model_tensors, own_steps, q8_tensors, quantized_rules
 from .kyutai_steps_flax_moshi import CANDLE_GRIDS, MLX_GRIDS, candle_tensors, check_widths, mlx_tensors
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,8 @@ def kyutai_weights(files: KyutaiFiles, config: MoshiConfig, dtype: DTypeLike | N
         ValueError: damaged files, or floats where ``config.json`` tells of quantized weights.
     """
     language_model = language_model_tensors(open_kyutai(files.moshi_weights))
+    if others := made_whole(files.config)[1]:
+        language_model = own_steps(language_model, config.num_codebooks, others)
     opened = (language_model.file, open_safetensors(files.mimi_weights))
     if files.config.get("quantize") and language_model.quantization is None:
         raise ValueError(
@@ -444,7 +447,8 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         """Make a model from a checkpoint in Kyutai's format, such as ``kyutai/moshiko-pytorch-bf16``.
 
         It samples as Kyutai's generation does (``generation_config``). Weights that are quantized in the files
-        (``kyutai/moshiko-pytorch-q8``) stay so: the model has quantized layers of the same codes.
+        (``kyutai/moshiko-pytorch-q8``) stay so: the model has quantized layers of the same codes. PersonaPlex's depth
+        decoder guesses the user's codes as well: the steps of Moshi's own are loaded.
 
         Args:
             name_or_path: a directory or a Hub id.

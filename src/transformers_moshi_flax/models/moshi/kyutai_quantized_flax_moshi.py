@@ -96,6 +96,30 @@ def language_model_tensors(file: TensorFile) -> LanguageModelTensors:
     return LanguageModelTensors(file, {key: partial(file.__getitem__, key) for key in file})
 
 
+_NUMBERED_STEP = re.compile(r"(?:depformer_in|linears|depformer_emb|depformer\.layers\.\d+\..*?)\.(\d+)(?:\.|$)")
+_JOINED_STEPS = re.compile(r"depformer\..*\.(?:in_proj_weight|in_proj\.weight|out_proj\.weight)(?:\.\w+)?")
+"""Names of tensors of one step of the depth decoder, with its number, and of those that have all steps."""
+
+
+def own_steps(tensors: LanguageModelTensors, own: int, others: int) -> LanguageModelTensors:
+    """Without the last ``others`` steps of the depth decoder, behind the ``own`` ones.
+
+    Of the embeddings there is one less than steps, as what the last one says is never an input.
+    """
+
+    def rows(make: Callable[[], np.ndarray]) -> np.ndarray:
+        array = make()
+        return array[: len(array) // (own + others) * own]
+
+    makers: dict[str, Callable[[], np.ndarray]] = {}
+    for key, make in tensors.makers.items():
+        step = _NUMBERED_STEP.match(key)
+        first = own - 1 if key.startswith("depformer_emb.") else own
+        if step is None or int(step[1]) < first:
+            makers[key] = partial(rows, make) if _JOINED_STEPS.fullmatch(key) else make
+    return dataclasses.replace(tensors, makers=makers)
+
+
 # ---------------------------------------------------------------------------------------------------------- of `moshi`
 
 

@@ -53,6 +53,13 @@ def free_port() -> int:
         (["--record", __file__], ["--record", "cannot write in", "test_serve.py"]),
         (["--record", "/proc/nowhere"], ["--record", "cannot write in"]),
         (["--record", ".", "--max-seconds", "50000"], ["--record", "--max-seconds", "44739"]),
+        (["--model", str(RANDOM_MODEL), "--voices", "/nowhere"], ["--voices", "'/nowhere'"]),
+        (["--model", str(RANDOM_MODEL), "--voices", ".", "--personas", "0"], ["--personas", "--voices", "at least 1"]),
+        (["--model", str(RANDOM_MODEL), "--pin-personas"], ["--personas", "at least 1"]),
+        (
+            ["--model", str(RANDOM_MODEL), "--personas", "1", "--persona-frames", "9999"],
+            ["--persona-frames", "at most"],
+        ),
         (["--port", "0", "--model", "nowhere"], ["--model", "nowhere"]),
     ],
 )
@@ -82,10 +89,12 @@ def test_what_is_not_installed_is_named(moshi_flax, monkeypatch):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command serves a fake stream; the loggers are afterwards as they were."""
 
-    def load(source: str, dtype: Any, slots: int, queue: int, sampling: dict, metrics: Any, notes: Any) -> tuple:
+    def load(
+        source: str, dtype: Any, slots: int, queue: int, sampling: dict, wanted: Any, metrics: Any, notes: Any
+    ) -> tuple:
         engine = Engine(FakeStream(slots), metrics, realtime=False, queue=queue)
         engine.warmup()
-        return engine, Tokenizer()
+        return engine, Tokenizer(), None
 
     monkeypatch.setattr(serve, "load", load)
     handlers = logging.getLogger().handlers

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from transformers_moshi_flax.models.moshi.prompt_flax_moshi import MoshiPrompt
+
 FRAME = 1920
 
 
@@ -22,11 +24,19 @@ class FakeStream:
     numbers = {"temperature": 0.7, "top_k": 25, "depth_decoder_temperature": 0.8, "depth_decoder_top_k": 250}
 
     def __init__(self, batch_size: int = 1):
-        self.batch_size = batch_size
+        self.batch_size, self.warmed_for = batch_size, 0
+        self.prefilled: list[MoshiPrompt] = []
         self.configured: list[tuple[list[int], dict[str, Any]]] = []
 
-    def warmup(self) -> None:
+    def warmup(self, prompt_frames: int = 0) -> None:
         """There is nothing to compile."""
+        self.warmed_for = prompt_frames
+
+    def prefill(self, prompt: MoshiPrompt, capacity: int) -> int:
+        """The state is the sum of all that is in it."""
+        assert prompt.frames <= capacity == self.warmed_for
+        self.prefilled.append(prompt)
+        return int(prompt.text_ids.sum() + prompt.moshi_codes.sum() + prompt.user_codes.sum())
 
     def check_numbers(self, **numbers: Any) -> None:
         for name, number in numbers.items():
@@ -36,8 +46,10 @@ class FakeStream:
     def init(self, prng_key: Any = None) -> dict[str, np.ndarray]:
         return {name: np.zeros(self.batch_size) for name in ("age", "sum", "key")}
 
-    def reset(self, state: dict[str, np.ndarray], rows: np.ndarray, prng_key: Any = None) -> dict[str, np.ndarray]:
-        keys = np.asarray(prng_key).sum(axis=1) % 7
+    def reset(
+        self, state: dict[str, np.ndarray], rows: np.ndarray, prng_key: Any = None, prompt: int | None = None
+    ) -> dict[str, np.ndarray]:
+        keys = (np.asarray(prng_key).sum(axis=1) + (prompt or 0)) % 7
         return {name: np.where(rows, keys if name == "key" else 0, value) for name, value in state.items()}
 
     def configure(self, state: dict[str, np.ndarray], rows: np.ndarray, **numbers: Any) -> dict[str, np.ndarray]:
@@ -54,12 +66,12 @@ class FakeStream:
         return {"age": state["age"] + active, "sum": total, "key": state["key"]}, frame
 
 
-def spoken_alone(said: np.ndarray, key: tuple[int, int] = (0, 0)) -> np.ndarray:
+def spoken_alone(said: np.ndarray, key: tuple[int, int] = (0, 0), prompt: int | None = None) -> np.ndarray:
     """What the stream says to ``(frames, FRAME)`` when nobody else is there, as int16."""
     from transformers_moshi_flax.models.moshi.pcm import from_float
 
     stream = FakeStream(1)
-    state = stream.reset(stream.init(), np.ones(1, bool), np.array([key], np.uint32))
+    state = stream.reset(stream.init(), np.ones(1, bool), np.array([key], np.uint32), prompt)
     audio = []
     for frame in said:
         state, reply = stream.step(state, frame[None, None], np.ones(1, bool))

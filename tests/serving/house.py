@@ -21,6 +21,7 @@ from transformers_moshi_flax.serving.caller import Limits
 from transformers_moshi_flax.serving.engine import Engine
 from transformers_moshi_flax.serving.gate import Gate
 from transformers_moshi_flax.serving.metrics import Metrics
+from transformers_moshi_flax.serving.personas import Personas
 from transformers_moshi_flax.serving.protocol import Kind
 from transformers_moshi_flax.serving.recording import Recorder
 from transformers_moshi_flax.serving.server import Server
@@ -94,6 +95,7 @@ async def serving(
     tokenizer: Any = None,
     record: Path | None = None,
     per_address: int | None = None,
+    personas: Callable[[Engine], Personas] | None = None,
     **limits: Any,
 ) -> AsyncIterator[House]:
     """A house whose dialogues are fake, unless there is an ``engine``, warmed up."""
@@ -105,7 +107,8 @@ async def serving(
     tokenizer = tokenizer or Tokenizer()
     words = functools.partial(timed_words, tokenizer=tokenizer, frame_rate=12.5)
     recorder = None if record is None else Recorder(record, words, metrics)
-    server = Server(engine, tokenizer, metrics, about, gate, Limits(**limits), recorder, per_address)
+    made = None if personas is None else personas(engine)
+    server = Server(engine, tokenizer, metrics, about, gate, Limits(**limits), recorder, per_address, made)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -14,6 +14,8 @@ import soundfile
 from tests.serving.browser import CHROMIUM, Tab, browser, tab
 from tests.serving.fake_stream import FRAME, spoken_alone
 from tests.serving.house import House, in_a_loop, serving
+from tests.serving.test_personas import house as personas_at_home
+from tests.serving.test_personas import of_persona
 from transformers_moshi_flax.serving.gate import Gate
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
@@ -152,6 +154,35 @@ async def test_what_is_wrong_is_said(address: str):
 
 
 @in_a_loop
+async def test_a_persona_is_chosen(address: str):
+    async with personas_at_home() as house, tab(house.session, address) as page:
+        await page.open(house.url + "/")
+        await page.until("!document.querySelector('#persona').hidden")
+        names = "Array.from(document.querySelectorAll('#voice_prompt option'), (option) => option.text).join()"
+        assert await page.evaluate(names) == "its own,ada,bo"
+        await page.evaluate("document.querySelector('#persona').open = true")
+        await page.evaluate("document.querySelector('#voice_prompt').value = 'bo'")
+        await page.evaluate("document.querySelector('#text_prompt').value = 'be brief'")
+        await page.evaluate("document.querySelector('#talk').click()")
+        await page.until(CONNECTED)
+        (prompt,) = house.server.engine.stream.prefilled
+        assert np.array_equal(prompt.text_ids, of_persona("bo", "be brief").text_ids)
+        await page.evaluate("document.querySelector('#talk').click()")
+        await page.evaluate(f"document.querySelector('#text_prompt').value = '{'no ' * 60}'")
+        await page.evaluate("document.querySelector('#talk').click()")
+        assert "frames, but 40 are allowed" in await problem(page)
+        assert not page.complaints
+
+
+@in_a_loop
+async def test_without_personas_none_are_offered(address: str):
+    async with serving() as house, tab(house.session, address) as page:
+        await talk(page, house)
+        await page.until(CONNECTED)
+        assert await page.evaluate("document.querySelector('#persona').hidden")
+
+
+@in_a_loop
 async def test_width_colours_and_names(address: str):
     async with serving() as house, tab(house.session, address) as page:
         house.server.about |= {"notice": "a small demo model", "recorded": True}
@@ -166,7 +197,7 @@ async def test_width_colours_and_names(address: str):
             await page.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert len(grounds) == 2
-        await page.evaluate("document.querySelector('details').open = true")
+        await page.evaluate("document.querySelector('#settings').open = true")
         nodes = (await page.ask("Accessibility.getFullAXTree"))["nodes"]
         named = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name", {}).get("value")}
         buttons = {("button", name) for name in ("Talk", "Save the recording", "Save the transcript")}

@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers_moshi_flax.cli.options import (
 )
 from transformers_moshi_flax.cli.transcript import timed_words
 
+KEPT_PERSONAS = 8
 EXTRA = ("aiohttp", "prometheus_client", "sphn")
 
 
@@ -49,6 +51,12 @@ def serve(
     record: Annotated[
         Path | None, typer.Option(help="Folder to keep what is said in; nothing is kept without.")
     ] = None,
+    voices: Annotated[Path | None, typer.Option(help="Folder with the voices that callers may choose from.")] = None,
+    personas: Annotated[
+        int | None, typer.Option(min=0, help="Voices with texts that are kept ready; 0 for none at all.")
+    ] = None,
+    persona_frames: Annotated[int, typer.Option(min=1, help="Frames of the longest: voice, text, pauses.")] = 500,
+    pin_personas: Annotated[bool, typer.Option("--pin-personas", help="Dialogues never forget theirs.")] = False,
     auth_token_file: Annotated[Path | None, typer.Option(help="Tokens that callers need one of, one a line.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in who reaches this address.")] = False,
     allow_origin: Annotated[
@@ -87,9 +95,10 @@ def serve(
         from transformers_moshi_flax.serving.server import Server
 
         check_record(record, max_seconds)
+        wanted = PersonaOptions(voices, personas, persona_frames, pin_personas)
         notes = Console(stderr=True, highlight=False)
         metrics = Metrics()
-        engine, tokenizer = load(source, dtype, slots, queue, sampling, metrics, notes)
+        engine, tokenizer, known = load(source, dtype, slots, queue, sampling, wanted, metrics, notes)
         words = partial(timed_words, tokenizer=tokenizer, frame_rate=engine.stream.frame_rate)
         recorder = None if record is None else Recorder(record, words, metrics)
         gate = Gate(tokens, allow_origin or (), local=local and not tokens)
@@ -101,7 +110,7 @@ def serve(
 
         async def run() -> None:
             limits = Limits(max_seconds, idle_seconds)
-            server = Server(engine, tokenizer, metrics, about, gate, limits, recorder, per_address)
+            server = Server(engine, tokenizer, metrics, about, gate, limits, recorder, per_address, known)
             await server.run(listener, tls, grace)
 
         with as_mistake(f"--model: {source!r} cannot be served", ValueError):
@@ -111,21 +120,72 @@ def serve(
                 raise FailedRun(str(error)) from error
 
 
+@dataclass(frozen=True)
+class PersonaOptions:
+    """What is said of personas on the command line.
+
+    Attributes:
+        folder: of the voices.
+        kept: states; None where nothing was said.
+        frames: of the longest.
+        pinned: whether dialogues never forget theirs.
+    """
+
+    folder: Path | None
+    kept: int | None
+    frames: int
+    pinned: bool
+
+    def states(self, config: Any) -> int:
+        """How many are kept for a model: by default some if there are voices, or if it was trained for personas.
+
+        Raises:
+            UserMistake: options without an effect, or a longest one that the model cannot hear.
+        """
+        by_default = KEPT_PERSONAS if self.folder or hasattr(config, "idle_codes") else 0
+        kept = by_default if self.kept is None else self.kept
+        if not kept and (self.folder or self.pinned):
+            raise UserMistake("--personas: --voices and --pin-personas need at least 1")
+        if kept and self.frames > config.sliding_window - 2:
+            raise UserMistake(
+                f"--persona-frames: the model hears {config.sliding_window} frames at once; give "
+                f"{config.sliding_window - 2} at most"
+            )
+        return kept
+
+
 def load(
-    source: str, dtype: Any, slots: int, queue: int, sampling: dict[str, Any], metrics: Any, notes: Console
-) -> tuple[Any, Any]:
-    """The engine, with all that it needs compiled, and the tokenizer; with bars on ``notes``.
+    source: str,
+    dtype: Any,
+    slots: int,
+    queue: int,
+    sampling: dict[str, Any],
+    wanted: PersonaOptions,
+    metrics: Any,
+    notes: Console,
+) -> tuple[Any, Any, Any]:
+    """The engine, with all that it needs compiled, the tokenizer and the personas, if any; with bars on ``notes``.
 
     Raises:
-        UserMistake: the checkpoint or an option of ``sampling`` is of no use.
+        UserMistake: the checkpoint, an option of ``sampling`` or a voice is of no use.
     """
+    from transformers_moshi_flax.models.moshi.prompt_flax_moshi import IdleCodes
     from transformers_moshi_flax.serving.engine import Engine, stream_for_callers
+    from transformers_moshi_flax.serving.personas import Personas, read_voices
 
+    personas = None
     with loaded(source, dtype, notes) as speaker, as_mistake("cannot serve", ValueError):
-        stream, numbers = stream_for_callers(speaker.model, slots, sampling)
+        kept = wanted.states(speaker.model.config)
+        stream, numbers = stream_for_callers(speaker.model, slots, sampling, wanted.pinned)
+        if kept:
+            idle, voices = IdleCodes.of(speaker.model), {}
+            if wanted.folder is not None:
+                with as_mistake(f"--voices: cannot use {str(wanted.folder)!r}", OSError, ValueError):
+                    voices = read_voices(wanted.folder, speaker.model, idle)
+            personas = Personas(stream, speaker.tokenizer, idle, voices, kept, wanted.frames)
         engine = Engine(stream, metrics, numbers, queue=queue)
-        engine.warmup()
-    return engine, speaker.tokenizer
+        engine.warmup(wanted.frames if kept else 0)
+    return engine, speaker.tokenizer, personas
 
 
 def about_model(source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from .dialect import FAILED, LEFT, LOST, SLOW, Audio, Dialect, Ending, Message, Order
+from .dialect import FAILED, LEFT, LOST, SLOW, Answer, Audio, Dialect, Ending, Message, Order
 from .engine import Engine, Said, Seat
 from .logs import LOGGER
 from .metrics import Metrics
@@ -116,7 +116,7 @@ class Caller:
         self._said: asyncio.Queue[Said] = asyncio.Queue(limits.unread_frames)
         self._ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._moved, self._greeted, self._sending = asyncio.Event(), asyncio.Event(), asyncio.Lock()
-        self._waited = engine.position(seat) > 0
+        self._waited = engine.position(seat) > 0 or (seat.prompt is not None and not seat.prompt.done())
         self._paused = False
         self._heard_at = 0.0
         self.frames = 0
@@ -237,7 +237,7 @@ class Caller:
             if isinstance(meant, Audio):
                 await self._hear_caller(meant, allowance, paid)
             else:
-                await self._obey(meant.order)
+                await self._obey(meant)
                 await self._send(meant.messages)
                 # afterwards: whoever has sent too much learns what was wrong with it
                 allowance.spend(FULL * len(received.data) / 1024)
@@ -259,7 +259,8 @@ class Caller:
             await asyncio.sleep(0)
         self._heard_at = time.monotonic()
 
-    async def _obey(self, order: Order | None) -> None:
+    async def _obey(self, meant: Answer) -> None:
+        order = meant.order
         if order is None:
             return
         if order == Order.FORGET:
@@ -268,7 +269,7 @@ class Caller:
         elif not self._greeted.is_set():
             await self._send(self._dialect.object("the dialogue has not begun yet"))
         elif order == Order.RESTART:
-            await asyncio.wrap_future(self._engine.restart(self._seat))
+            await asyncio.wrap_future(self._engine.restart(self._seat, meant.prompt))
         else:
             self._paused = order == Order.PAUSE
             self._engine.pause(self._seat, self._paused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,10 +46,12 @@ class Answer:
     Attributes:
         messages: to be sent.
         order: to be carried out before.
+        prompt: with ``Order.RESTART``, what the dialogue then begins from, once it is there.
     """
 
     messages: tuple[Message, ...] = ()
     order: Order | None = None
+    prompt: Future | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ PATIENCE = 2
 
 NO_SLOT = -1
 
+NOTHING: Future = Future()
+"""The prompt of a dialogue that begins from nothing, after one that did not."""
+NOTHING.set_result(None)
+
 
 @dataclass(eq=False)
 class Seat:
@@ -44,12 +48,14 @@ class Seat:
         slot: of the stream; -1 while it waits for one.
         numbers: of sampling, where they are not the stream's.
         key: of the sampling, two words.
+        prompt: what the dialogue begins from, once it is there; None for nothing.
         begun: done once the dialogue has begun; what is fed before is not heard.
     """
 
     slot: int
     numbers: dict[str, float | int]
     key: UInt32[np.ndarray, "2"]
+    prompt: Future | None = None
     begun: Future = field(default_factory=Future)
     # known to the engine's thread alone
     heard: bool = False
@@ -119,9 +125,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="moshi-engine", daemon=True)
         metrics.slots.set(stream.batch_size)
 
-    def warmup(self) -> None:
-        """Compile all that dialogues need: afterwards nobody who comes or goes makes anything be compiled."""
-        self.stream.warmup()
+    def warmup(self, prompt_frames: int = 0) -> None:
+        """Compile all that dialogues need: afterwards nobody who comes or goes makes anything be compiled.
+
+        Args:
+            prompt_frames: of the longest prompt that dialogues are to begin from; 0 for none.
+        """
+        self.stream.warmup(prompt_frames)
         self._dialogue = PcmDialogue(self.stream, active=False, buffer_frames=self._buffer_frames)
         self._begin(Seat(0, self.numbers, np.zeros(2, np.uint32)))
         self._dialogue.step()
@@ -162,14 +172,17 @@ class Engine:
         with self._lock:
             return not self._free and len(self._waiting) >= self.queue
 
-    def take_seat(self, numbers: dict[str, float | int], key: UInt32[np.ndarray, "2"]) -> Seat | None:
+    def take_seat(
+        self, numbers: dict[str, float | int], key: UInt32[np.ndarray, "2"], prompt: Future | None = None
+    ) -> Seat | None:
         """A place for a new dialogue, which begins between the next steps, or in the queue; None if all are taken.
 
         Args:
             numbers: of sampling, where they are not to be the engine's; as checked by ``stream.check_numbers``.
             key: of the sampling, two words; the dialogue depends on it, and not on the slot.
+            prompt: what the dialogue begins from; it waits for it.
         """
-        seat = Seat(NO_SLOT, {**self.numbers, **numbers}, key)
+        seat = Seat(NO_SLOT, {**self.numbers, **numbers}, key, prompt)
         with self._lock:
             if self._free:
                 self._give(seat, min(self._free))
@@ -200,10 +213,18 @@ class Engine:
         """Let a dialogue's time stand still, or go on."""
         self._order(lambda: setattr(seat, "paused", paused))
 
-    def restart(self, seat: Seat) -> Future:
-        """Begin a dialogue anew, with the same key; what is fed before the future is done is not heard."""
+    def restart(self, seat: Seat, prompt: Future | None = None) -> Future:
+        """Begin a dialogue anew, with the same key; what is fed before the future is done is not heard.
+
+        Args:
+            seat: whose.
+            prompt: what it begins from, in place of the prompt so far.
+        """
         done: Future = Future()
-        self._order(lambda: self._restart(seat, done))
+        if prompt is None:
+            self._order(lambda: self._restart(seat, done))
+        else:
+            prompt.add_done_callback(lambda _: self._order(lambda: self._restart(seat, done, prompt)))
         return done
 
     def leave(self, seat: Seat) -> None:
@@ -252,8 +273,14 @@ class Engine:
             seat = self._arrivals.get()
             # who has left already has no future to wait for
             if seat.begun.set_running_or_notify_cancel():
+                failure = None if seat.prompt is None else seat.prompt.exception()
+                if failure is not None:
+                    seat.prompt = None
                 self._begin(seat)
-                seat.begun.set_result(None)
+                if failure is None:
+                    seat.begun.set_result(None)
+                else:
+                    seat.begun.set_exception(failure)
             if not self._arrivals.empty():
                 self._something.set()
 
@@ -287,12 +314,16 @@ class Engine:
         rows = np.arange(self.stream.batch_size) == seat.slot
         dialogue = self._dialogue
         dialogue.state = self.stream.configure(dialogue.state, rows, **seat.numbers)
-        dialogue.join(seat.slot, self._keys(seat))
+        dialogue.join(seat.slot, self._keys(seat), _result(seat.prompt))
         self._seats[seat.slot] = seat
 
-    def _restart(self, seat: Seat, done: Future) -> None:
+    def _restart(self, seat: Seat, done: Future, prompt: Future | None = None) -> None:
         if self._seats.get(seat.slot) is seat and done.set_running_or_notify_cancel():
-            self._dialogue.reset(seat.slot, self._keys(seat))
+            if prompt is not None and (failure := prompt.exception()) is not None:
+                done.set_exception(failure)
+                return
+            seat.prompt = prompt or seat.prompt
+            self._dialogue.reset(seat.slot, self._keys(seat), _result(seat.prompt))
             seat.heard, seat.waited, seat.frames = False, 0, 0
             done.set_result(None)
 
@@ -314,6 +345,12 @@ class Engine:
 
     def _give(self, seat: Seat, slot: int) -> None:
         seat.slot = slot
+        if seat.prompt is None:
+            self._arrive(seat)
+        else:
+            seat.prompt.add_done_callback(lambda _: self._arrive(seat))
+
+    def _arrive(self, seat: Seat) -> None:
         self._arrivals.put(seat)
         self._something.set()
 
@@ -322,13 +359,20 @@ class Engine:
         return on_device(np.tile(seat.key, (self.stream.batch_size, 1)))
 
 
-def stream_for_callers(model: Any, slots: int, sampling: dict[str, Any]) -> tuple[Any, dict[str, float | int]]:
+def _result(future: Future | None) -> Any:
+    return None if future is None else future.result()
+
+
+def stream_for_callers(
+    model: Any, slots: int, sampling: dict[str, Any], pin_prompt: bool = False
+) -> tuple[Any, dict[str, float | int]]:
     """A stream whose callers may choose temperature and top-k of text and audio, and the numbers of those who don't.
 
     Args:
         model: a ``FlaxMoshiForConditionalGeneration``.
         slots: of the stream.
         sampling: options of ``model.streaming``, of which greedy ones become a ``top_k`` of 1.
+        pin_prompt: as of ``model.streaming``.
 
     Returns:
         The stream, and the numbers for :class:`Engine`.
@@ -349,4 +393,4 @@ def stream_for_callers(model: Any, slots: int, sampling: dict[str, Any]) -> tupl
             f"{prefix}temperature": numbers[f"{prefix}temperature"],
             f"{prefix}top_k": max(LARGEST_TOP_K, numbers[f"{prefix}top_k"]),
         }
-    return model.streaming(batch_size=slots, **options), numbers
+    return model.streaming(batch_size=slots, pin_prompt=pin_prompt, **options), numbers

@@ -13,13 +13,15 @@ import binascii
 import itertools
 import json
 import secrets
+from concurrent.futures import Future
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType
 
 from .codecs import Pcm16
 from .dialect import Answer, Audio, Ending, Message, Order
-from .engine import Said
+from .engine import NOTHING, Said
+from .personas import Busy, Persona, Personas
 from .words import Words
 
 TURNS = "both speak at once here: there are no turns to be taken, and nothing but audio is heard"
@@ -59,12 +61,22 @@ class Realtime:
         model: its name.
         rate: samples a second.
         tokenizer: of the model.
+        personas: that there are, if any.
+        persona: that the dialogue begins with.
     """
 
     message_type = WSMsgType.TEXT
 
-    def __init__(self, model: str, rate: int, tokenizer: Any):
-        self._rate = rate
+    def __init__(
+        self,
+        model: str,
+        rate: int,
+        tokenizer: Any,
+        personas: Personas | None = None,
+        persona: Persona | None = None,
+    ):
+        self._rate, self._personas = rate, personas
+        self._heard = False
         self._codec, self._words = Pcm16(rate), Words(tokenizer)
         self._numbers = itertools.count(1)
         self._response, self._item = _new_id("resp"), _new_id("item")
@@ -83,14 +95,14 @@ class Realtime:
             "id": _new_id("sess"),
             "model": model,
             "output_modalities": ["audio"],
-            "instructions": "",
+            "instructions": "" if persona is None else persona.text,
             "tools": [],
             "tool_choice": "auto",
             "max_output_tokens": "inf",
             "tracing": None,
             "audio": {
                 "input": {"format": sound, "turn_detection": None, "noise_reduction": None, "transcription": None},
-                "output": {"format": sound, "voice": None, "speed": 1.0},
+                "output": {"format": sound, "voice": persona and persona.voice, "speed": 1.0},
             },
         }
 
@@ -111,6 +123,7 @@ class Realtime:
     def _carry_out(self, event: Any) -> Audio | Answer:
         kind = event.get("type") if isinstance(event, dict) else None
         if kind == "input_audio_buffer.append":
+            self._heard = True
             try:
                 return Audio(self._codec.decode(base64.b64decode(event["audio"], validate=True)))
             except (KeyError, TypeError, ValueError, binascii.Error) as problem:
@@ -120,17 +133,45 @@ class Realtime:
             self._codec = Pcm16(self._rate)
             return Answer((self._event("input_audio_buffer.cleared"),), Order.FORGET)
         if kind == "session.update":
-            self._check_session(event.get("session"))
-            return Answer((self._event("session.updated", session=self._session),))
+            prompt = self._update_session(event.get("session"))
+            updated = self._event("session.updated", session=self._session)
+            return Answer((updated,), None if prompt is None else Order.RESTART, prompt)
         if kind in FOREIGN:
             raise NotDone(TURNS, "unsupported_event", "type")
         raise NotDone("`type` must be the name of an event that clients send", "unknown_event", "type")
 
-    def _check_session(self, given: Any) -> None:
-        """Raises :class:`NotDone` unless all that is wished for is the case already: nothing of it can be chosen."""
+    def _update_session(self, given: Any) -> Future | None:
+        """Carry out a wish for another session: of another persona, before there was audio. What it begins from then.
+
+        Raises:
+            NotDone: something is wished for that is not the case and cannot be chosen; then nothing changes.
+        """
         if not isinstance(given, dict) or given.get("type") != "realtime":
             raise NotDone("`session.type` must be realtime", "invalid_value", "session.type")
-        _compare("session", given, self._session)
+        output = self._session["audio"]["output"]
+        had = (self._session["instructions"], output["voice"])
+        wished = (given.get("instructions", had[0]), _at(given, "audio", "output").get("voice", had[1]))
+        if wished == had or self._personas is None or self._heard or "dialogue" not in self._session:
+            _compare("session", given, self._session)
+            return None
+        text, voice = wished
+        if not isinstance(text, str):
+            raise NotDone("`session.instructions` must be text", "invalid_value", "session.instructions")
+        if not isinstance(voice, str | None):
+            raise NotDone("`session.audio.output.voice` must be a name", "invalid_value", "session.audio.output.voice")
+        sound = {**self._session["audio"], "output": {**output, "voice": voice}}
+        session = {**self._session, "instructions": text, "audio": sound}
+        _compare("session", given, session)
+        try:
+            persona = self._personas.find(voice, text)
+            prompt = NOTHING if persona is None else self._personas.state(persona)
+        except ValueError as error:
+            field = "instructions" if voice == had[1] else "audio.output.voice"
+            raise NotDone(str(error), "invalid_value", f"session.{field}") from error
+        except Busy as error:
+            raise NotDone(str(error), "not_now", "session") from error
+        self._session = session
+        return prompt
 
     # ----------------------------------------------------------------------------------------- what is said
 
@@ -258,6 +299,14 @@ def _compare(path: str, given: Any, have: Any) -> None:
             _compare(f"{path}.{name}", value, have[name])
     elif given != have or isinstance(given, bool) != isinstance(have, bool):
         raise NotDone(f"`{path}` can only be {json.dumps(have)} here", "invalid_value", path)
+
+
+def _at(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What stands there, if it is a dict; else nothing."""
+    for name in names:
+        found = tree.get(name)
+        tree = found if isinstance(found, dict) else {}
+    return tree
 
 
 def _new_id(kind: str) -> str:

@@ -21,6 +21,7 @@ from .gate import Addresses, Gate
 from .kyutai import Kyutai
 from .logs import LOGGER, log_event
 from .metrics import Metrics
+from .personas import Busy, Personas
 from .protocol import FRAME, RATE
 from .realtime import Realtime
 from .recording import Recorder
@@ -59,6 +60,7 @@ class Server:
         limits: of every caller.
         per_address: dialogues that callers of one address may have at once, if there is a limit.
         recorder: of all dialogues, which it ends; without, nothing is kept.
+        personas: that callers may ask for, whose thread it ends; none without.
 
     Raises:
         ValueError: the model is of another rate than the protocol.
@@ -74,6 +76,7 @@ class Server:
         limits: Limits | None = None,
         recorder: Recorder | None = None,
         per_address: int | None = None,
+        personas: Personas | None = None,
     ):
         stream = engine.stream
         if (stream.sampling_rate, stream.frame_size) != (RATE, FRAME):
@@ -88,7 +91,10 @@ class Server:
             "frame_rate": stream.frame_rate,
             "slots": stream.batch_size,
             "recorded": recorder is not None,
+            "personas": personas is not None,
+            "voices": [] if personas is None else list(personas.voices),
         }
+        self.personas = personas
         self.recorder, self.addresses = recorder, Addresses(per_address)
         self.gate, self.limits = gate or Gate(), limits or Limits()
         self.callers: dict[Seat, Caller] = {}
@@ -122,6 +128,8 @@ class Server:
         with self.metrics.counting_compilations():
             yield
         self.engine.stop()
+        if self.personas is not None:
+            await asyncio.to_thread(self.personas.close)
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.stop)
 
@@ -175,7 +183,7 @@ class Server:
         """A dialogue by Kyutai's protocol."""
         return await self._receive(
             request,
-            lambda query: Wishes.read(query, self.engine.stream),
+            lambda query: Wishes.read(query, self.engine.stream, self.personas),
             lambda wishes: Kyutai(wishes.format, RATE, self.tokenizer),
         )
 
@@ -183,8 +191,8 @@ class Server:
         """A dialogue by OpenAI's realtime events."""
         return await self._receive(
             request,
-            lambda query: Wishes.read_for_model(query, self.engine.stream, self.about["model"]),
-            lambda wishes: Realtime(self.about["model"], RATE, self.tokenizer),
+            lambda query: Wishes.read_for_model(query, self.engine.stream, self.about["model"], self.personas),
+            lambda wishes: Realtime(self.about["model"], RATE, self.tokenizer, self.personas, wishes.persona),
         )
 
     async def _receive(
@@ -222,10 +230,10 @@ class Server:
             if self.engine.is_full:
                 raise _try_later(self._full())
             raise web.HTTPUpgradeRequired(text="this is a websocket", headers={"Upgrade": "websocket"})
-        seat = self.engine.take_seat(wishes.numbers, wishes.key)
-        if seat is None:
+        seat = self._take_seat(wishes)
+        if isinstance(seat, str):
             self._refuse(request, "full")
-            raise _try_later(self._full())
+            raise _try_later(seat)
         try:
             await websocket.prepare(request)
             caller = self._welcome(websocket, request, seat, wishes, dialect)
@@ -235,6 +243,16 @@ class Server:
             self.callers.pop(seat, None)
         await caller.say_goodbye(ending)
         return websocket
+
+    def _take_seat(self, wishes: Wishes) -> Seat | str:
+        """A place, or why there is none. Only who has one makes us work for a persona."""
+        if self.engine.is_full:
+            return self._full()
+        try:
+            prompt = self.personas.state(wishes.persona) if self.personas and wishes.persona else None
+        except Busy as error:
+            return str(error)
+        return self.engine.take_seat(wishes.numbers, wishes.key, prompt) or self._full()
 
     def _full(self) -> str:
         queue = f", and all {self.engine.queue} in the queue" if self.engine.queue else ""
@@ -267,6 +285,8 @@ class Server:
             self.metrics.dialogues.inc()
             log_event("dialogue begins", dialogue=dialogue, slot=seat.slot, format=wishes.format, peer=peer)
             settings = {**self.about, "format": wishes.format, "sampling": seat.numbers, "key": wishes.key.tolist()}
+            if wishes.persona is not None:
+                settings |= {"voice_prompt": wishes.persona.voice, "text_prompt": wishes.persona.text}
             if self.recorder is not None:
                 caller.recording = self.recorder.begin(dialogue, settings)
             return settings

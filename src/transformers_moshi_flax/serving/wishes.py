@@ -1,4 +1,4 @@
-"""What a caller asks for in the query: the names of Kyutai's Rust backend."""
+"""What a caller asks for in the query: the names of Kyutai's Rust backend, and PersonaPlex's for personas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import UInt32
 
 from ..models.moshi.generation_flax_moshi import DEPTH_PREFIX
 from .codecs import CODECS
+from .personas import Persona, Personas
 
 NUMBERS = {
     "text_temperature": "temperature",
@@ -26,7 +27,18 @@ NEUTRAL = {"repetition_penalty": 1.0, "pad_mult": 0.0}
 """What an endless dialogue cannot do, and the value that asks for nothing; Kyutai's page always sends them."""
 
 IGNORED_WITH_NEUTRAL = "repetition_penalty_context"
-KNOWN = (*NUMBERS, "text_seed", "audio_seed", "max_steps", "format", "token", *NEUTRAL, IGNORED_WITH_NEUTRAL)
+PERSONA = ("voice_prompt", "text_prompt")
+KNOWN = (
+    *NUMBERS,
+    "text_seed",
+    "audio_seed",
+    "max_steps",
+    "format",
+    "token",
+    *PERSONA,
+    *NEUTRAL,
+    IGNORED_WITH_NEUTRAL,
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +50,23 @@ class Wishes:
         numbers: of sampling, by their names in the stream; those that were asked for.
         key: of the sampling: ``audio_seed`` and ``text_seed``, drawn where neither was given.
         max_steps: frames until the dialogue ends, or None.
+        persona: who Moshi is to be, or None.
     """
 
     format: str
     numbers: dict[str, float | int]
     key: UInt32[np.ndarray, "2"]
     max_steps: int | None
+    persona: Persona | None
 
     @classmethod
-    def read(cls, query: Mapping[str, str], stream: Any) -> Wishes:
+    def read(cls, query: Mapping[str, str], stream: Any, personas: Personas | None = None) -> Wishes:
         """Read and check a query.
+
+        Args:
+            query: of the request.
+            stream: of the dialogues.
+            personas: those that there are.
 
         Raises:
             ValueError: an unknown name, a value that is none, or one that the stream cannot have.
@@ -77,10 +96,13 @@ class Wishes:
         if seeds == [None, None]:
             seeds = [secrets.randbits(32), secrets.randbits(32)]
         max_steps = _whole("max_steps", query["max_steps"], 1) if "max_steps" in query else None
-        return cls(format, numbers, np.array([seed or 0 for seed in seeds], np.uint32), max_steps)
+        key = np.array([seed or 0 for seed in seeds], np.uint32)
+        return cls(format, numbers, key, max_steps, _persona(query, personas))
 
     @classmethod
-    def read_for_model(cls, query: Mapping[str, str], stream: Any, model: str) -> Wishes:
+    def read_for_model(
+        cls, query: Mapping[str, str], stream: Any, model: str, personas: Personas | None = None
+    ) -> Wishes:
         """As :meth:`read`, of OpenAI's realtime endpoint: with a ``model``, and of one format.
 
         Raises:
@@ -91,7 +113,21 @@ class Wishes:
             raise ValueError(f"`model`={asked} is not served here, but {model}")
         if "format" in rest:
             raise ValueError("`format` cannot be chosen here: audio is 16-bit PCM at 24 kHz, in base64")
-        return cls.read({**rest, "format": "pcm16"}, stream)
+        return cls.read({**rest, "format": "pcm16"}, stream, personas)
+
+
+def _persona(query: Mapping[str, str], personas: Personas | None) -> Persona | None:
+    """Raises ``ValueError`` for one that cannot be had."""
+    asked = {name: query[name] for name in PERSONA if query.get(name)}
+    if not asked:
+        return None
+    names = ", ".join(f"`{name}`" for name in asked)
+    if personas is None:
+        raise ValueError(f"{names}: there are no personas here; see --voices and --personas")
+    try:
+        return personas.find(asked.get("voice_prompt"), asked.get("text_prompt"))
+    except ValueError as error:
+        raise ValueError(f"{names}: {error}") from error
 
 
 def _number(name: str, text: str) -> float:

@@ -37,7 +37,7 @@ class EchoStream:
         frame = SimpleNamespace(audio=user_audio, text_ids=state, valid=active & (state >= self.silent))
         return state + active.astype(np.int32), frame
 
-    def reset(self, state: np.ndarray, rows: np.ndarray, prng_key: Any = None) -> np.ndarray:
+    def reset(self, state: np.ndarray, rows: np.ndarray, prng_key: Any = None, prompt: Any = None) -> np.ndarray:
         return np.where(rows, 0, state).astype(np.int32)
 
 

@@ -372,7 +372,7 @@ class Tokenizer:
 class TestMakingOne:
     def test_a_persona_has_personaplexs_order(self) -> None:
         idle = IdleCodes(np.array([1, 2], np.int32), np.array([3, 4], np.int32))
-        voice = np.array([[5, 6, 7], [8, 9, 10]])
+        voice = MoshiPrompt.from_codes(np.array([[5, 6, 7], [8, 9, 10]]), idle.user)
         prompt = MoshiPrompt.of_persona(idle, voice, " You are\n wise. ", Tokenizer())
         said = [len("<system>"), 3, 3, 5, len("<system>")]
         pause = [3] * PAUSE_FRAMES
@@ -401,7 +401,7 @@ class TestMakingOne:
         with pytest.raises(ValueError, match="`user_code` must be the codes of one frame"):
             MoshiPrompt.from_codes(np.zeros((2, 3), int), np.zeros((2, 3), int))
         with pytest.raises(ValueError, match="Prompts of 2 and of 4 codebooks"):
-            MoshiPrompt.of_persona(idle, np.zeros((2, 1), int)) + drawn_prompt(1)
+            MoshiPrompt.of_persona(idle, MoshiPrompt.from_codes(np.zeros((2, 1), int), idle.user)) + drawn_prompt(1)
 
     def test_a_recording_is_encoded_by_mimi(self, model: Moshi) -> None:
         audio = np.random.default_rng(0).uniform(-1, 1, 16 * 9 - 5).astype(np.float32)

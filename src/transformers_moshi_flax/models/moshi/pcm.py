@@ -254,21 +254,21 @@ class PcmDialogue(_Locked):
             user_audio={slot: audio[slot, 0] for slot in said},
         )
 
-    def reset(self, slot: int, prng_key: Any = None) -> None:
+    def reset(self, slot: int, prng_key: Any = None, prompt: Any = None) -> None:
         """Begin a slot's dialogue anew; what its user was to be heard saying is forgotten, and so are its counts.
 
         Args:
             slot: which.
-            prng_key: for ``stream.reset``.
+            prng_key, prompt: for ``stream.reset``.
 
         Raises:
             ValueError: no such slot.
         """
         self.input.check_slot(slot)
         with self._lock:
-            self._begin(slot, prng_key)
+            self._begin(slot, prng_key, prompt)
 
-    def join(self, slot: int, prng_key: Any = None) -> None:
+    def join(self, slot: int, prng_key: Any = None, prompt: Any = None) -> None:
         """:meth:`reset` a slot and let its time run.
 
         Raises:
@@ -278,7 +278,7 @@ class PcmDialogue(_Locked):
         with self._lock:
             if self._active[slot]:
                 raise ValueError(f"`slot`={slot} is in a dialogue: `leave` it first, or `reset` it")
-            self._begin(slot, prng_key)
+            self._begin(slot, prng_key, prompt)
             self._active[slot] = True
 
     def leave(self, slot: int) -> None:
@@ -293,9 +293,9 @@ class PcmDialogue(_Locked):
                 raise ValueError(f"`slot`={slot} is in no dialogue: `join` it first")
             self._active[slot] = False
 
-    def _begin(self, slot: int, prng_key: Any) -> None:
+    def _begin(self, slot: int, prng_key: Any, prompt: Any) -> None:
         rows = np.arange(self.stream.batch_size) == slot
-        self.state = self.stream.reset(self.state, rows, prng_key=prng_key)
+        self.state = self.stream.reset(self.state, rows, prng_key=prng_key, prompt=prompt)
         self.input.clear(slot)
 
 

@@ -148,7 +148,7 @@ class MoshiPrompt:
     def of_persona(
         cls,
         idle: IdleCodes,
-        voice: ArrayLike | None = None,
+        voice: MoshiPrompt | None = None,
         text: str | None = None,
         tokenizer: Any | None = None,
     ) -> MoshiPrompt:
@@ -156,7 +156,7 @@ class MoshiPrompt:
 
         Args:
             idle: the codes of those who say nothing.
-            voice: Moshi's codes, ``(codebooks, frames)``; None leaves the voice and its pause out.
+            voice: of :meth:`from_recording`, :meth:`from_codes` or a file; None leaves it and its pause out.
             text: who Moshi is; None or nothing but spaces leaves the text and its pause out.
             tokenizer: of the text.
 
@@ -166,7 +166,7 @@ class MoshiPrompt:
         parts = []
         pause = cls.from_text(np.full(PAUSE_FRAMES, TEXT_PAD), idle.moshi, idle.user)
         if voice is not None:
-            parts += [cls.from_codes(voice, idle.user), pause]
+            parts += [voice, pause]
         pieces = system_pieces(text, tokenizer)
         if pieces.size:
             parts += [cls.from_text(pieces, idle.moshi, idle.user), pause]

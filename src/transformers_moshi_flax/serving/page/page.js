@@ -6,7 +6,7 @@ const PAUSE = 0.8; // seconds after which a new line begins
 const RETRIES = [1, 2, 4, 8, 8]; // seconds before each attempt to come back
 
 const $ = (id) => document.getElementById(id);
-const SETTINGS = ["text_temperature", "text_topk", "audio_temperature", "audio_topk"];
+const SETTINGS = ["text_temperature", "text_topk", "audio_temperature", "audio_topk", "voice_prompt", "text_prompt"];
 
 let sound = null;
 let dialogue = null;
@@ -28,7 +28,7 @@ function setTalking(talking) {
 function query() {
   const values = new URLSearchParams({ format: "pcm16" });
   if ($("token").value) values.set("token", $("token").value);
-  for (const name of SETTINGS) if ($(name).value) values.set(name, $(name).value);
+  for (const name of SETTINGS) if ($(name).value.trim()) values.set(name, $(name).value);
   return values;
 }
 
@@ -177,6 +177,9 @@ async function introduce() {
     if (!answer.ok) return;
     const about = await answer.json();
     $("about").textContent = `${about.model}: it listens and speaks at the same time. Use headphones.`;
+    $("persona").hidden = !about.personas;
+    const voices = about.voices.map((name) => new Option(name, name));
+    $("voice_prompt").replaceChildren($("voice_prompt").options[0], ...voices);
     show($("notice"), [about.notice, about.recorded && "what is said here is recorded"].filter(Boolean).join("; "));
   } catch {
     // the button will tell

@@ -129,6 +129,7 @@ def initial_state(decoder: FrameDecoder, stream: FlaxMoshiStream) -> StreamState
         with_encoder=config.audio_encoder_config.encoder_config is not None,
         with_decoder=stream.return_audio_waveforms,
         dtype=jnp.float32,
+        pinned=stream.pin_prompt,
         origin="",
         mesh=None,
     )

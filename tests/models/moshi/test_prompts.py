@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.test_streaming_flax_moshi import GREEDY, SAMPLE, run, user_audio, user_codes
@@ -307,6 +308,73 @@ class TestGenerate:
     def test_what_does_not_go_together(self, model: Moshi, given: dict[str, Any], words: str) -> None:
         with pytest.raises(ValueError, match=re.escape(words)):
             model.generate(prompt=[drawn_prompt(2), drawn_prompt(3)], max_new_tokens=2, **given)
+
+
+def packaged(model: Moshi, prompt: MoshiPrompt, path: Path) -> None:
+    """A prompt as PersonaPlex's code leaves it, step by step: embeddings of all but the last position, and the ring.
+
+    At step k the streams of frame k are written to the ring, those with a delay one place further; then what stands at
+    the place of step k - 1 goes into the model. Beginnings of all streams are the start, so that frame 0 is lost.
+    """
+    books, ring, embeddings = len(prompt.moshi_codes), np.zeros((1, 9, 4), np.int64), []
+    start = np.array([60] + [32] * 2 * books)
+    delays = np.array([0] + 2 * [0, *[1] * (books - 1)])
+    streams = np.concatenate([prompt.text_ids[None], prompt.moshi_codes, prompt.user_codes])
+    for step in range(prompt.frames):
+        ring[0, np.arange(9), (step + delays) % 4] = streams[:, step]
+        begins = step <= delays
+        ring[0, begins, step % 4] = start[begins]
+        if step:
+            column = ring[..., (step - 1) % 4, None].astype(np.int32)
+            text, moshi, user = map(jnp.asarray, (column[:, 0], column[:, 1 : 1 + books], column[:, 1 + books :]))
+            module = model.module
+            embeddings.append(module.apply({"params": model.params}, text, user, moshi, method=module.embed))
+    voice = {"embeddings": torch.tensor(np.stack(embeddings)), "cache": torch.tensor(ring)}
+    torch.save(voice, path)
+
+
+class TestPackagedVoices:
+    @pytest.mark.parametrize("frames", [3, 8, 9, 10, 11])
+    def test_are_the_prompts_that_they_were_made_of(
+        self, model: Moshi, stream: FlaxMoshiStream, tmp_path: Path, frames: int
+    ) -> None:
+        """Whatever is left in the ring, and with a text behind them."""
+        prompt, text = drawn_prompt(frames), drawn_prompt(4, 9)
+        packaged(model, prompt, tmp_path / "voice.pt")
+        MoshiPrompt.from_personaplex(tmp_path / "voice.pt").save(tmp_path / "voice.safetensors")
+        voice = MoshiPrompt.load(tmp_path / "voice.safetensors")
+        assert voice.frames == frames - 1
+        codes = user_codes(SLOTS, 4)
+        heard = MoshiPrompt(prompt.text_ids[1:], prompt.moshi_codes[:, 1:], prompt.user_codes[:, 1:])
+        for ours, theirs in ((voice, heard), (voice + text, heard + text)):
+            actual, expected = stream.init(prompt=ours), stream.init(prompt=theirs)
+            assert_same_dialogue(actual, expected)
+            assert_same_words(run(stream, actual, codes)[1], run(stream, expected, codes)[1])
+        with pytest.raises(ValueError, match="cannot stand behind another one"):
+            text + voice
+        with pytest.raises(ValueError, match="which only streams take"):
+            model.generate(prompt=voice, max_new_tokens=1)
+
+    def test_what_is_none(self, model: Moshi, stream: FlaxMoshiStream, tmp_path: Path) -> None:
+        for content in (
+            {"cache": torch.zeros(1, 9, 4)},
+            {"embeddings": torch.zeros(3, 4), "cache": torch.zeros(1, 9, 4)},
+        ):
+            torch.save(content, tmp_path / "voice.pt")
+            with pytest.raises(ValueError, match="is no voice of PersonaPlex, its tensors are"):
+                MoshiPrompt.from_personaplex(tmp_path / "voice.pt")
+        torch.save({"embeddings": Path}, tmp_path / "voice.pt")  # an object, which is not read
+        with pytest.raises(ValueError, match="cannot be read as a PyTorch pickle of weights"):
+            MoshiPrompt.from_personaplex(tmp_path / "voice.pt")
+        with pytest.raises(FileNotFoundError):
+            MoshiPrompt.from_personaplex(tmp_path / "other.pt")
+        one = drawn_prompt(3)
+        streams = (one.text_ids, one.moshi_codes, one.user_codes)
+        with pytest.raises(ValueError, match=r"`prompt\.embeds` are of the size 8, but the model's of 64"):
+            stream.init(prompt=MoshiPrompt(*streams, np.zeros((3, 8), np.float32)))
+        for embeds in (np.zeros((4, 64), np.float32), np.zeros((3, 64), int), np.full((3, 64), np.nan, np.float32)):
+            with pytest.raises(ValueError, match="`embeds` must"):
+                MoshiPrompt(*streams, embeds)
 
 
 class TestBadPrompts:

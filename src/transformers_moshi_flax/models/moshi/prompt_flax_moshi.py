@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
 from transformers import MoshiConfig
 
-from ...checkpoints.formats import open_safetensors
+from ...checkpoints.formats import open_pickle, open_safetensors
 from ...checkpoints.verifying import refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import cut, on_host
@@ -37,6 +37,9 @@ PAUSE_FRAMES = 6
 SYSTEM = "<system>"
 """Stands before and behind the text of a persona."""
 
+PERSONAPLEX_RING = 4
+"""Positions in the ring of a packaged voice."""
+
 SETTLED_FRAMES = 25
 """After so many frames of silence, Mimi's codes no longer tell that there was a beginning."""
 
@@ -50,19 +53,25 @@ class MoshiPrompt:
     Args:
         text_ids: ``(frames,)`` integers in ``[0, vocab_size)``.
         moshi_codes, user_codes: undelayed, ``(codebooks, frames)`` integers in ``[0, audio_vocab_size)``.
+        embeds: what the backbone is given in place of the streams, from the start frame on, for at most as many
+            positions as there are frames, ``(positions, hidden_size)`` floats.
 
     Attributes:
-        text_ids, moshi_codes, user_codes: the same, int32, not to be written to.
+        text_ids, moshi_codes, user_codes, embeds: the same, ids as int32, not to be written to.
 
     Raises:
-        ValueError: another shape or dtype, streams of different lengths, no frame, ids below 0.
+        ValueError: another shape or dtype, streams of different lengths, no frame, ids below 0, embeddings that are
+            not finite.
     """
 
     text_ids: Int32[np.ndarray, "frames"]
     moshi_codes: Int32[np.ndarray, "codebooks frames"]
     user_codes: Int32[np.ndarray, "codebooks frames"]
+    embeds: Float[np.ndarray, "positions hidden_size"] | None
 
-    def __init__(self, text_ids: ArrayLike, moshi_codes: ArrayLike, user_codes: ArrayLike):
+    def __init__(
+        self, text_ids: ArrayLike, moshi_codes: ArrayLike, user_codes: ArrayLike, embeds: ArrayLike | None = None
+    ):
         given = dict(zip(STREAMS, map(np.asarray, (text_ids, moshi_codes, user_codes))))
         for name, array in given.items():
             axes = ("frames",) if name == "text_ids" else ("codebooks", "frames")
@@ -75,10 +84,13 @@ class MoshiPrompt:
             raise ValueError(f"The streams of a prompt must have the same frames and codebooks, but have {shapes}.")
         if 0 in shapes["moshi_codes"]:
             raise ValueError(f"A prompt has at least one frame of one codebook, but the streams have {shapes}.")
-        for name, array in given.items():
-            copy = array.astype(np.int32)
-            copy.flags.writeable = False
-            object.__setattr__(self, name, copy)
+        copies = {name: array.astype(np.int32) for name, array in given.items()}
+        if embeds is not None:
+            copies["embeds"] = _checked_embeds(np.array(embeds), given["text_ids"].size)
+        for name in (*STREAMS, "embeds"):
+            if name in copies:
+                copies[name].flags.writeable = False
+            object.__setattr__(self, name, copies.get(name))
 
     @property
     def frames(self) -> int:
@@ -92,7 +104,11 @@ class MoshiPrompt:
         books = [len(codes) for codes in pairs[1]]
         if books[0] != books[1]:
             raise ValueError(f"Prompts of {books[0]} and of {books[1]} codebooks cannot be put behind one another.")
-        return MoshiPrompt(*(np.concatenate(pair, axis=-1) for pair in pairs))
+        if other.embeds is not None:
+            raise ValueError(
+                "Embeddings have the start frame: a prompt that has some cannot stand behind another one."
+            )
+        return MoshiPrompt(*(np.concatenate(pair, axis=-1) for pair in pairs), self.embeds)
 
     # -------------------------------------------------------------------------------------------- making one
 
@@ -108,7 +124,7 @@ class MoshiPrompt:
             ValueError: as :class:`MoshiPrompt`.
         """
         codes = np.asarray(moshi_codes)
-        return cls(np.full(codes.shape[-1:], TEXT_PAD), codes, _repeated("user_code", user_code, codes.shape[-1:]))
+        return cls(np.full(codes.shape[-1:], TEXT_PAD), codes, _repeated("user_code", user_code, codes))
 
     @classmethod
     def from_text(cls, text_ids: ArrayLike, moshi_code: ArrayLike, user_code: ArrayLike) -> MoshiPrompt:
@@ -124,8 +140,8 @@ class MoshiPrompt:
         ids = np.asarray(text_ids)
         return cls(
             ids,
-            _repeated("moshi_code", moshi_code, ids.shape[-1:]),
-            _repeated("user_code", user_code, ids.shape[-1:]),
+            _repeated("moshi_code", moshi_code, ids),
+            _repeated("user_code", user_code, ids),
         )
 
     @classmethod
@@ -182,7 +198,10 @@ class MoshiPrompt:
         Raises:
             OSError: the file cannot be written.
         """
-        write_safetensors(Path(path), {name: getattr(self, name) for name in STREAMS}, PROMPT_FORMAT)
+        tensors = {name: getattr(self, name) for name in STREAMS}
+        if self.embeds is not None:
+            tensors["embeds"] = self.embeds
+        write_safetensors(Path(path), tensors, PROMPT_FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> MoshiPrompt:
@@ -200,9 +219,45 @@ class MoshiPrompt:
             raise ValueError(f"`path`: {path} is no prompt, it lacks {sorted(set(STREAMS) - set(file))}.")
         refuse_damage(file)
         try:
-            return cls(*(file[name] for name in STREAMS))
+            return cls(*(file[name] for name in STREAMS), file.get("embeds"))
         except ValueError as error:
             raise ValueError(f"`path`: {path} is no good prompt: {error}") from error
+
+    @classmethod
+    def from_personaplex(cls, path: str | os.PathLike) -> MoshiPrompt:
+        """A voice as PersonaPlex packages it, ``.pt``: to be written by :meth:`save` once, as PyTorch reads it.
+
+        It has embeddings in place of codes, so it is good for that model alone, and ``generate`` cannot take it.
+
+        Args:
+            path: of a pickle with ``embeddings`` ``(positions, 1, 1, hidden_size)`` and ``cache``, ``(1, streams, 4)``
+                integers: the ring of the last positions. Nothing but tensors is read.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged or something else, or PyTorch is not installed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`path`: there is no file {path}.")
+        file = open_pickle(path)
+        shapes = {name: file[name].shape for name in file}
+        embeds, ring = shapes.get("embeddings", ()), shapes.get("cache", ())
+        packaged = len(embeds) == 4 and embeds[0] > 1 and embeds[1:3] == (1, 1) and len(ring) == 3
+        if not (packaged and ring[0] == 1 and ring[1] % 2 and ring[2] == PERSONAPLEX_RING):
+            raise ValueError(f"`path`: {path} is no voice of PersonaPlex, its tensors are {shapes}.")
+        frames, codebooks = embeds[0], ring[1] // 2
+        # the last two positions that anything is read of; codes but for the semantic ones come one position later
+        now, later = (file["cache"][0, :, (frames + more) % PERSONAPLEX_RING] for more in (0, 1))
+        streams = np.zeros((ring[1], frames), now.dtype)
+        streams[0] = TEXT_PAD
+        semantic = [0, 1, 1 + codebooks]
+        streams[:, -2:] = np.stack([now, later], axis=-1)
+        streams[semantic, -1] = now[semantic]
+        try:
+            return cls(streams[0], streams[1 : 1 + codebooks], streams[1 + codebooks :], file["embeddings"][:, 0, 0])
+        except ValueError as error:
+            raise ValueError(f"`path`: {path} is no good voice: {error}") from error
 
     # -------------------------------------------------------------------------------------------- using it
 
@@ -216,6 +271,11 @@ class MoshiPrompt:
         for name in STREAMS:
             size = config.vocab_size if name == "text_ids" else config.audio_vocab_size
             check_ids(f"prompt.{name}", getattr(self, name), size)
+        if self.embeds is not None and self.embeds.shape[1] != config.hidden_size:
+            raise ValueError(
+                f"`prompt.embeds` are of the size {self.embeds.shape[1]}, but the model's of {config.hidden_size}: "
+                "take a voice of this model."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,6 +380,8 @@ def prompted_streams(
     prompts = [prompt] * (1 if user is None else np.shape(user)[0]) if isinstance(prompt, MoshiPrompt) else [*prompt]
     for one in prompts:
         one.check_for(config)
+        if one.embeds is not None:
+            raise ValueError("`prompt` has embeddings in place of codes, which only streams take: give one of codes.")
     if not prompts or (user is not None and len(prompts) != np.shape(user)[0]):
         rows = "none" if user is None else np.shape(user)[0]
         raise ValueError(f"`prompt` has {len(prompts)} prompts, but the user has the rows {rows}: give one for each.")
@@ -339,9 +401,19 @@ def prompted_streams(
     return {**dict.fromkeys(streams), **given, "user_audio_codes": heard}, mask
 
 
-def _repeated(name: str, code: ArrayLike, frames: tuple[int, ...]) -> np.ndarray:
-    """The code of one frame in all of them."""
+def _checked_embeds(embeds: np.ndarray, frames: int) -> np.ndarray:
+    if embeds.ndim != 2 or not 0 < len(embeds) <= frames:
+        raise ValueError(
+            f"`embeds` must have the shape (1 to {frames}, hidden_size), but has the shape {embeds.shape}."
+        )
+    if not jnp.issubdtype(embeds.dtype, jnp.floating) or not np.isfinite(embeds.astype(np.float32)).all():
+        raise ValueError(f"`embeds` must be finite floats, but has the dtype {embeds.dtype}, or some are not.")
+    return embeds
+
+
+def _repeated(name: str, code: ArrayLike, stream: np.ndarray) -> np.ndarray:
+    """The code of one frame in each frame of a stream."""
     code = np.asarray(code)
     if code.ndim != 1:
         raise ValueError(f"`{name}` must be the codes of one frame, (codebooks,), but has the shape {code.shape}.")
-    return np.repeat(code[:, None], *frames, axis=1)
+    return np.repeat(code[:, None], stream.shape[-1] if stream.ndim else 1, axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 from transformers import MoshiConfig
 
 from ...generation.programs import Program
@@ -54,10 +54,20 @@ def prompt_columns(prompt: MoshiPrompt, config: MoshiConfig) -> tuple[np.ndarray
 
     def delayed(codes: np.ndarray) -> np.ndarray:
         start = np.full((1, len(codes), 1), config.audio_vocab_size, np.int32)
-        return delay(np.concatenate([start, codes[None]], axis=-1), config.audio_vocab_size)
+        return np.asarray(delay(np.concatenate([start, codes[None]], axis=-1), config.audio_vocab_size))
 
     text_ids = np.concatenate([[config.vocab_size], prompt.text_ids]).astype(np.int32)[None]
     return text_ids, delayed(prompt.user_codes), delayed(prompt.moshi_codes)
+
+
+def prompt_embeds(prompt: MoshiPrompt, config: MoshiConfig, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What stands for the columns of the first positions, and which these are, of all frames."""
+    embeds = np.zeros((1, prompt.frames, config.hidden_size), dtype)
+    embedded = np.zeros((1, prompt.frames, 1), bool)
+    if prompt.embeds is not None:
+        embeds[:, : len(prompt.embeds)] = prompt.embeds
+        embedded[:, : len(prompt.embeds)] = True
+    return embeds, embedded
 
 
 def empty_cache(decoder: FrameDecoder, *, capacity: int) -> LinearCache:
@@ -72,10 +82,21 @@ def prefill(
     text_ids: Int[Array, "1 frames"],
     user_codes: Int[Array, "1 codebooks frames"],
     moshi_codes: Int[Array, "1 codebooks frames"],
+    embeds: Float[Array, "1 frames hidden_size"],
+    embedded: Bool[Array, "1 frames 1"],
 ) -> LinearCache:
-    """The cache with the next frames, whose codes are delayed."""
+    """The cache with the next frames, whose codes are delayed; ``embeds`` stand for those that are ``embedded``."""
     module = decoder.module
-    return module.apply({"params": params}, text_ids, user_codes, moshi_codes, cache, method=module.listen).cache
+    outputs = module.apply(
+        {"params": params},
+        text_ids,
+        user_codes,
+        moshi_codes,
+        cache,
+        inputs_embeds=(embeds, embedded),
+        method=module.listen,
+    )
+    return outputs.cache
 
 
 def adopt(dialogue: DialogueState, rows: Bool[Array, "batch"], prompt: PromptState) -> DialogueState:

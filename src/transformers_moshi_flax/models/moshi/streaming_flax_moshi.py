@@ -47,7 +47,16 @@ from .frame_flax_moshi import frame_step
 from .generation_flax_moshi import DEPTH_PREFIX, FrameDecoder
 from .inputs_flax_moshi import require_waveforms, step_inputs
 from .prompt_flax_moshi import MoshiPrompt
-from .prompt_state import ADOPT, CHUNK, PromptState, empty_cache, prefill, prompt_capacity, prompt_columns
+from .prompt_state import (
+    ADOPT,
+    CHUNK,
+    PromptState,
+    empty_cache,
+    prefill,
+    prompt_capacity,
+    prompt_columns,
+    prompt_embeds,
+)
 from .stream_files import ORIGIN, STATE_FORMAT, TEXT_IDS, digest, named_leaves, origin_tensor, with_leaves
 from .stream_options import checked_numbers, resolve_stream_sampling
 from .stream_state import CONFIGURE, PUT, REKEY, RESTART, TAKE, DialogueState, StreamState, empty_state, fold_rows
@@ -512,10 +521,13 @@ class FlaxMoshiStream:
             )
         frames, capacity = prompt.frames, prompt_capacity(max(prompt.frames, capacity))
         columns = prompt_columns(prompt, self._config)
+        embeds = prompt_embeds(prompt, self._config, self._dtype)
         cache = self._alone(self._compiled(empty_cache, capacity=capacity)())
         program = self._compiled(prefill, (1,))
         for begin in range(0, frames, CHUNK):
-            chunk = (padded(column[..., begin : min(begin + CHUNK, frames)], CHUNK, 0) for column in columns)
+            end = min(begin + CHUNK, frames)
+            chunk = [padded(column[..., begin:end], CHUNK, 0) for column in columns]
+            chunk += [padded(part[:, begin:end], CHUNK, 0, axis=1) for part in embeds]
             cache = program(self.parts["frame"], cache, *map(self._alone, chunk))
             # so that those who use the device as well come in between
             jax.block_until_ready(cache)

@@ -17,7 +17,7 @@ import torch
 from tests.configs import tiny_moshi_config
 from tests.models.moshi.test_streaming_flax_moshi import GREEDY, SAMPLE, run, user_audio, user_codes
 from tests.torch_oracle import assert_close
-from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiPrompt
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, LoraConfig, MoshiPrompt
 from transformers_moshi_flax.models.moshi.prompt_flax_moshi import (
     PAUSE_FRAMES,
     IdleCodes,
@@ -423,6 +423,13 @@ class TestBadPrompts:
         other = model.streaming(SLOTS, return_audio_waveforms=False, **SAMPLE).prefill(drawn_prompt(2))
         with pytest.raises(ValueError, match="`prompt` is of another configuration"):
             stream.init(prompt=other)
+
+    def test_adapters_of_single_slots(self) -> None:
+        model = Moshi(tiny_moshi_config(num_hidden_layers=1), seed=2)
+        model.add_adapter(LoraConfig(r=2, target_modules=r"decoder\.model\..*q_proj.*"), "other")
+        stream = model.streaming(2, params=model.adapted_params(adapter_names=["other", None]), **GREEDY)
+        with pytest.raises(ValueError, match="each has an adapter of its own"):
+            stream.prefill(drawn_prompt(2))
 
     def test_capacity(self, stream: FlaxMoshiStream) -> None:
         with pytest.raises(ValueError, match="`capacity` must be a whole number of at least 1, but is 0"):

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -34,6 +35,7 @@ from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
+from ...nn.linear import ROWS
 from ...ops.dispatch import steps_in_several_programs
 from ..mimi.modules_flax_mimi import STEP_PARTS, parts_of
 from ..mimi.quantizer_flax_mimi import prepared_for_frames
@@ -359,6 +361,8 @@ class FlaxMoshiStream:
             params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         codec_params = prepared_for_frames(params["audio_encoder"], codec, config.num_codebooks, model.dtype)
         dialogue = {name: part for name, part in params.items() if name != "audio_encoder"}
+        rows = [leaf for path, leaf in flatten_dict(dialogue).items() if path[-1] == ROWS]
+        self._adapted_by_slot = any(leaf.shape[0] > 1 for leaf in rows)
         self._seanet_histories = seanet_histories(codec)
         seanet, *others = STEP_PARTS["encode_step"]
         self.parts = parts = {
@@ -507,12 +511,16 @@ class FlaxMoshiStream:
 
         Raises:
             ValueError: other codebooks than the model's, ids out of range, a ``capacity`` below 1; with
-                ``pin_prompt``, more frames than the context can keep.
+                ``pin_prompt``, more frames than the context can keep; a different adapter in each slot.
         """
         if not isinstance(prompt, MoshiPrompt):
             raise ValueError(f"`prompt` must be a MoshiPrompt, but is {type(prompt).__name__}.")
         prompt.check_for(self._config)
         check_sizes(capacity=capacity)
+        if self._adapted_by_slot:
+            raise ValueError(
+                "`prompt` is run for all slots alike, but each has an adapter of its own: force its frames in steps."
+            )
         context = self._config.sliding_window
         if self.pin_prompt and prompt.frames > context - 2:
             raise ValueError(

@@ -1,0 +1,93 @@
+"""What a persona costs: a prompt run in one prefill beside its frames forced one by one, and to begin from it.
+
+``python -m utils.benchmark.personas --size 68M --frames 137 --repeats 5`` prints a table in Markdown. The model has
+random weights; all is measured in turns, and the least and the median are told.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from transformers import MoshiConfig
+
+from transformers_moshi_flax import FlaxMoshiForConditionalGeneration, MoshiPrompt
+
+from .settings import SIZES
+
+
+def measure(size: str, frames: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds by what was done."""
+    model = FlaxMoshiForConditionalGeneration(MoshiConfig(**SIZES[size].config))
+    config, rng = model.config, np.random.default_rng(0)
+    codes = rng.integers(0, config.audio_vocab_size, (2, config.num_codebooks, frames))
+    prompt = MoshiPrompt(rng.integers(0, config.vocab_size, frames), *codes)
+    stream = model.streaming(1)
+    # forced frames need no waveforms
+    silent = model.streaming(1, return_audio_waveforms=False)
+    stream.warmup(frames), silent.warmup()
+    known, everyone, key = stream.prefill(prompt, frames), np.ones(1, bool), jax.random.key(0)
+    sound = np.zeros((1, stream.channels, stream.frame_size), np.float32)
+
+    def force() -> Any:
+        state = silent.init(key, prompt.text_ids[None, 0], prompt.moshi_codes[None, :, 0])
+        for frame in range(frames):
+            ahead = min(frame + 1, frames - 1)
+            state, _ = silent.step(
+                state,
+                user_audio_codes=prompt.user_codes[None, :, frame],
+                forced_text_ids=prompt.text_ids[None, ahead],
+                forced_audio_codes=prompt.moshi_codes[None, :, ahead],
+            )
+        return state
+
+    def step() -> Any:
+        nonlocal state
+        state, frame = stream.step(state, sound)
+        return frame.audio
+
+    def begin() -> Any:
+        nonlocal state
+        state = stream.reset(state, everyone, key, prompt=known)
+        return state
+
+    state = stream.init(key)
+    ways: dict[str, Callable[[], Any]] = {
+        "frames forced one by one": force,
+        "prefill": lambda: stream.prefill(prompt, frames),
+        "beginning from a known persona": begin,
+        "a step": step,
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            jax.block_until_ready(way())
+            if repeat:  # the first time is for what may be new
+                found[name].append(1000 * (time.perf_counter() - start))
+    return found
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "68M",
+    frames: Annotated[int, typer.Option(help="Of the prompt.")] = 137,
+    repeats: int = 5,
+) -> None:
+    """Print the table."""
+    print(f"{size}, {frames} frames, load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    found = measure(size, frames, repeats)
+    print("\n| | least, ms | median, ms |\n|---|---|---|")
+    for name, times in found.items():
+        print(f"| {name} | {min(times):.1f} | {statistics.median(times):.1f} |")
+    forced, prefilled = (min(found[name]) for name in ("frames forced one by one", "prefill"))
+    print(f"\nThe prefill is {forced / prefilled:.1f} times as quick.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

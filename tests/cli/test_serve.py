@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import soundfile
 
 from tests.random_model import RANDOM_MODEL
 from tests.serving.fake_stream import FakeStream
@@ -158,8 +159,9 @@ def test_from_the_command_to_its_end(moshi_flax, fake, tmp_path: Path, secured: 
 def test_the_embedded_model_answers_kyutai_s_protocol(tmp_path: Path):
     """A process of its own, as users start it."""
     command = [sys.executable, "-c", "from transformers_moshi_flax.cli import main; main()", "serve"]
+    soundfile.write(tmp_path / "ada.wav", speech(3).reshape(-1), 24_000)
     server = subprocess.Popen(
-        [*command, "--model", str(RANDOM_MODEL), "--port", "0", "--slots", "2"],
+        [*command, "--model", str(RANDOM_MODEL), "--port", "0", "--slots", "2", "--voices", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
@@ -175,10 +177,12 @@ def test_the_embedded_model_answers_kyutai_s_protocol(tmp_path: Path):
             raise AssertionError(seen)
 
         async def talk() -> None:
-            url = f"http://127.0.0.1:{found[1]}/api/chat?format=pcm16"
+            url = f"http://127.0.0.1:{found[1]}/api/chat?format=pcm16&voice_prompt=ada&text_prompt=be+brief"
             async with aiohttp.ClientSession() as session, session.ws_connect(url) as chat:
+                await chat.receive_bytes()  # the handshake, before which a new persona hears nothing
                 await chat.send_bytes(as_audio(speech(4)))
                 reply = await read(chat, 4)
+                assert reply.metadata["voice_prompt"] == "ada" and reply.metadata["voices"] == ["ada"]
                 assert reply.samples.any() and reply.metadata["model"] == RANDOM_MODEL.name
 
         asyncio.run(talk())

@@ -114,6 +114,11 @@ def test_why_nobody_is_let_in(moshi_flax, question: Path, tmp_path: Path) -> Non
         assert moshi_flax("talk", server.url, *args).code == 0
         result = moshi_flax("talk", server.url, *args, "--temperature", 1000)
         assert result.code == 1 and "says no (400)" in result.err and "text_temperature" in result.err
+        for asked, name in (("--voice", "voice_prompt"), ("--text-prompt", "text_prompt")):
+            result = moshi_flax("talk", server.url, *args, asked, "ada")
+            assert (
+                result.code == 1 and "says no (400)" in result.err and f"`{name}`: there are no personas" in result.err
+            )
         assert ended(server) == 1
         seat = server.server.engine.take_seat({}, np.zeros(2, np.uint32))
         result = moshi_flax("talk", server.url, *args)

@@ -35,6 +35,8 @@ def talk(
     ] = None,
     extra_seconds: Annotated[float, typer.Option(min=0, help="Silence after the recording, for an answer.")] = 5.0,
     format: Annotated[str, typer.Option(help="Of the audio on its way: opus or pcm16.")] = "opus",
+    voice: Annotated[str | None, typer.Option(help="Whose voice Moshi has, by the server's name for it.")] = None,
+    text_prompt: Annotated[str | None, typer.Option(help="Who Moshi is, where the server has personas.")] = None,
     auth_token_file: Annotated[Path | None, typer.Option(help="A token for the server, in the first line.")] = None,
     ssl_ca: Annotated[Path | None, typer.Option(help="Whom to trust for HTTPS, PEM. Default: the system's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
@@ -71,6 +73,8 @@ def talk(
         "audio_topk": depth_top_k,
         "audio_seed": seed,
         "text_seed": seed,
+        "voice_prompt": voice,
+        "text_prompt": text_prompt,
     }
     query = {name: str(value) for name, value in values.items() if value is not None}
     notes = Console(stderr=True, highlight=False)

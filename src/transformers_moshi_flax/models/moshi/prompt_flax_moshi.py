@@ -108,7 +108,8 @@ class MoshiPrompt:
             raise ValueError(
                 "Embeddings have the start frame: a prompt that has some cannot stand behind another one."
             )
-        return MoshiPrompt(*(np.concatenate(pair, axis=-1) for pair in pairs), self.embeds)
+        text_ids, moshi_codes, user_codes = (np.concatenate(pair, axis=-1) for pair in pairs)
+        return MoshiPrompt(text_ids, moshi_codes, user_codes, self.embeds)
 
     # -------------------------------------------------------------------------------------------- making one
 
@@ -219,7 +220,8 @@ class MoshiPrompt:
             raise ValueError(f"`path`: {path} is no prompt, it lacks {sorted(set(STREAMS) - set(file))}.")
         refuse_damage(file)
         try:
-            return cls(*(file[name] for name in STREAMS), file.get("embeds"))
+            text_ids, moshi_codes, user_codes = (file[name] for name in STREAMS)
+            return cls(text_ids, moshi_codes, user_codes, file.get("embeds"))
         except ValueError as error:
             raise ValueError(f"`path`: {path} is no good prompt: {error}") from error
 

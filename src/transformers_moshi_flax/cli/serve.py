@@ -33,7 +33,7 @@ from transformers_moshi_flax.cli.options import (
 )
 from transformers_moshi_flax.cli.transcript import timed_words
 
-KEPT_PERSONAS = 8
+KEPT_PERSONAS, LONGEST_PERSONA = 8, 500
 EXTRA = ("aiohttp", "prometheus_client", "sphn")
 
 
@@ -55,7 +55,10 @@ def serve(
     personas: Annotated[
         int | None, typer.Option(min=0, help="Voices with texts that are kept ready; 0 for none at all.")
     ] = None,
-    persona_frames: Annotated[int, typer.Option(min=1, help="Frames of the longest: voice, text, pauses.")] = 500,
+    persona_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Frames of the longest: voice, text, pauses. Default: 500, or the context."),
+    ] = None,
     pin_personas: Annotated[bool, typer.Option("--pin-personas", help="Dialogues never forget theirs.")] = False,
     auth_token_file: Annotated[Path | None, typer.Option(help="Tokens that callers need one of, one a line.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody in who reaches this address.")] = False,
@@ -127,17 +130,18 @@ class PersonaOptions:
     Attributes:
         folder: of the voices.
         kept: states; None where nothing was said.
-        frames: of the longest.
+        frames: of the longest; None where nothing was said.
         pinned: whether dialogues never forget theirs.
     """
 
     folder: Path | None
     kept: int | None
-    frames: int
+    frames: int | None
     pinned: bool
 
-    def states(self, config: Any) -> int:
-        """How many are kept for a model: by default some if there are voices, or if it was trained for personas.
+    def of_model(self, config: Any) -> tuple[int, int]:
+        """How many states are kept for a model, and the frames of the longest: 0 and 0 for no personas. By default there
+        are some if there are voices, or if it was trained for them.
 
         Raises:
             UserMistake: options without an effect, or a longest one that the model cannot hear.
@@ -146,12 +150,11 @@ class PersonaOptions:
         kept = by_default if self.kept is None else self.kept
         if not kept and (self.folder or self.pinned):
             raise UserMistake("--personas: --voices and --pin-personas need at least 1")
-        if kept and self.frames > config.sliding_window - 2:
-            raise UserMistake(
-                f"--persona-frames: the model hears {config.sliding_window} frames at once; give "
-                f"{config.sliding_window - 2} at most"
-            )
-        return kept
+        most = config.sliding_window - 2
+        frames = min(LONGEST_PERSONA, most) if self.frames is None else self.frames
+        if kept and frames > most:
+            raise UserMistake(f"--persona-frames: the model hears {most + 2} frames at once; give {most} at most")
+        return (kept, frames) if kept else (0, 0)
 
 
 def load(
@@ -175,16 +178,16 @@ def load(
 
     personas = None
     with loaded(source, dtype, notes) as speaker, as_mistake("cannot serve", ValueError):
-        kept = wanted.states(speaker.model.config)
+        kept, frames = wanted.of_model(speaker.model.config)
         stream, numbers = stream_for_callers(speaker.model, slots, sampling, wanted.pinned)
         if kept:
             idle, voices = IdleCodes.of(speaker.model), {}
             if wanted.folder is not None:
                 with as_mistake(f"--voices: cannot use {str(wanted.folder)!r}", OSError, ValueError):
                     voices = read_voices(wanted.folder, speaker.model, idle)
-            personas = Personas(stream, speaker.tokenizer, idle, voices, kept, wanted.frames)
+            personas = Personas(stream, speaker.tokenizer, idle, voices, kept, frames)
         engine = Engine(stream, metrics, numbers, queue=queue)
-        engine.warmup(wanted.frames if kept else 0)
+        engine.warmup(frames)
     return engine, speaker.tokenizer, personas
 
 

@@ -56,7 +56,7 @@ def free_port() -> int:
         (["--record", ".", "--max-seconds", "50000"], ["--record", "--max-seconds", "44739"]),
         (["--model", str(RANDOM_MODEL), "--voices", "/nowhere"], ["--voices", "'/nowhere'"]),
         (["--model", str(RANDOM_MODEL), "--voices", ".", "--personas", "0"], ["--personas", "--voices", "at least 1"]),
-        (["--model", str(RANDOM_MODEL), "--pin-personas"], ["--personas", "at least 1"]),
+        (["--model", str(RANDOM_MODEL), "--persona-frames", "9"], ["--personas", "--persona-frames", "at least 1"]),
         (
             ["--model", str(RANDOM_MODEL), "--personas", "1", "--persona-frames", "9999"],
             ["--persona-frames", "at most"],

@@ -140,16 +140,17 @@ class PersonaOptions:
     pinned: bool
 
     def of_model(self, config: Any) -> tuple[int, int]:
-        """How many states are kept for a model, and the frames of the longest: 0 and 0 for no personas. By default there
-        are some if there are voices, or if it was trained for them.
+        """How many states are kept for a model, and the frames of the longest: 0 and 0 for no personas.
+
+        By default there are some if there are voices, or if it was trained for them.
 
         Raises:
             UserMistake: options without an effect, or a longest one that the model cannot hear.
         """
         by_default = KEPT_PERSONAS if self.folder or hasattr(config, "idle_codes") else 0
         kept = by_default if self.kept is None else self.kept
-        if not kept and (self.folder or self.pinned):
-            raise UserMistake("--personas: --voices and --pin-personas need at least 1")
+        if not kept and (self.folder or self.pinned or self.frames is not None):
+            raise UserMistake("--personas: --voices, --persona-frames and --pin-personas need at least 1")
         most = config.sliding_window - 2
         frames = min(LONGEST_PERSONA, most) if self.frames is None else self.frames
         if kept and frames > most:

@@ -32,6 +32,10 @@ class FakeStream:
         """There is nothing to compile."""
         self.warmed_for = prompt_frames
 
+    def check_prompt(self, prompt: MoshiPrompt) -> None:
+        if prompt.text_ids.max() >= 300:
+            raise ValueError(f"`prompt.text_ids` has the id {prompt.text_ids.max()}")
+
     def prefill(self, prompt: MoshiPrompt, capacity: int) -> int:
         """The state is the sum of all that is in it."""
         assert prompt.frames <= capacity == self.warmed_for

@@ -80,6 +80,15 @@ class TestPersonas:
         with pytest.raises(ValueError, match="characters, at most 640"):
             personas.find(None, "a" * 641)
 
+    def test_pieces_that_the_model_does_not_know(self, stream: FakeStream) -> None:
+        with pytest.raises(ValueError, match="has the id 350"):
+            personas_of(stream).find(None, "a" * 350)
+
+    def test_voices_of_no_use_are_told_at_once(self, stream: FakeStream) -> None:
+        voices = {"eve": MoshiPrompt.from_codes(np.zeros((2, LONGEST), int), IDLE.user)}
+        with pytest.raises(ValueError, match="the voice 'eve': voice and text have 46 frames, but 40 are allowed"):
+            Personas(stream, Pieces(), IDLE, voices, 1, LONGEST)
+
     def test_states_are_made_once_and_the_last_ones_are_kept(self, stream: FakeStream) -> None:
         personas = personas_of(stream, kept=2)
         wanted = [personas.find(None, text) for text in ("one", "two", "three")]

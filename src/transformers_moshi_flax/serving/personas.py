@@ -54,6 +54,9 @@ class Personas:
 
     Attributes:
         voices, longest: the same.
+
+    Raises:
+        ValueError: a voice is too long, or not for the model.
     """
 
     def __init__(
@@ -69,12 +72,17 @@ class Personas:
         self._stream, self._tokenizer, self._idle = stream, tokenizer, idle
         self._kept, self._made = kept, OrderedDict[tuple[str | None, str], Future]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moshi-personas")
+        for name in voices:
+            try:
+                self.find(name, None)
+            except ValueError as error:
+                raise ValueError(f"the voice {name!r}: {error}") from error
 
     def find(self, voice: str | None, text: str | None) -> Persona | None:
         """The persona of a voice and a text; None without either.
 
         Raises:
-            ValueError: there is no such voice, or the prompt is too long.
+            ValueError: there is no such voice, the prompt is too long, or the text has pieces unknown to the model.
         """
         text = " ".join((text or "").split())
         if not voice and not text:
@@ -86,6 +94,7 @@ class Personas:
         prompt = MoshiPrompt.of_persona(self._idle, self.voices[voice] if voice else None, text, self._tokenizer)
         if prompt.frames > self.longest:
             raise ValueError(f"voice and text have {prompt.frames} frames, but {self.longest} are allowed; say less")
+        self._stream.check_prompt(prompt)
         return Persona(voice or None, text, prompt)
 
     def state(self, persona: Persona) -> Future:

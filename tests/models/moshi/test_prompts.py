@@ -181,6 +181,8 @@ class TestOnePrefill:
             state = stream.reset(state, np.ones(SLOTS, bool), key, prompt=prompt)
             return stream.step(state, user_audio_codes=codes)[1].audio_codes
 
+        with pytest.raises(ValueError, match=r"is not run inside of `jax\.jit`"):
+            jax.jit(lambda: stream.init(key, prompt=drawn_prompt(6)))()
         _, expected = stream.step(stream.init(key, prompt=prompt), user_audio_codes=codes)
         np.testing.assert_array_equal(begin(state), expected.audio_codes)
 

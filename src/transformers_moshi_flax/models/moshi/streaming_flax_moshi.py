@@ -33,7 +33,7 @@ from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device, on_host, padded
 from ...generation.decoding import UNFORCED, Chosen
 from ...generation.sampling import Sampling, row_keys, select_token
-from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_whole
+from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_tracing, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
 from ...nn.linear import ROWS
 from ...ops.dispatch import steps_in_several_programs
@@ -510,22 +510,14 @@ class FlaxMoshiStream:
             capacity: frames that there is room for at least. Programs are compiled for each capacity: 64, 128, 256, ….
 
         Raises:
-            ValueError: other codebooks than the model's, ids out of range, a ``capacity`` below 1; with
-                ``pin_prompt``, more frames than the context can keep; a different adapter in each slot.
+            ValueError: other codebooks than the model's, ids out of range; with ``pin_prompt``, more frames than the
+                context can keep; a different adapter in each slot; a ``capacity`` below 1; inside of ``jax.jit``.
         """
-        if not isinstance(prompt, MoshiPrompt):
-            raise ValueError(f"`prompt` must be a MoshiPrompt, but is {type(prompt).__name__}.")
-        prompt.check_for(self._config)
+        self.check_prompt(prompt)
         check_sizes(capacity=capacity)
-        if self._adapted_by_slot:
+        if is_tracing():
             raise ValueError(
-                "`prompt` is run for all slots alike, but each has an adapter of its own: force its frames in steps."
-            )
-        context = self._config.sliding_window
-        if self.pin_prompt and prompt.frames > context - 2:
-            raise ValueError(
-                f"`prompt` has {prompt.frames} frames, but of the {context} frames of the context `pin_prompt=True` "
-                f"can keep {context - 2} at most: shorten it."
+                "`prompt` is not run inside of `jax.jit`: call `prefill` before, and pass what it returns."
             )
         frames, capacity = prompt.frames, prompt_capacity(max(prompt.frames, capacity))
         columns = prompt_columns(prompt, self._config)
@@ -554,6 +546,22 @@ class FlaxMoshiStream:
             **{name: self._alone(array) for name, array in small.items()},
             origin=self._origin,
         )
+
+    def check_prompt(self, prompt: MoshiPrompt) -> None:
+        """Raises ``ValueError`` for a prompt that :meth:`prefill` would refuse."""
+        if not isinstance(prompt, MoshiPrompt):
+            raise ValueError(f"`prompt` must be a MoshiPrompt, but is {type(prompt).__name__}.")
+        prompt.check_for(self._config)
+        if self._adapted_by_slot:
+            raise ValueError(
+                "`prompt` is run for all slots alike, but each has an adapter of its own: force its frames in steps."
+            )
+        context = self._config.sliding_window
+        if self.pin_prompt and prompt.frames > context - 2:
+            raise ValueError(
+                f"`prompt` has {prompt.frames} frames, but of the {context} frames of the context `pin_prompt=True` "
+                f"can keep {context - 2} at most: shorten it."
+            )
 
     def _alone(self, tree: Any) -> Any:
         """What belongs to no slot, where the programs want it: on every device."""

@@ -225,9 +225,13 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     def _find_shapes(self) -> None:
         """What the parameters are by the configuration."""
-        self._float_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
+        self._float_shape_tree = self._float_shapes()
         self._params_shape_tree = self._quantized_shapes()
         self._required_params = set(flatten_dict(self._params_shape_tree))
+
+    def _float_shapes(self) -> dict[str, Any]:
+        """Before quantization."""
+        return param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
 
     @classmethod
     def _module_fields(cls) -> set[str]:
@@ -412,13 +416,17 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         Returns:
             The parameter tree.
         """
-        drawn = _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
+        drawn = self._drawing(rng, input_shape)(rng)
         if self.quantization is not None:
             drawn = quantized(drawn, self.quantization, self._prefix_in_whole)
         if params is None:
             return drawn
         kept = flatten_dict(unfreeze(params))
         return unflatten_dict({**{p: leaf for p, leaf in flatten_dict(drawn).items() if p not in kept}, **kept})
+
+    def _drawing(self, rng: jax.Array, input_shape: tuple[int, ...] | None) -> Callable[[jax.Array], dict[str, Any]]:
+        """What draws random float32 parameters from a key like ``rng``."""
+        return _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
 
     def to_bf16(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
         """A copy of ``params`` with floating leaves in bfloat16, but for the scales of quantized layers.
@@ -890,8 +898,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:
-    """Evaluate a function, operation by operation, skipping what its result does not depend on.
+def _without_dead_code(
+    function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array
+) -> Callable[[jax.Array], dict[str, Any]]:
+    """What evaluates a function, operation by operation, skipping what its result does not depend on.
 
     Initialisation runs the forward pass on dummy inputs, which the parameters do not need. Compiling everything as one
     program would drop it as well, but takes much longer (random bits compile slowly) and is lost with the model, while
@@ -905,7 +915,8 @@ def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax
             kept.append(equation)
             needed.update(variable for variable in equation.invars if isinstance(variable, Var))
     lean = ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
-    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(lean)(rng))
+    structure, evaluate = jax.tree.structure(shapes), jaxpr_as_fun(lean)
+    return lambda rng: jax.tree.unflatten(structure, evaluate(rng))
 
 
 def _load(

@@ -30,7 +30,7 @@ LOUDEST = 100
 
 
 AnyArray = jax.Array | np.ndarray
-"""What is no number, but has a shape and a dtype."""
+"""On the device or on the host."""
 
 
 @overload

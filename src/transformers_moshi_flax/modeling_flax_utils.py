@@ -384,11 +384,11 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; outputs stay the same."""
-        self._set_gradient_checkpointing(True)
+        self._set_gradient_checkpointing(value=True)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations for the backward pass."""
-        self._set_gradient_checkpointing(False)
+        self._set_gradient_checkpointing(value=False)
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
         self._module_kwargs = {**self._module_kwargs, "gradient_checkpointing": value}

@@ -401,7 +401,7 @@ def make_codec_eval_step(
         rows = spectral_distances(spoken, audio, settings, rate)
         rows |= reconstruction_losses(spoken, audio, settings, rate)
         rows["si_sdr"] = si_sdr(spoken, audio)
-        audible = weights * (jnp.max(jnp.abs(audio), axis=(1, 2)) > 0)
+        audible = jnp.where(jnp.max(jnp.abs(audio), axis=(1, 2)) > 0, weights, 0)
         sums |= {name: jnp.sum(values * (audible if name == "si_sdr" else weights)) for name, values in rows.items()}
         return {**sums, "rows": jnp.sum(weights), "audible": jnp.sum(audible)}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,96 @@ from tests.random_model import RANDOM_MODEL  # noqa: E402
 torch.set_num_threads(1)
 # On accelerators float32 products are rounded to TF32 or bfloat16 unless asked otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
+# No operation adds an axis unasked.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LEAST_SECONDS = 0.2
+"""That a program takes to be compiled, to be kept."""
+
+MOST_BYTES = 2**30
+"""That are kept."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_programs(config)
     config.addinivalue_line("filterwarnings", "error")
     for line in (
+        # a program that another process is just writing is compiled once more
+        r"ignore:.*persistent compilation cache entry",
         # SWIG types of sentencepiece and others, seen by importlib itself
         r"ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
         # torch's own jit helpers, imported by transformers on Python 3.12 and later
         r"ignore:.*torch\.jit.*:DeprecationWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+def keep_programs(config: pytest.Config) -> None:
+    """Compiles a program once, for all processes and for the runs to come; ``--cache-clear`` forgets them.
+
+    Tests count programs that are compiled and those that are read alike.
+    """
+    from transformers_moshi_flax.cli.compilation_cache import tidy
+
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    kept, others = programs(config), programs(config, "-of-others")
+    if not hasattr(config, "workerinput"):  # what a process that was killed has written in part is removed, once
+        for folder in (kept, others):
+            tidy(folder)
+            if sum(path.stat().st_size for path in folder.iterdir()) > MOST_BYTES:
+                shutil.rmtree(folder)  # most are of programs that nothing asks for any more
+    jax.config.update("jax_compilation_cache_dir", str(kept))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def programs(config: pytest.Config, suffix: str = "") -> Path:
+    """The folder of the programs that were compiled for this machine."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [f"flags: {platform.processor()}"]
+    features = {line for line in lines if line.startswith(("flags", "Features"))}
+    return config.cache.mkdir(f"programs-{zlib.crc32(repr(sorted(features)).encode()):08x}{suffix}")
+
+
+@pytest.fixture(scope="session")
+def keeping(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of the environment by which processes that tests start keep their programs, as tests do.
+
+    Some are killed while they write: others warn of what they find then, and go on.
+    """
+    config = request.config
+    folder = programs(config, "-of-others") if hasattr(config, "cache") else tmp_path_factory.mktemp("programs")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(LEAST_SECONDS),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_models_are_traced_once() -> None:
+    """A process finds what the parameters of a class and configuration are, and how they are drawn, once."""
+    from transformers_moshi_flax.input_checks import is_tracing
+    from transformers_moshi_flax.modeling_flax_utils import FlaxPreTrainedModel
+
+    known: dict[Any, Any] = {}
+
+    def once(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(model: Any, *args: Any) -> Any:
+            if is_tracing(args):
+                return method(model, *args)
+            shapes = [getattr(arg, "dtype", arg) for arg in args]
+            fields = (model._module_kwargs, model.dtype, model.input_shape, model._name_in_whole, shapes)
+            of_jax = (jax.config.jax_enable_x64, jax.config.jax_default_prng_impl)
+            key = (method, type(model), model.module_class, model.config.to_json_string(False), repr((fields, of_jax)))
+            if key not in known:
+                known[key] = method(model, *args)
+            return jax.tree.map(lambda leaf: leaf, known[key])  # dictionaries of its own
+
+        return call
+
+    for name in ("_float_shapes", "_drawing"):
+        setattr(FlaxPreTrainedModel, name, once(getattr(FlaxPreTrainedModel, name)))
 
 
 @pytest.fixture

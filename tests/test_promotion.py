@@ -6,6 +6,8 @@ Tracing needs no weights and compiles nothing, so this is quick and reaches the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from tests.configs import (
     tiny_wav2vec2_config,
     tiny_whisper_config,
 )
+from tests.training.codec import runs as codec_runs
 from tests.training.examples import draw_batch, make_module, small_config
 from transformers_moshi_flax import (
     FlaxHubertModel,
@@ -42,6 +45,15 @@ from transformers_moshi_flax.training import (
     split_params,
     stack_layers,
 )
+from transformers_moshi_flax.training.codec.quantizer import CODEBOOKS
+from transformers_moshi_flax.training.codec.step import (
+    Codec,
+    Phase,
+    create_codec_state,
+    make_codec_eval_step,
+    make_codec_train_step,
+)
+from transformers_moshi_flax.training.train_state import split_paths
 
 ROWS, FRAMES = 2, 6
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -170,6 +182,27 @@ def test_a_step_of_training(dtype: Any, scanned: bool) -> None:
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     assert metrics["loss"].dtype == jnp.float32
     jax.eval_shape(make_eval_step(module, ObjectiveConfig()), state, batch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_a_codec_s_training(dtype: str, tmp_path: Path) -> None:
+    losses = {"losses__adversarial": 1.0, "losses__feature_matching": 1.0}
+    training = codec_runs.run_config(tmp_path, model__dtype=dtype, losses__waveform_l1=0.1, **losses)
+    codec = Codec(codec_runs.small_config(), training)
+    shapes = FlaxMimiModel(codec.config, _do_init=False).params_shape_tree
+    weights, _ = split_paths(shapes, (CODEBOOKS,))
+    optimizer, schedule = make_optimizer(training.optimizer, 10, weights)
+    created = partial(create_codec_state, codec=codec, optimizer=optimizer, seed=0)
+    state = jax.eval_shape(lambda params: created(params, {}), shapes)
+    batch = {"audio": jnp.zeros((ROWS, 1, 480)), "weights": jnp.ones((ROWS,))}
+    plain = Phase(quantizes=False, trains_encoder=True, is_judged=False)
+    whole = Phase(quantizes=True, trains_encoder=True, is_judged=True)
+    for phase in (plain, whole):
+        step = make_codec_train_step(codec, phase, optimizer, schedule)
+        new_state, metrics = jax.eval_shape(step, state, batch)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        assert metrics["loss"].dtype == jnp.float32
+    jax.eval_shape(make_codec_eval_step(codec, whole), state, batch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeGuard, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,19 @@ LOUDEST = 100
 """Full scale is 1. Samples may go beyond it, but not by 40 dB: those are no audio, or integers that nobody scaled."""
 
 
-def is_traced(*arrays) -> bool:
+AnyArray = jax.Array | np.ndarray
+"""On the device or on the host."""
+
+
+@overload
+def is_traced(array: Any, /) -> TypeGuard[jax.Array]: ...
+
+
+@overload
+def is_traced(*arrays: Any) -> bool: ...
+
+
+def is_traced(*arrays: Any) -> bool:
     """Whether any of the arrays is a tracer, so that its values cannot be looked at."""
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
@@ -41,7 +53,13 @@ def is_tracing(*trees) -> bool:
     return is_traced(jnp.zeros(()), *jax.tree.leaves(trees))
 
 
-def private_copy(array: Any) -> Any:
+def same_structure(one: Any, other: Any) -> bool:
+    """Whether two pytrees differ in their leaves at most."""
+    structures: list[object] = [jax.tree.structure(one), jax.tree.structure(other)]
+    return structures[0] == structures[1]
+
+
+def private_copy(array: Any) -> AnyArray:
     """A copy of what is the caller's, who may write something else there while JAX still reads it in place."""
     return array if isinstance(array, jax.Array) else np.array(array)
 

@@ -100,7 +100,7 @@ class FlaxTextEmbeddingsMixin(FlaxPreTrainedModel):
 
     input_tables: ClassVar[tuple[str, ...]]
     output_table: Any = None
-    extra_input_ids: ClassVar[int] = 0
+    extra_input_ids: Any = 0
 
     @property
     def embedding_scale(self) -> float | None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NoReturn
 
 import jax
 from jax.tree_util import GetAttrKey
@@ -28,6 +28,8 @@ class _FieldsAndItems(OrderedDict):
     The children of the node are all fields.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # the next in line is `ModelOutput`, which would import PyTorch
         def children(output: Any) -> tuple[tuple[tuple[GetAttrKey, Any], ...], None]:
@@ -36,7 +38,7 @@ class _FieldsAndItems(OrderedDict):
         def values(output: Any) -> tuple[tuple[Any, ...], None]:
             return tuple(getattr(output, name) for name in names(cls)), None
 
-        def made(_: None, values: tuple[Any, ...]) -> Any:
+        def made(_: None, values: Iterable[Any]) -> Any:
             output = cls.__new__(cls)
             vars(output).update(zip(names(cls), values))
             output._keep_items()
@@ -75,7 +77,7 @@ class _FieldsAndItems(OrderedDict):
         return self.to_tuple()[key]
 
     def __contains__(self, name: object) -> bool:
-        return OrderedDict.__contains__(self, FORMER_NAMES.get(name, name))
+        return OrderedDict.__contains__(self, FORMER_NAMES.get(name, name) if isinstance(name, str) else name)
 
     def __getattr__(self, name: str) -> Any:
         if FORMER_NAMES.get(name) in names(type(self)):
@@ -113,10 +115,12 @@ class _FieldsAndItems(OrderedDict):
         self.update(other)
         return self
 
-    def __or__(self, other: Any) -> dict[str, Any]:
+    # plain dictionaries, as what is joined may have other keys than the fields
+
+    def __or__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]  # see above
         return dict(self) | dict(other)
 
-    def __ror__(self, other: Any) -> dict[str, Any]:
+    def __ror__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]  # see above
         return dict(other) | dict(self)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -128,8 +132,8 @@ class _FieldsAndItems(OrderedDict):
         return type(self), tuple(getattr(self, name) for name in names(type(self)))
 
 
-def names(output_class: type) -> tuple[str, ...]:
-    """The fields of a dataclass."""
+def names(output_class: type[_FieldsAndItems]) -> tuple[str, ...]:
+    """The fields of an output."""
     return tuple(output_class.__dataclass_fields__)
 
 

@@ -54,7 +54,7 @@ from .checkpoints.uploading import Repository, check_upload
 from .checkpoints.verifying import refuse_damage
 from .checkpoints.writing import save_checkpoint, shard_bytes, write_text
 from .generation.configuration import fields_of_model_config, load_generation_config, with_model_config
-from .input_checks import shortened
+from .input_checks import same_structure, shortened
 from .model_card import check_card_fields, is_generated, model_card
 from .modeling_flax_outputs import FlaxModelOutput
 from .nn.linear import KERNEL, OF_GROUPS
@@ -195,7 +195,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
             model_class, config = self._class_of_part(name)
             part = model_class.__new__(model_class)
             part._whole, part._name_in_whole = self, name  # by which it knows its quantized layers
-            part.__init__(config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
+            model_class.__init__(part, config, dtype=self.dtype, _do_init=False, **self._module_kwargs)
             part._is_initialized = self._is_initialized
             parts[name] = part
         part = parts[name]
@@ -225,9 +225,13 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     def _find_shapes(self) -> None:
         """What the parameters are by the configuration."""
-        self._float_shape_tree = param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
+        self._float_shape_tree = self._float_shapes()
         self._params_shape_tree = self._quantized_shapes()
         self._required_params = set(flatten_dict(self._params_shape_tree))
+
+    def _float_shapes(self) -> dict[str, Any]:
+        """Before quantization."""
+        return param_shapes(lambda: self._random_params(jax.random.key(self._seed)))
 
     @classmethod
     def _module_fields(cls) -> set[str]:
@@ -303,9 +307,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     def _savable_params(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """The parameters to save, the model's own if None; ValueError if a file of them could not be loaded."""
-        params = unfreeze(self.params if params is None else params)
-        refuse_unsavable(params, self.params_shape_tree)
-        return params
+        given: Any = self.params if params is None else params
+        savable = unfreeze(given)  # leaves alone what is neither frozen nor a dict
+        refuse_unsavable(savable, self.params_shape_tree)
+        return savable
 
     @property
     def params_shape_tree(self) -> dict[str, Any]:
@@ -322,7 +327,8 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
     def _compiled(self) -> dict[Any, Any]:
         """The programs of the present module, which is rebuilt when gradient checkpointing is switched."""
         if getattr(self, "_programs_of", None) is not self.module:
-            self._programs_of, self._programs = self.module, {}
+            self._programs_of = self.module
+            self._programs: dict[Any, Any] = {}
         return self._programs
 
     def _program(self, method: str, train: bool, **options: Any) -> Callable[[Any, Any, Any], Any]:
@@ -378,11 +384,11 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them; outputs stay the same."""
-        self._set_gradient_checkpointing(True)
+        self._set_gradient_checkpointing(value=True)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations for the backward pass."""
-        self._set_gradient_checkpointing(False)
+        self._set_gradient_checkpointing(value=False)
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
         self._module_kwargs = {**self._module_kwargs, "gradient_checkpointing": value}
@@ -410,13 +416,17 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         Returns:
             The parameter tree.
         """
-        drawn = _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
+        drawn = self._drawing(rng, input_shape)(rng)
         if self.quantization is not None:
             drawn = quantized(drawn, self.quantization, self._prefix_in_whole)
         if params is None:
             return drawn
         kept = flatten_dict(unfreeze(params))
         return unflatten_dict({**{p: leaf for p, leaf in flatten_dict(drawn).items() if p not in kept}, **kept})
+
+    def _drawing(self, rng: jax.Array, input_shape: tuple[int, ...] | None) -> Callable[[jax.Array], dict[str, Any]]:
+        """What draws random float32 parameters from a key like ``rng``."""
+        return _without_dead_code(lambda rng: self._random_params(rng, input_shape), rng)
 
     def to_bf16(self, params: Params, mask: Params | None = None) -> dict[str, Any]:
         """A copy of ``params`` with floating leaves in bfloat16, but for the scales of quantized layers.
@@ -510,7 +520,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         given = understood(dtype, param_dtype, token, kwargs)
         dtype, param_dtype, kwargs = given.dtype, given.param_dtype, given.rest
         name_or_path = one_name(pretrained_model_name_or_path, kwargs.pop("name_or_path", None))
-        hub = {
+        hub: dict[str, Any] = {
             "revision": revision,
             "token": given.token,
             "cache_dir": cache_dir,
@@ -689,7 +699,7 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
             raise ValueError("to_pt=True needs safe_serialization=True: PyTorch checkpoints are safetensors")
         if to_pt:
             self._check_to_pt()
-        upload = {
+        upload: dict[str, Any] = {
             "private": private,
             "commit_message": commit_message,
             "commit_description": commit_description,
@@ -888,8 +898,10 @@ class FlaxPreTrainedModel(FlaxAdapterMixin, FlaxQuantizationMixin):
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array) -> dict[str, Any]:
-    """Evaluate a function, operation by operation, skipping what its result does not depend on.
+def _without_dead_code(
+    function: Callable[[jax.Array], dict[str, Any]], rng: jax.Array
+) -> Callable[[jax.Array], dict[str, Any]]:
+    """What evaluates a function, operation by operation, skipping what its result does not depend on.
 
     Initialisation runs the forward pass on dummy inputs, which the parameters do not need. Compiling everything as one
     program would drop it as well, but takes much longer (random bits compile slowly) and is lost with the model, while
@@ -903,7 +915,8 @@ def _without_dead_code(function: Callable[[jax.Array], dict[str, Any]], rng: jax
             kept.append(equation)
             needed.update(variable for variable in equation.invars if isinstance(variable, Var))
     lean = ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
-    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(lean)(rng))
+    structure, evaluate = jax.tree.structure(shapes), jaxpr_as_fun(lean)
+    return lambda rng: jax.tree.unflatten(structure, evaluate(rng))
 
 
 def _load(
@@ -981,7 +994,7 @@ def check_float_dtype(name: str, dtype: Any) -> None:
         floating = False
     if not floating:
         raise ValueError(f"{name} must be a floating dtype of 16 bits or more, such as jnp.bfloat16, got {dtype!r}")
-    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(dtype) == jnp.float64 and jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
         raise ValueError(f"{name} is float64, which JAX has only with jax_enable_x64: enable it or use jnp.float32")
 
 
@@ -995,6 +1008,6 @@ def _cast(params: Params, dtype: DTypeLike, mask: Params | None) -> dict[str, An
     if mask is None:
         return jax.tree_util.tree_map_with_path(cast, params)
     mask = unfreeze(mask)
-    if jax.tree.structure(mask) != jax.tree.structure(params):
+    if not same_structure(mask, params):
         raise ValueError("mask must be a tree of booleans with the structure of params")
     return jax.tree_util.tree_map_with_path(cast, params, mask)

@@ -102,7 +102,7 @@ def test_neighbours_are_turned_together():
     query = np.random.default_rng(0).standard_normal((2, 4, 5, 12)).astype(np.float32)
     cos, sin = modeling_helium.HeliumRotaryEmbedding(config)(torch.tensor(query), torch.arange(5)[None])
     theirs, _ = modeling_helium.apply_rotary_pos_emb(torch.tensor(query), torch.tensor(query), cos, sin)
-    angles = rotary_embedding(jnp.arange(5), 12, config.rope_parameters, jnp.float32)
+    angles = rotary_embedding(jnp.arange(5)[None, None], 12, config.rope_parameters, jnp.float32)
     assert_close(apply_rotary_pos_emb(jnp.asarray(query), *angles, interleaved=True), theirs, 1e-5)
 
 

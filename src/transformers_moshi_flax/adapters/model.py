@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_ as _is
@@ -87,7 +88,6 @@ class FlaxAdapterMixin:
     config: PreTrainedConfig
     checkpoint_rules: ClassVar[tuple[Rule, ...]]
     params: Any
-    params_shape_tree: dict[str, Any]
     name_or_path: str | None
     hub_id: str | None
     _is_initialized: bool
@@ -95,6 +95,11 @@ class FlaxAdapterMixin:
     _float_shape_tree: dict[str, Any]
     quantization: Any
     _refuse_quantized: Callable[[str], None]
+
+    @property
+    @abc.abstractmethod
+    def params_shape_tree(self) -> dict[str, Any]:
+        """The tree with a ``jax.ShapeDtypeStruct`` for each parameter."""
 
     # names in the order in which they came, and what is active; made when the first adapter comes
     _adapters: dict[str, Adapter]

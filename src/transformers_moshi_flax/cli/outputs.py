@@ -161,7 +161,7 @@ def output_differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray])
     for name, left in a.items():
         right = b[name]
         if left.shape != right.shape:
-            found.append(OutputDifference(name, 1.0, False))
+            found.append(OutputDifference(name, 1.0, agrees=False))
         elif np.issubdtype(left.dtype, np.integer):
             share = float(np.mean(left != right))
             found.append(OutputDifference(name, share, share <= CODES_TOLERANCE))

@@ -134,7 +134,7 @@ def _logical(op: str, neutral: bool) -> Entry:
     return make
 
 
-TABLE |= {"and": _logical("And", True), "or": _logical("Or", False)}
+TABLE |= {"and": _logical("And", neutral=True), "or": _logical("Or", neutral=False)}
 
 
 @entry("square")

@@ -11,10 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Int, Shaped
 
-from ..input_checks import is_traced
-
-AnyArray = jax.Array | np.ndarray
-"""On the device or on the host."""
+from ..input_checks import AnyArray, is_traced
 
 
 def cut(array: jax.Array, length: int, axis: int = -1, start: int = 0) -> jax.Array:

@@ -35,6 +35,7 @@ from .decoding import (
     State,
     fold_step,
     is_in,
+    last_logits,
     repeat_rows,
     take_rows,
     take_steps,
@@ -128,13 +129,13 @@ def start_beams(request: Request, state: State, *, num_beams: int) -> tuple[Requ
     no_index = jnp.full((batch_size * num_beams, capacity), -1, dtype=jnp.int32)
     # float32, as upstream; the sums decide, and bfloat16 has too few digits for them
     no_score = jnp.full((batch_size, num_beams), NO_SCORE, dtype=jnp.float32)
-    ended = by_beam((running.sequences, running.streams, no_index, running.lengths), num_beams)
+    histories = (running.sequences, running.streams, no_index, running.lengths)
     beams = BeamState(
         running=running,
         # the beams are still equal: only the first may be continued, or all would go the same way
         scores=no_score.at[:, 0].set(0),
         beam_indices=no_index,
-        ended=Hypotheses(*ended, scores=no_score, exist=jnp.zeros_like(no_score, dtype=bool)),
+        ended=hypotheses(histories, no_score, jnp.zeros_like(no_score, dtype=bool)),
         finished=jnp.zeros((batch_size,), dtype=bool),
     )
     mask, streams = repeat_rows((request.attention_mask, request.streams), batch_size, num_beams)
@@ -176,13 +177,13 @@ def advance_beams(
         keys = fold_step(request.keys, number)
 
         def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
-            processed, scores = beam_scores(state, outputs.logits[:, -1], request)
+            processed, scores = beam_scores(state, last_logits(outputs), request)
             continuations = choose_continuations(state, scores, fold_step(keys, 0), request)
             return both_sets(continuations, keys, (continuations, processed))
 
         outputs, chosen, both = decoder.step(params, request, running, choose, recording.has_attentions)
         continuations, scores = chosen.search
-        logits = outputs.logits[:, -1]
+        logits = last_logits(outputs)
         records = record_frames(recording, running.records, outputs, position - 1)
         records = record_step(recording, records, "logits", logits, number)
         records = record_step(recording, records, "scores", scores, number)
@@ -226,11 +227,10 @@ def finish_beams(
         -1 behind the end.
     """
     running = state.running
-    num_beams = state.scores.shape[1]
     scores = penalized(state.scores, state.position - request.prompt_length, length_penalty)
     histories = (running.sequences, running.streams, state.beam_indices, running.lengths)
     going_on = jnp.broadcast_to(~state.finished[:, None], scores.shape)
-    ended = best_of(state.ended, Hypotheses(*by_beam(histories, num_beams), scores, going_on))
+    ended = best_of(state.ended, hypotheses(histories, scores, going_on))
 
     best = jax.tree.map(lambda array: flat(array[:, :num_return_sequences]), ended)
     returned = running.replace(
@@ -341,10 +341,18 @@ def keep_top(
     def keep(ended: Hypotheses) -> Hypotheses:
         sequences, beam_indices = continued(state, chosen.top_parents, chosen.top_tokens)
         histories = (sequences, top_streams, beam_indices, state.running.lengths + 1)
-        return best_of(ended, Hypotheses(*by_beam(histories, scores.shape[1]), scores, chosen.ended))
+        return best_of(ended, hypotheses(histories, scores, chosen.ended))
 
     # most steps end nothing: then nothing need be copied
     return state.replace(ended=lax.cond(jnp.any(chosen.ended), keep, lambda ended: ended, state.ended))
+
+
+def hypotheses(
+    histories: tuple[Array, Any, Array, Array], scores: Float[Array, "batch beams"], exist: Bool[Array, "batch beams"]
+) -> Hypotheses:
+    """Hypotheses with these sequences, streams, beam indices and lengths, which have a row a beam."""
+    sequences, streams, beam_indices, lengths = by_beam(histories, scores.shape[1])
+    return Hypotheses(sequences, streams, beam_indices, lengths, scores, exist)
 
 
 def best_of(ended: Hypotheses, others: Hypotheses) -> Hypotheses:

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..modeling_flax_outputs import FlaxCausalLMOutputWithPast
 from ..nn.cache import LinearCache
@@ -154,6 +154,12 @@ def is_in(tokens: Int[Array, "batch"], ids: Int[Array, "ids"]) -> Bool[Array, "b
     return jnp.any(tokens[:, None] == ids[None], axis=-1)
 
 
+def last_logits(outputs: FlaxCausalLMOutputWithPast) -> Float[Array, "batch vocab"]:
+    """Those of the last step that was run."""
+    assert outputs.logits is not None  # only models without a head have none
+    return outputs.logits[:, -1]
+
+
 def fold_step(keys: jax.Array, step: Any) -> jax.Array:
     """The keys of one step. Steps count from the first generated token, so that padding does not change them."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
@@ -230,14 +236,14 @@ def advance(
         keys = fold_step(request.keys, number)
 
         def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
-            tokens = select_token(outputs.logits[:, -1], state.sequences, position, keys, 0, request.sampling)
+            tokens = select_token(last_logits(outputs), state.sequences, position, keys, 0, request.sampling)
             if request.forced_ids is not None:
                 forced = take_steps(request.forced_ids, position, 1)[:, 0]
                 tokens = jnp.where(forced == UNFORCED, tokens, forced)
             return Chosen(jnp.where(state.finished, request.pad_token_id, tokens), keys)
 
         outputs, chosen, streams = decoder.step(params, request, state, choose, recording.has_attentions)
-        logits = outputs.logits[:, -1]
+        logits = last_logits(outputs)
         records = record_frames(recording, state.records, outputs, position - 1)
         records = record_step(recording, records, "logits", logits, number)
         if "scores" in recording.names:

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import flax.struct
 import jax
@@ -164,6 +164,7 @@ def static(**kwargs: Any) -> Any:
     return flax.struct.field(pytree_node=False, **kwargs)
 
 
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
 def operands(cls: type[T]) -> type[T]:
     """Makes ``cls`` a frozen dataclass and a pytree, whose leaves are the fields that are not :func:`static`.
 

@@ -42,8 +42,7 @@ Candidates = Float[Array, "rows candidates"]
 CandidateIds = Int[Array, "rows candidates"]
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """What turns logits into a token. Numbers are scalars, or one per row as ``(rows, 1)``, operands of the program;
     None leaves the step out.
 

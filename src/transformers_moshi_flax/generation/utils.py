@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from transformers import GenerationConfig
 
 from ..input_checks import (
+    AnyArray,
     Input,
     check_ids,
     check_input,
@@ -24,7 +25,7 @@ from ..input_checks import (
     is_whole,
 )
 from ..modeling_flax_outputs import FlaxModelOutput
-from .arrays import AnyArray, cut, on_device, on_host, padded
+from .arrays import cut, on_device, on_host, padded
 from .beam_search import advance_beams, finish_beams, start_beams
 from .buckets import bucket, prefill_chunk
 from .configuration import Plan, merge_generation_config, resolve_plan
@@ -325,7 +326,7 @@ class FlaxGenerationMixin:
         limits = np.full((batch_size,), plan.max_length) if plan.stop_lengths is None else plan.stop_lengths
         return Request(
             input_ids=on_device(padded(input_ids, capacity, plan.pad_token_id), np.int32),
-            attention_mask=on_device(padded(attention_mask, capacity, True), bool),
+            attention_mask=on_device(padded(attention_mask, capacity, fill=True), bool),
             prompt_length=on_device(length, np.int32),
             limits=on_device(limits, np.int32),
             keys=row_keys(default_key() if prng_key is None else prng_key, batch_size),

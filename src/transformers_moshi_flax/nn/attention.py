@@ -87,4 +87,4 @@ class SelfAttention(nn.Module):
         query, key, value = heads("q_proj"), heads("k_proj", self.key_bias), heads("v_proj")
         dropout = nn.Dropout(self.dropout, deterministic=False) if self.dropout and not deterministic else None
         mixed, weights, _ = attend(query, key, value, mask, dropout=dropout, output_attentions=output_attentions)
-        return dense(hidden, self.kernel_init, self.dtype, True, "out_proj")(mixed), weights
+        return dense(hidden, self.kernel_init, self.dtype, use_bias=True, name="out_proj")(mixed), weights

@@ -16,8 +16,8 @@ One pair of arrays a layer, stored as ``ops/attention.py`` says; :func:`layer_ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import flax.struct
 import jax
@@ -35,6 +35,7 @@ BLOCK = 64
 """Slots of a cache that are reordered at once."""
 
 Self = TypeVar("Self", bound="_Layers")
+Linear = TypeVar("Linear", bound="_Linear")
 
 
 @flax.struct.dataclass
@@ -56,8 +57,9 @@ class Steps:
 class Cache(Protocol):
     """What a decoder asks of its cache."""
 
-    length: Any
-    """Steps so far."""
+    @property
+    def length(self) -> Any:
+        """Steps so far."""
 
     def next_steps(
         self, steps: int, window: Any, batch_size: int, attention_mask: Array | None = None
@@ -74,8 +76,8 @@ class Cache(Protocol):
     def layer(self, index: int) -> LayerCache | None:
         """The cache of one layer."""
 
-    def with_layers(self, layers: Sequence[LayerCache | None]) -> Cache:
-        """With these layers."""
+    def with_layers(self, layers: Sequence[Any]) -> Cache:
+        """With these layers, as :meth:`layer` returns them."""
 
 
 def written(
@@ -93,7 +95,7 @@ def written(
     return (keys, values), restored(keys[:, :slots], batch_size), restored(values[:, :slots], batch_size)
 
 
-def layer_keys(cache: Cache, index: int, batch_size: int) -> tuple[Array, Array]:
+def layer_keys(cache: _Layers, index: int, batch_size: int) -> tuple[Array, Array]:
     """Keys and values of a layer, each ``(batch, slots, kv_heads, head_dim)``."""
     keys, values = cache.layer(index)
     return restored(keys, batch_size), restored(values, batch_size)
@@ -111,7 +113,7 @@ def visible(
     return seen[None] & key_mask[:, None, :]
 
 
-class _Layers:
+class _Layers(flax.struct.PyTreeNode):
     """Of caches that hold keys and values."""
 
     keys: tuple[Any, ...]
@@ -141,12 +143,15 @@ class _Linear(_Layers):
     mask: Any
     length: Any
 
+    _no_steps: ClassVar[Callable[[], Any]]
+    """The length of an empty cache."""
+
     @property
     def max_length(self) -> int:
         return self.mask.shape[-1]
 
     @classmethod
-    def create(cls: type[Self], config: Any, batch_size: int, max_length: int, dtype: Any = jnp.float32) -> Self:
+    def create(cls: type[Linear], config: Any, batch_size: int, max_length: int, dtype: Any = jnp.float32) -> Linear:
         """An empty cache.
 
         Args:
@@ -158,7 +163,7 @@ class _Linear(_Layers):
         mask = jnp.zeros((batch_size, max_length), dtype=bool)
         return cls(**_empty_layers(config, batch_size, max_length, dtype), mask=mask, length=cls._no_steps())
 
-    def _next(self: Self, steps: int, batch_size: int, attention_mask: Array | None) -> tuple[Array, Self]:
+    def _next(self: Linear, steps: int, batch_size: int, attention_mask: Array | None) -> tuple[Array, Linear]:
         """Which keys count, and the cache after the steps."""
         if attention_mask is None:
             attention_mask = jnp.ones((batch_size, steps), dtype=bool)
@@ -168,7 +173,6 @@ class _Linear(_Layers):
         return mask, self.replace(mask=mask, length=self.length + steps)
 
 
-@flax.struct.dataclass
 class LinearCache(_Linear):
     """A cache with a slot for every step; made by ``init_cache``, and returned updated by every call.
 
@@ -230,7 +234,6 @@ class LinearCache(_Linear):
         return self.replace(**arrays)
 
 
-@flax.struct.dataclass
 class StaticCache(_Linear):
     """A :class:`LinearCache` whose ``length`` is a Python integer, since it selects the weights of each step."""
 
@@ -255,7 +258,6 @@ class StaticCache(_Linear):
 # -------------------------------------------------------------------------------------------------------------- ring
 
 
-@flax.struct.dataclass
 class RingCache(_Layers):
     """What attention over a sliding window needs of the past. The steps of one call never wrap around, as their
     number is always the same and divides the number of slots.

@@ -53,7 +53,9 @@ def rotary_embedding(
         lengths = jnp.maximum(context_length, position_ids + 1).astype(wide)
         growth = dynamic_growth(lengths, float(rope_parameters["factor"]), max_position_embeddings)
         exponents = np.arange(0, head_dim, 2, dtype=wide) / max(head_dim - 2, 1)
-        angles = position_ids.astype(wide)[..., None] * (frequencies * growth[..., None] ** -exponents)
+        row = (*[1] * growth.ndim, -1)
+        slower = frequencies.reshape(row) * growth[..., None] ** -exponents.reshape(row)
+        angles = position_ids.astype(wide)[..., None] * slower
     elif jnp.issubdtype(position_ids.dtype, jnp.unsignedinteger):
         angles = wrapped_angles(position_ids, frequencies)
     else:
@@ -190,7 +192,7 @@ def apply_rotary_pos_emb(
 
     Args:
         x: queries or keys.
-        cos, sin: of :func:`rotary_embedding`; they must broadcast to ``x``.
+        cos, sin: of :func:`rotary_embedding`; they must broadcast to ``x``, with as many axes.
         interleaved: pairs are (2 i, 2 i + 1) instead of (i, i + head_dim / 2).
     """
     if interleaved:

@@ -238,7 +238,7 @@ class RunConfig(CommonRunConfig):
         sample_frames: the most frames of each of these.
     """
 
-    best_metric: Literal["loss", "text_loss", "audio_loss"] = "loss"  # type: ignore[assignment]
+    best_metric: Literal["loss", "text_loss", "audio_loss"] = "loss"  # type: ignore[assignment]  # more metrics
     samples: int = 2
     sample_frames: int = 125
 

@@ -7,7 +7,7 @@ next step gets other data and other dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,8 @@ from jaxtyping import Array
 from ..ops.compiler_options import cpu_options
 from .objective import Batch, Objective
 from .train_state import LossScale, TrainState, merge_params
+
+State = TypeVar("State", bound=TrainState)
 
 
 def make_train_step(
@@ -166,7 +168,7 @@ def in_micro_batches(array: Array, parts: int) -> Array:
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
 
-def counted(state: TrainState, finite: Array, loss_finite: Array) -> tuple[TrainState, Mapping[str, Array]]:
+def counted(state: State, finite: Array, loss_finite: Array) -> tuple[State, Mapping[str, Array]]:
     """The state with its counters and loss scale moved on, and these as metrics."""
     bad = ~finite
     loss_scale = state.loss_scale

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +89,15 @@ class Trainer:
     """The metric that the speed is told in."""
 
     def __init__(self, config: Configuration, notes: Console | None = None):
-        check_workers(config.data.workers)
-        self.config: Any = config
-        self.folder = self.folder_class(config.run.output_dir)
+        self.config = cast(Any, config)  # what sections it has is known to the classes of the tasks
+        check_workers(self.config.data.workers)
+        self.folder = self.folder_class(self.config.run.output_dir)
         self._notes = notes
-        if config.distributed.num_processes is not None:
-            initialize_distributed(**dataclasses.asdict(config.distributed))
+        distributed = self.config.distributed
+        if distributed.num_processes is not None:
+            initialize_distributed(**dataclasses.asdict(distributed))
         self._is_first = jax.process_index() == 0
-        processes = config.distributed.num_processes or 1
+        processes = distributed.num_processes or 1
         if jax.process_count() != processes:
             raise ConfigurationError(
                 f"`distributed.num_processes`: the run has {processes}, but JAX {jax.process_count()}; leave "
@@ -272,6 +273,7 @@ class Trainer:
 
     def _restored(self, checkpoints: RunCheckpoints, target: TrainState) -> tuple[TrainState, int, dict[str, Any]]:
         found = checkpoints.restore_latest({PARAMS: target.params, REST: _rest(target)})
+        assert found is not None  # only a run with checkpoints is resumed
         steps = self.config.run.steps
         if found.step > steps:
             raise ConfigurationError(
@@ -330,7 +332,7 @@ class Trainer:
             state_shardings=shardings,
         )
 
-    def _evaluation(self, model: FlaxPreTrainedModel, shardings: Any) -> Evaluation:
+    def _evaluation(self, model: FlaxPreTrainedModel, shardings: Any) -> Callable[..., dict[str, float]]:
         step = make_eval_step(self._module(model), self._objective, state_shardings=shardings)
         return Evaluation(self, model, step)
 
@@ -350,7 +352,8 @@ class Trainer:
         if not self.config.model.scan_layers:
             return parts
         try:
-            return tuple(map(stack_layers, parts))
+            trained, others = map(stack_layers, parts)
+            return trained, others
         except ValueError as error:
             raise ConfigurationError(
                 f"`model.freeze`: {list(self.config.model.freeze)} freezes some layers of a decoder and trains "
@@ -583,6 +586,7 @@ class Loop:
             if number := self._signal_of_all():
                 self._end(number, step)
 
+        assert self._evaluation is not None
         with self._expendable(step):
             metrics = self._evaluation(state, step, heed)
         if np.isfinite(metrics[self._run.best_metric]):

@@ -414,7 +414,9 @@ class TestStateIsData:
         again = sampling.load_state(tmp_path / "state.safetensors")
         assert_same(run(sampling, state, codes)[1], run(sampling, again, codes)[1])
 
-    def test_in_another_process(self, model: Moshi, greedy: FlaxMoshiStream, tmp_path: Path) -> None:
+    def test_in_another_process(
+        self, model: Moshi, greedy: FlaxMoshiStream, tmp_path: Path, keeping: dict[str, str]
+    ) -> None:
         model.save_pretrained(tmp_path / "model")
         state, _ = run(greedy, greedy.init(), user_codes(2, 5))
         greedy.save_state(state, tmp_path / "state.safetensors")
@@ -432,7 +434,7 @@ for k in range(codes.shape[-1]):
     said.append(np.asarray(frame.audio))
 np.save(f"{folder}/said.npy", np.concatenate(said, -1))
 """
-        subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+        subprocess.run([sys.executable, "-c", script, tmp_path], env=os.environ | keeping, check=True)
         _, expected = run(greedy, state, user_codes(2, 6, seed=2))
         assert_close(np.load(tmp_path / "said.npy"), expected["audio"], 1e-5)
 
@@ -891,9 +893,10 @@ else:
 """
 
 
-def test_slots_on_four_devices(tmp_path: Path) -> None:
+def test_slots_on_four_devices(tmp_path: Path, keeping: dict[str, str]) -> None:
     environment = {
         **os.environ,
+        **keeping,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }

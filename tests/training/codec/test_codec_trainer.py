@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import soundfile
 import torch
 import yaml
 from flax.traverse_util import flatten_dict
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from transformers import MimiModel
 
@@ -35,19 +33,6 @@ from transformers_moshi_flax.training.run_folder import export_checkpoint, open_
 from transformers_moshi_flax.training.trainer import NotFiniteError
 
 BEFORE = ("encoder", "encoder_transformer", "downsample")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run compiles the same steps: once is enough."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    jax.config.update(folder, str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update(folder, None)
-    jax.config.update(least, 1.0)  # the default
-    compilation_cache.reset_cache()
 
 
 def train(folder: Path, teacher: Any = None, notes: Console | None = None, **overrides: Any) -> dict[str, float]:

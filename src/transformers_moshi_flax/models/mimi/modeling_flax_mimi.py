@@ -10,7 +10,8 @@ those of its files. What departs from it:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,16 @@ from transformers.models.mimi.configuration_mimi import MimiDecoderConfig, MimiE
 from ...former_names import accept_former_names
 from ...generation.arrays import on_one_device
 from ...generation.programs import Program
-from ...input_checks import Input, check_input, check_shape, is_traced, is_tracing, private_copy, refuse_params
+from ...input_checks import (
+    AnyArray,
+    Input,
+    check_input,
+    check_shape,
+    is_traced,
+    is_tracing,
+    private_copy,
+    refuse_params,
+)
 from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...nn.cache import RingCache
 from ...nn.linear import dropout_rngs
@@ -53,6 +63,11 @@ from .topology import encoded_length, samples_per_frame
 
 Params = Any
 
+Codebooks = dict[tuple[str, str], jax.Array]
+"""Something of each codebook, by the names of quantizer and layer."""
+
+State = TypeVar("State", FlaxMimiEncoderState, FlaxMimiDecoderState)
+
 
 # ------------------------------------------------------------------------------------------------------------ checks
 
@@ -77,7 +92,7 @@ MASK = Input({"batch": None, "samples": None}, "mask")
 """Of samples that count."""
 
 
-def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> ArrayLike:
+def _checked_audio(config: MimiConfig, input_values: ArrayLike, rows: Any = ...) -> AnyArray:
     """``rows``: those whose values count."""
     check_input("input_values", input_values, audio_input(config), rows=rows)
     audio = private_copy(input_values)
@@ -164,7 +179,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
     def _run(
         self,
         method: str,
-        inputs: dict[str, ArrayLike | None],
+        inputs: Mapping[str, ArrayLike | None],
         params: Params | None,
         return_dict: bool | None,
         train: bool,
@@ -184,15 +199,15 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         if train or is_tracing(params, inputs) or not on_one_device(params, inputs):
             outputs = program(params, rngs, inputs)
         else:
-            inputs, lengths = rounded(self.config, inputs)
-            outputs = shortened(program(params, rngs, inputs), lengths)
+            padded, lengths = rounded(self.config, inputs)
+            outputs = shortened(program(params, rngs, padded), lengths)
         return self._returned(outputs, return_dict)
 
     def _step(
         self,
         method: str,
         state: Any,
-        inputs: ArrayLike,
+        inputs: AnyArray,
         active: ArrayLike | None = None,
         params: Params | None = None,
         donated: bool = True,
@@ -231,7 +246,8 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         known = all(isinstance(table, jax.Array) and not is_traced(table) for table in tables.values())
         if not known or any("squares" in codebook for codebook in codebooks.values()):
             return params
-        before, norms = getattr(self, "_norms", ({}, {}))
+        nothing: tuple[Codebooks, Codebooks] = ({}, {})
+        before, norms = getattr(self, "_norms", nothing)
         if before.keys() != tables.keys() or any(before[place] is not table for place, table in tables.items()):
             norms = norms_for_frames(codebooks, self.dtype)
             if is_traced(*norms.values()):  # inside of jax.jit everything new is
@@ -239,7 +255,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             self._norms = tables, norms
         return with_norms(params, codebooks, norms)
 
-    def _checked_state(self, name: str, state: Any, state_class: type) -> Any:
+    def _checked_state(self, name: str, state: Any, state_class: type[State]) -> State:
         if not isinstance(state, state_class):
             raise ValueError(f"`{name}` must be a {state_class.__name__}, but is a {type(state).__name__}.")
         programs, batch_size = self._compiled(), state.batch_size
@@ -249,21 +265,21 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
         check_state(name, state, programs[key])
         return state
 
-    def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> ArrayLike:
+    def _checked_chunk(self, state: Any, audio: ArrayLike, rows: Any = ...) -> AnyArray:
         """Audio for a step from ``state``: whole frames, as many rows."""
         check_shape("input_values", np.shape(audio), audio_input(self.config), {})
         _check_batch("input_values", audio, state)
-        audio = _checked_audio(self.config, audio, rows)
+        checked = _checked_audio(self.config, audio, rows)
         kept = self._compiled()
         if samples_per_frame not in kept:  # reading a configuration takes longer than the other checks
             kept[samples_per_frame] = samples_per_frame(self.config)
         size = kept[samples_per_frame]
-        if audio.shape[-1] % size:
+        if checked.shape[-1] % size:
             raise ValueError(
-                f"`input_values` has {audio.shape[-1]} samples, but a stream is coded in whole frames of {size}: keep "
-                "the rest for the next call."
+                f"`input_values` has {checked.shape[-1]} samples, but a stream is coded in whole frames of {size}: "
+                "keep the rest for the next call."
             )
-        return audio
+        return checked
 
     def _encode_chunk(
         self,
@@ -285,7 +301,7 @@ class FlaxMimiPreTrainedModel(FlaxPreTrainedModel):
             raise ValueError(
                 f"`{given}` is given without `{lacking}`: pass on both, as the chunk before returned them."
             )
-        if cache is None:
+        if cache is None or padding_cache is None:
             state = FlaxMimiEncoderState.create(self.config, batch, self.dtype)
         else:
             for argument, value, kind in ((name, cache, RingCache), ("padding_cache", padding_cache, tuple)):
@@ -665,8 +681,11 @@ class FlaxMimiModel(FlaxMimiPreTrainedModel):
             raise ValueError(f"`num_quantizers` is {num_quantizers}, but `audio_codes` are given: leave one out.")
         codes = None if audio_codes is None else _checked_codes(self.config, audio_codes)
         audio = None if input_values is None else _checked_audio(self.config, input_values)
-        batch = codes.shape[0] if audio is None else audio.shape[0]
-        mask = _checked_mask(padding_mask, batch, None if audio is None else audio.shape[-1])
+        mask = None
+        if audio is not None:
+            mask = _checked_mask(padding_mask, audio.shape[0], audio.shape[-1])
+        elif codes is not None:
+            mask = _checked_mask(padding_mask, codes.shape[0])
         inputs = {"input_values": audio, "padding_mask": mask, "audio_codes": codes}
         flags = self._flags(output_attentions, output_hidden_states)
         return self._run(

@@ -150,6 +150,8 @@ def _all_rows(state: FlaxMimiEncoderState | FlaxMimiDecoderState) -> Bool[Array,
 class _EncoderHalf:
     """SEANet encoder, transformer and downsampling, for the two modules that hold them under the same names."""
 
+    config: MimiConfig
+
     def _setup_encoder(self):
         config, dtype = self.config, self.dtype
         self.encoder = FlaxMimiEncoder(config, dtype)
@@ -423,9 +425,13 @@ class FlaxMimiModule(_EncoderHalf, _DecoderHalf, nn.Module):
         flags = (output_attentions, output_hidden_states, deterministic)
         encoded = FlaxMimiEncoderOutput(audio_codes=audio_codes)
         if audio_codes is None:
+            assert input_values is not None
             encoded = self.encode(input_values, padding_mask, num_quantizers, *flags)
-        decoded = self.decode(encoded.audio_codes, padding_mask, *flags)
+            audio_codes = encoded.audio_codes
+        assert audio_codes is not None
+        decoded = self.decode(audio_codes, padding_mask, *flags)
         audio_values = decoded.audio_values
+        assert audio_values is not None
         if input_values is not None and padding_mask is None:
             audio_values = audio_values[..., : input_values.shape[-1]]
         return FlaxMimiOutput(

@@ -39,7 +39,8 @@ class Codebook(NamedTuple):
         squares = squared_norms(self.embed_sum) if self.squares is None else self.squares
         return nearest_entries(self.embed_sum, self.usage, squares, x)
 
-    def __getitem__(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
+    def entries(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
+        """Those with these indices."""
         return self.embed_sum[codes] / self.usage[codes][..., None]
 
 
@@ -80,7 +81,7 @@ class FlaxMimiVectorQuantization(nn.Module):
         return self.codebook().nearest(x)
 
     def decode(self, codes: Int[Array, "*shape"]) -> Float[Array, "*shape dim"]:
-        return self.codebook()[codes]
+        return self.codebook().entries(codes)
 
 
 class FlaxMimiQuantizerLayers(nn.Module):
@@ -92,10 +93,9 @@ class FlaxMimiQuantizerLayers(nn.Module):
 
     @nn.compact
     def __call__(self, number: int | None) -> tuple[Codebook, ...]:
-        every = number is None or self.is_initializing()
         stages = [
             FlaxMimiVectorQuantization(self.config, self.dtype, name=str(index))
-            for index in range(self.num_quantizers if every else number)
+            for index in range(self.num_quantizers if number is None or self.is_initializing() else number)
         ]
         return tuple(stage.codebook() for stage in stages)[:number]
 
@@ -136,7 +136,7 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
         codes = [jnp.zeros((latents.shape[0], 0, latents.shape[1]), jnp.int32)]
         for table in tables:
             chosen = table.nearest(residual)
-            residual = residual - table[chosen]
+            residual = residual - table.entries(chosen)
             codes.append(chosen[:, None])
         return jnp.concatenate(codes, axis=1)
 
@@ -146,7 +146,7 @@ class FlaxMimiResidualVectorQuantizer(nn.Module):
         shape = (codes.shape[0], codes.shape[2], self.config.codebook_dim)
         total = jnp.zeros(shape, at_least_float32(self.dtype))
         for index in range(codes.shape[1]):
-            total = total + tables[index][codes[:, index]]
+            total = total + tables[index].entries(codes[:, index])
         return total if projection is None else total @ projection
 
 

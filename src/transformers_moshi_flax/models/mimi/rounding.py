@@ -6,6 +6,7 @@ Padding makes no difference: a causal codec does not hear what follows, and othe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Lengths = dict[str, int]
 """Of outputs, by name; ``steps`` are those of the transformer."""
 
 
-def rounded(config: MimiConfig, inputs: Inputs) -> tuple[Inputs, Lengths]:
+def rounded(config: MimiConfig, inputs: Mapping[str, Any]) -> tuple[Inputs, Lengths]:
     """The inputs of one of Mimi's methods, padded, and how long its outputs are without padding."""
     given = {name: value for name, value in inputs.items() if value is not None}
     for name in ("audio_codes", "latents"):

@@ -6,6 +6,7 @@ of the batch is a stream of its own, with its own age; rows may rest, or begin a
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 from transformers import MimiConfig
 
-from ...input_checks import check_sizes, is_traced
+from ...input_checks import AnyArray, check_sizes, is_traced, same_structure
 from ...nn.cache import RingCache
 from .layers_flax_mimi import Histories, History
 from .topology import (
@@ -107,16 +108,16 @@ def check_streamable(config: MimiConfig) -> None:
 State = TypeVar("State", bound="_State")
 
 
-class _State:
+class _State(flax.struct.PyTreeNode):
     """What the two states share; see :class:`FlaxMimiEncoderState`."""
 
     histories: tuple[Any, ...]
     cache: RingCache
 
     @staticmethod
+    @abc.abstractmethod
     def convolutions(config: MimiConfig) -> dict[Path, Convolution]:
         """Those of the half, in the order of ``histories``."""
-        raise NotImplementedError
 
     @classmethod
     def create(cls: type[State], config: MimiConfig, batch_size: int, dtype: DTypeLike = jnp.float32) -> State:
@@ -155,7 +156,6 @@ class _State:
         return _reset(self, check_rows("rows", rows, self.batch_size))
 
 
-@flax.struct.dataclass
 class FlaxMimiEncoderState(_State):
     """What the encoder remembers; ``FlaxMimiModel.init_encoder_state`` makes one.
 
@@ -172,7 +172,6 @@ class FlaxMimiEncoderState(_State):
         return encoder_convolutions(config)
 
 
-@flax.struct.dataclass
 class FlaxMimiDecoderState(_State):
     """What the decoder remembers, in the fields of :class:`FlaxMimiEncoderState`; ``FlaxMimiModel.init_decoder_state``
     makes one."""
@@ -194,7 +193,7 @@ def _reset(state: State, rows: Bool[Array, "batch"]) -> State:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def check_rows(name: str, rows: ArrayLike, batch_size: int) -> ArrayLike:
+def check_rows(name: str, rows: ArrayLike, batch_size: int) -> AnyArray:
     """``rows`` as an array; raises ``ValueError`` unless it is ``(batch_size,)`` bool."""
     rows = rows if is_traced(rows) else np.array(rows)  # JAX may read the memory of the caller later
     if rows.shape != (batch_size,) or rows.dtype != bool:
@@ -207,9 +206,8 @@ def check_rows(name: str, rows: ArrayLike, batch_size: int) -> ArrayLike:
 
 def check_state(name: str, state: Any, expected: Any) -> None:
     """Raises ``ValueError`` unless the leaves of ``state`` have the shapes and dtypes of ``expected`` and live."""
-    leaves, structure = jax.tree.flatten(state)
-    wanted, wanted_structure = jax.tree.flatten(expected)
-    if structure != wanted_structure:
+    leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
+    if not same_structure(state, expected):
         raise ValueError(f"`{name}` has {len(leaves)} arrays, but one of this model has {len(wanted)}: make it anew.")
     for leaf, shape in zip(leaves, wanted):
         if leaf.shape != shape.shape or leaf.dtype != shape.dtype:

@@ -262,7 +262,11 @@ def _disagreements(fields: Mapping[str, Any], mimi: MimiConfig) -> list[str]:
 
     if fields["n_q"] == dep_q and dep_q % 2 == 0:
         dep_q //= 2
-        want("dep_q", False, f"it makes the user's stream as well; only Moshi's own, {dep_q}, can be expressed")
+        want(
+            "dep_q",
+            fine=False,
+            expected=f"it makes the user's stream as well; only Moshi's own, {dep_q}, can be expressed",
+        )
     else:
         want("n_q", fields["n_q"] == 2 * dep_q, f"expected twice dep_q={dep_q}: Moshi's codebooks and the user's")
     want("delays", fields["delays"] == delays_of(dep_q), f"only {delays_of(dep_q)} can be expressed")

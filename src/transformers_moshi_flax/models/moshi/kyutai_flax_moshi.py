@@ -305,20 +305,12 @@ def write_kyutai(
     mimi = mimi_config_to_kyutai(config.audio_encoder_config)
     values = {"model_type": "moshi", **moshi_config_to_kyutai(config)}
     moshi_rules, mimi_rules = kyutai_moshi_rules(config), kyutai_mimi_rules(config.audio_encoder_config)
-    if package not in PACKAGES:
-        raise ValueError(f"package={package!r} must be one of {', '.join(map(repr, PACKAGES))}")
     if package == "mlx":
         check_widths(config, values["depformer_dim_feedforward"])
     name = _name_of_weights(params, package)
     values |= {"quantize": True} if name == MOSHI_Q8_NAME and package == "moshi" else {}
-    lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
-    if lacking:
-        raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
     folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
+    _check_parts(params, folder, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
 
     save_id = uuid.uuid4().hex[:8]
@@ -340,12 +332,7 @@ def write_kyutai(
             _clear(folder, _named_files(replaced) | kept)
         try:
             moshi = {part: tree for part, tree in params.items() if part != "audio_encoder"}
-            if package in _OF_STEPS:
-                tensors = _OF_STEPS[package](moshi, moshi_rules, config.num_codebooks)
-            elif name == MOSHI_NAME:
-                tensors = _tensors(moshi, moshi_rules)
-            else:
-                tensors = q8_tensors(moshi, quantized_rules(moshi_rules))
+            tensors = _tensors_for(package, name, moshi, moshi_rules, config.num_codebooks)
             values["moshi_name"] = _write_weights(free(name), tensors)
             del tensors
             values["mimi_name"] = _write_weights(free(MIMI_NAME), _tensors(params["audio_encoder"], mimi_rules))
@@ -373,7 +360,30 @@ def write_kyutai(
         _clear(folder, _named_files(values) | kept)
 
 
+def _check_parts(params: Mapping[str, Any], folder: Path, tokenizer: str | os.PathLike | None) -> None:
+    lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
+    if lacking:
+        raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
+
+
+def _tensors_for(
+    package: str, name: str, moshi: Mapping[str, Any], rules: tuple[Rule, ...], num_codebooks: int
+) -> dict[str, np.ndarray]:
+    """Those of the file ``name``."""
+    if package in _OF_STEPS:
+        return _OF_STEPS[package](moshi, rules, num_codebooks)
+    if name == MOSHI_NAME:
+        return _tensors(moshi, rules)
+    return q8_tensors(moshi, quantized_rules(rules))
+
+
 def _name_of_weights(params: Mapping[str, Any], package: str) -> str:
+    if package not in PACKAGES:
+        raise ValueError(f"package={package!r} must be one of {', '.join(map(repr, PACKAGES))}")
     kinds = {path[-1] for path in flatten_dict(dict(params))} & {*CODES.values()}
     names = (name for name, grid in PACKAGES[package].items() if CODES[str(grid.kind)] in kinds)
     return next(names, MOSHI_NAME)

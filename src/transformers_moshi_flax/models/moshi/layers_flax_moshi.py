@@ -8,6 +8,7 @@ stacked weights in every frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from transformers import MoshiConfig
 from transformers.models.moshi.configuration_moshi import MoshiDepthConfig
 
-from ...input_checks import is_traced
+from ...input_checks import AnyArray, is_traced
 from ...nn.activations import ACT2FN
 from ...nn.attention import attend
 from ...nn.cache import Cache, LayerCache, Steps
@@ -45,7 +46,7 @@ class FlaxMoshiFlexibleLinear(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq input_size"], layer_idx: int | tuple[int, ...] | Any | None = None
+        self, x: Float[Array, "batch seq input_size"], layer_idx: int | Sequence[int] | AnyArray | None = None
     ) -> Float[Array, "batch seq output_size"]:
         """Applies to each position of the sequence its codebook's layer.
 
@@ -62,40 +63,43 @@ class FlaxMoshiFlexibleLinear(nn.Module):
         length = x.shape[1]
         if layer_idx is None:
             layer_idx = tuple(range(self.num_layers))
-        traced = is_traced(layer_idx)
-        if not traced:
-            layer_idx = np.asarray(layer_idx)
-            if layer_idx.ndim == 0:
-                layer_idx = np.full((1 if length == 0 else length,), layer_idx)
-            if layer_idx.shape != (length,):
-                raise ValueError(
-                    f"`layer_idx` must have one index per position ({length}), but has the shape {layer_idx.shape}."
-                )
-            if layer_idx.min() < 0 or layer_idx.max() >= self.num_layers:
-                raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {layer_idx.tolist()}.")
-        every = traced or self.is_initializing()
+        indices = None if is_traced(layer_idx) else self._known_indices(layer_idx, length)
         # no others: generation traces this hundreds of times, each for one codebook
         codebooks = {
             index: dense(self.output_size, normal(1.0), self.dtype, name=str(index))
-            for index in (range(self.num_layers) if every else sorted(set(layer_idx.tolist())))
+            for index in (sorted(set(indices)) if indices and not self.is_initializing() else range(self.num_layers))
         }
         if self.is_initializing():
             for codebook in codebooks.values():
                 codebook(x[:, :1])
-        if traced:
+        if indices is None:
+            gathered = jnp.broadcast_to(jnp.asarray(layer_idx), (length,))
             if not all(is_kernel_alone(codebook) for codebook in codebooks.values()):
                 # rare: every codebook's outputs, of which each position takes those of its own
                 outputs = jnp.stack([codebook(x) for codebook in codebooks.values()])
                 positions = jnp.arange(length)
-                return outputs[jnp.broadcast_to(layer_idx, (length,)), :, positions].swapaxes(0, 1)
+                return outputs[gathered, :, positions].swapaxes(0, 1)
             kernels = jnp.stack([codebook.variables["params"][KERNEL] for codebook in codebooks.values()])
-            chosen = kernels[jnp.broadcast_to(layer_idx, (length,))]
+            chosen = kernels[gathered]
             return jnp.einsum("bsi,sio->bso", x.astype(self.dtype), chosen.astype(self.dtype))
-        if (layer_idx == layer_idx[0]).all():
-            return codebooks[int(layer_idx[0])](x)
+        if len(set(indices)) == 1:
+            return codebooks[indices[0]](x)
         # the gradient of a split is one concatenation, that of slices a sum of as many padded arrays
-        positions = lax.split(x, [1] * length, axis=1)
-        return jnp.concatenate([codebooks[int(layer)](row) for layer, row in zip(layer_idx, positions)], axis=1)
+        steps = lax.split(x, [1] * length, axis=1)
+        return jnp.concatenate([codebooks[index](step) for index, step in zip(indices, steps)], axis=1)
+
+    def _known_indices(self, layer_idx: int | Sequence[int] | AnyArray, length: int) -> list[int]:
+        """One index per position; ValueError for others."""
+        given = np.asarray(layer_idx)
+        if given.ndim == 0:
+            given = np.full((1 if length == 0 else length,), given)
+        if given.shape != (length,):
+            raise ValueError(
+                f"`layer_idx` must have one index per position ({length}), but has the shape {given.shape}."
+            )
+        if given.min() < 0 or given.max() >= self.num_layers:
+            raise ValueError(f"`layer_idx` must be in [0, {self.num_layers}), but is {given.tolist()}.")
+        return given.tolist()
 
 
 class FlaxMoshiLinear(nn.Module):
@@ -212,6 +216,7 @@ class FlaxMoshiAttention(nn.Module):
 
         query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if self.use_rope:
+            assert position_ids is not None
             cos, sin = rotary_embedding(position_ids[..., None], config.head_dim, config.rope_parameters, self.dtype)
             query, key = apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
         dropout = None if deterministic or not config.attention_dropout else partial(self.dropout, deterministic=False)

@@ -453,7 +453,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
 
     # -------------------------------------------------------------------------------------------- generation
 
-    def generate(
+    def generate(  # type: ignore[override]  # upstream's order, with the streams of audio
         self,
         input_ids: ArrayLike | None = None,
         user_input_values: ArrayLike | None = None,
@@ -548,7 +548,7 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
         state, found = self.decode(prepared)
         return finish(self, prepared, state, found)
 
-    def warmup(
+    def warmup(  # type: ignore[override]  # a prompt is of frames
         self,
         batch_size: int = 1,
         prompt_frames: int = 0,
@@ -594,13 +594,16 @@ class FlaxMoshiForConditionalGeneration(FlaxGenerationMixin, KyutaiAdapterMixin,
         if outputs.audio_sequences is not None:
             # rows may end early, and waveforms are decoded in several lengths
             started = not prompt or options.get("concat_unconditional_inputs", True)
-            given = {name: options[name] for name in ("max_new_tokens", "max_length") if name in options}
+            given: dict[str, Any] = {
+                name: options[name] for name in ("max_new_tokens", "max_length") if name in options
+            }
             merged, _ = merge_generation_config(self.generation_defaults(), options.get("generation_config"), given)
             capacity = bucket(resolve_max_length(vars(merged), prompt_frames + int(started)))
-            codes = on_device(np.zeros((len(outputs.sequences), config.num_codebooks, capacity - 1), dtype=np.int32))
+            rows = outputs.audio_sequences.shape[0]
+            made = on_device(np.zeros((rows, config.num_codebooks, capacity - 1), dtype=np.int32))
             for frames in decoded_frames(capacity - 1):
                 program = self.compiled(decode_audio, frames=frames)
-                program(params, codes, outputs.audio_lengths, outputs.audio_lengths)
+                program(params, made, outputs.audio_lengths, outputs.audio_lengths)
         jax.block_until_ready(outputs)
 
     def streaming(

@@ -75,7 +75,10 @@ class FlaxMoshiModule(nn.Module):
         deterministic: bool = True,
         output_attentions: bool = True,
     ) -> FlaxBaseModelOutputWithPast:
-        hidden_states = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids)
+        hidden_states = inputs_embeds.astype(self.dtype)
         batch_size, length, _ = hidden_states.shape
         past = NoCache() if cache is None else cache
         steps, past = past.next_steps(length, self.config.sliding_window, batch_size, attention_mask)
@@ -219,11 +222,13 @@ class FlaxMoshiDepthDecoderModule(nn.Module):
         deterministic: bool = True,
         output_attentions: bool = True,
     ) -> FlaxMoshiDepthDecoderOutputWithPast:
-        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None and last_hidden_state is not None
+        batch_size, length = given.shape[:2]
         past = NoCache() if cache is None else cache
         codebook_idx = tuple(range(past.length, past.length + length)) if position_ids is None else position_ids
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, codebook_idx)
+            inputs_embeds = self.embed(given, codebook_idx)
         # the hidden state of the frame conditions every codebook
         last_hidden_state = jnp.broadcast_to(last_hidden_state, (batch_size, length, last_hidden_state.shape[-1]))
         hidden_states = inputs_embeds.astype(self.dtype) + self.input_projections(last_hidden_state, codebook_idx)

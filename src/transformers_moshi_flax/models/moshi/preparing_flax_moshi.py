@@ -16,13 +16,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 from transformers import GenerationConfig, MoshiConfig
 
-from ...generation.arrays import AnyArray, cut, on_device, on_host, padded, turned
+from ...generation.arrays import cut, on_device, on_host, padded, turned
 from ...generation.buckets import bucket
 from ...generation.configuration import Plan, merge_generation_config, resolve_plan
 from ...generation.decoding import UNFORCED, State
 from ...generation.sampling import Sampling
 from ...generation.utils import Prepared, capacity_of, check_watching, fetch, forced_input, further_outputs
-from ...input_checks import check_inputs, check_left_padding, is_traced, is_tracing
+from ...input_checks import AnyArray, check_inputs, check_left_padding, is_traced, is_tracing
 from ..mimi.streaming_flax_mimi import is_causal
 from ..mimi.topology import encoded_length, samples_per_frame
 from .generation_flax_moshi import (

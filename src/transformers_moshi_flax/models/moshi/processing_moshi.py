@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import BatchFeature, EncodecFeatureExtractor, MimiConfig, PreT
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import CheckpointNotFoundError, Source
 from ...checkpoints.recognising import foreign, is_foreign_config
-from ...input_checks import Input, check_input, is_whole
+from ...input_checks import AnyArray, Input, check_input, is_whole
 from ...modeling_flax_outputs import FlaxModelOutput
 from ...processing_flax_utils import FlaxProcessorMixin, known_keywords
 from ..mimi.topology import samples_per_frame
@@ -26,7 +26,9 @@ from .kyutai_flax_moshi import TOKENIZER_NAME, find_kyutai_files, kyutai_config
 from .kyutai_tokenizer_moshi import sentencepiece_tokenizer
 
 Waveform = ArrayLike | Sequence[float]
-Ids = ArrayLike | Sequence[int]
+Ids = AnyArray | Sequence[int]
+
+T = TypeVar("T")
 
 VOICE = Input({"samples": None}, "audio", hint="mono, a row each; mix channels down and pass a batch as a list")
 """One item of audio."""
@@ -146,7 +148,7 @@ class MoshiProcessor(FlaxProcessorMixin):
 
         streams = {
             "text": [text] if text is None or isinstance(text, str) else list(text),
-            "input_ids": list(input_ids) if getattr(input_ids, "ndim", 1) == 2 else _items(input_ids),
+            "input_ids": [*np.asarray(input_ids)] if getattr(input_ids, "ndim", 1) == 2 else _items(input_ids),
             "user_audio": _items(user_audio),
             "moshi_audio": _items(moshi_audio),
         }
@@ -159,9 +161,8 @@ class MoshiProcessor(FlaxProcessorMixin):
         )
 
         # from here on, a stream of one item serves all rows
-        texts, aligned, users, moshis = (
-            items * batch_size if len(items) == 1 else items for items in (texts, aligned, users, moshis)
-        )
+        texts, aligned = _for_rows(texts, batch_size), _for_rows(aligned, batch_size)
+        users, moshis = _for_rows(users, batch_size), _for_rows(moshis, batch_size)
         lengths = [
             max(len(pieces), len(ids), math.ceil(max(len(user), len(moshi)) / self.frame_size))
             for pieces, ids, user, moshi in zip(texts, aligned, users, moshis)
@@ -185,7 +186,7 @@ class MoshiProcessor(FlaxProcessorMixin):
             inputs["moshi_input_values"][row, 0, sample : sample + len(moshis[row])] = moshis[row]
             inputs["attention_mask"][row, start:end] = 1
         if return_tensors == "jax":
-            inputs = {name: jnp.asarray(array) for name, array in inputs.items()}
+            return BatchFeature({name: jnp.asarray(array) for name, array in inputs.items()})
         return BatchFeature(inputs)
 
     def decode(self, token_ids: Ids, skip_special_tokens: bool = True, **kwargs: Any) -> str:
@@ -209,7 +210,7 @@ class MoshiProcessor(FlaxProcessorMixin):
         return self.tokenizer.decode(pieces, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def batch_decode(
-        self, sequences: FlaxModelOutput | Ids | Sequence[Ids], skip_special_tokens: bool = True, **kwargs: Any
+        self, sequences: FlaxModelOutput | AnyArray | Sequence[Ids], skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """The words of each row, as :meth:`decode`.
 
@@ -366,6 +367,10 @@ def _items(stream: Any) -> list[Any]:
     """A stream's items: those of a list of arrays, or the one that it is itself, as an array or a list of numbers."""
     batched = isinstance(stream, list | tuple) and any(item is None or np.ndim(item) for item in stream)
     return list(stream) if batched else [stream]
+
+
+def _for_rows(items: list[T], batch_size: int) -> list[T]:
+    return items * batch_size if len(items) == 1 else items
 
 
 def _batch_size(streams: dict[str, list[Any]]) -> int:

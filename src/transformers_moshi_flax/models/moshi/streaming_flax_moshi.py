@@ -31,7 +31,7 @@ from ...checkpoints.formats import open_safetensors
 from ...checkpoints.verifying import file_checksums, refuse_damage
 from ...checkpoints.writing import write_safetensors
 from ...generation.arrays import on_device, on_host, padded
-from ...generation.decoding import UNFORCED, Chosen
+from ...generation.decoding import UNFORCED, Chosen, last_logits
 from ...generation.sampling import Sampling, row_keys, select_token
 from ...input_checks import check_ids, check_input, check_sizes, is_traced, is_tracing, is_whole
 from ...modeling_flax_outputs import FlaxCausalLMOutputWithPast, FlaxModelOutput
@@ -131,7 +131,7 @@ def next_frame(
     sampling, depth_sampling = with_numbers(samplings, state.numbers)
 
     def choose(outputs: FlaxCausalLMOutputWithPast) -> Chosen:
-        text_ids = select_token(outputs.logits[:, -1], state.text_ids[:, None], 0, keys, 0, sampling)
+        text_ids = select_token(last_logits(outputs), state.text_ids[:, None], 0, keys, 0, sampling)
         return Chosen(jnp.where(forced_ids == UNFORCED, text_ids, forced_ids), keys)
 
     outputs, chosen, audio_codes = frame_step(
@@ -147,12 +147,13 @@ def next_frame(
         attention_mask=active[:, None],
     )
 
+    assert outputs.last_hidden_state is not None
     valid = active & ~first
     frame = FlaxMoshiFrame(
         audio_codes=jnp.where(valid[:, None], delayed(state.audio_codes, audio_codes), NOT_VALID),
         text_ids=jnp.where(valid, state.text_ids, NOT_VALID),
         valid=valid,
-        text_logits=outputs.logits[:, -1],
+        text_logits=last_logits(outputs),
         last_hidden_state=outputs.last_hidden_state[:, -1],
     )
     after = {
@@ -228,6 +229,7 @@ def whole_step(
 ) -> tuple[StreamState, FlaxMoshiFrame]:
     """A step as one program; what is ``heard`` is audio of three axes, or codes of two."""
     if heard.ndim == 3:
+        assert state.encoder is not None
         count = seanet_histories(decoder.module.config.audio_encoder_config)
         before, rest = state.encoder.histories[:count], state.encoder.histories[count:]
         convolved, features = convolve_frame(
@@ -625,14 +627,13 @@ class FlaxMoshiStream:
         forced = self._checked_forced(forced_text_ids, forced_audio_codes, active)
         if user_audio is not None and not self._has_encoder:
             raise ValueError("`user_audio` needs Mimi's encoder, which the model lacks: pass `user_audio_codes`.")
-        if user_audio is not None:
-            heard = self._checked("user_audio", user_audio, active)
-        else:
-            heard = self._checked("user_audio_codes", user_audio_codes, active)
+        name = "user_audio_codes" if user_audio is None else "user_audio"
+        heard = self._checked(name, user_audio_codes if user_audio is None else user_audio, active)
         traced = is_traced(state.dialogue.text_ids, heard, active, *forced)
         if self._whole is not None:
             return self._whole(traced, state, heard, active, *forced)
         if user_audio is not None:
+            assert state.encoder is not None
             encoder, heard = self._hear(traced, state.encoder, heard, active)
             state = state.replace(encoder=encoder)
         dialogue, frame = self._frame(traced, state.dialogue, heard, active, *forced)
@@ -723,12 +724,12 @@ class FlaxMoshiStream:
         """
         self._check_state(state)
         self._check_state(row, "row", batch_size=1)
-        slot = on_device(self._checked_slot(slot), np.int32)
+        place = on_device(self._checked_slot(slot), np.int32)
         if row is state:
             return state
         if self.mesh is not None:
             row = jax.device_put(row, NamedSharding(self.mesh, PartitionSpec()))
-        return PUT(state, slot, row)
+        return PUT(state, place, row)
 
     def save_state(self, state: StreamState, path: str | os.PathLike) -> None:
         """Writes a state, of all slots or of one, as a safetensors file, which is complete before it has its name.
@@ -843,16 +844,16 @@ class FlaxMoshiStream:
         if isinstance(text_ids, jax.Array) and not is_traced(text_ids) and text_ids.is_deleted():
             raise ValueError(f"`{name}` was consumed by an earlier call: go on with the state that this returned.")
 
-    def _checked(self, name: str, value: ArrayLike, rows: Any = ...) -> ArrayLike:
+    def _checked(self, name: str, value: ArrayLike | None, rows: Any = ...) -> ArrayLike:
         """``value`` as the programs want it; ValueError unless the table of inputs has it so, in the ``rows``."""
         expected = self._inputs[name]
         check_input(name, value, expected, rows=... if rows is self._all else rows)
         dtype = {"ids": np.int32, "audio": self._dtype}.get(expected.kind, np.bool_)
-        value = value if is_traced(value) else np.asarray(value)
-        if value.dtype != dtype:
+        array = value if is_traced(value) else np.asarray(value)
+        if array.dtype != dtype:
             with np.errstate(over="ignore"):  # in slots that do not take part
-                value = value.astype(dtype)
-        return self._placed(value)
+                array = array.astype(dtype)
+        return self._placed(array)
 
     def _placed(self, array: ArrayLike) -> ArrayLike:
         """A copy, as the caller may write the next frame over this one before it is heard, where the programs want it:

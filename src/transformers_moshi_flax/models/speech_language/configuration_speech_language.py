@@ -114,9 +114,8 @@ def projector_of(config: Any) -> ProjectorFields:
     if isinstance(config, VoxtralConfig):
         audio = config.audio_config
         factor = audio.intermediate_size // audio.hidden_size
-        return ProjectorFields(
-            MLP, factor, factor, width, width, config.projector_hidden_act, False, audio.initializer_range
-        )
+        act, initial = config.projector_hidden_act, audio.initializer_range
+        return ProjectorFields(MLP, factor, factor, width, width, act, use_bias=False, initializer_range=initial)
     return ProjectorFields(
         kind=config.projector,
         stack_factor=config.stack_factor,

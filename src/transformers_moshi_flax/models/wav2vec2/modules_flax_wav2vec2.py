@@ -118,7 +118,7 @@ class FlaxWav2Vec2FeatureProjection(nn.Module):
         if getattr(config, "feat_proj_layer_norm", True):  # a field of HuBERT alone
             features = layer_norm(config.layer_norm_eps, self.dtype, "layer_norm")(features)
         limit = math.sqrt(1 / features.shape[-1])
-        projected = dense(config.hidden_size, uniform(limit), self.dtype, True, "projection")(features)
+        projected = dense(config.hidden_size, uniform(limit), self.dtype, use_bias=True, name="projection")(features)
         dropout = nn.Dropout(float(config.feat_proj_dropout))
         return dropout(projected, deterministic=deterministic), features
 
@@ -152,9 +152,11 @@ class FlaxWav2Vec2FeedForward(nn.Module):
     ) -> Float[Array, "batch frames hidden"]:
         config = self.config
         initializer = normal(config.initializer_range)
-        x = dense(config.intermediate_size, initializer, self.dtype, True, "intermediate_dense")(hidden_states)
+        x = dense(config.intermediate_size, initializer, self.dtype, use_bias=True, name="intermediate_dense")(
+            hidden_states
+        )
         x = nn.Dropout(float(config.activation_dropout))(ACT2FN[config.hidden_act](x), deterministic=deterministic)
-        x = dense(config.hidden_size, initializer, self.dtype, True, "output_dense")(x)
+        x = dense(config.hidden_size, initializer, self.dtype, use_bias=True, name="output_dense")(x)
         return nn.Dropout(float(config.hidden_dropout))(x, deterministic=deterministic)
 
 

@@ -98,13 +98,13 @@ class FlaxWhisperEncoderLayer(nn.Module):
         normed = layer_norm(EPS, dtype, "self_attn_layer_norm")(hidden_states)
         mixed, weights = attention(normed, mask, deterministic, output_attentions)
         x = hidden_states + dropout(mixed, deterministic=deterministic)
-        inner = dense(config.encoder_ffn_dim, initializer, dtype, True, "fc1")(
+        inner = dense(config.encoder_ffn_dim, initializer, dtype, use_bias=True, name="fc1")(
             layer_norm(EPS, dtype, "final_layer_norm")(x)
         )
         inner = nn.Dropout(float(config.activation_dropout))(
             ACT2FN[config.activation_function](inner), deterministic=deterministic
         )
-        outer = dense(config.d_model, initializer, dtype, True, "fc2")(inner)
+        outer = dense(config.d_model, initializer, dtype, use_bias=True, name="fc2")(inner)
         x = x + dropout(outer, deterministic=deterministic)
         if x.dtype == jnp.float16:  # whose largest numbers some checkpoints go beyond
             largest = float(jnp.finfo(jnp.float16).max) - 1000

@@ -91,7 +91,7 @@ class CodecRunConfig(RunConfig):
         sample_frames: the most frames of each sample.
     """
 
-    best_metric: Literal["loss", "log_mel", "magnitude"] = "loss"
+    best_metric: Literal["loss", "log_mel", "magnitude"] = "loss"  # type: ignore[assignment]  # other metrics
 
 
 @dataclass(frozen=True)

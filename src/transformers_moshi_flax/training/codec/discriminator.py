@@ -75,7 +75,7 @@ class NormalizedConv(nn.Module):
         axes = (0, 1, 2)
         length = self.param("length", lambda key: jnp.sqrt(jnp.sum(direction**2, axis=axes)))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel = direction * (length / jnp.sqrt(jnp.sum(direction**2, axis=axes)))
+        kernel = direction * (length / jnp.sqrt(jnp.sum(direction**2, axis=axes)))[None, None, None]
         padding = [((size - 1) * step // 2,) * 2 for size, step in zip(self.kernel_size, self.dilation)]
         x = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
@@ -85,7 +85,7 @@ class NormalizedConv(nn.Module):
             rhs_dilation=self.dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return x + bias.astype(self.dtype)
+        return x + bias.astype(self.dtype)[None, None, None]
 
 
 class STFTDiscriminator(nn.Module):

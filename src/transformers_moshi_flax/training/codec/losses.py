@@ -111,7 +111,7 @@ def stft(audio: Float[Array, "*shape samples"], window: int, reflects: bool = Tr
     hops = audio.shape[-1] // hop
     pieces = audio[..., : hops * hop].reshape(*audio.shape[:-1], hops, hop)
     frames = jnp.concatenate([pieces[..., part : hops - 3 + part, :] for part in range(4)], axis=-1)
-    return jnp.fft.rfft(frames * jnp.asarray(hann(window), audio.dtype))
+    return jnp.fft.rfft(frames * jnp.asarray(hann(window), audio.dtype).reshape(*[1] * audio.ndim, -1))
 
 
 @functools.cache

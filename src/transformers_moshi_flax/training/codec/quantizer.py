@@ -139,7 +139,7 @@ def quantize(
     for branch, numbers, branch_key in zip(BRANCHES, codebook_numbers(config), keys):
         parts = quantizer[branch]
         projected = project(parts, "input_proj", latents)
-        active = jnp.asarray(numbers) < number[:, None]
+        active = jnp.asarray(numbers)[None] < number[:, None]
         found, distance, counted = _residual(codebooks_of(parts, wide), projected, active, branch_key)
         # committed to as far as the latents are wide: else the encoder could shrink them
         distance = distance / (known_variance(parts, wide) * len(numbers))
@@ -208,7 +208,7 @@ def known_variance(parts: Mapping[str, Any], dtype: Any) -> Float[Array, ""]:
     variance: Any = 0.0
     for entries, book in zip(codebooks_of(parts, dtype), _buffers_of(parts)):
         shares = _usage(book, dtype) / jnp.sum(_usage(book, dtype))
-        variance = variance + jnp.sum(shares * jnp.square(entries - jnp.sum(shares * entries, axis=0)))
+        variance = variance + jnp.sum(shares * jnp.square(entries - jnp.sum(shares * entries, axis=0, keepdims=True)))
     return lax.stop_gradient(jnp.maximum(variance, EPSILON))
 
 
@@ -223,7 +223,8 @@ def _usage(book: Mapping[str, Any], dtype: Any) -> Float[Array, "entries 1"]:
 def nearest(entries: Float[Array, "entries dim"], x: Float[Array, "*shape dim"]) -> Int[Array, "*shape"]:
     """Index of the nearest entry (Euclidean), the first of equally near ones."""
     products = jnp.matmul(x, entries.T, precision=lax.Precision.HIGHEST)
-    return jnp.argmin(jnp.sum(entries * entries, axis=1) - 2 * products, axis=-1).astype(jnp.int32)
+    squares = jnp.sum(entries * entries, axis=1).reshape(*[1] * (products.ndim - 1), -1)
+    return jnp.argmin(squares - 2 * products, axis=-1).astype(jnp.int32)
 
 
 def _residual(

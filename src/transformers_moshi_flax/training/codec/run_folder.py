@@ -12,6 +12,7 @@ from ...checkpoints.companions import copy_companions
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import Source
 from ...checkpoints.writing import write_text
+from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...models.mimi import FlaxMimiModel
 from ..run_folder import RunFolder
 from .configuration import CodecTrainingConfig
@@ -23,7 +24,7 @@ class CodecRunFolder(RunFolder):
 
     configuration_class = CodecTrainingConfig
 
-    def keep_model(self, model: FlaxMimiModel, source: Source | None) -> None:
+    def keep_model(self, model: FlaxPreTrainedModel, source: Source | None) -> None:
         """Write down the configuration of the codec, and copy what lies beside its weights."""
         self.model.mkdir(exist_ok=True)
         if source is not None:

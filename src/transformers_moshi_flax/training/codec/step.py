@@ -117,7 +117,7 @@ class Codec:
         """Latents."""
         module = FlaxMimiEncoderModule(self.config, self.dtype, self.training.model.gradient_checkpointing)
         audio = audio.astype(self.dtype)
-        outputs = module.apply(_parts(params, ENCODER), audio, deterministic=rngs is None, rngs=rngs)
+        outputs = _applied(module, _parts(params, ENCODER), audio, deterministic=rngs is None, rngs=rngs)
         return outputs.latents.swapaxes(1, 2)
 
     def decode(
@@ -126,12 +126,17 @@ class Codec:
         """Audio."""
         module = FlaxMimiDecoderModule(self.config, self.dtype, self.training.model.gradient_checkpointing)
         latents = latents.astype(self.dtype).swapaxes(1, 2)
-        outputs = module.apply(_parts(params, DECODER), latents, deterministic=rngs is None, rngs=rngs)
+        outputs = _applied(module, _parts(params, DECODER), latents, deterministic=rngs is None, rngs=rngs)
         return outputs.audio_values
 
 
 def _parts(params: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {"params": {name: params[name] for name in names if name in params}}
+    return {name: params[name] for name in names if name in params}
+
+
+def _applied(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What the module returns; without variables that change, ``apply`` returns nothing else."""
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def create_codec_state(
@@ -274,8 +279,8 @@ def micro_batch_gradients(
         return Gradients(gradients, None, sums, statistics)
 
     def judged(judges: Any) -> Array:
-        real = codec.discriminator.apply({"params": judges}, part["audio"])
-        fake = codec.discriminator.apply({"params": judges}, jax.lax.stop_gradient(spoken))
+        real = _applied(codec.discriminator, judges, part["audio"])
+        fake = _applied(codec.discriminator, judges, jax.lax.stop_gradient(spoken))
         return discriminator_loss(real, fake) / parts
 
     lost, judge_gradients = jax.value_and_grad(judged)(judges)
@@ -309,8 +314,8 @@ def _losses(
         if getattr(settings, name)
     }
     if phase.is_judged:
-        real = codec.discriminator.apply({"params": judges}, audio)
-        fake = codec.discriminator.apply({"params": judges}, spoken)
+        real = _applied(codec.discriminator, judges, audio)
+        fake = _applied(codec.discriminator, judges, spoken)
         losses["adversarial"] = adversarial_loss(fake)
         if settings.feature_matching:
             losses["feature_matching"] = feature_matching_loss(real, fake)
@@ -396,7 +401,7 @@ def make_codec_eval_step(
         rows = spectral_distances(spoken, audio, settings, rate)
         rows |= reconstruction_losses(spoken, audio, settings, rate)
         rows["si_sdr"] = si_sdr(spoken, audio)
-        audible = weights * (jnp.max(jnp.abs(audio), axis=(1, 2)) > 0)
+        audible = jnp.where(jnp.max(jnp.abs(audio), axis=(1, 2)) > 0, weights, 0)
         sums |= {name: jnp.sum(values * (audible if name == "si_sdr" else weights)) for name, values in rows.items()}
         return {**sums, "rows": jnp.sum(weights), "audible": jnp.sum(audible)}
 

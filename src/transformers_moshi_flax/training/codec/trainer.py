@@ -19,6 +19,7 @@ from transformers import MimiConfig
 
 from ...checkpoints.configs import load_config
 from ...checkpoints.files import Source
+from ...modeling_flax_utils import FlaxPreTrainedModel
 from ...models.mimi import FlaxMimiModel
 from ...partitioning import param_shardings
 from ..configuration import ConfigurationError
@@ -58,6 +59,7 @@ class CodecTrainer(Trainer):
     """
 
     folder_class = CodecRunFolder
+    folder: CodecRunFolder
 
     def __init__(self, config: CodecTrainingConfig, notes: Console | None = None, teacher: Teacher | None = None):
         self._teacher = teacher
@@ -139,27 +141,27 @@ class CodecTrainer(Trainer):
         sharding = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         return {"kernel": placed(kernel, sharding)}
 
-    def _shapes(self, model: FlaxMimiModel) -> Mapping[str, Any]:
+    def _shapes(self, model: FlaxPreTrainedModel) -> Mapping[str, Any]:
         shapes = dict(model.params_shape_tree)
         if self._features is not None:
             kernel = jax.ShapeDtypeStruct((1, self._mimi.codebook_dim, self._features), jnp.float32)
             shapes[DISTILLATION] = {"kernel": kernel}
         return shapes
 
-    def _check(self, model: FlaxMimiModel) -> None:
+    def _check(self, model: FlaxPreTrainedModel) -> None:
         pass  # all has been checked
 
-    def _splitting(self, model: FlaxMimiModel) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
+    def _splitting(self, model: FlaxPreTrainedModel) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
         return self._split
 
-    def _split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, params: Mapping[str, Any], adapter: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         return split_params(params, self.config.model.freeze)
 
     def _optimizer(self, trained: Mapping[str, Any]) -> tuple[Any, Any]:
         weights, _ = split_paths(trained, (CODEBOOKS,))
         return make_optimizer(self.config.optimizer, self.config.run.steps, weights)
 
-    def _creation(self, model: FlaxMimiModel, optimizer: Any) -> Callable[[Any, Any], TrainState]:
+    def _creation(self, model: FlaxPreTrainedModel, optimizer: Any) -> Callable[[Any, Any], TrainState]:
         return partial(create_codec_state, codec=self._codec, optimizer=optimizer, seed=self.config.run.seed)
 
     # Data
@@ -168,7 +170,7 @@ class CodecTrainer(Trainer):
         share = batch_size // jax.process_count()
         return jax.process_index() * share, (jax.process_index() + 1) * share
 
-    def _loader(self, model: FlaxMimiModel, data: RecordingSet, epochs: int | None) -> Loader:
+    def _loader(self, model: FlaxPreTrainedModel, data: RecordingSet, epochs: int | None) -> Loader:
         settings, seed = self.config.data, self.config.run.seed
         rate = self._mimi.sampling_rate
         plan = CropPlan(data, batch_size=settings.batch_size, samples=self._samples, sampling_rate=rate, seed=seed)
@@ -197,14 +199,14 @@ class CodecTrainer(Trainer):
 
     # Steps
 
-    def _train_step(self, model: FlaxMimiModel, optimizer: Any, schedule: Any, shardings: Any) -> Any:
+    def _train_step(self, model: FlaxPreTrainedModel, optimizer: Any, schedule: Any, shardings: Any) -> Any:
         @cache
         def compiled(phase: Any) -> Any:
             return make_codec_train_step(self._codec, phase, optimizer, schedule, state_shardings=shardings)
 
         return lambda step: compiled(phase_of(self.config, step))
 
-    def _evaluation(self, model: FlaxMimiModel, shardings: Any) -> CodecEvaluation:
+    def _evaluation(self, model: FlaxPreTrainedModel, shardings: Any) -> CodecEvaluation:
         return CodecEvaluation(self, shardings)
 
     def _loop(self, *parts: Any) -> Loop:
@@ -250,6 +252,7 @@ def _gathered(leaf: jax.Array) -> np.ndarray:
 class CodecLoop(Loop):
     """Steps whose program changes, and codebooks that are started in between."""
 
+    _trainer: CodecTrainer
     _is_started = False
 
     def _advanced(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, dict[str, Any]]:

@@ -362,6 +362,14 @@ def read_contents(folder: Path, number: int) -> dict[str, list[dict[str, Any]]] 
         return None
 
 
+def contents_of(folder: Path, number: int) -> dict[str, list[dict[str, Any]]]:
+    """As :func:`read_contents`, of a shard that must be there; ValueError if it is not whole."""
+    contents = read_contents(folder, number)
+    if contents is None:
+        raise ValueError(f"{str(folder)!r}: shard {number} is not whole; prepare the dataset again")
+    return contents
+
+
 def is_whole(folder: Path, number: int) -> bool:
     """Whether a shard is there and its arrays are those that were written; reads all of it."""
     contents = read_contents(folder, number)
@@ -385,9 +393,7 @@ def write_index(folder: Path, settings: Mapping[str, Any], shards: int) -> None:
     """Gather what the shards say of themselves; this finishes the dataset."""
     entries = []
     for number in range(shards):
-        contents = read_contents(folder, number)
-        if contents is None:
-            raise ValueError(f"{str(folder)!r}: shard {number} is not whole; prepare the dataset again")
-        entries += [{**entry, "shard": SHARDS.format(number)} for entry in contents["conversations"]]
+        conversations = contents_of(folder, number)["conversations"]
+        entries += [{**entry, "shard": SHARDS.format(number)} for entry in conversations]
     index = {"version": VERSION, "settings": dict(settings), "conversations": entries}
     write_text(folder / INDEX, json.dumps(index))

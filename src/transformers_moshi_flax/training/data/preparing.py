@@ -42,8 +42,8 @@ from .prepared import (
     SHARDS,
     VERSION,
     Conversation,
+    contents_of,
     is_whole,
-    read_contents,
     write_index,
     write_shard,
 )
@@ -480,7 +480,9 @@ class _Shard:
             "pieces after its end": sum(side.cut for side in sides),
             "pieces unknown to the tokenizer": sum(side.unknown for side in sides),
         }
-        conversation = Conversation(item.id, moshi.ids, *heard.codes, None if user is None else user.ids)
+        moshi_codes, user_codes = heard.codes
+        user_ids = None if user is None else user.ids
+        conversation = Conversation(item.id, moshi.ids, moshi_codes, user_codes, user_ids)
         try:
             conversation.check_ids(text.vocab_size, text.audio_vocab_size)
         except ValueError as error:
@@ -503,10 +505,8 @@ class _Shard:
 
     def contents(self) -> tuple[list[tuple[Conversation, dict[str, Any]]], list[dict[str, Any]]]:
         """For :func:`write_shard`, in the order of the manifest."""
-        done, skipped = (
-            [made[item.id] for item in self.listed if item.id in made] for made in (self.done, self.skipped)
-        )
-        return done, skipped
+        done = [self.done[item.id] for item in self.listed if item.id in self.done]
+        return done, [self.skipped[item.id] for item in self.listed if item.id in self.skipped]
 
 
 def _in_shards(listed: list[Listed], size: int) -> list[_Shard]:
@@ -519,7 +519,7 @@ def _why_open(out: Path, number: int, shard: _Shard) -> str | None:
         return ""
     if not is_whole(out, number):
         return "it was damaged"
-    skipped = {entry["path"]: entry["files"] for entry in read_contents(out, number)["skipped"]}
+    skipped = {entry["path"]: entry["files"] for entry in contents_of(out, number)["skipped"]}
     for item in shard.listed:
         if item.id in skipped and item.files() != skipped[item.id]:
             return f"{item.id!r} has changed since it was skipped"
@@ -533,7 +533,7 @@ def _as_json(report: Report) -> str:
 def _report(
     out: Path, shards: int, frame_rate: float, main_speaker: str, resumed: int, redone: dict[str, str]
 ) -> Report:
-    contents = [read_contents(out, number) for number in range(shards)]
+    contents = [contents_of(out, number) for number in range(shards)]
     entries = [entry for content in contents for entry in content["conversations"]]
     frames = sum(entry["frames"] for entry in entries)
     lags = {entry["id"]: {key: entry[key] for key in ("pieces", "late_pieces", "largest_lag")} for entry in entries}
@@ -626,11 +626,12 @@ class _Encoder:
                 while place not in heard:
                     upcoming = islice(todo, standby + 1 - len(waiting))
                     waiting.extend(_Listener(*entry, self._rate, size, pool) for entry in upcoming)
-                    if slots[place] is None:
+                    slot = slots[place]
+                    if slot is None:
                         if not waiting:
                             break
-                        slots[place], fresh[place] = waiting.popleft(), True
-                    slot = slots[place]
+                        slot = slots[place] = waiting.popleft()
+                        fresh[place] = True
                     try:
                         block, last = slot.hear()
                     except BadRecording as error:
@@ -646,11 +647,12 @@ class _Encoder:
                 state = state.reset(np.repeat(fresh, 2))
             rows = audio.reshape(2 * self._slots, 1, size)
             state, codes = self._mimi.encode_step(state, rows, np.repeat(active, 2), num_quantizers=self._codebooks)
-            codes = np.asarray(codes).reshape(self._slots, 2, self._codebooks, _BLOCK_FRAMES)
+            coded = np.asarray(codes).reshape(self._slots, 2, self._codebooks, _BLOCK_FRAMES)
             for place, (frames, last) in heard.items():
                 slot = slots[place]
+                assert slot is not None
                 # a copy, as a view would keep the block of all slots
-                slot.codes.append(codes[place, :, :, :frames].astype(self._dtype))
+                slot.codes.append(coded[place, :, :, :frames].astype(self._dtype))
                 if last:
                     slots[place] = None
                     codes_of_all = np.concatenate(slot.codes, axis=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -162,3 +164,44 @@ def random_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "random"
     export_onnx(model, folder, RANDOM_MODEL, batch_size=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def greedy_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model as ONNX graphs of one greedy dialogue that looks back eight frames. Not to be changed."""
+    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+    from transformers_moshi_flax.export import export_onnx
+
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL, dtype=jax.numpy.float32)
+    folder = tmp_path_factory.mktemp("export") / "greedy"
+    export_onnx(model, folder, RANDOM_MODEL, context=8, do_sample=False, depth_decoder_do_sample=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runtime_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a page needs of ONNX Runtime, from npm."""
+    from transformers_moshi_flax.export.onnxruntime_web import copy_runtime
+
+    folder = tmp_path_factory.mktemp("onnxruntime-web")
+    try:
+        copy_runtime(folder)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture
+def npm_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What passes for an installed onnxruntime-web, and is small."""
+    from transformers_moshi_flax.export import onnxruntime_web
+
+    package = tmp_path / "node_modules" / onnxruntime_web.PACKAGE
+    (package / "dist").mkdir(parents=True)
+    described = {"name": onnxruntime_web.PACKAGE, "version": onnxruntime_web.VERSION}
+    (package / "package.json").write_text(json.dumps(described))
+    for name in onnxruntime_web.FILES:
+        (package / "dist" / name).write_text(name)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in onnxruntime_web.FILES}
+    monkeypatch.setattr(onnxruntime_web, "FILES", digests)
+    return package

@@ -33,7 +33,15 @@ from ...checkpoints.formats import open_kyutai, open_safetensors
 from ...checkpoints.keywords import understood
 from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
-from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_gguf, write_safetensors, write_text
+from ...checkpoints.writing import (
+    TEMPORARY,
+    atomic_file,
+    check_gguf,
+    lock_folder,
+    write_gguf,
+    write_safetensors,
+    write_text,
+)
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
 from ...nn.linear import CODES
 from ...quantization.config import QuantizationConfig
@@ -316,6 +324,8 @@ def write_kyutai(
         raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
+    if name.endswith(".gguf"):
+        check_gguf(name)
     folder.mkdir(parents=True, exist_ok=True)
 
     save_id = uuid.uuid4().hex[:8]

@@ -544,6 +544,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         theirs = [*PACKAGES.get(package, {}).values()]
         for grid in theirs:
             alike = (quantization.kind, quantization.offsets) == (grid.kind, grid.offsets)
+            alike &= not quantization.double_quantization
             if alike and quantized_layers(shapes, quantization, "") == quantized_layers(shapes, grid, ""):
                 return
         listed = ", or ".join(map(str, theirs))

@@ -261,6 +261,7 @@ def test_merged_into_the_floats_of_quantized_weights(quantized: Any, tmp_path: P
     assert_close(found, wanted, 1e-5, "logits")
 
 
+@pytest.mark.slow
 def test_scales_that_are_quantized_too(inputs: Path, tmp_path: Path) -> None:
     """An interrupted run with scanned layers; the adapter becomes what it becomes beside the floats."""
     quantization = QuantizationConfig("nf4", group_size=4, double_quantization=True)

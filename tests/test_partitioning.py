@@ -45,13 +45,14 @@ def test_every_large_matrix_of_moshi_is_split(shapes: dict):
     assert all("conv" in path or ("_proj/" in path and "quantizer" in path) for path in whole), whole
 
 
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
-def test_codes_lie_as_kernels_do(shapes: dict, kind: str):
+def test_codes_lie_as_kernels_do(shapes: dict, kind: str, double: bool):
     mesh = one_device("data", "fsdp", "tensor")
     floats = flatten_dict(param_shardings(mesh, shapes), sep="/")
-    quantized = quantized_shapes(shapes, QuantizationConfig(kind, group_size=4), "")
+    quantized = quantized_shapes(shapes, QuantizationConfig(kind, group_size=4, double_quantization=double), "")
     for path, sharding in flatten_dict(param_shardings(mesh, quantized), sep="/").items():
-        if path.endswith("/scales"):
+        if "/scales" in path:
             assert sharding.spec == PartitionSpec()
         else:
             assert sharding.spec == floats[path.replace(f"kernel_{kind}", "kernel")].spec

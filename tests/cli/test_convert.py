@@ -281,7 +281,12 @@ def test_quantize(moshi_flax, moshi: dict, tmp_path: Path):
     shown = moshi_flax("inspect", tmp_path / "int8")
     assert shown.code == 0 and "93 layers, int8 (8 bits, a scale for each output)" in " ".join(shown.out.split())
     report = json.loads(moshi_flax("inspect", tmp_path / "int8", "--json").out)
-    quantization = {"kind": "int8", "bits": 8, "group_size": None, "skip": [], "offsets": False, "layers": 93}
+    quantization = {"kind": "int8", "bits": 8, "group_size": None, "skip": [], "offsets": False}
+    quantization |= {
+        "double_quantization": False,
+        "layers": 93,
+        "bits_per_weight": report["quantization"]["bits_per_weight"],
+    }
     assert report["quantization"] == quantization and report["fits"] is True
     assert json.loads(moshi_flax("inspect", moshi["pt"], "--json").out)["quantization"] is None
 
@@ -331,6 +336,53 @@ def test_candle(moshi_flax, tmp_path: Path):
     assert json.loads((tmp_path / "flax" / "config.json").read_text())["quantization_config"]["group_size"] == 32
     result = moshi_flax("convert", RANDOM_MODEL, tmp_path / "nf4", "--to", "candle", "--quantize", "nf4")
     assert result.code == 2 and "--quantize nf4: not with --to candle" in " ".join(result.err.split())
+
+
+def test_double_quantization(moshi_flax, tmp_path: Path):
+    """Told by ``inspect`` with what it takes, kept by another conversion, and compared."""
+    options = ("--quantize", "nf4", "--double-quantization")
+    folders = plain, double, again = [tmp_path / name for name in ("plain", "double", "again")]
+    for source, target, chosen in (
+        (RANDOM_MODEL, plain, options[:2]),
+        (RANDOM_MODEL, double, options),
+        (double, again, ()),
+    ):
+        assert moshi_flax("convert", source, target, *chosen).code == 0
+    told = [json.loads(moshi_flax("inspect", each, "--json").out)["quantization"] for each in folders]
+    assert [each["double_quantization"] for each in told] == [False, True, True]
+    # of narrow layers: 4 bits of a code; of 32 of them 32, or 8 and, of at most 256 outputs, 32 bits of their step
+    assert told[0]["bits_per_weight"] == 5 and 4.25 < told[1]["bits_per_weight"] < 4.5
+    text = " ".join(moshi_flax("inspect", double).out.split())
+    assert f"nf4 (4 bits, groups of 32 with scales in 8 bits), {told[1]['bits_per_weight']} bits a weight" in text
+    assert moshi_flax("verify", double, again, "--no-outputs").code == 0
+    tensors = load_file(again / "flax_model.safetensors")
+    tensors["decoder.lm_head.scales_int8"][0, 0] ^= 1
+    save_file(tensors, again / "flax_model.safetensors", metadata={"format": "flax"})
+    found = json.loads(moshi_flax("verify", double, again, "--no-outputs", "--json").out)
+    assert [difference["path"] for difference in found["differences"]] == ["decoder/lm_head/scales_int8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--double-quantization: the scales of groups; give --quantize int4 or nf4"),
+        (("--quantize", "int8"), "--double-quantization: the scales of groups; give --quantize int4 or nf4"),
+        (("--quantize", "int4", "--to", "mlx"), "--double-quantization: not with --to mlx"),
+    ],
+)
+def test_double_quantization_of_nothing(moshi_flax, tmp_path: Path, options: tuple, message: str):
+    result = moshi_flax("convert", RANDOM_MODEL, tmp_path / "new", "--double-quantization", *options)
+    assert result.code == 2 and message in " ".join(result.err.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_candle_without_the_package(moshi_flax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before the source is looked at."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    options = ("--to", "candle", "--quantize", "int8")
+    result = moshi_flax("convert", "nowhere", tmp_path / "new", *options)
+    assert result.code == 2 and "--to candle: model.q8.gguf is a GGUF file, which is w" in " ".join(result.err.split())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_quantized_checkpoint_runs_without_an_option(moshi_flax, tmp_path: Path):

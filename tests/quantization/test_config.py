@@ -22,6 +22,8 @@ from transformers_moshi_flax.quantization.tree import check_skip, quantized_laye
         ({"bits": 4, "group_size": 64}, ("int4", 4, 64)),
         ({"bits": 4, "kind": "nf4"}, ("nf4", 4, 32)),
         ({"bits": 8, "group_size": 64, "offsets": True}, ("int8", 8, 64)),
+        ({"kind": "nf4", "double_quantization": True}, ("nf4", 4, 32)),
+        ({"kind": "int8", "group_size": 64, "double_quantization": True}, ("int8", 8, 64)),
     ],
 )
 def test_what_is_left_out_follows(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -29,6 +31,7 @@ def test_what_is_left_out_follows(fields: dict[str, Any], expected: tuple[Any, .
     assert (config.kind, config.bits, config.group_size) == expected
     again = QuantizationConfig.of_model(SimpleNamespace(quantization_config=config.to_dict()))
     assert again == config
+    assert config.double_quantization == ("double_quantization" in config.to_dict())
     assert QuantizationConfig.of_model(SimpleNamespace()) is None
 
 
@@ -49,6 +52,9 @@ def test_what_is_left_out_follows(fields: dict[str, Any], expected: tuple[Any, .
         ({"bits": 5, "group_size": -1}, "`bits`=5 .*; `group_size`=-1"),
         ({"kind": "nf4", "offsets": True}, "`offsets`=True, but the numbers of 'nf4' lie around zero"),
         ({"kind": "int4", "offsets": 1}, "`offsets`=1 must be True or False"),
+        ({"kind": "int4", "double_quantization": 1}, "`double_quantization`=1 must be True or False"),
+        ({"kind": "int4", "double_quantization": True, "offsets": True}, "`offsets` stay in 32 bits; leave out one"),
+        ({"bits": 8, "double_quantization": True}, "'int8' has a scale for each output only; give a `group_size`"),
     ],
 )
 def test_bad_values_are_named(fields: dict[str, Any], message: str) -> None:

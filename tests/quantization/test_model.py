@@ -25,6 +25,8 @@ from transformers_moshi_flax import (
     QuantizationConfig,
 )
 from transformers_moshi_flax.models.moshi.layers_flax_moshi import FlaxMoshiFlexibleLinear
+from transformers_moshi_flax.nn.linear import QUANTIZED_SCALES
+from transformers_moshi_flax.ops.scales import QuantizedScales, float_scales
 from transformers_moshi_flax.quantization.tree import dequantized, quantized
 from transformers_moshi_flax.training import split_params
 
@@ -235,6 +237,64 @@ def test_with_offsets(folder: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(found, outputs(again.dequantize())):
         assert_close(ours, theirs, 1e-5)
     assert again.quantization is None and not any("offsets" in path for path in flatten_dict(again.params, sep="/"))
+
+
+def test_scales_that_are_quantized_too(folder: Path, tmp_path: Path) -> None:
+    """Three leaves for the scales, which are those of the plain kind in 8 bits; the other leaves are the same."""
+    quantization = grouped("nf4", double_quantization=True)
+    assert str(quantization) == "nf4 (4 bits, groups of 4 with scales in 8 bits)"
+    model = Model.from_pretrained(folder / "pt", quantization=quantization)
+    same(Model.from_pretrained(folder / "flax").quantize(quantization).params, model.params)
+    plain = flatten_dict(Model.from_pretrained(folder / "nf4").params, sep="/")
+    leaves = flatten_dict(model.params, sep="/")
+    layers = [path.removesuffix("/scales") for path in plain if path.endswith("/scales")]
+    assert leaves.keys() - plain.keys() == {f"{layer}/{name}" for layer in layers for name in QUANTIZED_SCALES}
+    same(
+        {path: leaves[path] for path in leaves.keys() & plain.keys()},
+        {path: plain[path] for path in leaves.keys() & plain.keys()},
+    )
+    for layer in layers:
+        scales = QuantizedScales(*(leaves.pop(f"{layer}/{name}") for name in QUANTIZED_SCALES))
+        wanted = plain[f"{layer}/scales"]
+        assert scales.codes.nbytes == wanted.size and scales.steps.nbytes == 4 * len(wanted)
+        off = np.abs(float_scales(scales) - wanted)
+        assert (off <= 0.501 * scales.steps).all() and off.max() > 0
+    for way in ({}, {"safe_serialization": False}):
+        target = tmp_path / f"{len(way)}"
+        model.save_pretrained(target, **way)
+        again = Model.from_pretrained(target, verify=True)
+        same(again.params, model.params)
+        assert again.quantization == quantization and again.params_shape_tree == model.params_shape_tree
+    same(FlaxMoshiDepthDecoder.from_pretrained(tmp_path / "0").params, model.params["depth_decoder"])
+    with pytest.raises(ValueError, match=r"the weights are quantized, nf4 .*, but 'moshi' has int8"):
+        model.save_kyutai(tmp_path / "kyutai")
+    (tmp_path / "0" / "flax_model.safetensors").unlink()
+    (tmp_path / "0" / "model.safetensors").write_bytes((folder / "pt" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="which the PyTorch layout has not"):
+        Model.from_pretrained(tmp_path / "0")
+
+
+def test_computes_with_scales_in_8_bits(folder: Path) -> None:
+    """Calls, generation, streams, adapters and codebooks that are known when it runs, in narrow floats too."""
+    quantization = grouped("nf4", double_quantization=True)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    model = Model.from_pretrained(folder / "flax", quantization=quantization, sharding=mesh)
+    lies = model.params["decoder"]["lm_head"]
+    assert lies["kernel_nf4"].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert {lies[name].sharding.spec for name in QUANTIZED_SCALES} == {jax.sharding.PartitionSpec()}
+    model = Model.from_pretrained(folder / "flax", quantization=quantization)
+    dtypes = {path[-1]: leaf.dtype.name for path, leaf in flatten_dict(model.to_bf16(model.params)).items()}
+    assert [dtypes[name] for name in ("embedding", *QUANTIZED_SCALES)] == ["bfloat16", "int8", "float32", "float32"]
+    floats = Model.from_pretrained(folder / "flax", quantization=quantization).dequantize()
+    assert not any(path[-1] in QUANTIZED_SCALES for path in flatten_dict(floats.params))
+    for each in (model, floats):
+        each.add_adapter(LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False), "a", seed=2)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        found = outputs(model)
+    for ours, theirs in zip(found, outputs(floats)):
+        assert_close(ours, theirs, 1e-5)
+    same(generated(model), generated(floats))
+    same(spoken_codes(model), spoken_codes(floats))
 
 
 def test_new_weights_of_a_quantized_configuration(model: Model) -> None:

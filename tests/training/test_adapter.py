@@ -24,6 +24,7 @@ from transformers_moshi_flax.cli import main
 from transformers_moshi_flax.training.configuration import ConfigurationError
 from transformers_moshi_flax.training.run_checkpoints import PARAMS, RunCheckpoints
 from transformers_moshi_flax.training.run_folder import export_checkpoint, open_run
+from transformers_moshi_flax.training.scanned_layers import unstack_layers
 from transformers_moshi_flax.training.trainer import Trainer
 
 Model = FlaxMoshiForConditionalGeneration
@@ -260,6 +261,25 @@ def test_merged_into_the_floats_of_quantized_weights(quantized: Any, tmp_path: P
     assert_close(found, wanted, 1e-5, "logits")
 
 
+@pytest.mark.slow
+def test_scales_that_are_quantized_too(inputs: Path, tmp_path: Path) -> None:
+    """An interrupted run with scanned layers; the adapter becomes what it becomes beside the floats."""
+    quantization = QuantizationConfig("nf4", group_size=4, double_quantization=True)
+    model = Model.from_pretrained(inputs / "base", quantization=quantization)
+    ours = flatten_dict(model.params, sep="/")
+    options = scaled_steps(**quantized_by("nf4"), model__double_quantization=True, model__scan_layers=True)
+    for steps in (2, 3):
+        run = train(inputs, tmp_path / "run", **{**options, "run__steps": steps})
+    frozen = flatten_dict(unstack_layers(open_run(run).restore_frozen()), sep="/")
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(frozen[path], leaf, err_msg=path)
+    model.dequantize().save_pretrained(tmp_path / "floats")
+    plain = train(inputs, tmp_path / "plain", **scaled_steps(model__path=str(tmp_path / "floats")))
+    found = load_file(run / "export" / WEIGHTS)
+    for key, tensor in load_file(plain / "export" / WEIGHTS).items():
+        assert_close(found[key], tensor, 1e-4, key)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantized_and_scanned_layers(inputs: Path, tmp_path: Path, kind: str) -> None:
     options = scaled_steps(**quantized_by(kind), model__dtype="bfloat16")
@@ -284,6 +304,11 @@ def test_quantized_and_scanned_layers(inputs: Path, tmp_path: Path, kind: str) -
         (
             {"model__quantization": "nf4", "model__quantization_group_size": 3},
             "`model.quantization_group_size`: .* must be even",
+        ),
+        ({"model__double_quantization": True}, "`model.double_quantization`: nothing is quantized"),
+        (
+            {"model__quantization": "int8", "model__double_quantization": True},
+            "`model.quantization_group_size`: `double_quantization`=True, but 'int8' has a scale for each output",
         ),
         (
             {"model__quantization": "int8", "adapter__modules_to_save": ["decoder.lm_head"]},
@@ -320,7 +345,11 @@ def test_meshes_and_accumulation(inputs: Path, tmp_path: Path) -> None:
     variants = {"one": {}, "data": {"mesh__data": 2}, "fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
     variants["parts"] = {"run__accumulation_steps": 2}
     quantized = quantized_by("nf4")
-    variants |= {f"{name} quantized": {**variant, **quantized} for name, variant in variants.items()}
+    double = {**quantized, "model__double_quantization": True}
+    variants |= {
+        **{f"{name} quantized": {**variant, **quantized} for name, variant in variants.items()},
+        **{f"{name} double": {**variants[name], **double} for name in ("one", "fsdp", "tensor")},
+    }
     paths = []
     for name, variant in variants.items():
         options = {"model__config": None, "model__path": str(inputs / "base"), "adapter__r": 2, "optimizer__eps": 1.0}
@@ -332,6 +361,6 @@ def test_meshes_and_accumulation(inputs: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ON_MESHES, *map(str, paths)], env=environment, check=True, timeout=600)
     found = {name: load_file(tmp_path / name / "export" / WEIGHTS) for name in variants}
     for name in variants:
-        alone = "one quantized" if "quantized" in name else "one"
+        alone = " ".join(["one", *name.split()[1:]])
         for key, tensor in found[alone].items():
             assert_close(found[name][key], tensor, 1e-4, f"{name} {key}")

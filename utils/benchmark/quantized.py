@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 WIDTHS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"quantization": "int8"},
-    "int4": {"quantization": "int4"},
-    "nf4": {"quantization": "nf4"},
+    "int8": {"quantization": {"kind": "int8"}},
+    "int4": {"quantization": {"kind": "int4"}},
+    "nf4": {"quantization": {"kind": "nf4"}},
+    "nf4-double": {"quantization": {"kind": "nf4", "double_quantization": True}},
 }
-"""Width -> options of ``from_pretrained``."""
+"""Width -> options of ``from_pretrained``; of ``quantization`` the fields of its ``QuantizationConfig``."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +62,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     return checked(parser, parser.parse_args(arguments), repeats=1, threads=1)
+
+
+def loading(width: str) -> dict[str, Any]:
+    """The options of ``from_pretrained``."""
+    from transformers_moshi_flax import QuantizationConfig
+
+    options = dict(WIDTHS[width])
+    if "quantization" in options:
+        options["quantization"] = QuantizationConfig(**options["quantization"])
+    return options
 
 
 def read_bytes(model: Any) -> int:
@@ -92,7 +103,7 @@ def measure(options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(prefix="moshi-benchmark-") as folder, ExitStack() as stack:
         checkpoint = write_checkpoint(options.size, options.seed, Path(folder))
         prompt = draw_prompt(checkpoint, setting)
-        sides = {width: Ours(checkpoint, **WIDTHS[width]) for width in widths}
+        sides = {width: Ours(checkpoint, **loading(width)) for width in widths}
         states = {width: hidden_states(side.model, prompt) for width, side in sides.items()}
         measurement = Measurement(setting, checkpoint.weight_bytes, checkpoint.cache_bytes(setting))
         runs = {width: stack.enter_context(side.prepared(setting, prompt)) for width, side in sides.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedConfig
 
-from ..nn.linear import SCALES
+from ..nn.linear import CODES
 from .configs import override_config
 from .files import Source
 from .formats import ShardedFiles, TensorFile
@@ -84,7 +84,7 @@ def fit(
         ValueError: no tensor belongs to the model, or it is quantized and the layout PyTorch's.
     """
     template = flatten_dict(model.params_shape_tree, sep="/")
-    if layout == "pt" and any(path.endswith(f"/{SCALES}") for path in template):
+    if layout == "pt" and any(path.rpartition("/")[2] in CODES.values() for path in template):
         raise ValueError(
             "the configuration tells of quantized weights (quantization_config), which the PyTorch layout has not: "
             "take the config.json that belongs to these weights"

@@ -242,6 +242,17 @@ def write_safetensors(
         _write_tensors(temporary, shard, layout, notes)
 
 
+def check_gguf(name: str) -> None:
+    """ValueError if the ``gguf`` package is not installed, which writes the file of this name."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is a GGUF file, which is written by the package gguf: install the extra (pip install "
+            "'transformers-moshi-flax[gguf]')"
+        ) from error
+
+
 def write_gguf(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write tensors as one GGUF file by the ``gguf`` package, atomically.
 
@@ -251,15 +262,11 @@ def write_gguf(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             their float16 scales under ``X.scales``, which become Q8_0, and floats.
 
     Raises:
-        ValueError: ``gguf`` is not installed.
+        ValueError: as of :func:`check_gguf`.
     """
-    try:
-        from gguf import GGMLQuantizationType, GGUFWriter
-    except ImportError as error:
-        raise ValueError(
-            f"{path.name} is a GGUF file, which is written by the package gguf: install the extra (pip install "
-            "'transformers-moshi-flax[gguf]')"
-        ) from error
+    check_gguf(path.name)
+    from gguf import GGMLQuantizationType, GGUFWriter
+
     with atomic_file(path) as temporary:
         writer = GGUFWriter(temporary, "moshi")
         try:

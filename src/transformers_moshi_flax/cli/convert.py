@@ -59,6 +59,8 @@ QUANTIZATIONS = {
     Layout.candle: [Quantization.int8, Quantization.none],
 }
 """What a layout has."""
+WITH_GROUPS = (Quantization.int4, Quantization.nf4)
+"""Kinds whose weights share scales in groups."""
 FROM_PT = {SourceLayout.auto: None, SourceLayout.flax: False, SourceLayout.pt: True}
 
 
@@ -75,6 +77,10 @@ def convert(
         Quantization | None,
         typer.Option(help="Quantize the linear layers; none turns quantized ones into floats. Default: as in SRC."),
     ] = None,
+    double_quantization: Annotated[
+        bool,
+        typer.Option("--double-quantization", help="With --quantize int4 or nf4: the scales in 8 bits as well."),
+    ] = False,
     max_shard_size: Annotated[
         str | None, typer.Option(help="The most a weight file may hold, such as 500MB. Default: 5GB.")
     ] = None,
@@ -88,14 +94,15 @@ def convert(
 ) -> None:
     """Write the checkpoint SRC to the directory DST in the layout of Flax, PyTorch, Kyutai or its MLX."""
     _check_destination(source, destination, overwrite)
-    _check_options(to, quantize, max_shard_size, push_to_hub, private)
+    _check_quantization(to, quantize, double_quantization)
+    _check_options(to, max_shard_size, push_to_hub, private)
     model_class = _class_to_load(source, from_)
     if to in PACKAGES and not hasattr(model_class, "save_kyutai"):
         raise UserMistake(f"--to {to}: that layout is of whole Moshi models, {source!r} is a {model_class.__name__}")
     with as_mistake(f"SRC: cannot load {source!r}", *hub_errors(), ValueError), slow(f"loading {source}"):
         options: dict[str, Any] = {"dtype": dtype and dtype.to_jax()}
         if quantize not in (None, Quantization.none):
-            options["quantization"] = _quantization(quantize, to)
+            options["quantization"] = _quantization(quantize, double_quantization, to)
         if from_ is SourceLayout.kyutai:
             model = model_class.from_kyutai(source, **options)
         else:
@@ -111,10 +118,12 @@ def convert(
         _upload(model, destination, written, push_to_hub, private)
 
 
-def _quantization(kind: Quantization, to: Layout) -> Any:
+def _quantization(kind: Quantization, double: bool, to: Layout) -> Any:
     """What is asked for, as the layout has it."""
     if to not in PACKAGES:
-        return kind.value
+        from transformers_moshi_flax import QuantizationConfig
+
+        return QuantizationConfig(kind.value, double_quantization=double)
     from transformers_moshi_flax.models.moshi import kyutai_flax_moshi
 
     grids = kyutai_flax_moshi.PACKAGES[PACKAGES[to]].values()
@@ -152,11 +161,21 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
         raise UserMistake(f"DST: {str(destination)!r} is not empty; give another directory, or --overwrite")
 
 
-def _check_options(
-    to: Layout, quantize: Quantization | None, max_shard_size: str | None, push_to_hub: str | None, private: bool
-) -> None:
+def _check_quantization(to: Layout, quantize: Quantization | None, double: bool) -> None:
     if quantize is not None and quantize not in QUANTIZATIONS[to]:
         raise UserMistake(f"--quantize {quantize}: not with --to {to}, a layout without such weights; leave out --to")
+    if double and quantize not in WITH_GROUPS:
+        raise UserMistake("--double-quantization: the scales of groups; give --quantize int4 or nf4, or leave it out")
+    if double and to is not Layout.flax:
+        raise UserMistake(f"--double-quantization: not with --to {to}, a layout without such scales; leave out --to")
+    if to is Layout.candle and quantize is Quantization.int8:
+        from transformers_moshi_flax.checkpoints.writing import check_gguf
+
+        with as_mistake(f"--to {to}", ValueError):
+            check_gguf("model.q8.gguf")
+
+
+def _check_options(to: Layout, max_shard_size: str | None, push_to_hub: str | None, private: bool) -> None:
     if private and push_to_hub is None:
         raise UserMistake("--private: no effect without --push-to-hub; leave it out, or give a repository")
     if to in PACKAGES:

@@ -131,16 +131,16 @@ def describe(checkpoint: Checkpoint, tensors: list[Tensor]) -> dict[str, Any]:
 
 
 def quantization_summary(model: Any) -> dict[str, Any] | None:
-    """How the layers of a model are quantized, and how many; None if they are not."""
-    from flax.traverse_util import flatten_dict
-
-    from transformers_moshi_flax.nn.linear import SCALES
+    """How the layers of a model are quantized, how many, and how many bits a weight of theirs takes with all that
+    belongs to it; None if they are not."""
+    from transformers_moshi_flax.quantization.tree import bits_per_weight, quantized_layers
 
     quantization = model.quantization
     if quantization is None:
         return None
-    layers = sum(path[-1] == SCALES for path in flatten_dict(model.params_shape_tree))
-    return {**dataclasses.asdict(quantization), "layers": layers}
+    layers = quantized_layers(model._float_shape_tree, quantization, model._prefix_in_whole)
+    bits = bits_per_weight(model._float_shape_tree, model.params_shape_tree)
+    return {**dataclasses.asdict(quantization), "layers": len(layers), "bits_per_weight": round(bits, 3)}
 
 
 def kyutai_quantization_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -188,7 +188,9 @@ def _show(report: dict[str, Any], root: Part) -> None:
 
         fields = dict(report["quantization"])
         what = "matrices" if report["layout"] == "kyutai" else "layers"
-        facts.add_row("quantized", f"{fields.pop('layers')} {what}, {QuantizationConfig(**fields)}")
+        number, bits = fields.pop("layers"), fields.pop("bits_per_weight", None)
+        counted = "" if bits is None else f", {bits} bits a weight"
+        facts.add_row("quantized", f"{number} {what}, {QuantizationConfig(**fields)}{counted}")
     console.print(facts)
 
     files = Table("file", "tensors", "bytes", "format", "checksums")

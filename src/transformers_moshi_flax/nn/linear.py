@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ..ops.linear import dot_general
 from ..ops.quantization import BITS, quantized_dot
+from ..ops.scales import QuantizedScales, Scales
 
 KERNEL, SCALES, OFFSETS = "kernel", "scales", "offsets"
 CODES = {kind: f"kernel_{kind}" for kind in BITS}
@@ -25,8 +26,12 @@ CODES = {kind: f"kernel_{kind}" for kind in BITS}
 float32, offsets alike or none, and codes, whose name says their kind
 (:mod:`~transformers_moshi_flax.ops.quantization`)."""
 
-OF_GROUPS = (SCALES, OFFSETS)
-"""Leaves that are float32 whatever the dtype of the others is."""
+QUANTIZED_SCALES = ("scales_int8", "scales_steps", "scales_mean")
+"""Names of what may be there instead of scales: those of :class:`~transformers_moshi_flax.ops.scales.QuantizedScales`,
+in its order."""
+
+OF_GROUPS = (SCALES, OFFSETS, *QUANTIZED_SCALES)
+"""Leaves whose floats are float32, whatever the dtype of the others is."""
 
 LORA_A, LORA_B, SCALING, ROWS, DROPOUT = "lora_A", "lora_B", "lora_scaling", "lora_rows", "lora_dropout"
 """Names of an adapter's leaves: ``(inputs, rank)``, ``(rank, outputs)``, a number; of several adapters, ``(adapters,
@@ -53,7 +58,7 @@ class Dense(nn.Module):
             kernel = self.param(KERNEL, self.kernel_init, (inputs.shape[-1], self.features), jnp.float32)
             outputs = product(inputs, jnp.asarray(kernel, self.dtype))
         else:
-            codes, scales = (jnp.asarray(self.get_variable("params", name)) for name in (CODES[kind], SCALES))
+            codes, scales = jnp.asarray(self.get_variable("params", CODES[kind])), scales_of(self)
             offsets = (
                 jnp.asarray(self.get_variable("params", OFFSETS)) if self.has_variable("params", OFFSETS) else None
             )
@@ -75,6 +80,13 @@ def quantized_kind(layer: nn.Module) -> str | None:
     if layer.has_variable("params", KERNEL):  # such as an adapter brings along instead of the model's
         return None
     return next((kind for kind, name in CODES.items() if layer.has_variable("params", name)), None)
+
+
+def scales_of(layer: nn.Module) -> Scales:
+    """Those of the quantized kernel that a bound layer has."""
+    names = (SCALES,) if layer.has_variable("params", SCALES) else QUANTIZED_SCALES
+    scales, *others = (jnp.asarray(layer.get_variable("params", name)) for name in names)
+    return QuantizedScales(scales, *others) if others else scales
 
 
 def is_kernel_alone(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .precision import at_least_float32
+from .scales import Scales, float_scales, tiled_scales
 
 # ----------------------------------------------------------------------------------------------- few rows of a product
 
@@ -113,7 +114,7 @@ FEW_ROWS = 4
 def tiled_dot(
     x: Float[Array, "*shape inputs"],
     codes: Shaped[Array, "rows outputs"],
-    scales: Float[Array, "groups outputs"],
+    scales: Scales,
     numbers: Callable[[Array], list[Array]],
     offsets: Float[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape outputs"]:
@@ -131,7 +132,7 @@ def tiled_dot(
     left = x.astype(wide).reshape(-1, tiles, inputs // tiles).swapaxes(0, 1)
     rows = left.shape[1]
 
-    def add_tile(total: Array, tile: tuple[Array, Array, Array | None, Array]) -> tuple[Array, None]:
+    def add_tile(total: Array, tile: tuple[Array, Array, Scales | None, Array]) -> tuple[Array, None]:
         left, codes, tile_scales, is_first = tile
         factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
         total = jnp.where(is_first, jnp.zeros_like(total), total)
@@ -144,7 +145,7 @@ def tiled_dot(
                 total = total + own @ (matrix * factors).reshape(-1, outputs)
         return total, None
 
-    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    tile_scales = None if groups == 1 else tiled_scales(scales, tiles)
     tiled = left, codes.reshape(tiles, -1, outputs), tile_scales, jnp.arange(tiles) == 0
     total, _ = lax.scan(add_tile, meaningless(x, (rows, outputs), wide), tiled)
     if offsets is not None:
@@ -164,7 +165,7 @@ def offset_dot(
 def tiled_transposed_dot(
     y: Float[Array, "*shape outputs"],
     codes: Shaped[Array, "rows outputs"],
-    scales: Float[Array, "groups outputs"],
+    scales: Scales,
     numbers: Callable[[Array], list[Array]],
     offsets: Float[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape inputs"]:
@@ -175,13 +176,13 @@ def tiled_transposed_dot(
     right = y.astype(wide).reshape(-1, outputs)
     rows = right.shape[0]
 
-    def put_tile(found: Array, tile: tuple[Array, Array | None, Array]) -> tuple[Array, None]:
+    def put_tile(found: Array, tile: tuple[Array, Scales | None, Array]) -> tuple[Array, None]:
         codes, tile_scales, place = tile
         factors, matrices = unscaled_tile(codes, scales if tile_scales is None else tile_scales, numbers, wide)
         parts = [right @ (matrix * factors).reshape(-1, outputs).T for matrix in matrices]
         return lax.dynamic_update_index_in_dim(found, jnp.stack(parts, axis=-1).reshape(rows, -1), place, 0), None
 
-    tile_scales = None if groups == 1 else scales.reshape(tiles, -1, outputs)
+    tile_scales = None if groups == 1 else tiled_scales(scales, tiles)
     tiled = codes.reshape(tiles, -1, outputs), tile_scales, jnp.arange(tiles)
     found, _ = lax.scan(put_tile, meaningless(y, (tiles, rows, inputs // tiles), wide), tiled)
     found = found.swapaxes(0, 1).reshape(rows, inputs)
@@ -198,12 +199,12 @@ def meaningless(x: Float[Array, "..."], shape: tuple[int, ...], dtype: Any) -> A
 
 def unscaled_tile(
     codes: Shaped[Array, "rows outputs"],
-    scales: Float[Array, "groups outputs"],
+    scales: Scales,
     numbers: Callable[[Array], list[Array]],
     dtype: Any,
 ) -> tuple[Float[Array, "groups 1 outputs"], list[Float[Array, "groups members outputs"]]]:
     """The scales of a tile's groups, and what its codes stand for before they are scaled, as of ``numbers``."""
-    factors = scales.astype(dtype)[:, None]
+    factors = float_scales(scales).astype(dtype)[:, None]
     matrices = [matrix.astype(dtype).reshape(len(factors), -1, codes.shape[1]) for matrix in numbers(codes)]
     return factors, matrices
 

@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t kLanes = 16;   // outputs that are computed side by side
 constexpr int64_t kUnrolled = 8;  // inputs that are added in one pass over the outputs
 constexpr int64_t kLine = 64;
+constexpr int64_t kBlock = 256;  // outputs of a group whose scales have a step in common, if they are codes
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -87,10 +88,26 @@ INLINE void numbers(const uint8_t* codes, int64_t outputs, int64_t input, int64_
 struct Product {
   const float* x;        // (rows, inputs)
   const uint8_t* codes;  // (inputs, outputs), or half as many rows
-  const float* scales;   // (groups, outputs)
   float* y;              // (rows, outputs)
   int64_t rows, inputs, outputs, groups;
+  const float* scales = nullptr;  // (groups, outputs), or instead of them
+  const int8_t* scale_codes = nullptr;  // (groups, outputs)
+  const float* steps = nullptr;  // (groups, blocks)
+  float mean = 0.0f;
 };
+
+// The scales of a group and of the outputs from begin to end; made of codes, they are written to the last argument.
+INLINE const float* scales_of(const Product& p, int64_t group, int64_t begin, int64_t end, float* made) {
+  if (p.scales != nullptr) return p.scales + group * p.outputs + begin;
+  const int8_t* codes = p.scale_codes + group * p.outputs;
+  const float* steps = p.steps + group * ((p.outputs + kBlock - 1) / kBlock);
+  for (int64_t output = begin; output < end;) {
+    const float step = steps[output / kBlock];
+    const int64_t last = std::min(end, (output / kBlock + 1) * kBlock);
+    for (; output < last; ++output) made[output - begin] = step * codes[output] + p.mean;
+  }
+  return made;
+}
 
 // Adds the products of some inputs to the sums of the outputs from begin to end.
 template <Kind kind, int count>
@@ -114,7 +131,7 @@ INLINE void add_inputs(const Product& p, int64_t input, int64_t begin, int64_t e
   }
 }
 
-// The outputs from begin to end, a multiple of 16 of them.
+// The outputs from begin to end, a multiple of 16 of them; there is place for a row of sums more.
 template <Kind kind>
 INLINE void multiply(const Product& p, int64_t begin, int64_t end, float* sums) {
   const int64_t width = end - begin, members = p.inputs / p.groups;
@@ -125,7 +142,7 @@ INLINE void multiply(const Product& p, int64_t begin, int64_t end, float* sums) 
     const int64_t last = input + members;
     for (; input + kUnrolled <= last; input += kUnrolled) add_inputs<kind, kUnrolled>(p, input, begin, end, sums, width);
     for (; input < last; input += kPerByte<kind>) add_inputs<kind, kPerByte<kind>>(p, input, begin, end, sums, width);
-    const float* scales = p.scales + group * p.outputs + begin;
+    const float* scales = scales_of(p, group, begin, end, sums + p.rows * width);
     for (int64_t row = 0; row < p.rows; ++row) {
       float* y = p.y + row * p.outputs + begin;
       for (int64_t each = 0; each < width; ++each) y[each] += scales[each] * sums[row * width + each];
@@ -154,7 +171,7 @@ struct Shared {
   void work() {
     std::vector<float> sums;
     for (int64_t part; (part = next.fetch_add(1)) < parts;) {
-      sums.resize(product.rows * width);
+      sums.resize((product.rows + 1) * width);
       const int64_t begin = part * width;
       multiply(product, begin, std::min(begin + width, product.outputs), sums.data());
       done.fetch_add(1, std::memory_order_release);
@@ -162,13 +179,9 @@ struct Shared {
   }
 };
 
-template <Multiply multiply, ffi::DataType dtype>
-ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<dtype> codes, ffi::Buffer<ffi::F32> scales,
-               ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error compute(ffi::ThreadPool pool, Multiply multiply, const Product& p) {
   auto shared = std::make_shared<Shared>();
-  Product& p = shared->product;
-  p = {x.typed_data(), reinterpret_cast<const uint8_t*>(codes.untyped_data()), scales.typed_data(), y->typed_data(),
-       x.dimensions()[0], x.dimensions()[1], codes.dimensions()[1], scales.dimensions()[0]};
+  shared->product = p;
   shared->multiply = multiply;
   const int64_t workers = std::clamp<int64_t>(p.inputs * p.outputs / kLeastWork, 1, pool.num_threads());
   int64_t width = std::min(kSums / p.rows, (p.outputs + workers - 1) / workers);
@@ -183,16 +196,43 @@ ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<dtype>
   return ffi::Error::Success();
 }
 
+using Matrix = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+
+template <ffi::DataType dtype>
+Product product(const Matrix& x, const ffi::Buffer<dtype>& codes, int64_t groups, Result& y) {
+  return {x.typed_data(),    reinterpret_cast<const uint8_t*>(codes.untyped_data()),
+          y->typed_data(),   x.dimensions()[0],
+          x.dimensions()[1], codes.dimensions()[1],
+          groups};
+}
+
+template <Multiply multiply, ffi::DataType dtype>
+ffi::Error run(ffi::ThreadPool pool, Matrix x, ffi::Buffer<dtype> codes, Matrix scales, Result y) {
+  Product p = product(x, codes, scales.dimensions()[0], y);
+  p.scales = scales.typed_data();
+  return compute(pool, multiply, p);
+}
+
+template <Multiply multiply, ffi::DataType dtype>
+ffi::Error run_double(ffi::ThreadPool pool, Matrix x, ffi::Buffer<dtype> codes, ffi::Buffer<ffi::S8> scale_codes,
+                      Matrix steps, Matrix mean, Result y) {
+  Product p = product(x, codes, scale_codes.dimensions()[0], y);
+  p.scale_codes = scale_codes.typed_data();
+  p.steps = steps.typed_data();
+  p.mean = *mean.typed_data();
+  return compute(pool, multiply, p);
+}
+
 }  // namespace
 
-#define DEFINE(name, multiply, dtype)                                            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (run<multiply, dtype>),                    \
-                                ffi::Ffi::Bind()                                 \
-                                    .Ctx<ffi::ThreadPool>()                      \
-                                    .Arg<ffi::Buffer<ffi::F32>>()                \
-                                    .Arg<ffi::Buffer<dtype>>()                   \
-                                    .Arg<ffi::Buffer<ffi::F32>>()                \
-                                    .Ret<ffi::Buffer<ffi::F32>>())
+#define BIND(dtype) ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::Buffer<dtype>>()
+#define DEFINE(name, multiply, dtype)                                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (run<multiply, dtype>),                      \
+                                BIND(dtype).Arg<Matrix>().Ret<Matrix>());          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                   \
+      name##Double, (run_double<multiply, dtype>),                                 \
+      BIND(dtype).Arg<ffi::Buffer<ffi::S8>>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>())
 
 DEFINE(QuantizedDotInt8, multiply_int8, ffi::S8);
 DEFINE(QuantizedDotInt4, multiply_int4, ffi::U8);

@@ -10,10 +10,13 @@ import functools
 import logging
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, UInt8
+from jaxtyping import Array, Float, Int8, UInt8
+
+from .scales import QuantizedScales, Scales
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ LANES = 16
 """Outputs that are computed side by side."""
 
 _FUNCTIONS = {"int8": "QuantizedDotInt8", "int4": "QuantizedDotInt4", "nf4": "QuantizedDotNf4"}
+_WITH_QUANTIZED_SCALES = {kind: f"{function}Double" for kind, function in _FUNCTIONS.items()}
 
 
 @functools.cache
@@ -35,7 +39,7 @@ def is_built() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(path))
-        for function in _FUNCTIONS.values():
+        for function in (*_FUNCTIONS.values(), *_WITH_QUANTIZED_SCALES.values()):
             jax.ffi.register_ffi_target(_target(function), jax.ffi.pycapsule(library[function]), platform="cpu")
     except (AttributeError, OSError, RuntimeError) as error:
         logger.warning("%s is not used, so that quantized weights are slower: %s", path.name, error)
@@ -52,13 +56,15 @@ def takes(x: Float[Array, "*shape inputs"], outputs: int) -> bool:
 def quantized_dot(
     x: Float[Array, "*shape inputs"],
     codes: Int8[Array, "inputs outputs"] | UInt8[Array, "bytes outputs"],
-    scales: Float32[Array, "groups outputs"],
+    scales: Scales,
     kind: str,
 ) -> Float[Array, "*shape outputs"]:
     """``x @ dequantize(codes, scales, kind)`` of ``ops.quantization``, summed in float32, in the dtype of ``x``."""
     left = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     found = jax.ShapeDtypeStruct((left.shape[0], codes.shape[1]), jnp.float32)
-    product = jax.ffi.ffi_call(_target(_FUNCTIONS[kind]), found, vmap_method="sequential")(left, codes, scales)
+    parts: tuple[Any, ...] = scales if isinstance(scales, QuantizedScales) else (scales,)
+    function = (_FUNCTIONS if len(parts) == 1 else _WITH_QUANTIZED_SCALES)[kind]
+    product = jax.ffi.ffi_call(_target(function), found, vmap_method="sequential")(left, codes, *parts)
     return product.reshape(*x.shape[:-1], codes.shape[1]).astype(x.dtype)
 
 

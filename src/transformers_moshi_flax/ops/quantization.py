@@ -12,6 +12,8 @@ every group has a scale, a number ``s``:
 or affine, quantization): then ``q`` are all whole numbers of 8 or 4 bits, from -128 or -8 on.
 
 Codes of 4 bits lie two in a byte, that of the row with the even number in the low half; those of ``int4`` plus 8.
+
+Scales may be quantized themselves (:mod:`~transformers_moshi_flax.ops.scales`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from . import cpu, cpu_native
 from .dispatch import for_cpu
+from .scales import BLOCK, QuantizedScales, Scales, float_scales
 
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
 """Kind -> bits of a code."""
@@ -93,6 +96,18 @@ def quantize_with_offsets(
     return _packed(codes.reshape(inputs, outputs), kind), scales, least - least_code * scales
 
 
+def quantize_scales(scales: Float32[Array, "groups outputs"]) -> QuantizedScales:
+    """Scales in 8 bits, ``"groups outputs"`` int8 with a step for each block of them.
+
+    Where one is not finite, none of those that the codes stand for is.
+    """
+    groups, outputs = scales.shape
+    mean = jnp.mean(scales)
+    blocks = jnp.pad(scales - mean, ((0, 0), (0, -outputs % BLOCK))).reshape(-1, BLOCK)
+    codes, steps = quantize(blocks.T, "int8", 1)
+    return QuantizedScales(codes.T.reshape(groups, -1)[:, :outputs], steps.reshape(groups, -1), mean)
+
+
 def _packed(codes: Array, kind: str) -> Codes:
     if BITS[kind] == 8:
         return codes
@@ -104,13 +119,14 @@ def _packed(codes: Array, kind: str) -> Codes:
 
 def dequantize(
     codes: Codes,
-    scales: Float32[Array, "groups outputs"],
+    scales: Scales,
     kind: str,
     offsets: Float32[Array, "groups outputs"] | None = None,
 ) -> Float32[Array, "dequantized outputs"]:
     """The matrix that codes, scales and offsets, if there are some, stand for."""
     groups, outputs = scales.shape
-    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs) * scales[:, None]
+    matrix = jnp.stack(numbers(codes, kind), axis=1).reshape(groups, -1, outputs)
+    matrix = matrix * float_scales(scales)[:, None]
     return (matrix if offsets is None else matrix + offsets[:, None]).reshape(-1, outputs)
 
 
@@ -128,7 +144,7 @@ def numbers(codes: Codes, kind: str) -> list[Float32[Array, "rows outputs"]]:
 def quantized_dot(
     x: Float[Array, "*shape inputs"],
     codes: Codes,
-    scales: Float32[Array, "groups outputs"],
+    scales: Scales,
     kind: str,
     offsets: Float32[Array, "groups outputs"] | None = None,
 ) -> Float[Array, "*shape outputs"]:
@@ -140,13 +156,12 @@ def quantized_dot(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantized_dot(kind: str, x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
-    def definition(x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
-        # tied to x, the codes are others in every step of a loop: XLA does not make floats of them once, before it
-        x, codes = lax.optimization_barrier((x, codes))
+def _quantized_dot(kind: str, x: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
+    def definition(x: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
+        x, codes, scales = _tied(x, codes, scales)
         return x @ dequantize(codes, scales, kind, offsets).astype(x.dtype)
 
-    def twin(x: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+    def twin(x: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
         if not cpu_native.takes(x, codes.shape[1]):
             return cpu.tiled_dot(x, codes, scales, partial(numbers, kind=kind), offsets)
         product = cpu_native.quantized_dot(x, codes, scales, kind)
@@ -155,26 +170,34 @@ def _quantized_dot(kind: str, x: Array, codes: Array, scales: Array, offsets: Ar
     return for_cpu(definition, twin, x, codes, scales, offsets)
 
 
-def _transposed_dot(kind: str, y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+def _tied(x: Array, codes: Array, scales: Scales) -> tuple[Array, Array, Scales]:
+    """The same. Tied to ``x``, codes are others in every step of a loop: XLA does not make floats of them once, before
+    it."""
+    if isinstance(scales, QuantizedScales):
+        return lax.optimization_barrier((x, codes, scales))
+    return *lax.optimization_barrier((x, codes)), scales
+
+
+def _transposed_dot(kind: str, y: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
     """``y @ matrix.T``."""
 
-    def definition(y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
-        y, codes = lax.optimization_barrier((y, codes))
+    def definition(y: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
+        y, codes, scales = _tied(y, codes, scales)
         return y @ dequantize(codes, scales, kind, offsets).astype(y.dtype).T
 
-    def twin(y: Array, codes: Array, scales: Array, offsets: Array | None) -> Array:
+    def twin(y: Array, codes: Array, scales: Scales, offsets: Array | None) -> Array:
         return cpu.tiled_transposed_dot(y, codes, scales, partial(numbers, kind=kind), offsets)
 
     return for_cpu(definition, twin, y, codes, scales, offsets)
 
 
 def _forward(
-    kind: str, x: Array, codes: Array, scales: Array, offsets: Array | None
-) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    kind: str, x: Array, codes: Array, scales: Scales, offsets: Array | None
+) -> tuple[Array, tuple[Array, Scales, Array | None]]:
     return _quantized_dot(kind, x, codes, scales, offsets), (codes, scales, offsets)
 
 
-def _backward(kind: str, kept: tuple[Array, Array, Array | None], cotangent: Array) -> tuple[Array, Any, None, None]:
+def _backward(kind: str, kept: tuple[Array, Scales, Array | None], cotangent: Array) -> tuple[Array, Any, None, None]:
     # floats again, a tile at a time, as on the way forward: what is kept between them is codes
     return _transposed_dot(kind, cotangent, *kept), np.zeros(kept[0].shape, jax.dtypes.float0), None, None
 

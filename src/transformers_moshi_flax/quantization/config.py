@@ -31,6 +31,8 @@ class QuantizationConfig:
             ``"decoder.model.layers.0"``: pieces of the names of parameters in the whole of Moshi.
         offsets: whether a group has an offset beside its scale, so that its codes reach from its smallest number to
             its largest; not with ``"nf4"``.
+        double_quantization: whether the scales of groups are quantized once more, to 8 bits in blocks of 256
+            (:mod:`~transformers_moshi_flax.ops.scales`); not with ``offsets``, nor where an output has one scale.
 
     Raises:
         ValueError: values that do not exist or contradict each other; all of them are listed.
@@ -41,6 +43,7 @@ class QuantizationConfig:
     group_size: int | None = None
     skip: list[str] = dataclasses.field(default_factory=list)
     offsets: bool = False
+    double_quantization: bool = False
 
     def __post_init__(self):
         problems = [*self._problems()]
@@ -71,6 +74,12 @@ class QuantizationConfig:
             yield f"`offsets`={self.offsets!r} must be True or False"
         elif self.offsets and self.kind == "nf4":
             yield "`offsets`=True, but the numbers of 'nf4' lie around zero; leave it out, or take 'int4'"
+        if not isinstance(self.double_quantization, bool):
+            yield f"`double_quantization`={self.double_quantization!r} must be True or False"
+        elif self.double_quantization and self.offsets:
+            yield "`double_quantization`=True, but `offsets` stay in 32 bits; leave out one of the two"
+        elif self.double_quantization and bits == 8 and self.group_size is None:
+            yield "`double_quantization`=True, but 'int8' has a scale for each output only; give a `group_size`"
 
     @classmethod
     def of(cls, value: QuantizationConfig | str) -> QuantizationConfig:
@@ -109,12 +118,17 @@ class QuantizationConfig:
             raise ValueError(f"quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as ``config.json`` has them."""
-        return {"quant_method": METHOD, **dataclasses.asdict(self)}
+        """The fields as ``config.json`` has them: what came later is left out where it is not chosen, so that older
+        versions read it."""
+        fields = dataclasses.asdict(self)
+        if not self.double_quantization:
+            del fields["double_quantization"]
+        return {"quant_method": METHOD, **fields}
 
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.group_size else "a scale for each output"
         groups += " with offsets" if self.offsets else ""
+        groups += " with scales in 8 bits" if self.double_quantization else ""
         skipped = f", without {', '.join(self.skip)}" if self.skip else ""
         return f"{self.kind} ({self.bits} bits, {groups}{skipped})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..checkpoints.configs import did_you_mean
 from ..input_checks import shortened
-from ..nn.linear import CODES, KERNEL, OFFSETS, SCALES
-from ..ops.quantization import dequantize, quantize, quantize_with_offsets
+from ..nn.linear import CODES, KERNEL, OFFSETS, QUANTIZED_SCALES, SCALES
+from ..ops.quantization import dequantize, quantize, quantize_scales, quantize_with_offsets
+from ..ops.scales import QuantizedScales
 from .config import QuantizationConfig
 
 _quantize = jax.jit(quantize, static_argnums=(1, 2))
 _quantize_with_offsets = jax.jit(quantize_with_offsets, static_argnums=(1, 2))
+_quantize_scales = jax.jit(quantize_scales)
 _dequantize = jax.jit(dequantize, static_argnums=2)
 
 
@@ -80,8 +83,10 @@ def quantized_shapes(shapes: Mapping[str, Any], config: QuantizationConfig, pref
 def quantized_leaves(layer: str, kernel: jax.Array, config: QuantizationConfig, groups: int) -> dict[str, jax.Array]:
     """The leaves of a quantized layer by path, from its kernel."""
     make = _quantize_with_offsets if config.offsets else _quantize
-    names = (CODES[str(config.kind)], SCALES, OFFSETS)
-    return {f"{layer}/{name}": leaf for name, leaf in zip(names, make(kernel, config.kind, groups))}
+    leaves = dict(zip((CODES[str(config.kind)], SCALES, OFFSETS), make(kernel, config.kind, groups)))
+    if config.double_quantization:
+        leaves |= zip(QUANTIZED_SCALES, _quantize_scales(leaves.pop(SCALES)))
+    return {f"{layer}/{name}": leaf for name, leaf in leaves.items()}
 
 
 def quantized(params: Mapping[str, Any], config: QuantizationConfig, prefix: str) -> dict[str, Any]:
@@ -99,10 +104,25 @@ def dequantized(params: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str
     kinds = {name: kind for kind, name in CODES.items()}
     for path in [path for path in flat if path.rpartition("/")[2] in kinds]:
         layer, _, name = path.rpartition("/")
-        scales, offsets = flat.pop(f"{layer}/{SCALES}"), flat.pop(f"{layer}/{OFFSETS}", None)
+        scales, offsets = (flat.pop(f"{layer}/{each}", None) for each in (SCALES, OFFSETS))
+        if scales is None:
+            scales = QuantizedScales(*(flat.pop(f"{layer}/{each}") for each in QUANTIZED_SCALES))
         kernel = _dequantize(flat.pop(path), scales, kinds[name], offsets)
         flat[f"{layer}/{KERNEL}"] = kernel.astype(dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def bits_per_weight(floats: Mapping[str, Any], shapes: Mapping[str, Any]) -> float:
+    """How many bits a weight of the quantized layers takes, codes, scales and all.
+
+    Args:
+        floats: the shapes of the parameters as floats.
+        shapes: as they are; some layer is quantized.
+    """
+    before, after = (flatten_dict(dict(tree), sep="/") for tree in (floats, shapes))
+    weights = sum(math.prod(leaf.shape) for path, leaf in before.items() if path not in after)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in after.items() if path not in before)
+    return 8 * size / weights
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:

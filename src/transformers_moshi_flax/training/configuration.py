@@ -48,6 +48,7 @@ class ModelConfig:
             adapter that is trained beside them; null takes the checkpoint as it is.
         quantization_group_size: inputs of an output that share a scale; null is the kind's own, see
             :class:`~transformers_moshi_flax.quantization.config.QuantizationConfig`.
+        double_quantization: quantize these scales as well, to 8 bits.
         freeze: regular expressions that match whole paths of parameters, joined by "/", which are not trained.
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     scan_layers: bool = False
     quantization: Literal["int8", "int4", "nf4"] | None = None
     quantization_group_size: int | None = None
+    double_quantization: bool = False
     freeze: tuple[str, ...] = ("audio_encoder/.*",)
 
     def problems(self) -> Iterator[str]:
@@ -66,6 +68,8 @@ class ModelConfig:
             yield "`path`: give either `path` (a checkpoint to start from) or `config` (random weights)"
         if self.quantization is None and self.quantization_group_size is not None:
             yield "`quantization_group_size`: nothing is quantized; give `quantization`, or leave it out"
+        if self.quantization is None and self.double_quantization:
+            yield "`double_quantization`: nothing is quantized; give `quantization`, or leave it out"
         try:
             self.quantization_config()
         except ValueError as error:
@@ -80,7 +84,11 @@ class ModelConfig:
         """As ``from_pretrained`` takes it."""
         if self.quantization is None:
             return None
-        return QuantizationConfig(self.quantization, group_size=self.quantization_group_size)
+        return QuantizationConfig(
+            self.quantization,
+            group_size=self.quantization_group_size,
+            double_quantization=self.double_quantization,
+        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,15 @@ from ...checkpoints.formats import open_kyutai, open_safetensors
 from ...checkpoints.keywords import understood
 from ...checkpoints.recognising import no_model
 from ...checkpoints.rules import IDENTITY, REVERSED, SCALE, ReadResult, Rule, read_slots, table_slots, table_tensors
-from ...checkpoints.writing import TEMPORARY, atomic_file, lock_folder, write_gguf, write_safetensors, write_text
+from ...checkpoints.writing import (
+    TEMPORARY,
+    atomic_file,
+    check_gguf,
+    lock_folder,
+    write_gguf,
+    write_safetensors,
+    write_text,
+)
 from ...modeling_flax_utils import FlaxPreTrainedModel, check_dtypes
 from ...nn.linear import CODES
 from ...quantization.config import QuantizationConfig
@@ -311,6 +319,8 @@ def write_kyutai(
     values |= {"quantize": True} if name == MOSHI_Q8_NAME and package == "moshi" else {}
     folder = Path(directory)
     _check_parts(params, folder, tokenizer)
+    if name.endswith(".gguf"):
+        check_gguf(name)
     folder.mkdir(parents=True, exist_ok=True)
 
     save_id = uuid.uuid4().hex[:8]
@@ -548,6 +558,7 @@ class KyutaiCheckpointMixin(FlaxPreTrainedModel):
         theirs = [*PACKAGES.get(package, {}).values()]
         for grid in theirs:
             alike = (quantization.kind, quantization.offsets) == (grid.kind, grid.offsets)
+            alike &= not quantization.double_quantization
             if alike and quantized_layers(shapes, quantization, "") == quantized_layers(shapes, grid, ""):
                 return
         listed = ", or ".join(map(str, theirs))

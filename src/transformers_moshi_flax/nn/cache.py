@@ -35,11 +35,11 @@ BLOCK = 64
 """Slots of a cache that are reordered at once."""
 
 Self = TypeVar("Self", bound="_Layers")
+Ring = TypeVar("Ring", bound="RingCache")
 Linear = TypeVar("Linear", bound="_Linear")
 
 
-@flax.struct.dataclass
-class Steps:
+class Steps(flax.struct.PyTreeNode):
     """The next steps of every row.
 
     Attributes:
@@ -304,8 +304,8 @@ class RingCache(_Layers):
         )
 
     def next_steps(
-        self, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
-    ) -> tuple[Steps, RingCache]:
+        self: Ring, steps: int, window: int, batch_size: int, attention_mask: Array | None = None
+    ) -> tuple[Steps, Ring]:
         """As :meth:`Cache.next_steps`; rows that ``attention_mask`` hides, all steps of them, rest.
 
         What they write is overwritten by their next step, or has no weight after a :meth:`reset`; so it must be
@@ -324,7 +324,7 @@ class RingCache(_Layers):
         )
         return Steps(self.slot, mask, positions), after
 
-    def adopt(self, rows: Bool[Array, "batch"], past: LinearCache) -> RingCache:
+    def adopt(self: Ring, rows: Bool[Array, "batch"], past: LinearCache) -> Ring:
         """With the steps of ``past``, a cache of one row, as those of each of ``rows``.
 
         Of more steps than there are slots the last ones stay. The first steps have positions from 0 on.
@@ -349,7 +349,7 @@ class RingCache(_Layers):
             filled=jnp.where(rows, jnp.minimum(count, self.slots), self.filled),
         )
 
-    def reset(self, rows: Bool[Array, "batch"]) -> RingCache:
+    def reset(self: Ring, rows: Bool[Array, "batch"]) -> Ring:
         """With ``rows`` empty; no array of keys or values is touched."""
         return self.replace(
             position=jnp.where(rows, jnp.uint32(0), self.position),
@@ -358,7 +358,6 @@ class RingCache(_Layers):
         )
 
 
-@flax.struct.dataclass
 class PinnedRingCache(RingCache):
     """A :class:`RingCache` of which each row keeps the steps that it has adopted, and the one after them, for ever:
     later steps share the slots behind. There is one step a call.

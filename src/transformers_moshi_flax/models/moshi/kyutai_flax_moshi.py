@@ -318,9 +318,7 @@ def write_kyutai(
     name = _name_of_weights(params, package)
     values |= {"quantize": True} if name == MOSHI_Q8_NAME and package == "moshi" else {}
     folder = Path(directory)
-    _check_parts(params, folder, tokenizer)
-    if name.endswith(".gguf"):
-        check_gguf(name)
+    _check_parts(params, folder, tokenizer, name)
     folder.mkdir(parents=True, exist_ok=True)
 
     save_id = uuid.uuid4().hex[:8]
@@ -370,7 +368,8 @@ def write_kyutai(
         _clear(folder, _named_files(values) | kept)
 
 
-def _check_parts(params: Mapping[str, Any], folder: Path, tokenizer: str | os.PathLike | None) -> None:
+def _check_parts(params: Mapping[str, Any], folder: Path, tokenizer: str | os.PathLike | None, name: str) -> None:
+    """Refuse what cannot be written, as a file of weights with that name."""
     lacking = sorted({"embed_tokens", "decoder", "depth_decoder", "audio_encoder"} - set(params))
     if lacking:
         raise ValueError(f"params lack {lacking}; give those of FlaxMoshiForConditionalGeneration")
@@ -378,6 +377,8 @@ def _check_parts(params: Mapping[str, Any], folder: Path, tokenizer: str | os.Pa
         raise ValueError(f"directory={str(folder)!r} is a file; give a directory")
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise CheckpointNotFoundError(f"tokenizer={os.fspath(tokenizer)!r} is no file; give a SentencePiece model")
+    if name.endswith(".gguf"):
+        check_gguf(name)
 
 
 def _tensors_for(

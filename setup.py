@@ -83,7 +83,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     ext_modules=[NATIVE],
-    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*", "serving/page/*"]},
+    package_data={PACKAGE: ["py.typed", "assets/*", "assets/*/*", "serving/page/*", "web/*/*"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

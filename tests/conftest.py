@@ -80,3 +80,29 @@ def random_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "random"
     export_onnx(model, folder, RANDOM_MODEL, batch_size=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def greedy_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model as ONNX graphs of one dialogue that always takes the likeliest, and looks back eight frames. Not
+    to be changed."""
+    from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
+    from transformers_moshi_flax.export import export_onnx
+
+    model = FlaxMoshiForConditionalGeneration.from_pretrained(RANDOM_MODEL, dtype=jax.numpy.float32)
+    folder = tmp_path_factory.mktemp("export") / "greedy"
+    export_onnx(model, folder, RANDOM_MODEL, context=8, do_sample=False, depth_decoder_do_sample=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runtime_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a page needs of ONNX Runtime, from npm."""
+    from transformers_moshi_flax.export.onnxruntime_web import copy_runtime
+
+    folder = tmp_path_factory.mktemp("onnxruntime-web")
+    try:
+        copy_runtime(folder)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return folder

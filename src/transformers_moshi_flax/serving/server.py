@@ -29,13 +29,19 @@ from .wishes import Wishes
 RETRY_SECONDS = 10
 """When a caller who was refused may try again."""
 
-PAGE = resources.files("transformers_moshi_flax.serving") / "page"
+PACKAGE = resources.files("transformers_moshi_flax")
+PAGE = PACKAGE / "serving" / "page"
+SHARED = PACKAGE / "web" / "shared"
+"""What this page and the one without a server have in common."""
 PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/dialogue.js": ("dialogue.js", "text/javascript"),
-    "/worklets.js": ("worklets.js", "text/javascript"),
+    "/": (PAGE / "index.html", "text/html"),
+    "/page.css": (SHARED / "page.css", "text/css"),
+    "/page.js": (PAGE / "page.js", "text/javascript"),
+    "/dialogue.js": (PAGE / "dialogue.js", "text/javascript"),
+    "/saving.js": (SHARED / "saving.js", "text/javascript"),
+    "/sound.js": (SHARED / "sound.js", "text/javascript"),
+    "/transcript.js": (SHARED / "transcript.js", "text/javascript"),
+    "/worklets.js": (SHARED / "worklets.js", "text/javascript"),
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -168,8 +174,8 @@ class Server:
 
     async def page(self, request: web.Request) -> web.Response:
         """The page to talk to, and its parts."""
-        name, kind = PAGE_FILES[request.path]
-        return web.Response(text=(PAGE / name).read_text("utf-8"), content_type=kind, headers=HEADERS)
+        file, kind = PAGE_FILES[request.path]
+        return web.Response(text=file.read_text("utf-8"), content_type=kind, headers=HEADERS)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A dialogue by Kyutai's protocol."""

@@ -1,49 +1,9 @@
 // One dialogue: the microphone to the server, the server to the loudspeaker, and both to a recording.
 
-export const RATE = 24000;
-export const FRAME_SECONDS = 0.08;
+import { recording } from "./saving.js";
+import { FRAME_SECONDS, RATE } from "./sound.js";
+
 const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6 };
-
-/** Microphone and loudspeaker, which outlive a lost connection. */
-export class Sound {
-  /** @throws {Error} whose message can be shown, if there is no microphone or no way to hear it. */
-  static async open() {
-    if (!navigator.mediaDevices || !window.AudioWorkletNode) {
-      throw new Error("This page cannot use the microphone here: open it over https, or as localhost.");
-    }
-    const sound = new Sound();
-    try {
-      sound.stream = await navigator.mediaDevices.getUserMedia({
-        audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
-      });
-    } catch (error) {
-      const words = {
-        NotAllowedError: "The microphone is not allowed for this page. Allow it in the browser, and press Talk again.",
-        NotFoundError: "There is no microphone. Connect one, and press Talk again.",
-        NotReadableError: "The microphone is used by another program. Close that one, and press Talk again.",
-      };
-      throw new Error(words[error.name] ?? `The microphone cannot be used: ${error.message}`);
-    }
-    try {
-      sound.context = new AudioContext({ sampleRate: RATE });
-      await sound.context.audioWorklet.addModule("worklets.js");
-      await sound.context.resume();
-      sound.microphone = new AudioWorkletNode(sound.context, "microphone", { numberOfOutputs: 0 });
-      sound.player = new AudioWorkletNode(sound.context, "player", { numberOfInputs: 0, outputChannelCount: [1] });
-      sound.player.connect(sound.context.destination);
-      sound.context.createMediaStreamSource(sound.stream).connect(sound.microphone);
-    } catch (error) {
-      sound.close();
-      throw new Error(`This browser cannot record at 24 kHz (${error.message}). Try a recent Chrome, Edge or Safari.`);
-    }
-    return sound;
-  }
-
-  close() {
-    for (const track of this.stream.getTracks()) track.stop();
-    this.context?.close();
-  }
-}
 
 /**
  * A dialogue over one websocket. `events` has the functions queued, open, words, heard, said, figures, problem, closed.
@@ -108,32 +68,8 @@ export class Dialogue {
     this.events.closed(this);
   }
 
-  /** Both voices as a WAV: Moshi on the left, the user on the right. Frame k of one answers frame k of the other. */
+  /** Both voices as a WAV. */
   recording() {
-    const frames = this.moshi.length;
-    const size = frames ? this.moshi[0].length : 0;
-    const header = 44;
-    const view = new DataView(new ArrayBuffer(header + frames * size * 4));
-    const ascii = (at, text) => [...text].forEach((letter, index) => view.setUint8(at + index, letter.charCodeAt(0)));
-    ascii(0, "RIFF");
-    view.setUint32(4, view.byteLength - 8, true);
-    ascii(8, "WAVEfmt ");
-    view.setUint32(16, 16, true);
-    view.setUint16(20, 1, true);
-    view.setUint16(22, 2, true);
-    view.setUint32(24, RATE, true);
-    view.setUint32(28, RATE * 4, true);
-    view.setUint16(32, 4, true);
-    view.setUint16(34, 16, true);
-    ascii(36, "data");
-    view.setUint32(40, view.byteLength - header, true);
-    let at = header;
-    for (let frame = 0; frame < frames; frame++) {
-      for (let sample = 0; sample < size; sample++, at += 4) {
-        view.setInt16(at, this.moshi[frame][sample], true);
-        view.setInt16(at + 2, this.user[frame]?.[sample] ?? 0, true);
-      }
-    }
-    return new Blob([view], { type: "audio/wav" });
+    return recording(this.moshi, this.user);
   }
 }

@@ -1,18 +1,20 @@
 // The page: one button, what Moshi says, and what is wrong if something is.
 
-import { Dialogue, Sound } from "./dialogue.js";
+import { Dialogue } from "./dialogue.js";
+import { save } from "./saving.js";
+import { Sound, level } from "./sound.js";
+import { Transcript } from "./transcript.js";
 
-const PAUSE = 0.8; // seconds after which a new line begins
 const RETRIES = [1, 2, 4, 8, 8]; // seconds before each attempt to come back
 
 const $ = (id) => document.getElementById(id);
+const transcript = new Transcript($("transcript"));
 const SETTINGS = ["text_temperature", "text_topk", "audio_temperature", "audio_topk"];
 
 let sound = null;
 let dialogue = null;
 let retries = 0;
 let retryTimer = null;
-let lastWord = -Infinity;
 
 function show(element, words) {
   element.textContent = words;
@@ -30,30 +32,6 @@ function query() {
   if ($("token").value) values.set("token", $("token").value);
   for (const name of SETTINGS) if ($(name).value) values.set(name, $(name).value);
   return values;
-}
-
-function level(frame) {
-  let sum = 0;
-  for (const sample of frame) sum += sample * sample;
-  return Math.min(1, (4 * Math.sqrt(sum / frame.length)) / 32768);
-}
-
-function clock(seconds) {
-  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-}
-
-function addWords(words, seconds) {
-  const transcript = $("transcript");
-  if (seconds - lastWord > PAUSE) {
-    const line = document.createElement("li");
-    line.append(document.createElement("time"), document.createElement("span"));
-    line.firstChild.textContent = clock(seconds);
-    transcript.append(line);
-  }
-  lastWord = seconds;
-  transcript.lastChild.lastChild.textContent += words;
-  $("save-text").disabled = false;
-  transcript.scrollTop = transcript.scrollHeight;
 }
 
 /** Why the server did not open the websocket: browsers do not say, a plain request does. */
@@ -84,7 +62,6 @@ async function start() {
 
 function connect() {
   retryTimer = null;
-  lastWord = -Infinity;
   show($("status"), "Connecting …");
   setTalking(true);
   $("save").disabled = true;
@@ -101,11 +78,14 @@ function connect() {
     open: () => {
       retries = 0;
       $("token-form").hidden = true;
-      $("transcript").replaceChildren();
+      transcript.clear();
       show($("problem"), "");
       show($("status"), "Connected: speak.");
     },
-    words: addWords,
+    words: (words, seconds) => {
+      transcript.add(words, seconds);
+      $("save-text").disabled = false;
+    },
     heard: (frame) => ($("user-level").value = level(frame)),
     said: (frame) => {
       $("moshi-level").value = level(frame);
@@ -157,20 +137,6 @@ function toggle() {
   dialogue.stop();
 }
 
-/** What Moshi has said as text: a line as it is shown, its time and the words. */
-function transcriptText() {
-  const lines = [...$("transcript").children].map((line) => [...line.children].map((part) => part.textContent.trim()));
-  return new Blob(lines.map((parts) => `${parts.join(" ")}\n`), { type: "text/plain" });
-}
-
-function save(file, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(file);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
-
 async function introduce() {
   try {
     const answer = await fetch(`api/build_info?${new URLSearchParams({ token: $("token").value })}`);
@@ -185,7 +151,7 @@ async function introduce() {
 
 $("talk").addEventListener("click", toggle);
 $("save").addEventListener("click", () => save(dialogue.recording(), "moshi.wav"));
-$("save-text").addEventListener("click", () => save(transcriptText(), "moshi.txt"));
+$("save-text").addEventListener("click", () => save(transcript.text(), "moshi.txt"));
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   introduce();

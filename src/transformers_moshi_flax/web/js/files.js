@@ -86,8 +86,7 @@ export class Files {
   async bytes(name, expected = 0) {
     if (this.inFolder) {
       const { readFile } = await import("node:fs/promises");
-      const path = this.place.startsWith("file:") ? new URL(name, this.place) : this.place + name;
-      const bytes = await readFile(path).catch(({ message }) => {
+      const bytes = await readFile(await this.path(name)).catch(({ message }) => {
         throw new BadExport(`The export lacks ${name} (${message}): export the model again, or use another copy.`);
       });
       this.advance(expected);
@@ -96,6 +95,17 @@ export class Files {
     return fetchBytes(this.place + name, (count) => this.advance(expected && count)).catch(({ message }) => {
       throw new BadExport(`The export lacks ${name} (${message}): export the model again, or use another copy.`);
     });
+  }
+
+  /**
+   * Where a file of a folder is.
+   *
+   * @param {string} name
+   * @returns {Promise<string>}
+   */
+  async path(name) {
+    const { fileURLToPath } = await import("node:url");
+    return this.place.startsWith("file:") ? fileURLToPath(new URL(name, this.place)) : this.place + name;
   }
 
   /** @param {number} count */

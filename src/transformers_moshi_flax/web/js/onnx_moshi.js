@@ -55,11 +55,10 @@ export class OnnxMoshi {
       for (const path of weights) externalData.push({ path, data: await files.read(path) });
       for (const file of [step.file, ...weights]) rest.delete(file);
       // ONNX Runtime's library for Node reads the weights beside the graph by itself
-      const native = ort.env.versions?.node && files.inFolder;
-      const graphOfNative = files.place.startsWith("file:") ? new URL(step.file, files.place).pathname : files.place + step.file;
-      moshi.sessions[name] = native
-        ? await ort.InferenceSession.create(graphOfNative, session)
-        : await ort.InferenceSession.create(graph, { ...session, externalData });
+      moshi.sessions[name] =
+        ort.env.versions?.node && files.inFolder
+          ? await ort.InferenceSession.create(await files.path(step.file), session)
+          : await ort.InferenceSession.create(graph, { ...session, externalData });
     }
     for (const name of rest) {
       const bytes = await files.read(name);

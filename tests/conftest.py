@@ -84,8 +84,7 @@ def random_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def greedy_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random model as ONNX graphs of one dialogue that always takes the likeliest, and looks back eight frames. Not
-    to be changed."""
+    """The random model as ONNX graphs of one greedy dialogue that looks back eight frames. Not to be changed."""
     from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
     from transformers_moshi_flax.export import export_onnx
 

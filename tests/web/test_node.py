@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.random_model import RANDOM_MODEL
 from tests.torch_oracle import assert_close
 from transformers_moshi_flax import __version__
 from transformers_moshi_flax.export.web import WEB
@@ -64,13 +63,13 @@ def test_dialogues_that_draw(dialogues: Dialogues, random_export: Path) -> None:
     model = OnnxMoshi(random_export, threads=1)
     audio, seed, numbers = audio_of(model, 24), 2**40 + 5, {"temperature": 0.9, "top_k": 40}
     stream = model.streaming(seed, **numbers)
-    codes = [[3] * model.num_codebooks, [-1] * model.num_codebooks]
+    codes = np.repeat([[3], [-1]], model.num_codebooks, axis=1)
     expected = []
     for step, frame in enumerate(audio):
         forced = {"forced_text_ids": np.array([11, -1])} if step == 5 else {}
-        forced |= {"forced_audio_codes": np.array(codes)} if step == 9 else {}
+        forced |= {"forced_audio_codes": codes} if step == 9 else {}
         expected.append(stream.step(frame, **forced))
-    forced = {5: {"textIds": [11, -1]}, 9: {"audioCodes": sum(codes, [])}}
+    forced = {5: {"textIds": [11, -1]}, 9: {"audioCodes": codes.ravel().tolist()}}
     made = dialogues(random_export, audio, {"seed": seed, "numbers": numbers, "forced": forced})
     (said,) = made["dialogues"]
     assert_the_same(said["frames"], expected, model)

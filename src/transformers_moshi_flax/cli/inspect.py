@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,22 +16,32 @@ from rich.tree import Tree
 from transformers_moshi_flax.cli.checkpoints import Checkpoint, flax_class
 from transformers_moshi_flax.cli.console import report_console, slow
 from transformers_moshi_flax.cli.errors import BadCheckpoint, UserMistake
+from transformers_moshi_flax.cli.export_contents import inspect_export
 from transformers_moshi_flax.cli.headers import open_checkpoint
 from transformers_moshi_flax.cli.parts import Part, Tensor, part_tree, readable_bytes, select
+from transformers_moshi_flax.runtime.manifest import is_export
 
 SHOWN = 20
 """Most names that a line of the table of misfits lists."""
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="Checkpoint directory, weight file or Hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="PATH_OR_ID", help="Checkpoint directory, weight file or Hub id, or an export.")
+    ],
     part: Annotated[str, typer.Option(help="Show this part alone, such as depth_decoder.layers.0.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
 ) -> None:
     """Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.
 
-    Exit code 1: it does not fit, or its files are damaged.
+    Of an export (of `moshi-flax export`) it shows nodes by kind, inputs, state and types of weights, and checks that its
+    files are those that were written. Exit code 1: it does not fit, or its files are damaged.
     """
+    if is_export(source):
+        if part:
+            raise UserMistake("--part: no effect with an export; leave it out")
+        inspect_export(Path(source), as_json)
+        return
     with slow(f"reading the headers of {source}"):
         checkpoint = open_checkpoint("PATH_OR_ID", source, headers_only=True)
         tensors = tensor_list(checkpoint)

@@ -56,8 +56,7 @@ def export_onnx(
         OSError: something cannot be read or written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`folder` is {str(folder)!r}, which is there and not empty: give another one.")
+    check_unused(folder)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`quantization` is {quantization!r}: choose from {', '.join(map(repr, QUANTIZATIONS))}.")
     try:
@@ -101,6 +100,12 @@ def export_onnx(
         }
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return manifest
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that is there, unless it is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`folder` is {str(folder)!r}, which is there and not empty: give another one.")
 
 
 def checked(model: Any) -> Any:

@@ -62,10 +62,17 @@ def check_files(folder: Path | str, manifest: dict[str, Any]) -> None:
     Raises:
         BadExport: one is missing, or is not the one that was written.
     """
-    for name, wanted in manifest["files"].items():
-        path = Path(folder) / name
-        if Path(name).name != name or not path.is_file():
-            raise BadExport(f"{str(folder)!r} lacks {name!r}: export the model again, or use another copy.")
-        size = path.stat().st_size
-        if size != wanted["bytes"] or checksum(path) != wanted["sha256"]:
-            raise BadExport(f"{str(path)!r} is damaged, it has another checksum: export the model again.")
+    for name in manifest["files"]:
+        problem = problem_of(folder, manifest, name)
+        if problem is not None:
+            raise BadExport(f"{str(Path(folder) / name)!r} {problem}: export the model again, or use another copy.")
+
+
+def problem_of(folder: Path | str, manifest: dict[str, Any], name: str) -> str | None:
+    """What is wrong with a file that the manifest names; None if it is the one that was written."""
+    path, wanted = Path(folder) / name, manifest["files"][name]
+    if Path(name).name != name or not path.is_file():
+        return "is missing"
+    if path.stat().st_size != wanted["bytes"] or checksum(path) != wanted["sha256"]:
+        return "is damaged, it has another checksum"
+    return None

@@ -1,7 +1,8 @@
 // Sound in and out, and how loud it is. Frames are of 16 bits, 80 ms each.
 
 export const RATE = 24000;
-export const FRAME_SECONDS = 0.08;
+export const FRAME_SIZE = 1920;
+export const FRAME_SECONDS = FRAME_SIZE / RATE;
 
 /** Microphone and loudspeaker, which outlive a lost connection. */
 export class Sound {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,3 +107,19 @@ def runtime_for_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ValueError as error:
         pytest.skip(str(error))
     return folder
+
+
+@pytest.fixture
+def npm_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What passes for an installed onnxruntime-web, and is small."""
+    from transformers_moshi_flax.export import onnxruntime_web
+
+    package = tmp_path / "node_modules" / onnxruntime_web.PACKAGE
+    (package / "dist").mkdir(parents=True)
+    described = {"name": onnxruntime_web.PACKAGE, "version": onnxruntime_web.VERSION}
+    (package / "package.json").write_text(json.dumps(described))
+    for name in onnxruntime_web.FILES:
+        (package / "dist" / name).write_text(name)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in onnxruntime_web.FILES}
+    monkeypatch.setattr(onnxruntime_web, "FILES", digests)
+    return package

@@ -60,6 +60,45 @@ def test_what_does_not_agree(moshi_flax, random_export: Path, tmp_path: Path, mo
     assert "differs" in moshi_flax("verify", RANDOM_MODEL, random_export).out
 
 
+def test_a_page(moshi_flax, npm_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = Agreement(100, 100, 1.0, 1.0, 0.0, 0.0, 99.0, 1.0, 1.0, 1e-4, agrees=True)
+    monkeypatch.setattr(verifying, "compare", lambda *given: agreement)
+    page = tmp_path / "page"
+    result = moshi_flax("export", "web", RANDOM_MODEL, page, "--onnxruntime-web", npm_package, "--context", "8")
+    assert result.code == 0 and "agrees" in result.out and "http.server" in result.err
+    assert (page / "index.html").is_file() and OnnxMoshi(page / "model").manifest["context"] == 8
+
+
+def test_inspect_an_export(moshi_flax, random_export: Path, tmp_path: Path) -> None:
+    report = json.loads(moshi_flax("inspect", random_export, "--json").out)
+    assert report["ok"] and report["quantization"] == "none" and report["batch_size"] == 2
+    assert set(report["steps"]) == {"mimi_encode_step", "moshi_step", "mimi_decode_step"}
+    step = report["steps"]["moshi_step"]
+    assert step["nodes"]["MatMul"] > 10 and step["inputs"]["uniforms.0"]["shape"] == [2, 64]
+    manifest = OnnxMoshi(random_export).manifest
+    for name, step in report["steps"].items():
+        state = [np.zeros(entry["shape"], entry["dtype"]) for entry in manifest["steps"][name]["state"]]
+        assert step["state"] == {"arrays": len(state), "bytes": sum(array.nbytes for array in state)}
+    weights = sum(path.stat().st_size for path in random_export.glob("*.data"))
+    assert 0.8 * weights < sum(report["dtypes"].values()) < 1.2 * weights
+    shown = moshi_flax("inspect", random_export).out
+    assert "MatMul" in shown and "tokenizer.json" in shown and "damaged" not in shown
+
+    copy = tmp_path / "copy"
+    shutil.copytree(random_export, copy)
+    (copy / "mimi_encode_step.onnx").write_bytes(b"something else")
+    (copy / "moshi_step.onnx.data").unlink()
+    result = moshi_flax("inspect", copy, "--json")
+    report = json.loads(result.out)
+    problems = {file["name"]: file["problem"] for file in report["files"] if file["problem"]}
+    assert result.code == 1 and not report["ok"] and set(report["steps"]) == {"moshi_step", "mimi_decode_step"}
+    assert list(problems) == ["mimi_encode_step.onnx", "moshi_step.onnx.data"]
+    assert "damaged" in problems["mimi_encode_step.onnx"] and "missing" in problems["moshi_step.onnx.data"]
+    (copy / "moshi_export.json").write_text("{")
+    result = moshi_flax("inspect", copy)
+    assert result.code == 1 and "PATH_OR_ID:" in result.err and "damaged" in result.err
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -70,6 +109,10 @@ def test_what_does_not_agree(moshi_flax, random_export: Path, tmp_path: Path, mo
         (["export", "onnx", "a/b", "{new}", "more"], ["one too many"]),
         (["export", "onnx", "{new}", "--greedy", "--top-k", "5"], ["--greedy"]),
         (["export", "onnx", "{new}", "--context", "100000"], ["context", "sliding_window"]),
+        (["export", "onnx", "{new}", "--onnxruntime-web", "."], ["--onnxruntime-web", "no effect"]),
+        (["export", "web", "{new}", "--batch-size", "2"], ["--batch-size", "one dialogue"]),
+        (["export", "web", "{new}", "--onnxruntime-web", "."], ["onnxruntime_web", "no package"]),
+        (["inspect", "{export}", "--part", "a"], ["--part", "export"]),
         (["verify", "{export}", "{export}"], ["A:", "is an export"]),
         (["verify", "{random}", "{export}", "--no-outputs"], ["--no-outputs"]),
         (["verify", "{random}", "--audio", "a.wav"], ["--audio"]),

@@ -113,6 +113,36 @@ class Tab:
         await self.ask("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && document.querySelector('#talk')")
 
+    async def saved(self, folder: Path, button: str, name: str) -> Path:
+        """The file that the page saves by a button."""
+        await self.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        await self.evaluate(f"document.querySelector('{button}').click()")
+        async with asyncio.timeout(60):
+            while not (folder / name).exists():
+                await asyncio.sleep(0.1)
+        return folder / name
+
+    async def narrow(self) -> None:
+        """As wide as a telephone."""
+        await self.ask("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+
+    async def check_looks(self) -> set[tuple[str, str]]:
+        """That a page fits a telephone, has a dark and a light ground, and that nothing that can be used lacks a name.
+
+        Returns:
+            Roles and names of all that has one.
+        """
+        assert await self.evaluate("document.documentElement.scrollWidth") <= 360
+        grounds = set()
+        for scheme in ("light", "dark"):
+            await self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            grounds.add(await self.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(grounds) == 2
+        nodes = (await self.ask("Accessibility.getFullAXTree"))["nodes"]
+        kinds = ("button", "spinbutton", "textbox", "meter", "progressbar")
+        assert all(node["name"]["value"] for node in nodes if node["role"]["value"] in kinds)
+        return {(node["role"]["value"], node["name"]["value"]) for node in nodes if "name" in node}
+
     async def press(self, key: str, code: int) -> None:
         """A key, down and up."""
         text = {"text": "\r"} if key == "Enter" else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +45,6 @@ async def problem(page: Tab) -> str:
     return await page.evaluate("document.querySelector('#problem').textContent")
 
 
-async def saved(page: Tab, folder: Path, button: str, name: str) -> Path:
-    """The file that the page saves by a button."""
-    await page.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-    await page.evaluate(f"document.querySelector('{button}').click()")
-    async with asyncio.timeout(60):
-        while not (folder / name).exists():
-            await asyncio.sleep(0.1)
-    return folder / name
-
-
 @in_a_loop
 async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Path):
     async with serving() as house, tab(house.session, address) as page:
@@ -73,14 +62,14 @@ async def test_one_button_to_talk_hear_read_and_save(address: str, tmp_path: Pat
         assert house.figure("moshi_dialogues") == 1
         await page.evaluate("document.querySelector('#talk').click()")
         await page.until("document.querySelector('#status').textContent === 'Not connected.'")
-        samples, rate = soundfile.read(await saved(page, tmp_path, "#save", "moshi.wav"), dtype="int16")
+        samples, rate = soundfile.read(await page.saved(tmp_path, "#save", "moshi.wav"), dtype="int16")
         assert rate == 24_000
         frames = samples.reshape(-1, FRAME, 2)
         # what came back is what the stream says to what was sent
         user, moshi = frames[..., 1], frames[..., 0]
         assert np.abs(user).max() > 3000
         assert np.array_equal(moshi, spoken_alone(user.astype(np.float32) / 32768, (1, 1)))
-        text = (await saved(page, tmp_path, "#save-text", "moshi.txt")).read_text("utf-8")
+        text = (await page.saved(tmp_path, "#save-text", "moshi.txt")).read_text("utf-8")
         # as it was shown: the first frame's words, and those of as many frames as were said
         assert re.fullmatch(r"(\d+:\d\d .+\n)+", text) and text.startswith("0:00 € 7 8 9")
         shown = (
@@ -155,22 +144,12 @@ async def test_what_is_wrong_is_said(address: str):
 async def test_width_colours_and_names(address: str):
     async with serving() as house, tab(house.session, address) as page:
         house.server.about |= {"notice": "a small demo model", "recorded": True}
-        await page.ask("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        await page.narrow()
         await page.open(house.url + "/")
         await page.until(
             "document.querySelector('#notice').textContent === 'a small demo model; what is said here is recorded'"
         )
-        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
-        grounds = set()
-        for scheme in ("light", "dark"):
-            await page.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            grounds.add(await page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        assert len(grounds) == 2
         await page.evaluate("document.querySelector('details').open = true")
-        nodes = (await page.ask("Accessibility.getFullAXTree"))["nodes"]
-        named = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name", {}).get("value")}
+        named = await page.check_looks()
         buttons = {("button", name) for name in ("Talk", "Save the recording", "Save the transcript")}
         assert buttons | {("spinbutton", "Top-k of the audio")} <= named
-        # nothing that can be used lacks a name
-        used = [node for node in nodes if node["role"]["value"] in ("button", "spinbutton", "textbox", "meter")]
-        assert all(node["name"]["value"] for node in used)

@@ -34,8 +34,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and check that it fits its configuration, without reading the tensors.
 
-    Of an export (of `moshi-flax export`) it shows nodes by kind, inputs, state and types of weights, and checks that its
-    files are those that were written. Exit code 1: it does not fit, or its files are damaged.
+    Of an export (of `moshi-flax export`) it shows nodes by kind, inputs, state and types of weights, and checks its
+    files. Exit code 1: it does not fit, or its files are damaged.
     """
     if is_export(source):
         if part:

@@ -58,6 +58,8 @@ def export_web(
     """
     folder = Path(folder)
     check_unused(folder)
+    if "batch_size" in options:
+        raise ValueError("`batch_size` is not an option of a page, which holds one dialogue: leave it out.")
     codec = checked(model).config.audio_encoder_config
     found = (codec.sampling_rate, samples_per_frame(codec), codec.audio_channels)
     if found != (RATE, FRAME_SIZE, 1):

@@ -19,7 +19,6 @@ from tests.random_model import RANDOM_MODEL
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.export import export_web, onnxruntime_web, web
 from transformers_moshi_flax.export.onnxruntime_web import FILES, PACKAGE, VERSION, copy_runtime
-
 from transformers_moshi_flax.runtime.manifest import read_manifest
 
 

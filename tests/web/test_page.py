@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import aiohttp
@@ -21,6 +17,7 @@ import soundfile
 from tests.random_model import RANDOM_MODEL
 from tests.serving.browser import CHROMIUM, Tab, browser, tab
 from tests.serving.house import in_a_loop
+from tests.web.site import served
 from transformers_moshi_flax import FlaxMoshiForConditionalGeneration
 from transformers_moshi_flax.cli.checkpoints import EMBEDDED_MODEL, EMBEDDED_QUESTION
 from transformers_moshi_flax.export import export_web
@@ -64,25 +61,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, installed: Path, question: np
     folder = tmp_path_factory.mktemp("pages") / "embedded"
     export_web(model, folder, EMBEDDED_MODEL, installed, "a small <b>model</b>", question)
     return folder
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """As ``python -m http.server``, without its log."""
-
-    def log_message(self, *args: object) -> None: ...
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a folder, at a new origin."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 async def problem(page: Tab) -> str:

@@ -106,7 +106,9 @@ def _describe(folder: Path, manifest: dict[str, Any], notice: str | None) -> Non
     # "<" would end the element that it stands in
     told = json.dumps(site).replace("<", "\\u003c")
     index = index.replace('id="site">{}', f'id="site">{told}')
-    index = index.replace(f'src="{BOOT}"', f'src="{BOOT}" integrity="{sums[BOOT]}"')
+    # by another address, as browsers may not ask again for what they have of an older page
+    boot = f"{BOOT}?{hashlib.sha256(sums[BOOT].encode()).hexdigest()[:8]}"
+    index = index.replace(f'src="{BOOT}"', f'src="{boot}" integrity="{sums[BOOT]}"')
     (folder / INDEX).write_text(index, "utf-8")
     sums[INDEX] = integrity(folder / INDEX)
     version = hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]

@@ -46,7 +46,8 @@ export class Files {
     try {
       manifest = JSON.parse(new TextDecoder().decode(bytes));
     } catch (error) {
-      throw new BadExport(`${MANIFEST} is damaged (${error.message}): export the model again.`);
+      const { message } = /** @type {Error} */ (error);
+      throw new BadExport(`${MANIFEST} is damaged (${message}): export the model again.`);
     }
     if (manifest?.format !== FORMAT) throw new BadExport(`${MANIFEST} is no manifest of an export.`);
     if (manifest.format_version !== FORMAT_VERSION) {
@@ -70,7 +71,9 @@ export class Files {
    */
   async read(name) {
     const wanted = this.described[name];
-    if (!wanted || /[/\\]/.test(name)) throw new BadExport(`The manifest has no file ${name}: export the model again.`);
+    if (!wanted || /[/\\]/.test(name)) {
+      throw new BadExport(`The manifest has no file ${name}: export the model again.`);
+    }
     const bytes = await this.bytes(name, wanted.bytes);
     if (bytes.length !== wanted.bytes || (await sha256(bytes)) !== wanted.sha256) {
       throw new BadExport(`${name} is damaged, it has another checksum: export the model again.`);

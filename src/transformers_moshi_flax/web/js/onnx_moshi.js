@@ -93,15 +93,19 @@ export class OnnxMoshi {
     this.numCodebooks = manifest.num_codebooks;
     /** Of the text. @type {number} */
     this.vocabSize = manifest.vocab_size;
-    /** Of sampling, by name, as dialogues begin with; none where the export is greedy. @type {Record<string, number>} */
+    /**
+     * Of sampling, by name, as dialogues begin with; none where the export is greedy.
+     *
+     * @type {Record<string, number>}
+     */
     this.numbers = manifest.sampling;
   }
 
   /**
    * Endless dialogues, `batchSize` of them.
    *
-   * @param {{seed?: number} & Record<string, number>} [options] the seed of what is drawn (0), and numbers of sampling,
-   *   others than `numbers`.
+   * @param {{seed?: number} & Record<string, number>} [options] the seed of what is drawn (0), and numbers of
+   *   sampling, others than `numbers`.
    * @returns {Promise<OnnxMoshiStream>}
    * @throws {RangeError} a number that the export does not have, or that is out of range.
    */
@@ -158,7 +162,7 @@ export class OnnxMoshiStream {
     for (const [name, step] of Object.entries(steps)) {
       const fixed = name === CONVERSE ? Object.entries(numbers) : [];
       this.feeds[name] = Object.fromEntries([
-        ...step.state.map((entry) => [entry.name, this.filled(entry, entry.initial)]),
+        ...step.state.map((/** @type {any} */ entry) => [entry.name, this.filled(entry, entry.initial)]),
         ...fixed.map(([input, number]) => [input, this.filled(step.inputs[input], number)]),
       ]);
     }
@@ -233,7 +237,9 @@ export class OnnxMoshiStream {
   async run(name, inputs) {
     const described = this.model.manifest.steps[name];
     const feeds = this.feeds[name];
-    for (const [input, numbers] of Object.entries(inputs)) feeds[input] = this.tensor(described.inputs[input], numbers);
+    for (const [input, numbers] of Object.entries(inputs)) {
+      feeds[input] = this.tensor(described.inputs[input], numbers);
+    }
     const made = await this.model.sessions[name].run(feeds);
     for (const { name: entry } of described.state) feeds[entry] = made[NEXT + entry];
     return Object.fromEntries(Object.keys(described.outputs).map((output) => [output, made[output].data]));

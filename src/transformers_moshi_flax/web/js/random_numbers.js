@@ -1,5 +1,5 @@
-// The random numbers of `jax.random`: a seed says the same in every runtime. Threefry-2x32 of 20 rounds (Salmon et al.,
-// 2011), with the counters that JAX has with `jax_threefry_partitionable`.
+// The random numbers of `jax.random`: a seed says the same in every runtime. Threefry-2x32 of 20 rounds (Salmon et
+// al., 2011), with the counters that JAX has with `jax_threefry_partitionable`.
 
 const ROTATIONS = [
   [13, 15, 26, 6],

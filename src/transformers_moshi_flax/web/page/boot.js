@@ -10,8 +10,8 @@ const SIMD = Uint8Array.of(
 
 /** What this browser lacks, in words that can be shown; empty if it lacks nothing. */
 function lacking() {
-  if (typeof WebAssembly !== "object") return "This browser has no WebAssembly, which Moshi runs on. Try a recent one.";
-  if (!WebAssembly.validate(SIMD)) return "This browser's WebAssembly has no SIMD, which Moshi needs. Try a recent one.";
+  if (typeof WebAssembly !== "object") return "This browser has no WebAssembly, which Moshi needs. Try a recent one.";
+  if (!WebAssembly.validate(SIMD)) return "The WebAssembly of this browser has no SIMD. Try a recent one.";
   if (!isSecureContext) return "Browsers run this page over https or as localhost only: open it so.";
   return "";
 }
@@ -25,7 +25,7 @@ async function damage() {
       const lost = await fetch(name, { cache: "no-cache" }).then(({ ok }) => !ok, () => true);
       return lost
         ? `${name} cannot be loaded. Is the connection lost? Reload the page to try again.`
-        : `${name} is not the file that was exported, so it is not used. Reload the page; if that does not help, export it again.`;
+        : `${name} is not the file that was exported, so it is not used. Reload the page, or else export it again.`;
     }
   }
   return "";

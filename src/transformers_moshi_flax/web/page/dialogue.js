@@ -1,4 +1,5 @@
-// One dialogue: the microphone or a recorded question to the worker, its answers to the loudspeaker, both to a recording.
+// One dialogue: the microphone or a recorded question to the worker, its answers to the loudspeaker, and both to a
+// recording.
 
 import { recording } from "./saving.js";
 import { FRAME_SECONDS, FRAME_SIZE } from "./sound.js";
@@ -81,10 +82,13 @@ export class Dialogue {
   ask() {
     const begin = performance.now();
     const ahead = () => {
-      const due = Math.min(1 + (performance.now() - begin) / (1000 * FRAME_SECONDS), this.question.frames.length);
+      const { frames } = this.question;
+      const due = Math.min(1 + (performance.now() - begin) / (1000 * FRAME_SECONDS), frames.length);
       // nothing is left out, however slow the device is
-      while (this.user.length < Math.min(due, this.moshi.length + WAITING)) this.hear(this.question.frames[this.user.length]);
-      if (this.ended || this.user.length === this.question.frames.length) clearInterval(timer);
+      while (!this.ended && this.user.length < Math.min(due, this.moshi.length + WAITING)) {
+        this.hear(frames[this.user.length]);
+      }
+      if (this.ended || this.user.length === frames.length) clearInterval(timer);
     };
     const timer = setInterval(ahead, (1000 * FRAME_SECONDS) / 4);
   }

@@ -34,7 +34,7 @@ export async function open(site) {
   if (site.question) question = new Question(site.question);
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = ({ data }) => receive(data, site);
-  worker.onerror = ({ message }) => lose(`The part of the page that runs Moshi has failed (${message}). Reload the page.`);
+  worker.onerror = ({ message }) => lose(`What runs Moshi has failed (${message}). Reload the page.`);
   worker.postMessage({ load: site.runtime });
 }
 
@@ -117,8 +117,8 @@ async function start(asks) {
     },
     figures: ({ milliseconds, delay, gaps, leftOut }) => {
       $("figures").textContent =
-        `a frame takes ${milliseconds.toFixed(0)} of ${1000 * FRAME_SECONDS} ms, waiting sound ${Math.round(1000 * delay)} ms, ` +
-        `gaps ${gaps}, frames left out ${leftOut}`;
+        `a frame takes ${Math.round(milliseconds)} of ${1000 * FRAME_SECONDS} ms, ` +
+        `waiting sound ${Math.round(1000 * delay)} ms, gaps ${gaps}, frames left out ${leftOut}`;
     },
     closed: finish,
   };

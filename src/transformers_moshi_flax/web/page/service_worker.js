@@ -1,5 +1,5 @@
-// Keeps the files of the page, each compared with its checksum, so that it opens without a network. `SITE`, its version
-// and its files with their checksums, is written before this when the page is exported.
+// Keeps the files of the page, each compared with its checksum, so that it opens without a network. `SITE`, its
+// version and its files with their checksums, is written before this when the page is exported.
 
 const MINE = `${self.registration.scope} `; // begins the names of caches of this page, but of no other on this host
 const NAME = MINE + SITE.version;

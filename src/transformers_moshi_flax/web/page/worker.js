@@ -29,11 +29,12 @@ async function handle({ load: runtime, begin, options, hear: dialogue, frame }) 
 async function load({ file, bytes, sha256: wanted, model }) {
   const total = bytes + model;
   let done = 0;
-  const wasm = await fetchBytes(file, (count) => postMessage({ progress: [(done += count), total] })).catch(({ message }) => {
+  const advance = (count) => postMessage({ progress: [(done += count), total] });
+  const wasm = await fetchBytes(file, advance).catch(({ message }) => {
     throw new Error(`${file} cannot be loaded (${message}). Is the connection lost? Reload the page to try again.`);
   });
   if ((await sha256(wasm)) !== wanted) {
-    throw new Error(`${file} is not the file that was exported, so it is not used. Reload the page; if that does not help, export it again.`);
+    throw new Error(`${file} is not the file that was exported, so it is not used. Export the page again.`);
   }
   // more threads would need headers that many hosts of files do not send
   ort.env.wasm.numThreads = 1;

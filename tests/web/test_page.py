@@ -113,20 +113,29 @@ async def test_it_answers_the_recorded_question_and_needs_no_network(
             assert " ".join(line.partition(" ")[2] for line in lines) == said and lines[0].startswith("0:0")
             await page.until("document.querySelector('#offline').textContent.includes('without a network')")
             assert page.hosts == {url.split("/")[2]}
-        # nothing answers there any more; somebody speaks
+        # nothing answers there any more
         await page.open(url)
         await page.until(READY)
-        await page.evaluate("document.querySelector('#talk').click()")
-        await page.until("document.querySelector('#status').textContent.startsWith('Listening')")
-        await page.until("document.querySelector('#transcript').textContent.split(' ').length > 4")
-        await page.until("document.querySelector('#moshi-level').value > 0")
-        assert "of 80 ms" in await page.evaluate("document.querySelector('#figures').textContent")
-        await page.evaluate("document.querySelector('#talk').click()")
-        await page.until(READY)
-        moshi, user = await recording(page, tmp_path / "spoken")
-        assert np.abs(user).max() > 0.1
-        assert_it_says(site, user, moshi, await page.evaluate(SHOWN))
         assert not page.complaints
+
+
+@in_a_loop
+async def test_it_answers_the_microphone(address: str, site: Path, tmp_path: Path) -> None:
+    async with aiohttp.ClientSession() as session, tab(session, address) as page:
+        with served(site) as url:
+            await page.open(url)
+            await page.until(READY)
+            await page.evaluate("document.querySelector('#talk').click()")
+            await page.until("document.querySelector('#status').textContent.startsWith('Listening')")
+            await page.until("document.querySelector('#transcript').textContent.split(' ').length > 4")
+            await page.until("document.querySelector('#moshi-level').value > 0")
+            assert "of 80 ms" in await page.evaluate("document.querySelector('#figures').textContent")
+            await page.evaluate("document.querySelector('#talk').click()")
+            await page.until(READY)
+            moshi, user = await recording(page, tmp_path / "spoken")
+            assert np.abs(user).max() > 0.1
+            assert_it_says(site, user, moshi, await page.evaluate(SHOWN))
+            assert not page.complaints
 
 
 @pytest.mark.parametrize(

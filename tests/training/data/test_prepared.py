@@ -14,8 +14,10 @@ import safetensors.numpy
 from transformers_moshi_flax.training.data.prepared import (
     INDEX,
     SETTINGS,
+    SHARDS,
     Conversation,
     PreparedDataset,
+    contents_of,
     open_dataset,
     read_contents,
     write_index,
@@ -206,3 +208,11 @@ def test_files_changed_while_in_use(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **sample(6))
     with pytest.raises(ValueError, match="has 6 frames, but had 5"):
         dataset[0]
+
+
+def test_a_shard_that_is_not_whole_is_asked_for(tmp_path: Path) -> None:
+    """Such as one that was damaged after it had been looked at."""
+    for damage in (lambda path: None, lambda path: path.write_bytes(b"cut")):
+        damage(tmp_path / SHARDS.format(0))
+        with pytest.raises(ValueError, match=f"'{tmp_path}': shard 0 is not whole; prepare the dataset again"):
+            contents_of(tmp_path, 0)

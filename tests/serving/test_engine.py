@@ -119,10 +119,13 @@ def test_slots_are_taken_given_back_and_begin_anew(start):
     assert np.array_equal(heard.of(again, 2), spoken_alone(said, (1, 2)))
 
 
-def test_who_leaves_before_it_begins_gives_its_slot_back():
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_who_leaves_before_it_begins_gives_its_slot_back(gives_up: bool):
     engine = Engine(FakeStream(1), Metrics(), realtime=False)
     engine.warmup()
     gone = engine.take_seat({}, KEY)
+    if gives_up:  # as those do whose task is cancelled while they wait
+        gone.begun.cancel()
     for _ in range(2):  # once is enough, and twice frees nothing more
         engine.leave(gone)
     engine.start(lambda said: None, lambda error: None)

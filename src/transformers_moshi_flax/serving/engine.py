@@ -62,6 +62,7 @@ class Seat:
     paused: bool = False
     waited: int = 0
     frames: int = 0
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -328,11 +329,14 @@ class Engine:
             done.set_result(None)
 
     def _leave(self, seat: Seat) -> None:
+        if seat.left:
+            return
+        seat.left = True
+        # who no longer waits for the beginning may have cancelled it already
+        seat.begun.cancel()
         if self._seats.get(seat.slot) is seat:
             del self._seats[seat.slot]
             self._dialogue.leave(seat.slot)
-        elif seat.begun.cancelled() or not seat.begun.cancel():
-            return  # it has left before
         with self._lock:
             if seat in self._waiting:
                 self._waiting.remove(seat)

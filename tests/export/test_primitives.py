@@ -98,7 +98,7 @@ def test_rearranged(tmp_path_factory: pytest.TempPathFactory, a: int, b: int, c:
         return [
             turned + turned[:1],
             turned.transpose(1, 2, 0) * x,
-            x.reshape(a * b, c)[None] + y,
+            x.reshape(a * b, c)[None] + y[None],
             jnp.flip(x, 1) + jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :b],
             jnp.stack([x, x + 1], axis=2)[:, 1:, :, ::2],
             first - second,

@@ -30,8 +30,6 @@ from tests.random_model import RANDOM_MODEL  # noqa: E402
 torch.set_num_threads(1)
 # On accelerators float32 products are rounded to TF32 or bfloat16 unless asked otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
-# No operation adds an axis unasked.
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LEAST_SECONDS = 0.2
 """That a program takes to be compiled, to be kept."""
